@@ -8,7 +8,7 @@ struct WarpPairsParams {
 };
 
 extern "C" __global__ void warp_pairs(const __grid_constant__ WarpPairsParams p) {
-    __shared__ volatile unsigned slot[64];
+    __shared__ unsigned slot[64];
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned own = p.x[i];
     slot[threadIdx.x] = own;
