@@ -1,0 +1,2 @@
+//! Bench of `attention`: not here yet.
+fn main() {}

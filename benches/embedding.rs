@@ -1,0 +1,2 @@
+//! Bench of `embedding`: not here yet.
+fn main() {}

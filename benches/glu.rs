@@ -1,0 +1,38 @@
+//! Bench of `glu` at DBRX's width (F = 10752). Verifies, then times. 4 FLOP an element beside its `exp`; three elements moved.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dropless::{Bf16, Device, Float, Rows, RowsMut, glu::glu};
+use dropless_kit::bench::Cost;
+use dropless_kit::compare::{rounding, within};
+use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::guard::Bits;
+
+#[path = "../tests/oracle/glu.rs"]
+mod oracle;
+
+fn case<T: Float + Bits>(c: &mut Criterion, rows: usize, d_ffn: usize) {
+    let stream = Device::cpu().stream().unwrap();
+    let (gate, up) = (normal::<T>(1, rows * d_ffn, 2.0), normal::<T>(2, rows * d_ffn, 1.0));
+    let mut y = vec![T::default(); rows * d_ffn];
+    let [gate_view, up_view] = [&gate, &up].map(|data| Rows::from_slice(data, rows, d_ffn).unwrap());
+    let mut run = || glu(&stream, gate_view, up_view, &mut RowsMut::from_slice(&mut y, rows, d_ffn).unwrap()).unwrap();
+    run();
+    let elements = (rows * d_ffn) as u64;
+    let cost = Cost { flop: 4 * elements, bytes: 3 * elements * size_of::<T>() as u64 };
+    let mut group = c.benchmark_group(format!("glu/{}", T::DTYPE.name()));
+    group.throughput(Throughput::Bytes(cost.bytes));
+    group.bench_function(cost.label(format!("{rows}x{d_ffn}")), |b| b.iter(&mut run));
+    group.finish();
+    let want = oracle::glu(&to_f64(&gate), &to_f64(&up));
+    within(&y, &want, d_ffn, |i| (rounding::<T>() + 6.0 * 2f64.powi(-24)) * want[i].abs() + 1e-37);
+}
+
+fn benches(c: &mut Criterion) {
+    for rows in [4, 256] {
+        case::<f32>(c, rows, 10752);
+        case::<Bf16>(c, rows, 10752);
+    }
+}
+
+criterion_group!(all, benches);
+criterion_main!(all);

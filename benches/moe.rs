@@ -1,0 +1,2 @@
+//! Bench of `moe`: not here yet.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Bench of `norm`: not here yet.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Bench of `permute`: not here yet.
+fn main() {}

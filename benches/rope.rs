@@ -1,0 +1,2 @@
+//! Bench of `rope`: not here yet.
+fn main() {}

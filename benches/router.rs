@@ -1,0 +1,2 @@
+//! Bench of `router`: not here yet.
+fn main() {}

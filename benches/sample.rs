@@ -1,0 +1,2 @@
+//! Bench of `sample`: not here yet.
+fn main() {}

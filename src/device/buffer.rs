@@ -1,0 +1,193 @@
+//! Owned memory on a device.
+#![allow(unsafe_code)] // host memory seen as a slice of elements
+
+use std::marker::PhantomData;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+use super::cpu::HostMemory;
+use super::stream::{Access, Mark};
+use super::{Backend, Stream};
+use crate::dtype::Element;
+use crate::error::{Error, Op, Place, check_shape};
+use crate::shape::checked_bytes;
+
+/// Owned, zero-initialised memory on a device. It is freed in stream order: after all work that was queued on it.
+///
+/// On a GPU it remembers which streams used it, and an operation on another one is refused until that stream has
+/// [joined](Stream::join) the earlier ones.
+pub struct Buffer<T> {
+    memory: Memory,
+    len: usize,
+    mark: Mark,
+    _elements: PhantomData<T>,
+}
+
+enum Memory {
+    Host(HostMemory),
+    #[cfg(feature = "cuda")]
+    Cuda {
+        memory: super::cuda::CudaMemory,
+        home: Arc<super::stream::Timeline>,
+    },
+}
+
+impl<T: Element> Buffer<T> {
+    /// `len` zeros on the stream's device. On the CPU, pages are committed when first written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub fn zeros(stream: &Stream, len: usize) -> Result<Buffer<T>, Error> {
+        let bytes = checked_bytes(Op::Buffer, "bytes", &[len], size_of::<T>())?;
+        let memory = match &stream.device().0 {
+            Backend::Cpu(_) => Memory::Host(HostMemory::zeroed(bytes)?),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Memory::Cuda { memory: super::cuda::CudaMemory::zeroed(stream.cuda(), bytes)?, home: stream.timeline.clone() }
+            }
+        };
+        let buffer = Buffer { memory, len, mark: Mark::default(), _elements: PhantomData };
+        stream.admit(Op::Buffer, &[("self", buffer.access(true))])?;
+        Ok(buffer)
+    }
+
+    /// A buffer with a copy of `values`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Buffer::zeros`].
+    pub fn from_slice(stream: &Stream, values: &[T]) -> Result<Buffer<T>, Error> {
+        let mut buffer = Buffer::zeros(stream, values.len())?;
+        buffer.copy_from_slice(stream, values)?;
+        Ok(buffer)
+    }
+
+    /// Overwrites the first `values.len()` elements. Returns when `values` may be reused.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `values` is longer than the buffer; [`Error::Place`], [`Error::NotJoined`].
+    pub fn copy_from_slice(&mut self, stream: &Stream, values: &[T]) -> Result<(), Error> {
+        if values.len() > self.len {
+            return Err(Error::shape(Op::Buffer, "values", "[<= len]", &[self.len], &[values.len()]));
+        }
+        stream.admit(Op::Buffer, &[("self", self.access(true))])?;
+        match &mut self.memory {
+            // SAFETY: `self.len` elements were allocated, and `self` is borrowed exclusively.
+            Memory::Host(host) => unsafe { host.as_ptr().cast::<T>().copy_from_nonoverlapping(values.as_ptr(), values.len()) },
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { memory, .. } => memory.write(stream.cuda(), values)?,
+        }
+        Ok(())
+    }
+
+    /// Copies the first `values.len()` elements to the host, waiting for the stream's work.
+    ///
+    /// # Errors
+    ///
+    /// As [`Buffer::copy_from_slice`]; [`Error::DeviceLost`] if earlier work failed.
+    pub fn copy_to_slice(&self, stream: &Stream, values: &mut [T]) -> Result<(), Error> {
+        if values.len() > self.len {
+            return Err(Error::shape(Op::Buffer, "values", "[<= len]", &[self.len], &[values.len()]));
+        }
+        stream.admit(Op::Buffer, &[("self", self.access(false))])?;
+        match &self.memory {
+            // SAFETY: `self.len` elements were allocated and initialised, and nobody writes while `self` is borrowed.
+            Memory::Host(host) => unsafe { values.as_mut_ptr().copy_from_nonoverlapping(host.as_ptr().cast::<T>(), values.len()) },
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { memory, .. } => memory.read(stream.cuda(), values)?,
+        }
+        Ok(())
+    }
+
+    /// All elements, on the host.
+    ///
+    /// # Errors
+    ///
+    /// As [`Buffer::copy_to_slice`].
+    pub fn to_vec(&self, stream: &Stream) -> Result<Vec<T>, Error> {
+        let mut values = vec![T::default(); self.len];
+        self.copy_to_slice(stream, &mut values)?;
+        Ok(values)
+    }
+
+    /// The elements in place, where the buffer lives in host memory.
+    pub fn as_slice(&self) -> Option<&[T]> {
+        match &self.memory {
+            // SAFETY: `self.len` elements were allocated and initialised; the borrow of `self` keeps writers out.
+            Memory::Host(host) => Some(unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), self.len) }),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { .. } => None,
+        }
+    }
+
+    /// The elements in place, for writing, where the buffer lives in host memory.
+    pub fn as_mut_slice(&mut self) -> Option<&mut [T]> {
+        match &self.memory {
+            // SAFETY: as in `as_slice`, and `self` is borrowed exclusively.
+            Memory::Host(host) => Some(unsafe { std::slice::from_raw_parts_mut(host.as_ptr().cast(), self.len) }),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { .. } => None,
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a buffer without elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where the elements live.
+    pub fn place(&self) -> Place {
+        match &self.memory {
+            Memory::Host(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { memory, .. } => memory.place(),
+        }
+    }
+
+    /// The address of the first element, of whichever kind the place has.
+    pub(crate) fn address(&self) -> *mut T {
+        match &self.memory {
+            Memory::Host(host) => host.as_ptr().cast(),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { memory, .. } => memory.address() as usize as *mut T,
+        }
+    }
+
+    pub(crate) fn mark(&self) -> &Mark {
+        &self.mark
+    }
+
+    pub(crate) fn access(&self, write: bool) -> Access<'_> {
+        Access { place: self.place(), mark: Some(&self.mark), write }
+    }
+
+    /// Refuses a buffer with fewer than `need` elements.
+    pub(crate) fn check_len(&self, op: Op, arg: &'static str, want: &'static str, need: usize) -> Result<(), Error> {
+        if self.len >= need { Ok(()) } else { check_shape(op, arg, want, &[need], &[self.len]) }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if let Memory::Cuda { memory, home } = &mut self.memory {
+            self.mark.settle(home);
+            if let Some(stream) = &home.cuda {
+                memory.free(stream);
+            }
+        }
+    }
+}
+
+impl<T: Element> std::fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer<{}>({} elements on {})", T::DTYPE.name(), self.len, self.place())
+    }
+}

@@ -1,0 +1,194 @@
+//! A CUDA device: context, streams, memory, images and launches, written against [`Driver`].
+//!
+//! A driver error other than "out of memory" or "not found" is taken as sticky: the context may be gone, so it is
+//! remembered and every later call returns it.
+#![allow(unsafe_code)] // the driver's copies and launches
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch};
+use super::image::{COMPUTE_CAPABILITY, Image};
+use crate::dtype::Element;
+use crate::error::{Error, Op, Place};
+
+/// One GPU, opened through a driver.
+pub(crate) struct CudaDevice {
+    driver: Arc<dyn Driver>,
+    pub(crate) ordinal: u32,
+    pub(crate) attributes: Attributes,
+    images: Mutex<HashMap<&'static str, Handle>>,
+    functions: Mutex<HashMap<&'static str, Handle>>, // by entry point; those are unique across images
+    lost: OnceLock<Error>,
+}
+
+impl CudaDevice {
+    pub(crate) fn open(driver: Arc<dyn Driver>, ordinal: u32) -> Result<Arc<CudaDevice>, Error> {
+        let lost = |DriverError(code)| Error::DeviceLost { code, first_op: Op::Device };
+        let count = driver.device_count().map_err(lost)?;
+        if ordinal >= count {
+            return Err(Error::NoDevice { ordinal, count });
+        }
+        let attributes = driver.attributes(ordinal).map_err(lost)?;
+        if attributes.compute_capability != COMPUTE_CAPABILITY {
+            return Err(Error::Arch { have: attributes.compute_capability, need: COMPUTE_CAPABILITY });
+        }
+        driver.make_current(ordinal).map_err(lost)?;
+        let (images, functions) = Default::default();
+        Ok(Arc::new(CudaDevice { driver, ordinal, attributes, images, functions, lost: OnceLock::new() }))
+    }
+
+    /// Runs a driver call unless the device is lost, and remembers the error that loses it.
+    fn call<T>(&self, op: Op, need_bytes: usize, call: impl FnOnce(&dyn Driver) -> DriverResult<T>) -> Result<T, Error> {
+        if let Some(error) = self.lost.get() {
+            return Err(error.clone());
+        }
+        let result = self.driver.make_current(self.ordinal).and_then(|()| call(&*self.driver));
+        result.map_err(|error| match error {
+            DriverError::OUT_OF_MEMORY => Error::OutOfMemory { op, need_bytes: need_bytes as u64 },
+            DriverError(code) => self.lost.get_or_init(|| Error::DeviceLost { code, first_op: op }).clone(),
+        })
+    }
+
+    /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
+    fn function(&self, image: &'static Image, entry: &'static str) -> Result<Handle, Error> {
+        let mut functions = lock(&self.functions);
+        if let Some(&function) = functions.get(entry) {
+            return Ok(function);
+        }
+        let refused = |DriverError(code)| Error::Image { file: image.file, entry, code };
+        let mut images = lock(&self.images);
+        self.driver.make_current(self.ordinal).map_err(refused)?;
+        let loaded = match images.get(image.file) {
+            Some(&loaded) => loaded,
+            None => self.driver.load_image(self.ordinal, image.as_c_str()).map_err(refused)?,
+        };
+        images.insert(image.file, loaded);
+        let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
+        let function = self.driver.function(loaded, &name).map_err(refused)?;
+        functions.insert(entry, function);
+        Ok(function)
+    }
+}
+
+/// A driver stream, destroyed when the last buffer that remembers it is gone.
+pub(crate) struct RawStream {
+    device: Arc<CudaDevice>,
+    handle: Handle,
+}
+
+/// The shape of a launch, apart from its parameters.
+pub(crate) struct Grid {
+    pub(crate) blocks: [u32; 3],
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+impl RawStream {
+    pub(crate) fn new(device: &Arc<CudaDevice>) -> Result<RawStream, Error> {
+        let handle = device.call(Op::Stream, 0, |driver| driver.create_stream(device.ordinal))?;
+        Ok(RawStream { device: device.clone(), handle })
+    }
+
+    pub(crate) fn attributes(&self) -> &Attributes {
+        &self.device.attributes
+    }
+
+    pub(crate) fn synchronize(&self) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.synchronize(self.handle))
+    }
+
+    /// Orders this stream's later work after the other's work so far.
+    pub(crate) fn wait_for(&self, other: &RawStream) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| {
+            let event = driver.create_event(self.device.ordinal, false)?;
+            let waited = driver.record(event, other.handle).and_then(|()| driver.wait(self.handle, event));
+            driver.destroy_event(event).and(waited) // the driver keeps it until the wait is over
+        })
+    }
+
+    /// Queues one kernel.
+    ///
+    /// # Safety
+    ///
+    /// `params` is the parameter struct of `entry`, and its addresses are valid for what the kernel does with them until
+    /// the work queued on this stream completes.
+    pub(crate) unsafe fn launch<P: Copy>(
+        &self,
+        op: Op,
+        image: &'static Image,
+        entry: &'static str,
+        grid: Grid,
+        params: &P,
+    ) -> Result<(), Error> {
+        let function = self.device.function(image, entry)?;
+        // SAFETY: `P` is a `repr(C)` struct without padding (asserted beside it), so all of its bytes are initialised.
+        let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
+        let Grid { blocks, threads, shared_bytes } = grid;
+        let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [1, 1, 1], shared_bytes, params };
+        // SAFETY: the caller's duty.
+        self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
+    }
+}
+
+impl Drop for RawStream {
+    fn drop(&mut self) {
+        let _ = self.device.call(Op::Stream, 0, |driver| driver.destroy_stream(self.handle));
+    }
+}
+
+/// Device memory. Freed by its owner on a stream, so it has no `Drop` of its own.
+pub(crate) struct CudaMemory {
+    device: Arc<CudaDevice>,
+    address: u64,
+}
+
+impl CudaMemory {
+    pub(crate) fn zeroed(stream: &RawStream, bytes: usize) -> Result<CudaMemory, Error> {
+        let device = stream.device.clone();
+        if bytes == 0 {
+            return Ok(CudaMemory { device, address: 0 });
+        }
+        let address = device.call(Op::Buffer, bytes, |driver| driver.alloc(stream.handle, bytes))?;
+        let mut memory = CudaMemory { device, address };
+        let zeroed = memory.device.call(Op::Buffer, bytes, |driver| driver.fill(stream.handle, address, 0, bytes));
+        if zeroed.is_err() {
+            memory.free(stream);
+        }
+        zeroed.map(|()| memory)
+    }
+
+    pub(crate) fn free(&mut self, stream: &RawStream) {
+        if self.address != 0 {
+            let _ = self.device.call(Op::Buffer, 0, |driver| driver.free(stream.handle, self.address));
+            self.address = 0;
+        }
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place::Cuda(self.device.ordinal)
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Copies `values` to the start of this memory, which is at least as large.
+    pub(crate) fn write<T: Element>(&mut self, stream: &RawStream, values: &[T]) -> Result<(), Error> {
+        let (source, bytes) = (values.as_ptr().cast(), size_of_val(values));
+        // SAFETY: `source` is a slice of that size; the buffer has checked its own.
+        self.device.call(Op::Buffer, bytes, |driver| unsafe { driver.copy_to_device(stream.handle, self.address, source, bytes) })
+    }
+
+    /// Copies the start of this memory, which is at least as large, to `values`.
+    pub(crate) fn read<T: Element>(&self, stream: &RawStream, values: &mut [T]) -> Result<(), Error> {
+        let (target, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
+        // SAFETY: as in `write`; every bit pattern is a value of `T`.
+        self.device.call(Op::Buffer, bytes, |driver| unsafe { driver.copy_to_host(stream.handle, target, self.address, bytes) })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,172 @@
+//! The seam: the driver calls this crate makes, and no more.
+//!
+//! `device/cuda.rs` and every `ops/*/cuda.rs` are written against [`Driver`]. Hardware implements it over the CUDA driver
+//! library; tests implement it with an emulator, a recorder, or a wrapper that fails the n-th call. Outside the semver promise.
+#![allow(unsafe_code)] // an unsafe trait with unsafe methods
+
+use std::ffi::CStr;
+use std::fmt;
+
+/// A CUDA driver result code other than success.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DriverError(pub i32);
+
+impl DriverError {
+    /// `CUDA_ERROR_OUT_OF_MEMORY`.
+    pub const OUT_OF_MEMORY: DriverError = DriverError(2);
+    /// `CUDA_ERROR_NOT_FOUND`: no such entry point.
+    pub const NOT_FOUND: DriverError = DriverError(500);
+}
+
+impl fmt::Display for DriverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CUDA {}", self.0)
+    }
+}
+
+/// What a driver call gives.
+pub type DriverResult<T> = Result<T, DriverError>;
+
+/// An opaque driver object: a stream, event, image, function or graph.
+pub type Handle = u64;
+
+/// What this crate asks of a device.
+#[derive(Clone, Debug)]
+pub struct Attributes {
+    /// Compute capability, as in (9, 0).
+    pub compute_capability: (u8, u8),
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// Largest dynamic shared memory of one block, in bytes.
+    pub max_shared_bytes: u32,
+    /// As the driver spells it.
+    pub name: String,
+}
+
+/// One kernel launch. All of a kernel's parameters are one struct, passed by value.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// From [`Driver::function`].
+    pub function: Handle,
+    /// Blocks per axis.
+    pub grid: [u32; 3],
+    /// Threads per axis.
+    pub block: [u32; 3],
+    /// Blocks per cluster and axis; `[1, 1, 1]` is no cluster.
+    pub cluster: [u32; 3],
+    /// Dynamic shared memory.
+    pub shared_bytes: u32,
+    /// The parameter struct's bytes.
+    pub params: &'a [u8],
+}
+
+/// The 128 opaque bytes of a tensor map. Only the driver that made one can read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(128))]
+pub struct TensorMap(pub [u64; 16]);
+
+/// The arguments of `cuTensorMapEncodeTiled`; `dims`, `strides_bytes` and `tile` are innermost first.
+#[derive(Clone, Debug)]
+pub struct TensorMapDesc {
+    /// Device address of the first element.
+    pub address: u64,
+    /// Driver code of the element type.
+    pub data_type: u32,
+    /// Dimensions in use, 1 to 5.
+    pub rank: u32,
+    /// Elements per dimension.
+    pub dims: [u64; 5],
+    /// Bytes from one index to the next, for dimensions 1 and up.
+    pub strides_bytes: [u64; 4],
+    /// Elements of one copy per dimension.
+    pub tile: [u32; 5],
+    /// 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes.
+    pub swizzle: u32,
+    /// 0 none, 1 64 bytes, 2 128 bytes, 3 256 bytes.
+    pub l2_promotion: u32,
+}
+
+/// The driver calls this crate makes. A call that takes an ordinal makes that device's context current first.
+///
+/// # Safety
+///
+/// Addresses from `alloc` must be valid for their size until freed, and stream order must hold as CUDA defines it:
+/// safe code above relies on both.
+pub unsafe trait Driver: Send + Sync {
+    /// The CUDA version of the driver, as 12040.
+    fn version(&self) -> DriverResult<u32>;
+    /// Number of devices.
+    fn device_count(&self) -> DriverResult<u32>;
+    /// Makes the device's primary context current on this thread.
+    fn make_current(&self, ordinal: u32) -> DriverResult<()>;
+    /// Properties of a device.
+    fn attributes(&self, ordinal: u32) -> DriverResult<Attributes>;
+    /// (free, total) bytes of device memory.
+    fn memory_info(&self, ordinal: u32) -> DriverResult<(u64, u64)>;
+
+    /// Allocates device memory in stream order.
+    fn alloc(&self, stream: Handle, bytes: usize) -> DriverResult<u64>;
+    /// Frees device memory in stream order.
+    fn free(&self, stream: Handle, address: u64) -> DriverResult<()>;
+    /// Sets `bytes` bytes to `value` in stream order.
+    fn fill(&self, stream: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()>;
+    /// Copies from host memory; returns when `source` may be reused.
+    ///
+    /// # Safety
+    /// `source` is readable for `bytes`.
+    unsafe fn copy_to_device(&self, stream: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()>;
+    /// Copies to host memory; returns when `target` is written.
+    ///
+    /// # Safety
+    /// `target` is writable for `bytes`.
+    unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()>;
+    /// Copies between device addresses in stream order.
+    fn copy_on_device(&self, stream: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()>;
+    /// Page-locked host memory.
+    fn alloc_pinned(&self, ordinal: u32, bytes: usize) -> DriverResult<*mut u8>;
+    /// Frees page-locked host memory.
+    ///
+    /// # Safety
+    /// `memory` came from `alloc_pinned`, and no copy uses it any more.
+    unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()>;
+
+    /// A new non-blocking stream.
+    fn create_stream(&self, ordinal: u32) -> DriverResult<Handle>;
+    /// Destroys a stream once its work is done.
+    fn destroy_stream(&self, stream: Handle) -> DriverResult<()>;
+    /// Blocks until the stream's work is done.
+    fn synchronize(&self, stream: Handle) -> DriverResult<()>;
+    /// A new event; `timing` where [`Driver::elapsed_ms`] will be asked.
+    fn create_event(&self, ordinal: u32, timing: bool) -> DriverResult<Handle>;
+    /// Destroys an event.
+    fn destroy_event(&self, event: Handle) -> DriverResult<()>;
+    /// Records the stream's work so far.
+    fn record(&self, event: Handle, stream: Handle) -> DriverResult<()>;
+    /// Makes later work on the stream wait for the event.
+    fn wait(&self, stream: Handle, event: Handle) -> DriverResult<()>;
+    /// Milliseconds between two recorded events.
+    fn elapsed_ms(&self, from: Handle, to: Handle) -> DriverResult<f32>;
+
+    /// Starts recording the stream's work into a graph instead of running it.
+    fn begin_capture(&self, stream: Handle) -> DriverResult<()>;
+    /// Ends recording; gives a graph that can be launched.
+    fn end_capture(&self, stream: Handle) -> DriverResult<Handle>;
+    /// Runs a captured graph.
+    fn launch_graph(&self, graph: Handle, stream: Handle) -> DriverResult<()>;
+    /// Destroys a captured graph.
+    fn destroy_graph(&self, graph: Handle) -> DriverResult<()>;
+
+    /// Loads an image (PTX with its closing NUL) for a device.
+    fn load_image(&self, ordinal: u32, image: &CStr) -> DriverResult<Handle>;
+    /// An entry point of an image.
+    fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle>;
+    /// Allows a function that much dynamic shared memory.
+    fn set_shared_limit(&self, function: Handle, bytes: u32) -> DriverResult<()>;
+    /// Queues a kernel.
+    ///
+    /// # Safety
+    /// The parameters are those of the kernel, and every address among them is valid for what the kernel does with it.
+    unsafe fn launch(&self, stream: Handle, launch: &Launch<'_>) -> DriverResult<()>;
+    /// Encodes a tensor map.
+    fn encode_tensor_map(&self, ordinal: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap>;
+}

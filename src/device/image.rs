@@ -1,0 +1,28 @@
+//! The images that ship: which file holds which operation's entry points.
+
+use std::ffi::CStr;
+
+/// A PTX image, with the NUL that the driver wants at its end.
+pub(crate) struct Image {
+    /// As it is named in the repository.
+    pub(crate) file: &'static str,
+    text: &'static str,
+}
+
+macro_rules! image {
+    ($name:ident, $file:literal) => {
+        pub(crate) static $name: Image =
+            Image { file: concat!("ptx/", $file), text: concat!(include_str!(concat!("../../ptx/", $file)), "\0") };
+    };
+}
+
+image!(GLU, "glu.sm_90a.ptx");
+
+/// The architecture all images are built for; `a` images run on no other.
+pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);
+
+impl Image {
+    pub(crate) fn as_c_str(&self) -> &'static CStr {
+        CStr::from_bytes_with_nul(self.text.as_bytes()).unwrap_or_else(|_| unreachable!("{} holds a NUL", self.file))
+    }
+}

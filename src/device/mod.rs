@@ -1,0 +1,97 @@
+//! Where bytes live and where work is queued. Knows no operation.
+//!
+//! A [`Device`] is the CPU or one GPU; a [`Stream`] is an order of work on it; a [`Buffer`] owns memory; a
+//! [`Workspace`] is memory lent to operations that need scratch. On the CPU a stream runs at once.
+
+mod buffer;
+pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod driver;
+#[cfg(feature = "cuda")]
+pub(crate) mod image;
+mod stream;
+mod workspace;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use self::buffer::Buffer;
+pub use self::stream::Stream;
+pub(crate) use self::stream::{Access, Mark};
+pub use self::workspace::Workspace;
+use crate::error::{Error, Place};
+
+/// The CPU with a number of worker threads, or one GPU. Cheap to clone; clones are the same device.
+#[derive(Clone)]
+pub struct Device(pub(crate) Backend);
+
+/// What a device is made of.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Cpu(Arc<cpu::Workers>),
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<cuda::CudaDevice>),
+}
+
+impl Device {
+    /// The CPU, with as many threads as the machine offers (`RAYON_NUM_THREADS` overrides).
+    pub fn cpu() -> Device {
+        Device(Backend::Cpu(Arc::new(cpu::Workers::global())))
+    }
+
+    /// The CPU with exactly `threads` worker threads. The number of threads never changes a result's bits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if `threads` is 0; [`Error::OutOfMemory`] if the threads cannot be started.
+    pub fn cpu_with_threads(threads: usize) -> Result<Device, Error> {
+        Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
+    }
+
+    /// Opens device `ordinal` of the given driver. For tests, which inject an emulator or a fault.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoDevice`], [`Error::Arch`], or what the driver reports.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    pub fn with_driver(driver: Arc<dyn driver::Driver>, ordinal: u32) -> Result<Device, Error> {
+        Ok(Device(Backend::Cuda(cuda::CudaDevice::open(driver, ordinal)?)))
+    }
+
+    /// Where this device's buffers live.
+    pub fn place(&self) -> Place {
+        match &self.0 {
+            Backend::Cpu(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => Place::Cuda(device.ordinal),
+        }
+    }
+
+    /// Worker threads of the CPU; 0 on a GPU.
+    pub fn threads(&self) -> usize {
+        match &self.0 {
+            Backend::Cpu(workers) => workers.threads(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => 0,
+        }
+    }
+
+    /// A new stream on this device.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports; never on the CPU.
+    pub fn stream(&self) -> Result<Stream, Error> {
+        Stream::new(self)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.place())
+    }
+}

@@ -1,0 +1,28 @@
+//! Scratch memory lent to operations, so that none of them allocates.
+
+use super::{Buffer, Stream};
+use crate::error::Error;
+
+/// Scratch for operations that need some: sized once from a plan, used by one stream at a time.
+///
+/// What an operation leaves in it is undefined.
+#[derive(Debug)]
+pub struct Workspace {
+    pub(crate) words: Buffer<u32>,
+}
+
+impl Workspace {
+    /// A workspace of at least `bytes`, aligned to 256.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub fn new(stream: &Stream, bytes: usize) -> Result<Workspace, Error> {
+        Ok(Workspace { words: Buffer::zeros(stream, bytes.div_ceil(size_of::<u32>()))? })
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.words.len() * size_of::<u32>()
+    }
+}

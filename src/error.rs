@@ -1,0 +1,220 @@
+//! Why a call was refused or failed: the operation, the argument, what was wanted, what was given.
+//!
+//! Texts are lower case, one sentence, without a full stop: `` glu: `up` must be [R, F] = [4, 8], got [4, 7] ``.
+
+use std::fmt;
+
+/// The operation that speaks in an [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[allow(missing_docs)] // each variant is the operation of its name
+pub enum Op {
+    Buffer,
+    View,
+    Workspace,
+    Stream,
+    Device,
+    ExpertWeights,
+    ExpertRows,
+    Routing,
+    HeadLayout,
+    RopeTable,
+    KvCache,
+    TokenIds,
+    Embedding,
+    Norm,
+    Rope,
+    Attention,
+    Router,
+    Permute,
+    GroupedGemm,
+    Glu,
+    Sample,
+    Moe,
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Buffer => "buffer",
+            Op::View => "view",
+            Op::Workspace => "workspace",
+            Op::Stream => "stream",
+            Op::Device => "device",
+            Op::ExpertWeights => "expert_weights",
+            Op::ExpertRows => "expert_rows",
+            Op::Routing => "routing",
+            Op::HeadLayout => "head_layout",
+            Op::RopeTable => "rope_table",
+            Op::KvCache => "kv_cache",
+            Op::TokenIds => "token_ids",
+            Op::Embedding => "embedding",
+            Op::Norm => "norm",
+            Op::Rope => "rope",
+            Op::Attention => "attention",
+            Op::Router => "router",
+            Op::Permute => "permute",
+            Op::GroupedGemm => "grouped_gemm",
+            Op::Glu => "glu",
+            Op::Sample => "sample",
+            Op::Moe => "moe",
+        })
+    }
+}
+
+/// Where bytes live or work runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Host memory, computed on by the CPU backend.
+    Host,
+    /// Memory of the CUDA device with this ordinal.
+    Cuda(u32),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Host => f.write_str("cpu"),
+            Place::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// Why a call was refused or failed. A refusal launched nothing and wrote nothing.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor has the wrong shape.
+    #[allow(missing_docs)]
+    Shape { op: Op, arg: &'static str, want: &'static str, want_dims: [usize; 3], got_dims: [usize; 3], rank: u8 },
+    /// Alignment, stride or order in memory is not what the operation needs.
+    #[allow(missing_docs)]
+    Layout { op: Op, arg: &'static str, need: &'static str, got: usize },
+    /// A valid request that this device or build does not serve.
+    #[allow(missing_docs)]
+    Unsupported { op: Op, what: &'static str, got: &'static str, supported: &'static str },
+    /// An index or count is outside its range.
+    #[allow(missing_docs)]
+    Index { op: Op, arg: &'static str, at: usize, got: u64, bound: u64 },
+    /// A scalar argument is outside its range.
+    #[allow(missing_docs)]
+    Value { op: Op, arg: &'static str, need: &'static str, got: f64 },
+    /// The same expert twice for one token.
+    #[allow(missing_docs)]
+    Duplicate { op: Op, arg: &'static str, token: usize, id: u32 },
+    /// A size passes a limit of the design (index width, address space).
+    #[allow(missing_docs)]
+    TooLarge { op: Op, what: &'static str, got: u128, limit: u128 },
+    /// Something reserved earlier is full: a key-value cache, a workspace, routing buffers.
+    #[allow(missing_docs)]
+    Capacity { op: Op, what: &'static str, need: usize, have: usize },
+    /// An argument lives on another device than the stream.
+    #[allow(missing_docs)]
+    Place { op: Op, arg: &'static str, want: Place, got: Place },
+    /// A buffer was last used on another stream that this one has not joined.
+    #[allow(missing_docs)]
+    NotJoined { op: Op, arg: &'static str, stream: u64, used_on: u64 },
+    /// No CUDA driver library on this machine.
+    #[allow(missing_docs)]
+    NoDriver { searched: &'static [&'static str] },
+    /// A driver, but no device with this ordinal.
+    #[allow(missing_docs)]
+    NoDevice { ordinal: u32, count: u32 },
+    /// The device's architecture is not the one the images are built for.
+    #[allow(missing_docs)]
+    Arch { have: (u8, u8), need: (u8, u8) },
+    /// An image was refused by the driver, or lacks an entry point.
+    #[allow(missing_docs)]
+    Image { file: &'static str, entry: &'static str, code: i32 },
+    /// Memory could not be had.
+    #[allow(missing_docs)]
+    OutOfMemory { op: Op, need_bytes: u64 },
+    /// The device failed. Sticky: every later call on this device returns it.
+    #[allow(missing_docs)]
+    DeviceLost { code: i32, first_op: Op },
+}
+
+impl Error {
+    /// True where the call was refused before anything was launched or written.
+    pub fn is_refusal(&self) -> bool {
+        !self.is_fatal()
+    }
+
+    /// True where the device cannot be used again by this process.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Error::DeviceLost { .. })
+    }
+
+    /// A shape error for up to three dimensions; `want` names them, as in `"[R, F]"`.
+    pub(crate) fn shape(op: Op, arg: &'static str, want: &'static str, want_dims: &[usize], got_dims: &[usize]) -> Self {
+        let pad = |dims: &[usize]| std::array::from_fn(|i| dims.get(i).copied().unwrap_or(0));
+        Error::Shape { op, arg, want, want_dims: pad(want_dims), got_dims: pad(got_dims), rank: want_dims.len() as u8 }
+    }
+}
+
+/// Compares an argument's dimensions with the wanted ones.
+pub(crate) fn check_shape(op: Op, arg: &'static str, want: &'static str, want_dims: &[usize], got_dims: &[usize]) -> Result<(), Error> {
+    if want_dims == got_dims { Ok(()) } else { Err(Error::shape(op, arg, want, want_dims, got_dims)) }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Error::Shape { op, arg, want, ref want_dims, ref got_dims, rank } => {
+                let (want_dims, got_dims) = (&want_dims[..rank as usize], &got_dims[..rank as usize]);
+                write!(f, "{op}: `{arg}` must be {want} = {want_dims:?}, got {got_dims:?}")
+            }
+            Error::Layout { op, arg, need, got } => write!(f, "{op}: `{arg}` must have {need}, got {got}"),
+            Error::Unsupported { op, what, got, supported } => {
+                write!(f, "{op}: {what} {got} is not supported here; supported: {supported}")
+            }
+            Error::Index { op, arg, at, got, bound } => write!(f, "{op}: `{arg}[{at}]` is {got}, must be < {bound}"),
+            Error::Value { op, arg, need, got } => write!(f, "{op}: `{arg}` must be {need}, got {got}"),
+            Error::Duplicate { op, arg, token, id } => write!(f, "{op}: `{arg}` names expert {id} twice for token {token}"),
+            Error::TooLarge { op, what, got, limit } => write!(f, "{op}: {what} is {got}, must be <= {limit}"),
+            Error::Capacity { op, what, need, have } => write!(f, "{op}: needs {need} {what}, has {have}"),
+            Error::Place { op, arg, want, got } => write!(f, "{op}: `{arg}` lives on {got}, the stream runs on {want}"),
+            Error::NotJoined { op, arg, stream, used_on } => {
+                write!(
+                    f,
+                    "{op}: `{arg}` was last used on stream {used_on}, which stream {stream} has not joined; call `stream.join(&other)` first"
+                )
+            }
+            Error::NoDriver { searched } => {
+                write!(f, "no CUDA driver (searched: {}); the CPU device works without it: Device::cpu()", searched.join(", "))
+            }
+            Error::NoDevice { ordinal, count } => write!(f, "no CUDA device {ordinal}; this machine has {count}"),
+            Error::Arch { have, need } => {
+                write!(f, "the GPU is sm_{}{}; these kernels need sm_{}{}a (H100, H200)", have.0, have.1, need.0, need.1)
+            }
+            Error::Image { file, entry, code } => write!(f, "the driver refused {file} at entry `{entry}` (CUDA {code})"),
+            Error::OutOfMemory { op, need_bytes } => write!(f, "out of memory: {op} needs {need_bytes} bytes"),
+            Error::DeviceLost { code, first_op } => {
+                write!(f, "device lost in {first_op} (CUDA {code}); this process cannot use the device again")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_carry_the_numbers() {
+        let shape = Error::shape(Op::GroupedGemm, "w", "[E, N, K]", &[16, 10752, 6144], &[16, 10752, 6143]);
+        assert_eq!(shape.to_string(), "grouped_gemm: `w` must be [E, N, K] = [16, 10752, 6144], got [16, 10752, 6143]");
+        let index = Error::Index { op: Op::Router, arg: "expert_ids", at: 2, got: 16, bound: 16 };
+        assert_eq!(index.to_string(), "router: `expert_ids[2]` is 16, must be < 16");
+        let place = Error::Place { op: Op::Glu, arg: "up", want: Place::Host, got: Place::Cuda(1) };
+        assert_eq!(place.to_string(), "glu: `up` lives on cuda:1, the stream runs on cpu");
+    }
+
+    #[test]
+    fn only_a_lost_device_is_fatal() {
+        assert!(Error::DeviceLost { code: 700, first_op: Op::Glu }.is_fatal());
+        assert!(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }.is_refusal());
+    }
+}

@@ -1,0 +1,234 @@
+//! Expert weights as they lie in a checkpoint, and which rows belong to which expert.
+#![allow(unsafe_code)] // the raw constructor
+
+use crate::device::Access;
+use crate::dtype::Element;
+use crate::error::{Error, Op, Place, check_shape};
+use crate::shape::{MAX_ROWS, checked_product};
+use crate::view::Rows;
+
+/// How one expert's matrix lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightOrder {
+    /// Row `n` holds the K weights of output `n`: used transposed, `D = A * W^T` (`nt`). DBRX's `w1` and `v1`.
+    Nk,
+    /// Row `k` holds the N weights of input `k`: used as it lies, `D = A * W` (`nn`). DBRX's `w2`.
+    Kn,
+}
+
+/// E matrices of one shape, stacked along rows, borrowed where they lie. Nothing is repacked.
+#[derive(Clone, Copy)]
+pub struct ExpertWeights<'a, T> {
+    stacked: Rows<'a, T>,
+    num_experts: usize,
+    order: WeightOrder,
+}
+
+impl<'a, T: Element> ExpertWeights<'a, T> {
+    /// `num_experts` matrices `[N, K]`, stacked as `[E * N, K]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if `num_experts` is 0 or does not divide the rows.
+    pub fn nk(stacked: Rows<'a, T>, num_experts: usize) -> Result<Self, Error> {
+        Self::new(stacked, num_experts, WeightOrder::Nk)
+    }
+
+    /// `num_experts` matrices `[K, N]`, stacked as `[E * K, N]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if `num_experts` is 0 or does not divide the rows.
+    pub fn kn(stacked: Rows<'a, T>, num_experts: usize) -> Result<Self, Error> {
+        Self::new(stacked, num_experts, WeightOrder::Kn)
+    }
+
+    fn new(stacked: Rows<'a, T>, num_experts: usize, order: WeightOrder) -> Result<Self, Error> {
+        if num_experts == 0 || !stacked.rows().is_multiple_of(num_experts) {
+            let need = "a positive divisor of the stacked rows";
+            return Err(Error::Value { op: Op::ExpertWeights, arg: "num_experts", need, got: num_experts as f64 });
+        }
+        Ok(ExpertWeights { stacked, num_experts, order })
+    }
+
+    /// E.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// N, the outputs of one expert.
+    pub fn n(&self) -> usize {
+        match self.order {
+            WeightOrder::Nk => self.stacked.rows() / self.num_experts,
+            WeightOrder::Kn => self.stacked.cols(),
+        }
+    }
+
+    /// K, the inputs of one expert.
+    pub fn k(&self) -> usize {
+        match self.order {
+            WeightOrder::Nk => self.stacked.cols(),
+            WeightOrder::Kn => self.stacked.rows() / self.num_experts,
+        }
+    }
+
+    /// How each matrix lies.
+    pub fn order(&self) -> WeightOrder {
+        self.order
+    }
+
+    /// All experts' rows, `[E * N, K]` or `[E * K, N]`.
+    pub fn stacked(&self) -> Rows<'a, T> {
+        self.stacked
+    }
+
+    /// One expert's matrix.
+    pub(crate) fn expert(&self, expert: usize) -> Rows<'a, T> {
+        let rows = self.stacked.rows() / self.num_experts;
+        self.stacked
+            .row_range(expert * rows..(expert + 1) * rows)
+            .unwrap_or_else(|_| unreachable!("expert {expert} of {}", self.num_experts))
+    }
+
+    pub(crate) fn access(&self) -> Access<'a> {
+        self.stacked.access()
+    }
+}
+
+/// Which output rows belong to which expert, and which input row each is computed from.
+///
+/// Rows are in expert order: expert `e` owns the rows `offsets[e]..offsets[e + 1]`, of which there may be none.
+#[derive(Clone, Copy)]
+pub struct ExpertRows<'a> {
+    rows: usize,
+    input_rows: usize,
+    num_experts: usize,
+    offsets: Option<Rows<'a, u32>>,
+    gather: Option<Gather<'a>>,
+}
+
+/// Output row `r` is computed from input row `row_to_slot[r] / top_k`.
+#[derive(Clone, Copy)]
+pub(crate) struct Gather<'a> {
+    pub(crate) row_to_slot: Rows<'a, u32>,
+    pub(crate) top_k: usize,
+}
+
+impl<'a> ExpertRows<'a> {
+    /// One expert that owns all rows: what makes a grouped product a dense linear layer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] beyond 2^31 - 1 rows.
+    pub fn dense(rows: usize) -> Result<ExpertRows<'static>, Error> {
+        checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
+        Ok(ExpertRows { rows, input_rows: rows, num_experts: 1, offsets: None, gather: None })
+    }
+
+    /// From `E + 1` offsets in host memory, for operations on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for fewer than two offsets; [`Error::Index`] if the first is not 0 or one is less than its
+    /// predecessor; [`Error::TooLarge`] beyond 2^31 - 1 rows.
+    pub fn from_host(offsets: &'a [u32]) -> Result<ExpertRows<'a>, Error> {
+        let (Some(&first), Some(&last), true) = (offsets.first(), offsets.last(), offsets.len() >= 2) else {
+            return Err(Error::shape(Op::ExpertRows, "offsets", "[E + 1]", &[2], &[offsets.len()]));
+        };
+        if first != 0 {
+            return Err(Error::Index { op: Op::ExpertRows, arg: "offsets", at: 0, got: u64::from(first), bound: 1 });
+        }
+        if let Some(at) = (1..offsets.len()).find(|&i| offsets[i] < offsets[i - 1]) {
+            let (at, got, bound) = (at - 1, u64::from(offsets[at - 1]), u64::from(offsets[at]) + 1);
+            return Err(Error::Index { op: Op::ExpertRows, arg: "offsets", at, got, bound });
+        }
+        let rows = checked_product(Op::ExpertRows, "rows", &[last as usize], MAX_ROWS)?;
+        let view = Rows::from_slice(offsets, 1, offsets.len())?;
+        Ok(ExpertRows { rows, input_rows: rows, num_experts: offsets.len() - 1, offsets: Some(view), gather: None })
+    }
+
+    /// From `E + 1` offsets wherever they lie, unchecked.
+    ///
+    /// # Safety
+    ///
+    /// `offsets` is `[1, E + 1]`; when the work that is given this value runs, it begins with 0, does not decrease and ends
+    /// with `rows`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the view is not one row of at least two; [`Error::TooLarge`] beyond 2^31 - 1 rows.
+    pub unsafe fn from_raw(offsets: Rows<'a, u32>, rows: usize) -> Result<ExpertRows<'a>, Error> {
+        let num_experts = offsets.cols().saturating_sub(1).max(1);
+        check_shape(Op::ExpertRows, "offsets", "[1, E + 1]", &[1, num_experts + 1], &offsets.dims())?;
+        checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
+        Ok(ExpertRows { rows, input_rows: rows, num_experts, offsets: Some(offsets), gather: None })
+    }
+
+    /// From the parts of a routing, which has established the invariants.
+    pub(crate) fn trusted(offsets: Rows<'a, u32>, rows: usize, input_rows: usize, gather: Option<Gather<'a>>) -> ExpertRows<'a> {
+        ExpertRows { rows, input_rows, num_experts: offsets.cols() - 1, offsets: Some(offsets), gather }
+    }
+
+    /// R, the output rows of all experts together.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows of the input: R, or T where rows are gathered from tokens.
+    pub fn input_rows(&self) -> usize {
+        self.input_rows
+    }
+
+    /// E.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// The two parts that may live on a device, for admission at `place`; an absent part is at home everywhere.
+    pub(crate) fn accesses(&self, place: Place) -> [(&'static str, Access<'a>); 2] {
+        let absent = Access { place, mark: None, write: false };
+        let offsets = self.offsets.map_or(absent, |offsets| offsets.access());
+        [("offsets", offsets), ("row_to_slot", self.gather.map_or(absent, |gather| gather.row_to_slot.access()))]
+    }
+
+    /// The host's view of the offsets. Only CPU backends call this, after dispatch.
+    pub(crate) fn with_offsets<R>(&self, f: impl FnOnce(&[u32]) -> R) -> R {
+        match &self.offsets {
+            Some(offsets) => f(offsets.host().row(0)),
+            None => f(&[0, self.rows as u32]),
+        }
+    }
+
+    /// The input row of output row `row`. Only CPU backends call this, after dispatch.
+    pub(crate) fn input_row(&self, row: usize) -> usize {
+        match &self.gather {
+            Some(Gather { row_to_slot, top_k }) => row_to_slot.host().row(0)[row] as usize / top_k,
+            None => row,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_are_checked_at_the_door() {
+        let text = |offsets: &[u32]| ExpertRows::from_host(offsets).err().unwrap().to_string();
+        assert_eq!(text(&[0, 5, 4]), "expert_rows: `offsets[1]` is 5, must be < 5");
+        assert_eq!(text(&[1, 5]), "expert_rows: `offsets[0]` is 1, must be < 1");
+        assert_eq!(text(&[0]), "expert_rows: `offsets` must be [E + 1] = [2], got [1]");
+        assert_eq!(text(&[0, u32::MAX]), "expert_rows: rows is 4294967295, must be <= 2147483647");
+        assert_eq!(ExpertRows::from_host(&[0, 0, 7]).unwrap().rows(), 7);
+    }
+
+    #[test]
+    fn both_orders_know_their_shape() {
+        let data = [0.0f32; 24];
+        let stacked = Rows::from_slice(&data, 6, 4).unwrap();
+        let (nk, kn) = (ExpertWeights::nk(stacked, 2).unwrap(), ExpertWeights::kn(stacked, 2).unwrap());
+        assert_eq!((nk.n(), nk.k(), kn.n(), kn.k()), (3, 4, 4, 3));
+        assert!(ExpertWeights::nk(stacked, 4).is_err());
+        assert!(ExpertWeights::nk(stacked, 0).is_err());
+    }
+}

@@ -1,0 +1,517 @@
+//! The key-value cache: pages in two pools per layer, one block table for all layers.
+//!
+//! A pool is `[num_pages, page_tokens, Hkv, d]`. Sequence `b` keeps its token at position `p` in page
+//! `block_table[b][p / page_tokens]`, slot `p % page_tokens`. A contiguous cache has one page per sequence.
+//!
+//! One step of a model is [`KvCache::append`], which reserves room for the step's tokens, followed by each layer's operations
+//! on [`KvCache::layer_mut`]. The step's tokens are packed: sequence `b` owns the rows `query_offsets[b]..query_offsets[b + 1]`
+//! of the batch, and the last of them is at position `seq_lens[b] - 1`.
+#![allow(unsafe_code)] // the raw constructors
+
+use crate::device::{Access, Buffer, Stream};
+use crate::dtype::Element;
+use crate::error::{Error, Op, check_shape};
+use crate::layout::HeadLayout;
+use crate::shape::{MAX_ROWS, checked_product};
+use crate::view::{HostRows, HostRowsMut, Rows, RowsMut};
+
+/// The sizes of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Hkv.
+    pub num_kv_heads: usize,
+    /// d.
+    pub head_dim: usize,
+    /// Tokens of one page.
+    pub page_tokens: usize,
+    /// Pages of each pool.
+    pub num_pages: usize,
+    /// Pages that one sequence may hold.
+    pub max_pages: usize,
+    /// B, the sequences.
+    pub num_sequences: usize,
+}
+
+impl KvShape {
+    /// One page of `capacity_tokens` for each of `num_sequences`.
+    pub fn contiguous(heads: HeadLayout, num_sequences: usize, capacity_tokens: usize) -> KvShape {
+        let (num_kv_heads, head_dim) = (heads.num_kv_heads(), heads.head_dim());
+        KvShape { num_kv_heads, head_dim, page_tokens: capacity_tokens, num_pages: num_sequences, max_pages: 1, num_sequences }
+    }
+
+    fn row_cols(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+}
+
+/// The keys and values of several sequences in all layers of a model.
+pub struct KvCache<T> {
+    shape: KvShape,
+    pools: Vec<(Buffer<T>, Buffer<T>)>, // per layer: keys, values
+    block_table: Buffer<u32>,           // [B, max_pages]
+    seq_lens: Buffer<u32>,              // [1, B]
+    query_offsets: Buffer<u32>,         // [1, B + 1]
+    host: HostState,
+}
+
+/// The host's mirror of what lies on the device, by which capacity is checked.
+#[derive(Clone, Debug)]
+struct HostState {
+    pages: Vec<Vec<u32>>,
+    lens: Vec<u32>,
+    offsets: Vec<u32>,
+    free_pages: Vec<u32>,
+}
+
+impl<T: Element> KvCache<T> {
+    /// An empty cache.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if a size is 0; [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub fn new(stream: &Stream, num_layers: usize, shape: KvShape) -> Result<KvCache<T>, Error> {
+        let KvShape { num_kv_heads, head_dim, page_tokens, num_pages, max_pages, num_sequences } = shape;
+        let sizes = [
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("page_tokens", page_tokens),
+            ("num_pages", num_pages),
+            ("max_pages", max_pages),
+            ("num_sequences", num_sequences),
+        ];
+        if let Some(&(arg, got)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(Error::Value { op: Op::KvCache, arg, need: "at least 1", got: got as f64 });
+        }
+        checked_product(Op::KvCache, "tokens", &[num_pages, page_tokens], MAX_ROWS)?;
+        let elements = checked_product(Op::KvCache, "elements", &[num_pages, page_tokens, shape.row_cols()], isize::MAX as usize)?;
+        let table = checked_product(Op::KvCache, "block table", &[num_sequences, max_pages], MAX_ROWS)?;
+        let pool = || Buffer::zeros(stream, elements);
+        let host = HostState {
+            pages: vec![Vec::new(); num_sequences],
+            lens: vec![0; num_sequences],
+            offsets: vec![0; num_sequences + 1],
+            free_pages: (0..num_pages as u32).rev().collect(),
+        };
+        Ok(KvCache {
+            pools: (0..num_layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_, Error>>()?,
+            block_table: Buffer::zeros(stream, table)?,
+            seq_lens: Buffer::zeros(stream, num_sequences)?,
+            query_offsets: Buffer::zeros(stream, num_sequences + 1)?,
+            shape,
+            host,
+        })
+    }
+
+    /// Its sizes.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.pools.len()
+    }
+
+    /// Tokens held for a sequence, including those of the current step; 0 for one that does not exist.
+    pub fn len(&self, sequence: usize) -> usize {
+        self.host.lens.get(sequence).map_or(0, |&len| len as usize)
+    }
+
+    /// True when no sequence holds a token.
+    pub fn is_empty(&self) -> bool {
+        self.host.lens.iter().all(|&len| len == 0)
+    }
+
+    /// Begins a step that adds `new_tokens[b]` tokens to sequence `b`. The layers' operations then write them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] unless there is one count per sequence; [`Error::Capacity`] if the pages do not suffice. The cache
+    /// is unchanged then.
+    pub fn append(&mut self, stream: &Stream, new_tokens: &[usize]) -> Result<(), Error> {
+        check_shape(Op::KvCache, "new_tokens", "[B]", &[self.shape.num_sequences], &[new_tokens.len()])?;
+        let mut host = self.host.clone();
+        for (b, &count) in new_tokens.iter().enumerate() {
+            let len = checked_product(Op::KvCache, "sequence tokens", &[(host.lens[b] as usize).saturating_add(count)], MAX_ROWS)?;
+            let (need, max) = (len.div_ceil(self.shape.page_tokens), self.shape.max_pages);
+            let have = (host.pages[b].len() + host.free_pages.len()).min(max);
+            if need > have {
+                return Err(Error::Capacity {
+                    op: Op::KvCache,
+                    what: "tokens for one sequence",
+                    need: len,
+                    have: have * self.shape.page_tokens,
+                });
+            }
+            while host.pages[b].len() < need {
+                let page = host.free_pages.pop().unwrap_or_else(|| unreachable!("{need} pages of {have}"));
+                host.pages[b].push(page);
+            }
+            host.lens[b] = len as u32;
+            host.offsets[b + 1] = host.offsets[b] + count as u32;
+        }
+        self.upload(stream, host)
+    }
+
+    /// Empties one sequence and frees its pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for a sequence that does not exist.
+    pub fn clear(&mut self, stream: &Stream, sequence: usize) -> Result<(), Error> {
+        let mut host = self.host.clone();
+        let Some(pages) = host.pages.get_mut(sequence) else {
+            let bound = self.shape.num_sequences as u64;
+            return Err(Error::Index { op: Op::KvCache, arg: "sequence", at: 0, got: sequence as u64, bound });
+        };
+        host.free_pages.extend(pages.drain(..).rev());
+        host.lens[sequence] = 0;
+        host.offsets.fill(0); // no step is open any more
+        self.upload(stream, host)
+    }
+
+    fn upload(&mut self, stream: &Stream, host: HostState) -> Result<(), Error> {
+        if host.pages != self.host.pages {
+            let mut table = vec![0; self.block_table.len()];
+            for (row, pages) in table.chunks_exact_mut(self.shape.max_pages).zip(&host.pages) {
+                row[..pages.len()].copy_from_slice(pages);
+            }
+            self.block_table.copy_from_slice(stream, &table)?;
+        }
+        self.seq_lens.copy_from_slice(stream, &host.lens)?;
+        self.query_offsets.copy_from_slice(stream, &host.offsets)?;
+        self.host = host;
+        Ok(())
+    }
+
+    /// One layer, for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for a layer that does not exist.
+    pub fn layer(&self, layer: usize) -> Result<KvLayer<'_, T>, Error> {
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host } = self;
+        let (rows, cols) = (shape.num_pages * shape.page_tokens, shape.row_cols());
+        let (keys, values) = pools.get(layer).ok_or(no_layer(layer, pools.len()))?;
+        let pages = KvPages::new(shape, host, block_table, seq_lens, query_offsets)?;
+        Ok(KvLayer { pages, keys: keys.rows(rows, cols)?, values: values.rows(rows, cols)? })
+    }
+
+    /// One layer, for writing the step's tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for a layer that does not exist.
+    pub fn layer_mut(&mut self, layer: usize) -> Result<KvLayerMut<'_, T>, Error> {
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host } = self;
+        let (rows, cols, count) = (shape.num_pages * shape.page_tokens, shape.row_cols(), pools.len());
+        let (keys, values) = pools.get_mut(layer).ok_or(no_layer(layer, count))?;
+        let pages = KvPages::new(shape, host, block_table, seq_lens, query_offsets)?;
+        Ok(KvLayerMut { pages, keys: keys.rows_mut(rows, cols)?, values: values.rows_mut(rows, cols)? })
+    }
+}
+
+impl<T: Element> std::fmt::Debug for KvCache<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KvCache<{}>({} layers, {:?}, lengths {:?})", T::DTYPE.name(), self.pools.len(), self.shape, self.host.lens)
+    }
+}
+
+fn no_layer(layer: usize, layers: usize) -> Error {
+    Error::Index { op: Op::KvCache, arg: "layer", at: 0, got: layer as u64, bound: layers as u64 }
+}
+
+/// Which page holds which tokens, and which rows of the step belong to which sequence.
+#[derive(Clone, Copy)]
+pub struct KvPages<'a> {
+    page_tokens: usize,
+    page_stride: usize, // rows from one page to the next
+    num_pages: usize,
+    num_tokens: usize,
+    max_len: usize,
+    block_table: Rows<'a, u32>,   // [B, max_pages]
+    seq_lens: Rows<'a, u32>,      // [1, B]
+    query_offsets: Rows<'a, u32>, // [1, B + 1]
+}
+
+/// The sizes that go with the device arrays of [`KvPages::from_raw`].
+#[derive(Clone, Copy, Debug)]
+pub struct KvPageSizes {
+    /// Tokens of one page.
+    pub page_tokens: usize,
+    /// Rows of a pool from one page to the next; at least `page_tokens`.
+    pub page_stride: usize,
+    /// Pages of each pool.
+    pub num_pages: usize,
+    /// T, the step's tokens.
+    pub num_tokens: usize,
+    /// No sequence is longer than this, the step's tokens included.
+    pub max_len: usize,
+}
+
+impl<'a> KvPages<'a> {
+    fn new(
+        shape: &KvShape,
+        host: &HostState,
+        block_table: &'a Buffer<u32>,
+        seq_lens: &'a Buffer<u32>,
+        query_offsets: &'a Buffer<u32>,
+    ) -> Result<KvPages<'a>, Error> {
+        let sequences = shape.num_sequences;
+        Ok(KvPages {
+            page_tokens: shape.page_tokens,
+            page_stride: shape.page_tokens,
+            num_pages: shape.num_pages,
+            num_tokens: host.offsets[sequences] as usize,
+            max_len: host.lens.iter().copied().max().unwrap_or(0) as usize,
+            block_table: block_table.rows(sequences, shape.max_pages)?,
+            seq_lens: seq_lens.rows(1, sequences)?,
+            query_offsets: query_offsets.rows(1, sequences + 1)?,
+        })
+    }
+
+    /// An engine's own page arrays: `block_table [B, max_pages]`, `seq_lens [1, B]` with the step's tokens counted,
+    /// `query_offsets [1, B + 1]`.
+    ///
+    /// # Safety
+    ///
+    /// When the work that is given this value runs:
+    /// * every page that a sequence's length reaches is below `num_pages`, and no page belongs to two sequences;
+    /// * no length exceeds `max_len` or the sequence's pages, nor is it less than the sequence's tokens in this step;
+    /// * `query_offsets` begins with 0, does not decrease and ends with `num_tokens`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the arrays disagree on B; [`Error::Layout`] if pages overlap; [`Error::TooLarge`].
+    pub unsafe fn from_raw(
+        sizes: KvPageSizes,
+        block_table: Rows<'a, u32>,
+        seq_lens: Rows<'a, u32>,
+        query_offsets: Rows<'a, u32>,
+    ) -> Result<KvPages<'a>, Error> {
+        let KvPageSizes { page_tokens, page_stride, num_pages, num_tokens, max_len } = sizes;
+        let sequences = block_table.rows();
+        check_shape(Op::KvCache, "seq_lens", "[1, B]", &[1, sequences], &seq_lens.dims())?;
+        check_shape(Op::KvCache, "query_offsets", "[1, B + 1]", &[1, sequences + 1], &query_offsets.dims())?;
+        if page_tokens == 0 || page_stride < page_tokens {
+            return Err(Error::Layout { op: Op::KvCache, arg: "page_stride", need: "at least `page_tokens` >= 1 rows", got: page_stride });
+        }
+        checked_product(Op::KvCache, "tokens", &[num_pages, page_stride], MAX_ROWS)?;
+        checked_product(Op::KvCache, "step tokens", &[num_tokens.max(max_len)], MAX_ROWS)?;
+        Ok(KvPages { page_tokens, page_stride, num_pages, num_tokens, max_len, block_table, seq_lens, query_offsets })
+    }
+
+    /// B.
+    pub fn num_sequences(&self) -> usize {
+        self.block_table.rows()
+    }
+
+    /// T, the tokens of the step, all sequences together.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// An upper bound of the sequences' lengths, the step's tokens included.
+    pub fn max_len(&self) -> usize {
+        self.max_len
+    }
+
+    /// Rows that a pool must have.
+    fn pool_rows(&self) -> usize {
+        if self.num_pages == 0 { 0 } else { (self.num_pages - 1) * self.page_stride + self.page_tokens }
+    }
+
+    fn check_pools(&self, keys: [usize; 2], values: [usize; 2]) -> Result<(), Error> {
+        if keys[0] < self.pool_rows() {
+            return Err(Error::Capacity { op: Op::KvCache, what: "rows of a pool", need: self.pool_rows(), have: keys[0] });
+        }
+        check_shape(Op::KvCache, "values", "[num_pages * page_tokens, Hkv * d]", &keys, &values)
+    }
+
+    fn accesses(&self) -> [(&'static str, Access<'a>); 3] {
+        [("block_table", self.block_table.access()), ("seq_lens", self.seq_lens.access()), ("query_offsets", self.query_offsets.access())]
+    }
+
+    /// As seen from the host. Only CPU backends call this, after dispatch.
+    pub(crate) fn host(&self) -> HostPages<'a> {
+        HostPages {
+            page_tokens: self.page_tokens,
+            page_stride: self.page_stride,
+            block_table: self.block_table.host(),
+            seq_lens: self.seq_lens.host().row(0),
+            query_offsets: self.query_offsets.host().row(0),
+        }
+    }
+}
+
+/// One layer's keys and values, for reading.
+#[derive(Clone, Copy)]
+pub struct KvLayer<'a, T> {
+    pages: KvPages<'a>,
+    keys: Rows<'a, T>,
+    values: Rows<'a, T>,
+}
+
+/// One layer's keys and values, for writing the step's tokens.
+pub struct KvLayerMut<'a, T> {
+    pages: KvPages<'a>,
+    keys: RowsMut<'a, T>,
+    values: RowsMut<'a, T>,
+}
+
+impl<'a, T: Element> KvLayer<'a, T> {
+    /// Pools of `[num_pages * page_stride, Hkv * d]` with the pages that describe them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Capacity`] if a pool has too few rows; [`Error::Shape`] if the pools differ.
+    pub fn new(pages: KvPages<'a>, keys: Rows<'a, T>, values: Rows<'a, T>) -> Result<Self, Error> {
+        pages.check_pools(keys.dims(), values.dims())?;
+        Ok(KvLayer { pages, keys, values })
+    }
+
+    /// Which token lies where.
+    pub fn pages(&self) -> &KvPages<'a> {
+        &self.pages
+    }
+
+    /// All keys, `[num_pages * page_stride, Hkv * d]`.
+    pub fn keys(&self) -> Rows<'a, T> {
+        self.keys
+    }
+
+    /// All values, `[num_pages * page_stride, Hkv * d]`.
+    pub fn values(&self) -> Rows<'a, T> {
+        self.values
+    }
+
+    pub(crate) fn accesses(&self) -> [(&'static str, Access<'a>); 5] {
+        let [table, lens, offsets] = self.pages.accesses();
+        [("keys", self.keys.access()), ("values", self.values.access()), table, lens, offsets]
+    }
+}
+
+impl<'a, T: Element> KvLayerMut<'a, T> {
+    /// Pools of `[num_pages * page_stride, Hkv * d]` with the pages that describe them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Capacity`] if a pool has too few rows; [`Error::Shape`] if the pools differ.
+    pub fn new(pages: KvPages<'a>, keys: RowsMut<'a, T>, values: RowsMut<'a, T>) -> Result<Self, Error> {
+        pages.check_pools(keys.dims(), values.dims())?;
+        Ok(KvLayerMut { pages, keys, values })
+    }
+
+    /// Which token lies where.
+    pub fn pages(&self) -> &KvPages<'a> {
+        &self.pages
+    }
+
+    /// Columns of a token's keys, `Hkv * d`.
+    pub fn cols(&self) -> usize {
+        self.keys.cols()
+    }
+
+    pub(crate) fn accesses(&self) -> [(&'static str, Access<'a>); 5] {
+        let [table, lens, offsets] = self.pages.accesses();
+        [("keys", self.keys.access()), ("values", self.values.access()), table, lens, offsets]
+    }
+
+    /// The pools as seen from the host. Only CPU backends call this, after dispatch.
+    pub(crate) fn host(&mut self) -> (HostPages<'a>, HostRowsMut<'_, T>, HostRowsMut<'_, T>) {
+        (self.pages.host(), self.keys.host(), self.values.host())
+    }
+}
+
+/// [`KvPages`] with its arrays as slices.
+#[derive(Clone, Copy)]
+pub(crate) struct HostPages<'a> {
+    page_tokens: usize,
+    page_stride: usize,
+    block_table: HostRows<'a, u32>,
+    seq_lens: &'a [u32],
+    query_offsets: &'a [u32],
+}
+
+impl HostPages<'_> {
+    pub(crate) fn num_sequences(&self) -> usize {
+        self.seq_lens.len()
+    }
+
+    /// The rows of the step that belong to a sequence.
+    pub(crate) fn query_range(&self, sequence: usize) -> std::ops::Range<usize> {
+        self.query_offsets[sequence] as usize..self.query_offsets[sequence + 1] as usize
+    }
+
+    /// Its tokens in the cache, the step's included.
+    pub(crate) fn seq_len(&self, sequence: usize) -> usize {
+        self.seq_lens[sequence] as usize
+    }
+
+    /// The sequence that owns a row of the step, and the position of that token.
+    pub(crate) fn locate(&self, token: usize) -> (usize, usize) {
+        let sequence = self.query_offsets.partition_point(|&offset| offset as usize <= token) - 1;
+        (sequence, self.seq_len(sequence) - (self.query_range(sequence).end - token))
+    }
+
+    /// The row of the pools that holds a position of a sequence.
+    pub(crate) fn pool_row(&self, sequence: usize, position: usize) -> usize {
+        let page = self.block_table.row(sequence)[position / self.page_tokens] as usize;
+        page * self.page_stride + position % self.page_tokens
+    }
+
+    /// Positions from `position` on that lie in consecutive rows of the pools.
+    pub(crate) fn contiguous_from(&self, position: usize) -> usize {
+        self.page_tokens - position % self.page_tokens
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    fn paged() -> KvShape {
+        KvShape { num_kv_heads: 1, head_dim: 2, page_tokens: 4, num_pages: 5, max_pages: 3, num_sequences: 2 }
+    }
+
+    #[test]
+    fn positions_continue_over_steps_and_pages() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, paged()).unwrap();
+        cache.append(&stream, &[3, 0]).unwrap();
+        cache.append(&stream, &[2, 6]).unwrap();
+        assert_eq!((cache.len(0), cache.len(1), cache.len(2)), (5, 6, 0));
+        let layer = cache.layer(0).unwrap();
+        let pages = layer.pages().host();
+        assert_eq!((0..8).map(|token| pages.locate(token)).collect::<Vec<_>>()[..4], [(0, 3), (0, 4), (1, 0), (1, 1)]);
+        let mut rows: Vec<usize> = (0..5).map(|p| pages.pool_row(0, p)).chain((0..6).map(|p| pages.pool_row(1, p))).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        assert_eq!(rows.len(), 11);
+        assert!(cache.layer(1).is_err() && cache.layer_mut(1).is_err());
+    }
+
+    #[test]
+    fn a_full_cache_refuses_and_stays_as_it_was() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, paged()).unwrap();
+        cache.append(&stream, &[12, 0]).unwrap();
+        let text = cache.append(&stream, &[0, 9]).unwrap_err().to_string();
+        assert_eq!(text, "kv_cache: needs 9 tokens for one sequence, has 8");
+        assert!(cache.append(&stream, &[1, 0]).is_err());
+        assert!(cache.append(&stream, &[usize::MAX, 0]).is_err());
+        assert!(cache.append(&stream, &[1]).is_err());
+        assert_eq!((cache.len(0), cache.len(1)), (12, 0));
+        cache.clear(&stream, 0).unwrap();
+        cache.append(&stream, &[0, 12]).unwrap();
+        assert!(cache.clear(&stream, 2).is_err());
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        let stream = Device::cpu().stream().unwrap();
+        assert!(KvCache::<f32>::new(&stream, 1, KvShape { page_tokens: 0, ..paged() }).is_err());
+        assert!(KvCache::<f32>::new(&stream, 1, KvShape { num_pages: 1 << 40, ..paged() }).is_err());
+    }
+}

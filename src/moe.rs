@@ -1,0 +1,1 @@
+//! The MoE layer: not here yet.

@@ -1,0 +1,36 @@
+//! Gated linear unit: `y = silu(gate) * up`, the activation between the two expert products.
+//!
+//! Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6; `DbrxExpertGLU.forward` in Hugging Face transformers.
+//! Kernel: `cuda/glu.cu`. Oracle: `tests/oracle/glu.rs`. Bench: `benches/glu.rs`.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use crate::device::Stream;
+use crate::dtype::Float;
+use crate::error::{Error, Op, check_shape};
+use crate::view::{Rows, RowsMut};
+
+/// Writes `silu(gate) * up` to `y`, with `silu(x) = x / (1 + exp(-x))`.
+///
+/// | argument | shape    | meaning                                             |
+/// |----------|----------|-----------------------------------------------------|
+/// | `gate`   | `[R, F]` | output of the `w1` product, `R = T * top_k`         |
+/// | `up`     | `[R, F]` | output of the `v1` product                          |
+/// | `y`      | `[R, F]` | written in full; what it held before does not matter |
+///
+/// Computed in `f32`, rounded once to the element type. Dtypes: `f32`, `bf16`, `f16`.
+/// `R = 0` or `F = 0` is a no-op. A NaN in row `r` stays in row `r`; `silu` of a large negative value is `-0`, never NaN.
+///
+/// # Errors
+///
+/// [`Error::Shape`] if the three shapes differ; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row
+/// does not begin on 16 bytes. Nothing is written.
+pub fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
+    check_shape(Op::Glu, "up", "[R, F]", &gate.dims(), &up.dims())?;
+    check_shape(Op::Glu, "y", "[R, F]", &gate.dims(), &y.dims())?;
+    let run = dispatch!(stream, Op::Glu, cpu::glu, cuda::glu);
+    stream.admit(Op::Glu, &[("gate", gate.access()), ("up", up.access()), ("y", y.access())])?;
+    run(stream, gate, up, y)
+}

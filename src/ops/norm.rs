@@ -1,0 +1,1 @@
+//! `norm`: not here yet.

@@ -1,0 +1,7 @@
+//! The CPU's vector primitives. Everything that a CPU backend does to long rows goes through here.
+//!
+//! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
+
+mod portable;
+
+pub(crate) use self::portable::{add_scaled, dot, narrow, scale, widen};

@@ -1,0 +1,19 @@
+//! What the tests and benches of dropless share: devices to run on, inputs, guarded outputs, comparison, goldens.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`device`] | every device a test runs on |
+//! | [`fill`] | seeded inputs: uniform, normal, small integers |
+//! | [`guard`] | inputs and outputs between canaries, poisoned twice |
+//! | [`compare`] | element-wise bounds, exact bits, relative L2; none of them passes on zeros |
+//! | [`goldens`] | other implementations' results |
+//! | [`recorder`] | a driver that only records what it was asked |
+//! | [`bench`] | verify, then time; FLOP and bytes by formula |
+
+pub mod bench;
+pub mod compare;
+pub mod device;
+pub mod fill;
+pub mod goldens;
+pub mod guard;
+pub mod recorder;

@@ -1,0 +1,150 @@
+//! A driver that computes nothing and records what it was asked: launches, copies, allocations.
+
+use std::ffi::CStr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
+
+/// One recorded call.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Call {
+    Alloc { address: u64, bytes: usize },
+    Free { address: u64 },
+    Load { bytes: usize },
+    Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, params: Vec<u8> },
+    Wait,
+}
+
+/// A device with made-up addresses. Everything succeeds; nothing is computed.
+#[derive(Default)]
+pub struct Recorder {
+    calls: Mutex<Vec<Call>>,
+    entries: Mutex<Vec<String>>,
+    next: AtomicU64,
+}
+
+impl Recorder {
+    /// The calls so far.
+    pub fn calls(&self) -> Vec<Call> {
+        self.calls.lock().expect("no panic while recording").clone()
+    }
+
+    /// The launches so far.
+    pub fn launches(&self) -> Vec<Call> {
+        self.calls().into_iter().filter(|call| matches!(call, Call::Launch { .. })).collect()
+    }
+
+    fn push(&self, call: Call) {
+        self.calls.lock().expect("no panic while recording").push(call);
+    }
+
+    fn handle(&self) -> Handle {
+        self.next.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+// SAFETY: addresses are never dereferenced; nothing is read or written through them.
+unsafe impl Driver for Recorder {
+    fn version(&self) -> DriverResult<u32> {
+        Ok(12040)
+    }
+    fn device_count(&self) -> DriverResult<u32> {
+        Ok(1)
+    }
+    fn make_current(&self, _: u32) -> DriverResult<()> {
+        Ok(())
+    }
+    fn attributes(&self, _: u32) -> DriverResult<Attributes> {
+        Ok(Attributes { compute_capability: (9, 0), sm_count: 4, max_shared_bytes: 232_448, name: "recorder".into() })
+    }
+    fn memory_info(&self, _: u32) -> DriverResult<(u64, u64)> {
+        Ok((1 << 30, 1 << 30))
+    }
+    fn alloc(&self, _: Handle, bytes: usize) -> DriverResult<u64> {
+        let address = 0x7000_0000_0000 + (self.handle() << 32);
+        self.push(Call::Alloc { address, bytes });
+        Ok(address)
+    }
+    fn free(&self, _: Handle, address: u64) -> DriverResult<()> {
+        self.push(Call::Free { address });
+        Ok(())
+    }
+    fn fill(&self, _: Handle, _: u64, _: u8, _: usize) -> DriverResult<()> {
+        Ok(())
+    }
+    unsafe fn copy_to_device(&self, _: Handle, _: u64, _: *const u8, _: usize) -> DriverResult<()> {
+        Ok(())
+    }
+    unsafe fn copy_to_host(&self, _: Handle, _: *mut u8, _: u64, _: usize) -> DriverResult<()> {
+        Ok(())
+    }
+    fn copy_on_device(&self, _: Handle, _: u64, _: u64, _: usize) -> DriverResult<()> {
+        Ok(())
+    }
+    fn alloc_pinned(&self, _: u32, _: usize) -> DriverResult<*mut u8> {
+        Err(DriverError::OUT_OF_MEMORY)
+    }
+    unsafe fn free_pinned(&self, _: *mut u8) -> DriverResult<()> {
+        Ok(())
+    }
+    fn create_stream(&self, _: u32) -> DriverResult<Handle> {
+        Ok(self.handle())
+    }
+    fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn synchronize(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
+        Ok(self.handle())
+    }
+    fn destroy_event(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn record(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn wait(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        self.push(Call::Wait);
+        Ok(())
+    }
+    fn elapsed_ms(&self, _: Handle, _: Handle) -> DriverResult<f32> {
+        Ok(0.0)
+    }
+    fn begin_capture(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
+        Ok(self.handle())
+    }
+    fn launch_graph(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn destroy_graph(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn load_image(&self, _: u32, image: &CStr) -> DriverResult<Handle> {
+        self.push(Call::Load { bytes: image.count_bytes() });
+        Ok(self.handle())
+    }
+    fn function(&self, _: Handle, entry: &CStr) -> DriverResult<Handle> {
+        let mut entries = self.entries.lock().expect("no panic while recording");
+        entries.push(entry.to_string_lossy().into_owned());
+        Ok(entries.len() as Handle)
+    }
+    fn set_shared_limit(&self, _: Handle, _: u32) -> DriverResult<()> {
+        Ok(())
+    }
+    unsafe fn launch(&self, _: Handle, launch: &Launch<'_>) -> DriverResult<()> {
+        let entry = self.entries.lock().expect("no panic while recording")[launch.function as usize - 1].clone();
+        let Launch { grid, block, shared_bytes, params, .. } = *launch;
+        self.push(Call::Launch { entry, grid, block, shared_bytes, params: params.to_vec() });
+        Ok(())
+    }
+    fn encode_tensor_map(&self, _: u32, _: &TensorMapDesc) -> DriverResult<TensorMap> {
+        Ok(TensorMap([0; 16]))
+    }
+}

@@ -1,0 +1,15 @@
+//! Every operation against its oracle, on every device there is. One module per operation, by its stem.
+
+#[path = "../oracle/mod.rs"]
+mod oracle;
+
+mod attention;
+mod embedding;
+mod glu;
+mod grouped_gemm;
+mod moe;
+mod norm;
+mod permute;
+mod rope;
+mod router;
+mod sample;

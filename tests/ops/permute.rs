@@ -1,0 +1,1 @@
+//! `permute`: not here yet.

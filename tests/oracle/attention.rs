@@ -1,0 +1,1 @@
+//! Oracle of `attention`: not here yet.

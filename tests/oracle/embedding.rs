@@ -1,0 +1,1 @@
+//! Oracle of `embedding`: not here yet.

@@ -1,0 +1,13 @@
+//! What each operation should give, in f64 and plain loops, one line per equation. Never optimised.
+#![allow(dead_code)] // benches and tests each use a part
+
+pub mod attention;
+pub mod embedding;
+pub mod glu;
+pub mod grouped_gemm;
+pub mod moe;
+pub mod norm;
+pub mod permute;
+pub mod rope;
+pub mod router;
+pub mod sample;

@@ -1,0 +1,1 @@
+//! Oracle of `moe`: not here yet.

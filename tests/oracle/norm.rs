@@ -1,0 +1,1 @@
+//! Oracle of `norm`: not here yet.

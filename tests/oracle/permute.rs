@@ -1,0 +1,1 @@
+//! Oracle of `permute`: not here yet.

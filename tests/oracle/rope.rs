@@ -1,0 +1,1 @@
+//! Oracle of `rope`: not here yet.

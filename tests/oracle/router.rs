@@ -1,0 +1,1 @@
+//! Oracle of `router`: not here yet.

@@ -1,0 +1,1 @@
+//! Oracle of `sample`: not here yet.
