@@ -17,6 +17,8 @@ pub enum Ty {
     Bf16,
     F16x2,
     Bf16x2,
+    E4m3x2,
+    E5m2x2,
     F32,
     F64,
 }
@@ -25,7 +27,7 @@ impl Ty {
     fn bytes(self) -> usize {
         match self {
             Ty::B8 => 1,
-            Ty::B16 | Ty::F16 | Ty::Bf16 => 2,
+            Ty::B16 | Ty::F16 | Ty::Bf16 | Ty::E4m3x2 | Ty::E5m2x2 => 2,
             Ty::B32 | Ty::F16x2 | Ty::Bf16x2 | Ty::F32 => 4,
             Ty::B64 | Ty::F64 => 8,
         }
@@ -34,7 +36,7 @@ impl Ty {
     /// Register class; bytes travel in 16-bit registers.
     fn register(self) -> &'static str {
         match self {
-            Ty::B8 | Ty::B16 | Ty::F16 | Ty::Bf16 => ".b16",
+            Ty::B8 | Ty::B16 | Ty::F16 | Ty::Bf16 | Ty::E4m3x2 | Ty::E5m2x2 => ".b16",
             Ty::B32 | Ty::F16x2 | Ty::Bf16x2 => ".b32",
             Ty::F32 => ".f32",
             Ty::B64 => ".b64",
@@ -48,6 +50,8 @@ impl Ty {
             Ty::Bf16 => Format::Bf16,
             Ty::F16x2 => Format::F16x2,
             Ty::Bf16x2 => Format::Bf16x2,
+            Ty::E4m3x2 => Format::E4m3x2,
+            Ty::E5m2x2 => Format::E5m2x2,
             Ty::F32 => Format::F32,
             Ty::F64 => Format::F64,
             _ => Format::Bits(self.bytes()),
@@ -68,6 +72,8 @@ impl Ty {
         };
         match self {
             Ty::B8 => (0..=255).collect(),
+            // Every code in both halves.
+            Ty::E4m3x2 | Ty::E5m2x2 => (0..256).map(|code| code | ((code * 7 + 3) & 0xFF) << 8).collect(),
             Ty::B16 => integers(16, &[0x1234, 0xABCD, 100, 0xFF9C, 0x5555, 0x00FF]),
             Ty::B32 => integers(32, &[0x1234_5678, 0x89AB_CDEF, 0xFFFF_FF9C, 1000, 0x0000_FFFF, 0x5555_5555, 0x00FF_00FF]),
             Ty::B64 => integers(64, &[0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210, 1000, 0xFFFF_FFFF, 1 << 32, 0xFFFF_FFFF_FFFF_FC18]),

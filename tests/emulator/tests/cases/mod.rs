@@ -121,6 +121,8 @@ pub enum Format {
     F16x2,
     Bf16,
     Bf16x2,
+    E4m3x2,
+    E5m2x2,
     F32,
     F64,
 }
@@ -129,7 +131,7 @@ pub enum Format {
 #[derive(Clone, Copy, Debug)]
 pub enum Want {
     Bits(u64),
-    /// Two halves of 16 bits, low one first.
+    /// The two halves of a packed element, low one first.
     Pair(Half, Half),
     /// Any NaN of the format.
     Nan,
@@ -149,7 +151,7 @@ impl Format {
     pub fn bytes(self) -> usize {
         match self {
             Format::Bits(bytes) => bytes,
-            Format::F16 | Format::Bf16 => 2,
+            Format::F16 | Format::Bf16 | Format::E4m3x2 | Format::E5m2x2 => 2,
             Format::F16x2 | Format::Bf16x2 | Format::F32 => 4,
             Format::F64 => 8,
         }
@@ -160,6 +162,8 @@ impl Format {
             Format::Bits(_) => bits as f64,
             Format::F16 | Format::F16x2 => number::F16.value(bits),
             Format::Bf16 | Format::Bf16x2 => number::BF16.value(bits),
+            Format::E4m3x2 => number::E4M3.value(bits),
+            Format::E5m2x2 => number::E5M2.value(bits),
             Format::F32 => f64::from(f32::from_bits(bits as u32)),
             Format::F64 => f64::from_bits(bits),
         }
@@ -179,11 +183,14 @@ impl Want {
             Want::Bits(want) => bits == want,
             Want::Nan => format.value(bits).is_nan(),
             Want::Near { value, relative, absolute } => near(format.value(bits), value, relative, absolute),
-            Want::Pair(low, high) => [(low, bits & 0xFFFF), (high, bits >> 16)].iter().all(|&(want, bits)| match want {
-                Half::Bits(want) => bits == u64::from(want),
-                Half::Nan => format.value(bits).is_nan(),
-                Half::Near { value, relative } => near(format.value(bits), value, relative, 0.0),
-            }),
+            Want::Pair(low, high) => {
+                let width = 4 * format.bytes();
+                [(low, bits & ((1 << width) - 1)), (high, bits >> width)].iter().all(|&(want, bits)| match want {
+                    Half::Bits(want) => bits == u64::from(want),
+                    Half::Nan => format.value(bits).is_nan(),
+                    Half::Near { value, relative } => near(format.value(bits), value, relative, 0.0),
+                })
+            }
         }
     }
 }
