@@ -19,7 +19,7 @@ pub use self::experts::{ExpertRows, ExpertWeights, WeightOrder};
 pub(crate) use self::kv::HostPages;
 pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
-pub(crate) use self::routing::index_slots;
+pub(crate) use self::routing::{RoutingParts, index_slots};
 pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
 
 use crate::device::{Buffer, Stream};
