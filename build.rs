@@ -49,3 +49,33 @@ impl bindgen::callbacks::ParseCallbacks for AddressesAreCopy {
         Some(bindgen::callbacks::ImplementsTrait::Yes)
     }
 }
+
+/// Compiles every kernel with the caller's nvcc into `OUT_DIR`, from where `src/device/image.rs` embeds it.
+#[cfg(feature = "build-kernels")]
+fn build_kernels() {
+    use std::path::PathBuf;
+    use std::process::Command;
+
+    for variable in ["DROPLESS_NVCC", "CUDA_HOME", "CUDA_PATH", "DOCS_RS"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    println!("cargo::rerun-if-changed=cuda");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let toolkit = || variable("CUDA_HOME").or_else(|| variable("CUDA_PATH")).map(|home| home.join("bin/nvcc")).filter(|nvcc| nvcc.exists());
+    let nvcc = variable("DROPLESS_NVCC").or_else(toolkit).unwrap_or_else(|| PathBuf::from("nvcc"));
+    let kernels = std::fs::read_dir("cuda").unwrap_or_else(|error| panic!("cuda/: {error}"));
+    for source in kernels.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|e| e == "cu")) {
+        let image = out.join(source.with_extension("sm_90a.ptx").file_name().unwrap_or_default());
+        if variable("DOCS_RS").is_some() {
+            std::fs::write(image, "").unwrap_or_else(|error| panic!("{error}")); // documentation needs no kernels
+            continue;
+        }
+        let mut command = Command::new(&nvcc);
+        command.args(["-ptx", "-arch=compute_90a", "-std=c++17", "-lineinfo", "-Icuda", "-o"]).arg(image).arg(&source);
+        let run = command.output().unwrap_or_else(|error| {
+            panic!("build-kernels needs nvcc: {} cannot be run ({error}); set DROPLESS_NVCC, CUDA_HOME or CUDA_PATH", nvcc.display())
+        });
+        assert!(run.status.success(), "{}\n{}", source.display(), String::from_utf8_lossy(&run.stderr));
+    }
+}

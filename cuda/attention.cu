@@ -8,7 +8,7 @@
 #include "common/pages.cuh"
 #include "common/reduce.cuh"
 
-constexpr int WARPS = 4;
+enum : int { WARPS = 4 };
 
 template <typename T> __device__ void attention(const AttentionParams& p) {
     extern __shared__ float dynamic[]; // per warp: the query, the weighted sum of values

@@ -6,7 +6,7 @@
 // Order     one chain of f32 additions over ascending k per element, rounded once: a row's bits depend on that row and the weights alone.
 #include "common/dtype.cuh"
 
-constexpr int TILE = 32, THREADS = 64, PITCH = TILE + 4; // rows of shared tiles stay on 16 bytes
+enum : int { TILE = 32, THREADS = 64, PITCH = TILE + 4 }; // rows of shared tiles stay on 16 bytes
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 

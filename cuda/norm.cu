@@ -10,7 +10,7 @@
 enum Kind { LAYER, RMS };
 
 // Elements of a row that one thread holds. norm/cuda.rs knows this number.
-constexpr int ELEMS_PER_THREAD = 16;
+enum : int { ELEMS_PER_THREAD = 16 };
 
 template <typename T, Kind KIND, bool ADD> __device__ void norm(const NormParams& p) {
     constexpr int    SIZE = Vec<T>::SIZE, VECTORS = ELEMS_PER_THREAD / SIZE;

@@ -9,7 +9,7 @@
 
 // ---- logits
 
-constexpr int LOGITS_WARPS = 8, TOKENS = 4, EXPERTS = 8;
+enum : int { LOGITS_WARPS = 8, TOKENS = 4, EXPERTS = 8 };
 static_assert(TOKENS * EXPERTS == 32, "one sum per lane");
 
 template <typename T> __device__ void logits(const LogitsParams& p) {
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f1
 
 // ---- choose
 
-constexpr int MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, CHOOSE_WARPS = 4;
+enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, CHOOSE_WARPS = 4 };
 
 extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) {
     for (int64_t token = int64_t(blockIdx.x) * CHOOSE_WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * CHOOSE_WARPS) {
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(co
 
 // ---- index
 
-constexpr int INDEX_WARPS = 32;
+enum : int { INDEX_WARPS = 32 };
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) {
     __shared__ uint32_t next[INDEX_WARPS][MAX_EXPERTS]; // first a warp's count of each expert, then the next row it gives out

@@ -23,6 +23,27 @@ macro_rules! dispatch {
     };
 }
 
+/// The entry of a family that serves an element type: `entry!("glu", Bf16)` is `"glu_bf16"`.
+#[cfg(feature = "cuda")]
+macro_rules! entry {
+    ($stem:literal, $T:ty) => {
+        match <$T as $crate::Element>::DTYPE {
+            $crate::DType::Bf16 => concat!($stem, "_bf16"),
+            $crate::DType::F16 => concat!($stem, "_f16"),
+            _ => concat!($stem, "_f32"),
+        }
+    };
+}
+
+/// Kernels read all their float arguments as one type, that of `A`; the CPU mixes them.
+#[cfg(feature = "cuda")]
+fn one_type<A: crate::Element, W: crate::Element>(op: crate::Op, what: &'static str) -> Result<(), crate::Error> {
+    if A::DTYPE == W::DTYPE {
+        return Ok(());
+    }
+    Err(crate::Error::Unsupported { op, what, got: W::DTYPE.name(), supported: A::DTYPE.name() })
+}
+
 pub mod attention;
 pub mod embedding;
 pub mod glu;

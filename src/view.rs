@@ -173,6 +173,19 @@ impl<'a, T: Element> Rows<'a, T> {
         self.first.expose_provenance() as u64
     }
 
+    /// The device address of the first element, if every row begins on 16 bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
+        let (misfit, stride_bytes) = (self.address() as usize % 16, self.stride * size_of::<T>());
+        if misfit != 0 {
+            return Err(Error::Layout { op, arg, need: "a first address that is a multiple of 16 bytes, remainder 0", got: misfit });
+        }
+        if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
+            return Err(Error::Layout { op, arg, need: "a row stride that is a multiple of 16 bytes", got: stride_bytes });
+        }
+        Ok(self.address())
+    }
+
     pub(crate) fn access(&self) -> Access<'a> {
         Access { place: self.place, mark: self.mark, write: false }
     }
@@ -286,6 +299,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
+    }
+
+    /// The device address of the first element, if every row begins on 16 bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
+        self.as_rows().vectors(op, arg)
     }
 
     pub(crate) fn access(&self) -> Access<'a> {

@@ -78,6 +78,10 @@ pub(crate) struct RawStream {
     handle: Handle,
 }
 
+/// Blocks per SM of a launch over many small items: enough to hide latency. Such kernels are grid-stride, so that any number
+/// of blocks is correct.
+const BLOCKS_PER_SM: u32 = 8;
+
 /// The shape of a launch, apart from its parameters.
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
@@ -93,6 +97,12 @@ impl RawStream {
 
     pub(crate) fn attributes(&self) -> &Attributes {
         &self.device.attributes
+    }
+
+    /// A grid of `threads` per block for `items`, of which a block takes `per_block` at a time.
+    pub(crate) fn grid(&self, items: u64, per_block: u64, threads: u32) -> Grid {
+        let most = u64::from(self.device.attributes.sm_count * BLOCKS_PER_SM);
+        Grid { blocks: [items.div_ceil(per_block).clamp(1, most) as u32, 1, 1], threads, shared_bytes: 0 }
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
@@ -123,7 +133,7 @@ impl RawStream {
         params: &P,
     ) -> Result<(), Error> {
         let function = self.device.function(image, entry)?;
-        // SAFETY: `P` is a `repr(C)` struct without padding (asserted beside it), so all of its bytes are initialised.
+        // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes } = grid;
         let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [1, 1, 1], shared_bytes, params };

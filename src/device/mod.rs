@@ -12,6 +12,9 @@ pub(crate) mod cuda;
 pub mod driver;
 #[cfg(feature = "cuda")]
 pub(crate) mod image;
+#[cfg(feature = "cuda")]
+#[rustfmt::skip] // as it is generated
+pub(crate) mod params;
 mod stream;
 mod workspace;
 

@@ -4,6 +4,8 @@
 //! Oracle: `tests/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -31,7 +33,7 @@ use crate::view::{Rows, RowsMut};
 pub fn lookup<A: Float, W: Float>(stream: &Stream, ids: TokenIds<'_>, table: Rows<'_, W>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Embedding, cpu::lookup);
+    let run = dispatch!(stream, Op::Embedding, cpu::lookup, cuda::lookup);
     stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.access()), ("y", y.access())])?;
     run(stream, ids, table, y)
 }

@@ -7,6 +7,8 @@
 //! Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -43,7 +45,7 @@ pub fn nt<A: Float, W: Float, O: Float>(
 ) -> Result<(), Error> {
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Nk, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -71,7 +73,7 @@ pub fn nn<A: Float, W: Float, O: Float>(
 ) -> Result<(), Error> {
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Kn, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -102,7 +104,7 @@ pub fn glu_nt<A: Float, W: Float>(
     check_rows(&x, &rows, "h", "[R, N]", h)?;
     check_weights("w1", WeightOrder::Nk, &w1, &x, &rows, h)?;
     check_weights("v1", WeightOrder::Nk, &v1, &x, &rows, h)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w1", &w1), ("v1", &v1)], &rows, ("h", h))?;
     run(stream, x, [w1, v1], rows, h)
 }

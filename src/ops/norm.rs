@@ -7,6 +7,8 @@
 //! Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -134,7 +136,7 @@ fn norm<A: Float, W: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::norm);
+    let run = dispatch!(stream, Op::Norm, cpu::norm, cuda::norm);
     stream.admit(Op::Norm, &[("x", x.access()), ("weight", weight.access()), ("y", y.access())])?;
     run(stream, kind, x, weight, eps, y)
 }
@@ -150,7 +152,7 @@ fn add_norm<A: Float, W: Float>(
 ) -> Result<(), Error> {
     check_shape(Op::Norm, "residual", "[T, D]", &x.dims(), &residual.dims())?;
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::add_norm);
+    let run = dispatch!(stream, Op::Norm, cpu::add_norm, cuda::add_norm);
     let arguments = [("x", x.access()), ("residual", residual.access()), ("weight", weight.access()), ("y", y.access())];
     stream.admit(Op::Norm, &arguments)?;
     run(stream, kind, x, residual, weight, eps, y)

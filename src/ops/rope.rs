@@ -6,6 +6,8 @@
 //! Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -69,7 +71,7 @@ pub fn clip_rotate_append<A: Float>(
     if max_len > table.max_positions() {
         return Err(Error::Capacity { op: Op::Rope, what: "positions of `table`", need: max_len, have: table.max_positions() });
     }
-    let run = dispatch!(stream, Op::Rope, cpu::clip_rotate_append);
+    let run = dispatch!(stream, Op::Rope, cpu::clip_rotate_append, cuda::clip_rotate_append);
     let (cos, sin) = (table.cos()?, table.sin()?);
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     stream.admit(

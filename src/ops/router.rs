@@ -5,6 +5,8 @@
 //! Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -48,7 +50,7 @@ pub fn logits<A: Float, W: Float>(
     checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
-    let run = dispatch!(stream, Op::Router, cpu::logits);
+    let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
     stream.admit(Op::Router, &[("x", x.access()), ("weight", weight.access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
 }
@@ -101,7 +103,7 @@ pub fn route<'a>(
         return Err(Error::Value { op: Op::Router, arg: "normalize", need: "a norm of positive and finite p", got: f64::from(p) });
     }
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
-    let run = dispatch!(stream, Op::Router, cpu::route);
+    let run = dispatch!(stream, Op::Router, cpu::route, cuda::route);
     let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();
     stream.admit(Op::Router, &[("logits", logits.access()), ids, weights, offsets, row_to_slot, slot_to_row])?;
     run(stream, logits, normalize, parts)?;

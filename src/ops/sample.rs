@@ -4,6 +4,8 @@
 //! Oracle: `tests/oracle/sample.rs`. Bench: `benches/sample.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};
@@ -33,7 +35,7 @@ pub fn argmax<'a>(stream: &Stream, logits: Rows<'_, f32>, out: &'a mut Buffer<u3
     }
     checked_product(Op::Sample, "columns of `logits`", &[vocabulary], u32::MAX as usize)?;
     out.check_len(Op::Sample, "out", "[>= T]", tokens)?;
-    let run = dispatch!(stream, Op::Sample, cpu::argmax);
+    let run = dispatch!(stream, Op::Sample, cpu::argmax, cuda::argmax);
     stream.admit(Op::Sample, &[("logits", logits.access()), ("out", out.access(true))])?;
     run(stream, logits, &mut out.rows_mut(tokens, 1)?)?;
     Ok(TokenIds::trusted(out.rows(1, tokens)?, vocabulary))
