@@ -121,7 +121,8 @@ fn against_oracle<A: Float + Bits, W: Float>() {
             let want = oracle::moe::experts(&oracle_shape(&shape), &x64, &ids, &weights, experts);
             // Softmax and norm in f32, from logits in f32: a logit's error is a weight's relative error, twice with the norm.
             let logit_size = logits.iter().fold(1.0, |max: f64, logit| max.max(logit.abs())) * (shape.d_model as f64).sqrt();
-            let weight_error = (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
+            let weight_error =
+                (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
             let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
             device::each_device(|stream| {
                 let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
