@@ -460,7 +460,7 @@ impl<A: RowOutputs, B: RowOutputs> RowOutputs for (A, B) {
 
 /// Rows of `cols` elements that make a task worth handing to a thread, where an element costs a few operations.
 pub(crate) fn rows_per_task(cols: usize) -> usize {
-    const TASK_ELEMS: usize = 1 << 14;
+    const TASK_ELEMS: usize = 1 << 16; // tens of microseconds, several times what waking a thread costs
     (TASK_ELEMS / cols.max(1)).max(1)
 }
 

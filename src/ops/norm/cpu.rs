@@ -3,7 +3,7 @@
 //! A row is read three times, all but the first from cache: for its mean, for its deviations, for the output. The mean carries
 //! the rounding of a long sum, which is no longer small where the mean is large beside the deviations. What it is off by is
 //! the mean of the deviations, summed beside their squares (the corrected two-pass algorithm of Chan, Golub and LeVeque
-//! 1983, "Algorithms for Computing the Sample Variance", eq. 1.7).
+//! 1983, "Algorithms for Computing the Sample Variance").
 
 use super::Kind;
 use crate::device::Stream;
