@@ -173,7 +173,9 @@ fn with_queries<R>(heads: HeadLayout, tokens: usize, f: impl FnOnce(&mut Queries
     ];
     simd::with_scratch(lens.iter().sum(), |mut rest| {
         let [scaled, scores, sums, max, total, keys, values] = lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
-        (sums.fill(0.0), max.fill(f32::NEG_INFINITY), total.fill(0.0));
+        sums.fill(0.0);
+        max.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
         f(&mut Queries { group: heads.group(), head_dim, scaled, scores, sums, max, total, keys, values })
     })
 }
