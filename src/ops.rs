@@ -37,7 +37,7 @@ macro_rules! entry {
 
 /// Kernels read all their float arguments as one type, that of `A`; the CPU mixes them.
 #[cfg(feature = "cuda")]
-fn one_type<A: crate::Element, W: crate::Element>(op: crate::Op, what: &'static str) -> Result<(), crate::Error> {
+pub(crate) fn one_type<A: crate::Element, W: crate::Element>(op: crate::Op, what: &'static str) -> Result<(), crate::Error> {
     if A::DTYPE == W::DTYPE {
         return Ok(());
     }

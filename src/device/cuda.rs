@@ -118,6 +118,17 @@ impl RawStream {
         })
     }
 
+    /// Copies device memory to `values`, waiting for the stream's work.
+    ///
+    /// # Safety
+    ///
+    /// `address` is valid for reading that many elements.
+    pub(crate) unsafe fn read<T: Element>(&self, op: Op, address: u64, values: &mut [T]) -> Result<(), Error> {
+        let (target, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
+        // SAFETY: `target` is a slice of that size, and every bit pattern is a value of `T`.
+        self.device.call(op, 0, |driver| unsafe { driver.copy_to_host(self.handle, target, address, bytes) })
+    }
+
     /// Queues one kernel.
     ///
     /// # Safety

@@ -4,7 +4,7 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernel: `cuda/grouped_gemm.cu`. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -34,8 +34,9 @@ use crate::view::{Rows, RowsMut};
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, or on a GPU;
-/// [`Error::Place`], [`Error::NotJoined`]. Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, and on a GPU for
+/// weights of another type than `x` or outputs that are neither of that type nor `f32`; [`Error::Place`], [`Error::NotJoined`].
+/// Nothing is written.
 pub fn nt<A: Float, W: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,

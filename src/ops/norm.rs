@@ -4,7 +4,7 @@
 //!
 //! Source: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 3 and 4; Zhang and Sennrich 2019, "Root Mean Square Layer
 //! Normalization", eq. 4; `DbrxNormAttentionNorm` in Hugging Face transformers, which has no bias.
-//! Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
+//! Kernel: `cuda/norm.cu`. Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -43,7 +43,8 @@ enum Kind {
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not as above; [`Error::Value`] for an `eps` out of range; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes, [`Error::Unsupported`] for a weight of
+/// another type or more than 16384 columns. Nothing is written.
 pub fn layer_norm<A: Float, W: Float>(
     stream: &Stream,
     x: Rows<'_, A>,

@@ -3,7 +3,7 @@
 //!
 //! Source: Su et al. 2021, "RoFormer", eq. 34, in the half-split pairing of GPT-NeoX; `DbrxAttention.forward` in Hugging Face
 //! transformers, which clips before it rotates.
-//! Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
+//! Kernel: `cuda/rope.cu`. Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -45,7 +45,7 @@ use crate::view::{Rows, RowsMut};
 ///
 /// [`Error::Shape`] if the shapes disagree with `heads` or with the cache's step; [`Error::Value`] if `clip` is not positive;
 /// [`Error::TooLarge`] if `rotary_dim > d`; [`Error::Capacity`] if a sequence is longer than the table; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]. Nothing is written.
 pub fn clip_rotate_append<A: Float>(
     stream: &Stream,
     qkv: Rows<'_, A>,

@@ -2,7 +2,7 @@
 //!
 //! Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 2-5 without noise; `DbrxRouter.forward` in
 //! Hugging Face transformers.
-//! Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
+//! Kernel: `cuda/router.cu`. Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -51,7 +51,8 @@ impl Normalize {
 /// # Errors
 ///
 /// [`Error::Shape`] if the shapes disagree; [`Error::TooLarge`] beyond 2^31 - 1 tokens; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row of `x` or `weight` does not begin on 16 bytes,
+/// [`Error::Unsupported`] for two types. Nothing is written.
 pub fn logits<A: Float, W: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -99,8 +100,8 @@ pub fn logits<A: Float, W: Float>(
 /// # Errors
 ///
 /// [`Error::Shape`] if `logits` does not have the E columns of `buffers`; [`Error::Capacity`] if they hold fewer than T
-/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`];
-/// [`Error::Unsupported`] on a GPU. Nothing is written.
+/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`].
+/// Nothing is written.
 pub fn route<'a>(
     stream: &Stream,
     logits: Rows<'_, f32>,
