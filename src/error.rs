@@ -117,6 +117,12 @@ pub enum Error {
     /// No CUDA driver library on this machine.
     #[allow(missing_docs)]
     NoDriver { searched: &'static [&'static str] },
+    /// The driver library lacks a function that is needed.
+    #[allow(missing_docs)]
+    DriverFunction { name: &'static str },
+    /// The driver is too old for the images.
+    #[allow(missing_docs)]
+    OldDriver { have: u32, need: u32 },
     /// A driver, but no device with this ordinal.
     #[allow(missing_docs)]
     NoDevice { ordinal: u32, count: u32 },
@@ -182,6 +188,14 @@ impl fmt::Display for Error {
             }
             Error::NoDriver { searched } => {
                 write!(f, "no CUDA driver (searched: {}); the CPU device works without it: Device::cpu()", searched.join(", "))
+            }
+            Error::DriverFunction { name } => {
+                write!(f, "the CUDA driver has no function `{name}`; it needs CUDA 12.4, driver R550 or newer")
+            }
+            Error::OldDriver { have, need } => {
+                let version = |v: u32| (v / 1000, v % 1000 / 10);
+                let ((a, b), (c, d)) = (version(have), version(need));
+                write!(f, "the driver supports CUDA {a}.{b}, too old for the images; they need CUDA {c}.{d}, driver R550 or newer")
             }
             Error::NoDevice { ordinal, count } => write!(f, "no CUDA device {ordinal}; this machine has {count}"),
             Error::Arch { have, need } => {

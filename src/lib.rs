@@ -1,4 +1,67 @@
-//! Mixture-of-experts inference kernels for NVIDIA Hopper, with a CPU backend that computes the same things anywhere.
+//! Mixture-of-experts inference kernels for NVIDIA Hopper (H100, H200), with a CPU backend that computes the same
+//! things anywhere.
+//!
+//! The crate holds exactly what a DBRX-class model needs between its token ids and its logits, and it is judged by running
+//! that model (`examples/dbrx`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
+//!
+//! ```
+//! use dropless::{Device, Rows, RowsMut, glu};
+//!
+//! let stream = Device::cpu().stream()?;
+//! let (gate, up, mut y) = ([1.0f32; 6], [2.0f32; 6], [0.0f32; 6]);
+//! let [gate, up] = [Rows::from_slice(&gate, 2, 3)?, Rows::from_slice(&up, 2, 3)?];
+//! glu::glu(&stream, gate, up, &mut RowsMut::from_slice(&mut y, 2, 3)?)?;
+//! assert!((y[0] - 2.0 / (1.0 + (-1.0f32).exp())).abs() < 1e-6);
+//! # Ok::<(), dropless::Error>(())
+//! ```
+//!
+//! # How it is made
+//!
+//! * **A view knows where its bytes live, and an operation runs where its views live.** There is no `cpu::` or `cuda::` in a
+//!   caller's code; a stream and views of different devices are refused with an error that names both.
+//! * **The contract is checked once, above both backends.** `ops/<op>.rs` states shapes, types, numerics, edge cases and
+//!   errors, checks them and dispatches. A refused call has launched nothing and written nothing.
+//! * **The driver is a seam.** The CUDA side is written against a small trait, so that it runs on a machine without a GPU.
+//!
+//! # Operations
+//!
+//! One stem names an operation in every folder: `git ls-files '*router*'` is the index of the router.
+//!
+//! | module | functions | formula | bound by |
+//! |---|---|---|---|
+//! | [`embedding`] | `lookup` | `y[t] = table[id[t]]` | memory |
+//! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w` | memory |
+//! | [`rope`] | `clip_rotate_append` | clip q, k, v; rotate q, k; write k, v into the cache | memory |
+//! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads | compute, memory |
+//! | [`router`] | `logits`, `route` | softmax over experts, top-k, p-norm, and the permutation that follows | latency |
+//! | [`permute`] | `gather`, `combine` | rows into expert order; weighted sum back, in slot order | memory |
+//! | [`grouped_gemm`] | `nt`, `nn`, `glu_nt` | one product per expert, any number of rows each | compute, memory |
+//! | [`glu`] | `glu` | `silu(gate) * up` | memory |
+//! | [`sample`] | `argmax` | greedy choice | memory |
+//! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
+//!
+//! # Promises
+//!
+//! * **Deterministic.** Same inputs, same bits, whatever the number of threads.
+//! * **Batch-invariant.** A row's bits depend on the row, the weights and the documented class of the batch size; never on its
+//!   position or on its neighbours.
+//! * **No hidden work.** Operations do not allocate device memory, do not wait for the device and read nothing back.
+//! * **No panic on input.** Bad arguments give an [`Error`] that names operation, argument, wanted and got.
+//! * A NaN in one token may make that token's outputs NaN; it changes no other token's bits and no address.
+//!
+//! # Features
+//!
+//! | feature | default | effect |
+//! |---|---|---|
+//! | `cuda` | yes | the CUDA backend with its images; nothing is needed at build time |
+//! | `rayon` | yes | worker threads for the CPU backend |
+//! | `text` | no | the DBRX example reads prompts as text |
+//!
+//! # Rounding
+//!
+//! Sums are taken in `f32`. With 16-bit activations these are rounded to the activation type: norm outputs, the clipped qkv,
+//! rotated queries and keys, attention outputs, projections, the residual, the activation of the experts, each expert's output row.
+//! These stay `f32`: router logits and weights, softmax, the RoPE tables, the final logits.
 #![deny(missing_docs, unsafe_code, unsafe_op_in_unsafe_fn)]
 
 pub mod device;

@@ -4,6 +4,8 @@
 //! library; tests implement it with an emulator, a recorder, or a wrapper that fails the n-th call. Outside the semver promise.
 #![allow(unsafe_code)] // an unsafe trait with unsafe methods
 
+pub mod hardware;
+
 use std::ffi::CStr;
 use std::fmt;
 

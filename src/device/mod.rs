@@ -51,6 +51,16 @@ impl Device {
         Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
     }
 
+    /// The GPU with this ordinal, through NVIDIA's driver, which is looked for at run time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::NoDevice`], [`Error::Arch`].
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: u32) -> Result<Device, Error> {
+        Device::with_driver(driver::hardware::Hardware::shared()?, ordinal)
+    }
+
     /// Opens device `ordinal` of the given driver. For tests, which inject an emulator or a fault.
     ///
     /// # Errors
