@@ -48,11 +48,10 @@ impl Checkpoint {
     /// Shapes and the one type of all tensors.
     fn check(&self, dir: &Path, config: &Config) -> Result<DType, Failure> {
         let mut first: Option<(String, DType)> = None;
-        for spec in config.tensors() {
-            let (file, tensor) = self.find(dir, &spec.name)?;
-            let name = &spec.name;
-            if tensor.shape != spec.shape {
-                let (want, got) = (&spec.shape, &tensor.shape);
+        for TensorSpec { name, shape } in config.tensors() {
+            let (file, tensor) = self.find(dir, &name)?;
+            if tensor.shape != shape {
+                let (want, got) = (&shape, &tensor.shape);
                 return refuse_file(&file.path, format_args!("tensor `{name}` must be {want:?} by config.json, got {got:?}"));
             }
             let dtype = match tensor.dtype.as_str() {
@@ -61,26 +60,31 @@ impl Checkpoint {
                 "F16" => DType::F16,
                 other => return refuse_file(&file.path, format_args!("tensor `{name}` must be F32, BF16 or F16, got {other}")),
             };
+            let bytes = file.bytes(tensor);
+            if !bytes.as_ptr().addr().is_multiple_of(dtype.size_bytes()) {
+                return refuse_file(&file.path, format_args!("tensor `{name}` must begin at a multiple of {} bytes", dtype.size_bytes()));
+            }
             match &first {
-                None => first = Some((spec.name, dtype)),
+                None => first = Some((name, dtype)),
                 Some((other, want)) if *want != dtype => {
                     let (want, got) = (want.name(), dtype.name());
                     return refuse_file(&file.path, format_args!("tensor `{name}` must be {want} as `{other}` is, got {got}"));
                 }
                 Some(_) => {}
             }
-            let bytes = file.bytes(tensor);
-            if !bytes.as_ptr().addr().is_multiple_of(dtype.size_bytes()) {
-                return refuse_file(&file.path, format_args!("tensor `{name}` must begin at a multiple of {} bytes", dtype.size_bytes()));
-            }
         }
         Ok(first.map_or(DType::F32, |(_, dtype)| dtype))
     }
 
     fn find(&self, dir: &Path, name: &str) -> Result<(&TensorFile, &Tensor), Failure> {
-        match self.files.iter().find_map(|file| Some((file, file.find(name)?))) {
-            Some(found) => Ok(found),
-            None => {
+        let mut found = self.files.iter().filter_map(|file| Some((file, file.find(name)?)));
+        match (found.next(), found.next()) {
+            (Some(found), None) => Ok(found),
+            (Some((first, _)), Some((second, _))) => {
+                let first = first.path.strip_prefix(dir).unwrap_or(&first.path).display();
+                refuse_file(&second.path, format_args!("tensor `{name}` lies in {first} as well"))
+            }
+            (None, _) => {
                 let at = if let [single] = self.files.as_slice() { &single.path } else { dir };
                 refuse_file(at, format_args!("tensor `{name}` is missing"))
             }

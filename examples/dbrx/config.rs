@@ -130,6 +130,11 @@ impl Config {
         Config { num_layers: self.num_layers.min(layers), ..self }
     }
 
+    /// All parameters.
+    pub fn parameters(&self) -> u64 {
+        self.elements().unwrap_or(u64::MAX)
+    }
+
     /// All parameters, or none where their number passes 2^60. Every later product of sizes is below this one.
     fn elements(&self) -> Option<u64> {
         let [d, f, e, v] = [self.d_model, self.d_ffn, self.num_experts, self.vocab].map(|size| size as u128);

@@ -61,8 +61,13 @@ impl Need {
 
     /// The parts that are not empty, in words.
     pub fn parts_text(&self) -> String {
-        let named =
-            [("weights", self.weights), ("KV cache", self.kv_cache), ("workspace", self.workspace), ("logits", self.logits), ("dump", self.dump)];
+        let named = [
+            ("weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("workspace", self.workspace),
+            ("logits", self.logits),
+            ("dump", self.dump),
+        ];
         let parts: Vec<String> =
             named.iter().filter(|(_, bytes)| *bytes > 0).map(|(name, bytes)| format!("{name} {}", bytes_text(*bytes))).collect();
         parts.join(", ")

@@ -59,7 +59,9 @@ fn command() -> Command {
         let parser = RangedU64ValueParser::<usize>::new().range(least..1 << 31);
         Arg::new(name).long(name).value_name("N").value_parser(parser)
     };
-    let word = |name: &'static str, words: &'static [&'static str]| Arg::new(name).long(name).value_name(words.join("|")).value_parser(words.to_vec());
+    let word = |name: &'static str, value: &'static str| {
+        Arg::new(name).long(name).value_name(value).value_parser(value.split('|').collect::<Vec<_>>()).hide_possible_values(true)
+    };
     let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
 
     Command::new("dbrx")
@@ -68,7 +70,7 @@ fn command() -> Command {
         .args([
             path("model", "DIR").help("config.json with model.safetensors, or with shards and their index; tokenizer.json if present"),
             path("random", "CONFIG").help("No checkpoint: seeded random weights in the shape of that config.json, for timing"),
-            word("weights", &["f32", "bf16"]).help("With --random: type of the weights [default: as the config says]").requires("random"),
+            word("weights", "f32|bf16").help("With --random: type of the weights [default: as the config says]").requires("random"),
             number("layers", 1).help("Only the first N layers"),
             Arg::new("prompt").long("prompt").value_name("TEXT").help("Needs tokenizer.json and the feature `text`"),
             Arg::new("tokens").long("tokens").value_name("1,2,3").help("The prompt as token ids"),
@@ -78,8 +80,8 @@ fn command() -> Command {
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
-            word("device", &["auto", "cpu"]).help("Where to run; auto takes the best there is"),
-            word("activations", &["auto", "f32", "bf16"]).help("Type of the activations; auto is f32 on the CPU"),
+            word("device", "auto|cpu").help("Where to run; auto takes the best there is"),
+            word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU"),
             number("threads", 1).help("Worker threads [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")

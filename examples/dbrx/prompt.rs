@@ -17,7 +17,9 @@ pub fn read(prompt: &Prompt, folder: Option<&Path>, config: &Config, default_ran
     let ids: Vec<u32> = match prompt {
         Prompt::Text(text) => Tokenizer::open(folder)?.encode(text)?,
         Prompt::Tokens(list) if list.trim().is_empty() => Vec::new(),
-        Prompt::Tokens(list) => list.split(',').map(id).collect::<Result<_, _>>().or_else(|text: String| refuse(format!("--tokens: {text}")))?,
+        Prompt::Tokens(list) => {
+            list.split(',').map(id).collect::<Result<_, _>>().or_else(|text: String| refuse(format!("--tokens: {text}")))?
+        }
         Prompt::File(file) => {
             let text = std::fs::read_to_string(file).or_else(|error| refuse_file(file, io_text(&error)))?;
             text.split_whitespace().map(id).collect::<Result<_, _>>().or_else(|text: String| refuse_file(file, text))?

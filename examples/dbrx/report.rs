@@ -34,8 +34,12 @@ impl Console<'_> {
 
     /// An empty line and a heading.
     pub fn heading(&mut self, text: &str) -> Result<(), Failure> {
-        let text = self.paint("1", text);
+        let text = self.strong(text);
         self.line(format!("\n{text}"))
+    }
+
+    pub fn strong(&self, text: &str) -> String {
+        self.paint("1", text)
     }
 
     pub fn dim(&self, text: &str) -> String {

@@ -132,7 +132,8 @@ impl Setup {
         let (mut total, mut active) = (0, 0);
         let bytes = |count: u64| bytes_text(count.saturating_mul(dtype.size_bytes() as u64));
         for part in config.parts() {
-            let cells = [part.name.into(), part.shape, part.copies.to_string(), count_text(part.total), count_text(part.active), bytes(part.total)];
+            let cells =
+                [part.name.into(), part.shape, part.copies.to_string(), count_text(part.total), count_text(part.active), bytes(part.total)];
             table.row(cells);
             (total, active) = (total + part.total, active + part.active);
         }
@@ -205,6 +206,7 @@ fn dump_detail(options: &Options) -> Detail {
 
 fn reference_jobs(file: &Path, detail: Detail) -> Result<Vec<Job>, Failure> {
     let reference = std::rc::Rc::new(Reference::open(file)?);
-    let job = |case: Case| Job { prompt: case.prompt.clone(), generate: case.tokens.len(), detail, reference: Some((reference.clone(), case)) };
+    let job =
+        |case: Case| Job { prompt: case.prompt.clone(), generate: case.tokens.len(), detail, reference: Some((reference.clone(), case)) };
     Ok(reference.cases()?.into_iter().map(job).collect())
 }

@@ -19,7 +19,9 @@ impl Tokenizer {
             return refuse("--prompt needs a tokenizer, and random weights have none; give --tokens 1,2,3");
         };
         if cfg!(not(feature = "text")) {
-            return refuse("--prompt needs the feature `text`: cargo run --release --features text --example dbrx -- ...; or give --tokens 1,2,3");
+            return refuse(
+                "--prompt needs the feature `text`: cargo run --release --features text --example dbrx -- ...; or give --tokens 1,2,3",
+            );
         }
         match Tokenizer::find(folder)? {
             Some(tokenizer) => Ok(tokenizer),
