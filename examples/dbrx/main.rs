@@ -11,7 +11,7 @@
 //! | `options`, `prompt`, `text` | what was asked for |
 //! | `config`, `header`, `checkpoint`, `json` | what lies on disk, believed only after checks |
 //! | `setup`, `memory` | everything that is settled before memory is taken |
-//! | `weights`, `random`, `model`, `generate` | the computation |
+//! | `weights`, `random`, `model`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
 //! | `report`, `progress` | what is printed |
 //!
@@ -21,9 +21,12 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
+mod check;
 mod checkpoint;
 mod config;
+mod course;
 mod failure;
+mod generate;
 mod header;
 mod json;
 mod memory;
@@ -37,12 +40,9 @@ mod report;
 mod setup;
 mod text;
 mod trace;
+mod weights;
 
-use self::failure::Failure;
-use self::options::Options;
-use self::progress::Progress;
 pub(crate) use self::report::Console;
-use self::setup::Setup;
 
 fn main() -> ExitCode {
     let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
@@ -56,24 +56,17 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>, console: &mut Consol
     let options = match options::parse(args) {
         Ok(options) => options,
         Err(error) => {
-            // Help and version are what was asked for; everything else is a refusal.
+            // Help is what was asked for; everything else is a refusal.
             let stream = if error.use_stderr() { &mut *console.err } else { &mut *console.out };
             let _ = write!(stream, "{error}");
             return error.exit_code() as u8;
         }
     };
-    match course(&options, console) {
+    match course::run(&options, console) {
         Ok(()) => 0,
         Err(failure) => {
             let _ = writeln!(console.err, "{failure}");
             failure.exit_code()
         }
     }
-}
-
-fn course(options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
-    let progress = Progress::new(console.progress);
-    let setup = Setup::read(options, &progress)?;
-    setup.print(console)?;
-    Ok(())
 }

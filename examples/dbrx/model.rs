@@ -6,15 +6,16 @@
 //!                  x += moe(norm_2(x))
 //! logits = head(final_norm(x))
 //! ```
-//! Each sum is fused with the norm that reads it. Everything is allocated once, for the largest step.
+//! Each sum is computed together with the norm that reads it. Everything is allocated once, for the largest step.
 
-use dropless::moe;
+use std::ops::Range;
+
+use dropless::layout::KvShape;
 use dropless::router::Normalize;
 use dropless::{
-    Buffer, Error, ExpertRows, ExpertWeights, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
-    attention, embedding, grouped_gemm, norm, rope, router, sample,
+    Buffer, Element, Error, ExpertRows, Float, HeadLayout, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
+    attention, embedding, grouped_gemm, moe, norm, rope, sample,
 };
-use dropless::layout::KvShape;
 
 use super::config::{Config, NORM_EPS};
 use super::failure::Failure;
@@ -22,7 +23,7 @@ use super::memory::Sizes;
 use super::trace::{Trace, host};
 use super::weights::Weights;
 
-/// How a step's attention is computed.
+/// How the attention of a step is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Any number of tokens for each sequence.
@@ -31,7 +32,7 @@ pub enum Phase {
     Decode,
 }
 
-/// A model with everything its steps need.
+/// A model with everything that its steps need.
 pub struct Model<'w, A, W> {
     config: Config,
     weights: Weights<'w, W>,
@@ -42,23 +43,44 @@ pub struct Model<'w, A, W> {
     routing: RoutingBuffers,
     workspace: Workspace,
     ids: Buffer<u32>,    // [T]
-    x: Buffer<A>,        // [T, D], the residual
-    normed: Buffer<A>,   // [T, D]
-    qkv: Buffer<A>,      // [T, (H + 2 Hkv) d]
-    q: Buffer<A>,        // [T, H d]
-    context: Buffer<A>,  // [T, H d]
-    out: Buffer<A>,      // [T, D], what is added to the residual next
-    logits: Buffer<f32>, // [rows, V]
+    x: Matrix<A>,        // [T, D], the residual
+    normed: Matrix<A>,   // [T, D]
+    qkv: Matrix<A>,      // [T, (H + 2 Hkv) d]
+    q: Matrix<A>,        // [T, H d]
+    context: Matrix<A>,  // [T, H d]
+    out: Matrix<A>,      // [T, D], what is added to the residual next
+    logits: Matrix<f32>, // [rows, V]
     best: Buffer<u32>,   // [rows]
-    expert_tokens: Vec<Vec<u64>>,
+    step_tokens: usize,
+    expert_tokens: Vec<Vec<u64>>, // [layers][E]
+}
+
+/// A buffer for the largest step, of which a step uses the first rows.
+struct Matrix<T> {
+    buffer: Buffer<T>,
+    cols: usize,
+}
+
+impl<T: Element> Matrix<T> {
+    fn new(stream: &Stream, rows: usize, cols: usize) -> Result<Matrix<T>, Error> {
+        Ok(Matrix { buffer: Buffer::zeros(stream, rows * cols)?, cols })
+    }
+
+    fn rows(&self, rows: usize) -> Result<Rows<'_, T>, Error> {
+        self.buffer.rows(rows, self.cols)
+    }
+
+    fn rows_mut(&mut self, rows: usize) -> Result<RowsMut<'_, T>, Error> {
+        self.buffer.rows_mut(rows, self.cols)
+    }
 }
 
 impl<'w, A: Float, W: Float> Model<'w, A, W> {
-    /// Allocates for steps of `sizes`.
+    /// Allocates for steps of `sizes`, whose memory need was checked.
     pub fn new(stream: Stream, config: &Config, weights: Weights<'w, W>, sizes: &Sizes) -> Result<Self, Failure> {
         let Config { d_model, vocab, num_experts, top_k, num_layers, heads, .. } = *config;
         let Sizes { batch, context, step_tokens, logits_rows, .. } = *sizes;
-        let floats = |cols: usize| Buffer::zeros(&stream, step_tokens * cols);
+        let floats = |cols| Matrix::new(&stream, step_tokens, cols);
         Ok(Model {
             rope: RopeTable::new(&stream, config.rope_theta, heads.head_dim(), context)?,
             plan: plan(config, step_tokens)?,
@@ -72,8 +94,9 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
             q: floats(heads.q_cols())?,
             context: floats(heads.q_cols())?,
             out: floats(d_model)?,
-            logits: Buffer::zeros(&stream, logits_rows * vocab)?,
+            logits: Matrix::new(&stream, logits_rows, vocab)?,
             best: Buffer::zeros(&stream, logits_rows)?,
+            step_tokens: 0,
             expert_tokens: vec![vec![0; num_experts]; num_layers],
             config: config.clone(),
             weights,
@@ -81,56 +104,97 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
         })
     }
 
-    /// Feeds `new_tokens[b]` tokens to sequence `b`; `ids` holds all of them, sequence by sequence. What the final norm gives is
-    /// kept for [`Model::logits`].
+    /// Feeds `new_tokens[b]` tokens to sequence `b`; `ids` holds them all, sequence after sequence.
     pub fn step(&mut self, ids: &[u32], new_tokens: &[usize], phase: Phase, trace: &mut Trace) -> Result<(), Failure> {
-        let Model { config, weights, stream, .. } = self;
-        let Config { d_model: d, heads, clip, vocab, .. } = *config;
-        let t = ids.len();
-        let (q_cols, qkv_cols) = (heads.q_cols(), heads.qkv_cols());
+        let Model { config, weights, stream, rope, plan, cache, routing, workspace, x, normed, qkv, q, context, out, .. } = self;
+        let Config { heads, clip, .. } = *config;
         let scale = 1.0 / (heads.head_dim() as f32).sqrt();
+        let t = ids.len();
         let all = ExpertRows::dense(t)?;
 
-        self.cache.append(stream, new_tokens)?;
-        trace.begin(new_tokens[0], self.cache.len(0));
-        let ids = TokenIds::from_host(stream, ids, vocab, &mut self.ids)?;
-        embedding::lookup(stream, ids, weights.embedding, &mut self.x.rows_mut(t, d)?)?;
-        trace.model("embed", self.x.rows(t, d)?)?;
+        cache.append(stream, new_tokens)?;
+        trace.begin(phase, new_tokens[0], cache.len(0));
+        let ids = TokenIds::from_host(stream, ids, config.vocab, &mut self.ids)?;
+        embedding::lookup(stream, ids, weights.embedding, &mut x.rows_mut(t)?)?;
+        trace.model("embed", x.rows(t)?)?;
         let first = weights.layers.first().map_or(weights.final_norm, |layer| layer.norm_1);
-        norm::layer_norm(stream, self.x.rows(t, d)?, first, NORM_EPS, &mut self.normed.rows_mut(t, d)?)?;
+        norm::layer_norm(stream, x.rows(t)?, first, NORM_EPS, &mut normed.rows_mut(t)?)?;
 
         for (l, layer) in weights.layers.iter().enumerate() {
-            trace.layer(l, "norm_1", self.normed.rows(t, d)?)?;
-            grouped_gemm::nt(stream, self.normed.rows(t, d)?, layer.wqkv, all, &mut self.qkv.rows_mut(t, qkv_cols)?)?;
-            trace.qkv(l, self.qkv.rows(t, qkv_cols)?, clip)?;
-            let (qkv, cache, q) = (self.qkv.rows(t, qkv_cols)?, &mut self.cache.layer_mut(l)?, &mut self.q.rows_mut(t, q_cols)?);
-            rope::clip_rotate_append(stream, qkv, heads, clip, &self.rope, cache, q)?;
-            let (q, cache, context) = (self.q.rows(t, q_cols)?, &self.cache.layer(l)?, &mut self.context.rows_mut(t, q_cols)?);
-            trace.rotated(l, q, cache, heads)?;
+            trace.layer(l, "norm_1", normed.rows(t)?)?;
+            grouped_gemm::nt(stream, normed.rows(t)?, layer.wqkv, all, &mut qkv.rows_mut(t)?)?;
+            trace.qkv(l, qkv.rows(t)?, clip)?;
+            rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, &mut cache.layer_mut(l)?, &mut q.rows_mut(t)?)?;
+            trace.rotated(l, q.rows(t)?, &cache.layer(l)?, heads)?;
             match phase {
-                Phase::Prefill => attention::prefill(stream, q, heads, scale, cache, context)?,
-                Phase::Decode => attention::decode(stream, q, heads, scale, cache, &mut self.workspace, context)?,
+                Phase::Prefill => attention::prefill(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, &mut context.rows_mut(t)?)?,
+                Phase::Decode => {
+                    attention::decode(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, workspace, &mut context.rows_mut(t)?)?;
+                }
             }
-            trace.layer(l, "attn_ctx", self.context.rows(t, q_cols)?)?;
-            grouped_gemm::nt(stream, self.context.rows(t, q_cols)?, layer.out_proj, all, &mut self.out.rows_mut(t, d)?)?;
-            trace.layer(l, "attn_out", self.out.rows(t, d)?)?;
-            let (out, x, normed) = (self.out.rows(t, d)?, &mut self.x.rows_mut(t, d)?, &mut self.normed.rows_mut(t, d)?);
-            norm::add_layer_norm(stream, out, x, layer.norm_2, NORM_EPS, normed)?;
-            trace.layer(l, "resid_mid", x.as_rows())?;
-            trace.layer(l, "norm_2", normed.as_rows())?;
+            trace.layer(l, "attn_ctx", context.rows(t)?)?;
+            grouped_gemm::nt(stream, context.rows(t)?, layer.out_proj, all, &mut out.rows_mut(t)?)?;
+            trace.layer(l, "attn_out", out.rows(t)?)?;
+            norm::add_layer_norm(stream, out.rows(t)?, &mut x.rows_mut(t)?, layer.norm_2, NORM_EPS, &mut normed.rows_mut(t)?)?;
+            trace.layer(l, "resid_mid", x.rows(t)?)?;
+            trace.layer(l, "norm_2", normed.rows(t)?)?;
 
-            let (normed, out) = (self.normed.rows(t, d)?, &mut self.out.rows_mut(t, d)?);
-            let routing = moe::forward(stream, &self.plan, normed, &layer.moe, &mut self.routing, &mut self.workspace, out)?;
-            for (sum, rows) in self.expert_tokens[l].iter_mut().zip(host(routing.offsets())?.windows(2)) {
-                *sum += u64::from(rows[1] - rows[0]);
+            let routed = moe::forward(stream, plan, normed.rows(t)?, &layer.moe, routing, workspace, &mut out.rows_mut(t)?)?;
+            trace.routing(l, stream, normed.rows(t)?, layer.moe.router, &routed)?;
+            trace.layer(l, "ffn_out", out.rows(t)?)?;
+            for (tokens, rows) in self.expert_tokens[l].iter_mut().zip(host(routed.offsets())?.windows(2)) {
+                *tokens += u64::from(rows[1] - rows[0]);
             }
-            trace.routing(l, stream, normed, layer.moe.router, &routing)?;
-            trace.layer(l, "ffn_out", out.as_rows())?;
             let next = weights.layers.get(l + 1).map_or(weights.final_norm, |layer| layer.norm_1);
-            let (out, x, normed) = (self.out.rows(t, d)?, &mut self.x.rows_mut(t, d)?, &mut self.normed.rows_mut(t, d)?);
-            norm::add_layer_norm(stream, out, x, next, NORM_EPS, normed)?;
-            trace.layer(l, "hidden", x.as_rows())?;
+            norm::add_layer_norm(stream, out.rows(t)?, &mut x.rows_mut(t)?, next, NORM_EPS, &mut normed.rows_mut(t)?)?;
+            trace.layer(l, "hidden", x.rows(t)?)?;
         }
-        trace.model("final_norm", self.normed.rows(t, d)?)
+        trace.model("final_norm", normed.rows(t)?)?;
+        self.step_tokens = t;
+        Ok(())
     }
+
+    /// The logits of some tokens of the last step, `[rows, V]`.
+    pub fn logits(&mut self, rows: Range<usize>) -> Result<Rows<'_, f32>, Failure> {
+        let count = rows.len();
+        let tokens = self.normed.rows(self.step_tokens)?.row_range(rows)?;
+        grouped_gemm::nt(&self.stream, tokens, self.weights.head, ExpertRows::dense(count)?, &mut self.logits.rows_mut(count)?)?;
+        Ok(self.logits.rows(count)?)
+    }
+
+    /// The likeliest next token after each of the first `rows` rows that [`Model::logits`] gave last.
+    pub fn best(&mut self, rows: usize) -> Result<&[u32], Failure> {
+        let best = sample::argmax(&self.stream, self.logits.rows(rows)?, &mut self.best)?;
+        host(best.ids())
+    }
+
+    /// Forgets all sequences and counts.
+    pub fn clear(&mut self) -> Result<(), Failure> {
+        // The last first, so that pages are handed out again in the order of the sequences.
+        (0..self.cache.shape().num_sequences).rev().try_for_each(|sequence| self.cache.clear(&self.stream, sequence))?;
+        self.expert_tokens.iter_mut().for_each(|tokens| tokens.fill(0));
+        Ok(())
+    }
+
+    /// Keeps the first sequence's keys and values, `len` tokens of them.
+    pub fn keep_cache(&self, len: usize, trace: &mut Trace) -> Result<(), Failure> {
+        (0..self.config.num_layers).try_for_each(|layer| trace.cache(layer, &self.cache.layer(layer)?, self.config.heads, len))
+    }
+
+    /// How many tokens each expert of each layer was given.
+    pub fn expert_tokens(&self) -> &[Vec<u64>] {
+        &self.expert_tokens
+    }
+}
+
+fn plan<A: Float>(config: &Config, step_tokens: usize) -> Result<moe::Plan<A>, Error> {
+    let Config { d_model, d_ffn, num_experts, top_k, .. } = *config;
+    let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
+    moe::Plan::new(moe::Shape { d_model, d_ffn, num_experts, top_k, normalize }, step_tokens)
+}
+
+/// Scratch that the operations of a step ask for; they take turns with it.
+pub fn scratch_bytes<A: Float>(config: &Config, sizes: &Sizes) -> Result<usize, Error> {
+    let experts = plan::<A>(config, sizes.step_tokens)?.workspace_bytes();
+    Ok(experts.max(attention::decode_workspace_bytes(config.heads, sizes.batch, sizes.context)?))
 }

@@ -88,7 +88,9 @@ fn command() -> Command {
                 .value_name("BYTES")
                 .value_parser(value_parser!(u64))
                 .help("Refuse to need more than this [default: what the machine has]"),
-            path("dump", "FILE").help("Write the prompt's logits to a safetensors file; with --generate also `tokens` and `step_logits`"),
+            path("dump", "FILE")
+                .help("Write the prompt's logits to a safetensors file; with --generate also `tokens` and `step_logits`")
+                .conflicts_with("check"),
             flag("dump-layers").help("With --dump: every intermediate result as well").requires("dump"),
             path("check", "FILE").help("Run the prompts of a file of reference results and compare"),
             flag("json").help("The figures as one line of JSON, last on stdout"),

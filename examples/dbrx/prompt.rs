@@ -8,11 +8,21 @@ use super::options::Prompt;
 use super::random::Random;
 use super::text::Tokenizer;
 
-/// The prompt's ids. `folder` is where tokenizer.json may be; `default_random` the length of a random prompt where none is named.
-pub fn read(prompt: &Prompt, folder: Option<&Path>, config: &Config, default_random: Option<usize>) -> Result<Vec<u32>, Failure> {
+/// One prompt for each of `batch` sequences: the same for all, unless it is random. `folder` is where tokenizer.json may be;
+/// `default_random` the length of a random prompt where none is named.
+pub fn read(
+    prompt: &Prompt,
+    folder: Option<&Path>,
+    config: &Config,
+    batch: usize,
+    default_random: Option<usize>,
+) -> Result<Vec<Vec<u32>>, Failure> {
     let random = |count: usize| {
-        let mut random = Random::new(0x0070_726f_6d70_7400);
-        (0..count).map(|_| random.below(config.vocab as u64) as u32).collect()
+        let tokens = |sequence: usize| {
+            let mut random = Random::at(0x0070_726f_6d70_7400, (sequence * count) as u64);
+            (0..count).map(|_| random.below(config.vocab as u64) as u32).collect()
+        };
+        Ok((0..batch).map(tokens).collect())
     };
     let ids: Vec<u32> = match prompt {
         Prompt::Text(text) => Tokenizer::open(folder)?.encode(text)?,
@@ -24,14 +34,13 @@ pub fn read(prompt: &Prompt, folder: Option<&Path>, config: &Config, default_ran
             let text = std::fs::read_to_string(file).or_else(|error| refuse_file(file, io_text(&error)))?;
             text.split_whitespace().map(id).collect::<Result<_, _>>().or_else(|text: String| refuse_file(file, text))?
         }
-        Prompt::Random(count) => random(*count),
+        Prompt::Random(count) => return random(*count),
         Prompt::Default => match default_random {
-            Some(count) => random(count),
+            Some(count) => return random(count),
             None => return refuse("no prompt; give --tokens 1,2,3, --tokens-file FILE, --random-tokens N or --prompt TEXT"),
         },
     };
-    check_ids(&ids, config)?;
-    Ok(ids)
+    Ok(vec![ids; batch])
 }
 
 /// Refuses an empty prompt and ids outside the vocabulary.

@@ -25,6 +25,13 @@ pub struct Case {
     pub tokens: Vec<u32>,
 }
 
+impl Case {
+    /// True for the course of a generation.
+    pub fn is_course(&self) -> bool {
+        self.prefix.is_empty()
+    }
+}
+
 impl Reference {
     /// Opens a file.
     pub fn open(path: &Path) -> Result<Reference, Failure> {

@@ -1,12 +1,13 @@
 //! Everything that is settled before memory is taken: the model, the prompts, the sizes, and whether they fit.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use dropless::{DType, Device};
+use dropless::{Bf16, DType, Device};
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
-use super::failure::{Failure, refuse};
+use super::failure::{Failure, refuse, refuse_file};
 use super::memory::{self, Need, Sizes};
 use super::model;
 use super::options::{Options, Prompt, Source};
@@ -53,11 +54,19 @@ impl WeightSource {
 
 /// A prompt to run, what to generate and what to keep.
 pub struct Job {
-    pub prompt: Vec<u32>,
+    /// One for each sequence, all of one length.
+    pub prompts: Vec<Vec<u32>>,
     pub generate: usize,
     pub detail: Detail,
-    /// The prompt's own, or what the reference holds for it.
-    pub reference: Option<(std::rc::Rc<Reference>, Case)>,
+    /// What the results are compared with.
+    pub reference: Option<(Rc<Reference>, Case)>,
+}
+
+impl Job {
+    /// Tokens of one sequence's prompt.
+    fn prompt_tokens(&self) -> usize {
+        self.prompts.first().map_or(0, Vec::len)
+    }
 }
 
 impl Setup {
@@ -72,6 +81,13 @@ impl Setup {
             Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
         };
         let config = Config::read(&config_file)?;
+        if let Some(file) = &options.dump {
+            // Found out now rather than after the run.
+            let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                return refuse_file(file, format_args!("cannot be written: {} is not a folder", folder.display()));
+            }
+        }
         let config = match options.layers {
             Some(layers) if layers > config.num_layers => {
                 return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
@@ -80,11 +96,12 @@ impl Setup {
             None => config,
         };
         let jobs = jobs(options, &config, folder.as_deref())?;
-        let need_tokens = |job: &Job| job.prompt.len() + job.generate.saturating_sub(1);
+        // The last token is not fed back.
+        let need_tokens = |job: &Job| job.prompt_tokens() + job.generate.saturating_sub(1);
         let context = options.context.unwrap_or_else(|| jobs.iter().map(need_tokens).max().unwrap_or(1));
         for job in &jobs {
-            prompt::check_ids(&job.prompt, &config)?;
-            prompt::check_fits(job.prompt.len(), job.generate, context)?;
+            job.prompts.iter().try_for_each(|ids| prompt::check_ids(ids, &config))?;
+            prompt::check_fits(job.prompt_tokens(), job.generate, context)?;
         }
         let weights = match (&folder, &options.source) {
             (Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
@@ -92,7 +109,7 @@ impl Setup {
             (None, _) => WeightSource::Random(if config.dtype.as_deref() == Some("bfloat16") { DType::Bf16 } else { DType::F32 }),
         };
         let activations = options.activations.unwrap_or(DType::F32);
-        let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
+        let longest = jobs.iter().map(Job::prompt_tokens).max().unwrap_or(1);
         let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
         let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
         let sizes = Sizes {
@@ -102,12 +119,19 @@ impl Setup {
             logits_rows: if all_logits { step_tokens } else { options.batch },
             activation_bytes: activations.size_bytes(),
         };
-        let dump = jobs.iter().map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail)).max().flatten();
+        let dump = jobs
+            .iter()
+            .map(|job| trace::need_bytes(&config, job.prompt_tokens(), job.generate, job.detail))
+            .try_fold(0, |most, bytes| Some(bytes?.max(most)));
         let random_bytes = match &weights {
             WeightSource::Mapped(_) => Some(0),
             WeightSource::Random(dtype) => memory::product(&[config.parameters() as usize, dtype.size_bytes()]),
         };
-        let need = match (model::scratch_bytes(&config, &sizes), random_bytes, dump) {
+        let scratch = match activations {
+            DType::Bf16 => model::scratch_bytes::<Bf16>(&config, &sizes),
+            _ => model::scratch_bytes::<f32>(&config, &sizes),
+        };
+        let need = match (scratch, random_bytes, dump) {
             (Ok(scratch), Some(random), Some(dump)) => Need::of(&config, &sizes, scratch, random, dump),
             (Err(dropless::Error::TooLarge { .. }), ..) | (_, None, _) | (.., None) => None,
             (Err(error), ..) => return Err(error.into()),
@@ -180,19 +204,19 @@ fn default_folder() -> PathBuf {
 
 fn jobs(options: &Options, config: &Config, folder: Option<&Path>) -> Result<Vec<Job>, Failure> {
     if let Some(file) = &options.check {
-        return reference_jobs(file, Detail::Layers);
+        return reference_jobs(file, options.batch, Detail::Layers);
     }
     let untouched = matches!(options.source, Source::Default) && matches!(options.prompt, Prompt::Default);
     if let (true, Some(folder)) = (untouched && options.generate.is_none() && options.layers.is_none(), folder) {
         let (course, prompts) = (folder.join("decode.safetensors"), folder.join("goldens.safetensors"));
-        let mut jobs = reference_jobs(&course, dump_detail(options).max(Detail::Logits))?;
-        jobs.extend(reference_jobs(&prompts, Detail::Logits)?);
+        let mut jobs = reference_jobs(&course, options.batch, dump_detail(options).max(Detail::Logits))?;
+        jobs.extend(reference_jobs(&prompts, options.batch, Detail::Logits)?);
         return Ok(jobs);
     }
     let default_random = matches!(options.source, Source::Random { .. }).then_some(RANDOM_PROMPT_TOKENS);
-    let prompt = prompt::read(&options.prompt, folder, config, default_random)?;
+    let prompts = prompt::read(&options.prompt, folder, config, options.batch, default_random)?;
     let generate = options.generate.unwrap_or(GENERATE_TOKENS);
-    Ok(vec![Job { prompt, generate, detail: dump_detail(options), reference: None }])
+    Ok(vec![Job { prompts, generate, detail: dump_detail(options), reference: None }])
 }
 
 /// What a dump needs to be kept.
@@ -204,9 +228,11 @@ fn dump_detail(options: &Options) -> Detail {
     }
 }
 
-fn reference_jobs(file: &Path, detail: Detail) -> Result<Vec<Job>, Failure> {
-    let reference = std::rc::Rc::new(Reference::open(file)?);
-    let job =
-        |case: Case| Job { prompt: case.prompt.clone(), generate: case.tokens.len(), detail, reference: Some((reference.clone(), case)) };
+fn reference_jobs(file: &Path, batch: usize, detail: Detail) -> Result<Vec<Job>, Failure> {
+    let reference = Rc::new(Reference::open(file)?);
+    let job = |case: Case| {
+        let (prompts, generate) = (vec![case.prompt.clone(); batch], case.tokens.len());
+        Job { prompts, generate, detail, reference: Some((reference.clone(), case)) }
+    };
     Ok(reference.cases()?.into_iter().map(job).collect())
 }
