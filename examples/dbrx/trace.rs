@@ -1,11 +1,12 @@
 //! What a run keeps of its intermediate results, for a dump or a comparison. Only the first sequence is kept.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use dropless::layout::KvLayer;
 use dropless::{Buffer, Element, Float, HeadLayout, Routing, Rows, Stream, router};
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 
 use super::config::Config;
 use super::failure::{Failure, refuse, refuse_file};
@@ -218,9 +219,9 @@ impl Trace {
 
     /// Writes everything to a safetensors file, which appears whole or not at all.
     pub fn write(&self, file: &Path) -> Result<(), Failure> {
-        let tensors: Vec<(&String, &Kept, Vec<u8>)> = self.tensors.iter().map(|(name, kept)| (name, kept, kept.in_order())).collect();
-        let view = |(name, kept, bytes)| TensorView::new(kept.dtype, kept.shape(), bytes).map(|view| (name, view));
-        let views = tensors.iter().map(|(name, kept, bytes)| view((*name, *kept, bytes.as_slice()))).collect::<Result<Vec<_>, _>>();
+        let tensors: Vec<(&String, &Kept, Cow<'_, [u8]>)> = self.tensors.iter().map(|(name, kept)| (name, kept, kept.in_order())).collect();
+        let view = |name, kept: &Kept, bytes| Ok((name, TensorView::new(kept.dtype, kept.shape(), bytes)?));
+        let views: Result<Vec<_>, SafeTensorError> = tensors.iter().map(|(name, kept, bytes)| view(*name, kept, bytes)).collect();
         views.and_then(|views| safetensors::serialize_to_file(views, None, file)).or_else(|error| refuse_file(file, error))
     }
 }
@@ -243,8 +244,8 @@ impl Kept {
     }
 
     /// The bytes in the order of `shape`.
-    fn in_order(&self) -> Vec<u8> {
-        let Form::Heads(heads, dim) = self.form else { return self.bytes.clone() };
+    fn in_order(&self) -> Cow<'_, [u8]> {
+        let Form::Heads(heads, dim) = self.form else { return Cow::Borrowed(&self.bytes) };
         let head_bytes = 4 * dim;
         let of_head = |head: usize| {
             let rows = self.bytes.chunks_exact(heads * head_bytes);
