@@ -7,5 +7,5 @@ pub(crate) mod gemm;
 mod portable;
 mod scratch;
 
-pub(crate) use self::portable::{add_scaled, dot, narrow, scale, silu_mul, widen};
+pub(crate) use self::portable::{add_scaled, dot, exp_sum, narrow, scale, silu_mul, widen};
 pub(crate) use self::scratch::with_scratch;

@@ -43,6 +43,43 @@ pub(crate) fn scale(y: &mut [f32], factor: f32) {
     y.iter_mut().for_each(|y| *y *= factor);
 }
 
+/// `e^x` for `x <= 0`, within one unit in the last place; 0 where that rounds to 0; NaN for NaN.
+#[inline(always)]
+fn exp_below_one(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const LN_2_HIGH: f32 = 355.0 / 512.0; // few bits, so that its products with small integers are exact
+    const LN_2_LOW: f32 = (std::f64::consts::LN_2 - 355.0 / 512.0) as f32;
+    // e^x = 2^n e^r with |r| <= ln(2) / 2. Below -104 the result is 0, and NaN passes the comparison.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    // Taylor up to r^7: the rest is below r^8 / 8! = 6e-9.
+    let taylor = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let power = taylor.into_iter().reduce(|sum, term| sum * r + term).unwrap_or(1.0);
+    // 2^n in two factors, each a normal number, so that a result below the normal ones rounds once.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let two_to = |n: i32| f32::from_bits((n.wrapping_add(127) << 23) as u32);
+    power * two_to(n >> 1) * two_to(n.wrapping_sub(n >> 1))
+}
+
+/// `y[i] = e^(y[i] - max)` where no `y[i]` is above `max`; gives their sum.
+pub(crate) fn exp_sum(y: &mut [f32], max: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (blocks, tail) = y.as_chunks_mut::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            block[lane] = exp_below_one(block[lane] - max);
+            lanes[lane] += block[lane];
+        }
+    }
+    for (y, lane) in tail.iter_mut().zip(&mut lanes) {
+        *y = exp_below_one(*y - max);
+        *lane += *y;
+    }
+    fold(lanes)
+}
+
 /// `y[i] = x[i]`, exactly.
 pub(crate) fn widen<T: Float>(y: &mut [f32], x: &[T]) {
     assert_eq!(y.len(), x.len());
@@ -115,4 +152,30 @@ fn add_tile<const M: usize>(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stri
 #[inline(always)]
 fn mul_add(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponentials_are_within_one_unit() {
+        for i in 0..2_000_000 {
+            let x = -(i as f32) * 5.3e-5; // to -106, where nothing is left
+            let (got, want) = (f64::from(exp_below_one(x)), f64::from(x).exp());
+            let unit = (want * 2f64.powi(-23)).max(2f64.powi(-149));
+            assert!((got - want).abs() <= unit, "e^{x} = {want:e}, got {got:e}");
+        }
+        assert_eq!([0.0, -0.0, -104.0, -1e30, f32::NEG_INFINITY].map(exp_below_one), [1.0, 1.0, 0.0, 0.0, 0.0]);
+        assert!(exp_below_one(f32::NAN).is_nan() && exp_below_one(-f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn a_sum_of_exponentials() {
+        let mut y: Vec<f32> = (0..37).map(|i| i as f32 * 0.25).collect();
+        let want: f64 = (0..37).map(|i| (f64::from(i) * 0.25 - 9.0).exp()).sum();
+        let sum = exp_sum(&mut y, 9.0);
+        assert!((f64::from(sum) - want).abs() < 1e-5 * want);
+        assert_eq!(y[36], 1.0);
+    }
 }
