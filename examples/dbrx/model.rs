@@ -13,8 +13,8 @@ use std::ops::Range;
 use dropless::layout::KvShape;
 use dropless::router::Normalize;
 use dropless::{
-    Buffer, Element, Error, ExpertRows, Float, HeadLayout, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
-    attention, embedding, grouped_gemm, moe, norm, rope, sample,
+    Buffer, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace, attention,
+    embedding, grouped_gemm, moe, norm, rope, sample,
 };
 
 use super::config::{Config, NORM_EPS};
