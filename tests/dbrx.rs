@@ -10,3 +10,5 @@ mod example;
 mod fixture;
 #[path = "dbrx/refusals.rs"]
 mod refusals;
+#[path = "dbrx/results.rs"]
+mod results;
