@@ -1,181 +1,83 @@
-//! Plain loops that any compiler vectorises: the reference for every other path, and the only one off x86.
+//! Plain loops that any compiler vectorises: the reference for every other instruction set, and the only one off x86.
 
-use super::gemm::{A_STRIDE, NR};
+use super::gemm::{AddProduct, add_tiles};
+use super::vector::{Columns, LANES, Simd};
 use crate::dtype::Float;
 
-/// Lanes of a sum.
-const LANES: usize = 16;
+/// Needs nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
 
-/// `sum a[i] * b[i]` in f32.
-pub(crate) fn dot<A: Float, B: Float>(a: &[A], b: &[B]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let mut lanes = [0f32; LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_blocks.remainder().iter().zip(b_blocks.remainder()).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
-    for (a, b) in a_blocks.zip(b_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] += a[lane].to_f32() * b[lane].to_f32();
-        }
-    }
-    fold(lanes) + tail
-}
+type V = [f32; LANES];
 
-/// Halves the lanes until one is left.
-fn fold(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// `y[i] += factor * x[i]`.
-pub(crate) fn add_scaled<T: Float>(y: &mut [f32], factor: f32, x: &[T]) {
-    assert_eq!(y.len(), x.len());
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x.to_f32());
-}
-
-/// `y[i] *= factor`.
-pub(crate) fn scale(y: &mut [f32], factor: f32) {
-    y.iter_mut().for_each(|y| *y *= factor);
-}
-
-/// `e^x` for `x <= 0`, within one unit in the last place; 0 where that rounds to 0; NaN for NaN.
 #[inline(always)]
-fn exp_below_one(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const LN_2_HIGH: f32 = 355.0 / 512.0; // few bits, so that its products with small integers are exact
-    const LN_2_LOW: f32 = (std::f64::consts::LN_2 - 355.0 / 512.0) as f32;
-    // e^x = 2^n e^r with |r| <= ln(2) / 2. Below -104 the result is 0, and NaN passes the comparison.
-    let x = if x < -104.0 { -104.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    // Taylor up to r^7: the rest is below r^8 / 8! = 6e-9.
-    let taylor = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-    let power = taylor.into_iter().reduce(|sum, term| sum * r + term).unwrap_or(1.0);
-    // 2^n in two factors, each a normal number, so that a result below the normal ones rounds once.
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let two_to = |n: i32| f32::from_bits((n.wrapping_add(127) << 23) as u32);
-    power * two_to(n >> 1) * two_to(n.wrapping_sub(n >> 1))
+fn each(f: impl Fn(usize) -> f32) -> V {
+    std::array::from_fn(f)
 }
 
-/// `y[i] = e^(y[i] - max)` where no `y[i]` is above `max`; gives their sum.
-pub(crate) fn exp_sum(y: &mut [f32], max: f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (blocks, tail) = y.as_chunks_mut::<LANES>();
-    for block in blocks {
-        for lane in 0..LANES {
-            block[lane] = exp_below_one(block[lane] - max);
-            lanes[lane] += block[lane];
-        }
+impl Simd for Portable {
+    type V = V;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> V {
+        [value; LANES]
     }
-    for (y, lane) in tail.iter_mut().zip(&mut lanes) {
-        *y = exp_below_one(*y - max);
-        *lane += *y;
+    #[inline(always)]
+    fn load<T: Float>(self, from: &[T; LANES]) -> V {
+        each(|i| from[i].to_f32())
     }
-    fold(lanes)
-}
-
-/// `y[i] = x[i]`, exactly.
-pub(crate) fn widen<T: Float>(y: &mut [f32], x: &[T]) {
-    assert_eq!(y.len(), x.len());
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = x.to_f32());
-}
-
-/// `y[i] = x[i]`, rounded to nearest even.
-pub(crate) fn narrow<T: Float>(y: &mut [T], x: &[f32]) {
-    assert_eq!(y.len(), x.len());
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = T::from_f32(*x));
-}
-
-/// `gate[i] = silu(gate[i]) * up[i]`.
-pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    assert_eq!(gate.len(), up.len());
-    gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate / (1.0 + (-*gate).exp()) * up);
-}
-
-/// See `gemm::pack_nk`.
-pub(super) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
-    for col in 0..cols {
-        for (k, w) in row(col).iter().enumerate() {
-            panel[k * NR + col] = w.to_f32();
-        }
+    #[inline(always)]
+    fn store<T: Float>(self, values: V, to: &mut [T; LANES]) {
+        *to = std::array::from_fn(|i| T::from_f32(values[i]));
     }
-}
-
-/// See `gemm::pack_kn`.
-pub(super) fn pack_kn<'a, W: Float>(steps: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
-    for (step, panel) in panel.chunks_exact_mut(NR).enumerate().take(steps) {
-        let row = row(step);
-        widen(&mut panel[..row.len()], row);
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        each(|i| a[i] + b[i])
     }
-}
-
-/// See `gemm::add_product`.
-pub(super) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    let rows = a.len() / A_STRIDE;
-    let mut row = 0;
-    while rows - row >= 4 {
-        add_tile::<4>(&a[row * A_STRIDE..], panel, &mut sums[row * sum_stride..], sum_stride);
-        row += 4;
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        each(|i| a[i] - b[i])
     }
-    while row < rows {
-        add_tile::<1>(&a[row * A_STRIDE..], panel, &mut sums[row * sum_stride..], sum_stride);
-        row += 1;
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        each(|i| a[i] * b[i])
     }
-}
-
-/// `M` rows times a panel.
-fn add_tile<const M: usize>(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    const HALF: usize = NR / 2; // what M rows of sums can hold in registers
-    for first in [0, HALF] {
-        let mut tile = [[0f32; HALF]; M];
-        for (k, b) in panel.chunks_exact(NR).enumerate() {
-            let b: &[f32; HALF] = b[first..].first_chunk().expect("half a row");
-            for (row, sums) in tile.iter_mut().enumerate() {
-                let a = a[row * A_STRIDE + k];
-                sums.iter_mut().zip(b).for_each(|(sum, b)| *sum = mul_add(a, *b, *sum));
-            }
-        }
-        for (row, tile) in tile.iter().enumerate() {
-            let sums = &mut sums[row * sum_stride + first..][..HALF];
-            sums.iter_mut().zip(tile).for_each(|(sum, tile)| *sum += tile);
-        }
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        each(|i| a[i] / b[i])
     }
-}
-
-/// `a * b + c`, rounded once where the target has an instruction for it.
-#[inline(always)]
-fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exponentials_are_within_one_unit() {
-        for i in 0..2_000_000 {
-            let x = -(i as f32) * 5.3e-5; // to -106, where nothing is left
-            let (got, want) = (f64::from(exp_below_one(x)), f64::from(x).exp());
-            let unit = (want * 2f64.powi(-23)).max(2f64.powi(-149));
-            assert!((got - want).abs() <= unit, "e^{x} = {want:e}, got {got:e}");
-        }
-        assert_eq!([0.0, -0.0, -104.0, -1e30, f32::NEG_INFINITY].map(exp_below_one), [1.0, 1.0, 0.0, 0.0, 0.0]);
-        assert!(exp_below_one(f32::NAN).is_nan() && exp_below_one(-f32::NAN).is_nan());
+    #[inline(always)]
+    fn mul_add(self, a: V, b: V, c: V) -> V {
+        // Without an instruction for it a fused multiply-add is a call of the C library.
+        let fused = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+        each(|i| if fused { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] })
     }
-
-    #[test]
-    fn a_sum_of_exponentials() {
-        let mut y: Vec<f32> = (0..37).map(|i| i as f32 * 0.25).collect();
-        let want: f64 = (0..37).map(|i| (f64::from(i) * 0.25 - 9.0).exp()).sum();
-        let sum = exp_sum(&mut y, 9.0);
-        assert!((f64::from(sum) - want).abs() < 1e-5 * want);
-        assert_eq!(y[36], 1.0);
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        each(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        each(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn round(self, a: V) -> V {
+        // Adding 1.5 * 2^23 leaves no bits for a fraction; exact for |a| < 2^22, which is all that `exp` needs.
+        const SHIFT: f32 = 12_582_912.0;
+        each(|i| (a[i] + SHIFT) - SHIFT)
+    }
+    #[inline(always)]
+    fn pow2(self, a: V) -> V {
+        each(|i| f32::from_bits((((a[i] as i32) + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn transpose<T: Float>(self, rows: &[&[T]; LANES], mut columns: Columns<'_>) {
+        (0..64 / size_of::<T>()).for_each(|k| *columns.row(k) = each(|j| rows[j][k].to_f32()));
+    }
+    #[inline(always)]
+    fn add_product(self, product: AddProduct<'_>) {
+        add_tiles!(self, product, vectors: 1, rows: 1 2 3 4);
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, _: &T) {}
 }

@@ -173,7 +173,9 @@ fn with_queries<R>(heads: HeadLayout, tokens: usize, f: impl FnOnce(&mut Queries
     ];
     simd::with_scratch(lens.iter().sum(), |mut rest| {
         let [scaled, scores, sums, max, total, keys, values] = lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
-        (sums.fill(0.0), max.fill(f32::NEG_INFINITY), total.fill(0.0));
+        sums.fill(0.0);
+        max.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
         f(&mut Queries { group: heads.group(), head_dim, scaled, scores, sums, max, total, keys, values })
     })
 }
@@ -240,9 +242,9 @@ impl Queries<'_> {
     fn soften(&mut self, row: usize, visible: usize) {
         let sum_stride = self.sum_stride();
         let scores = &mut self.scores[row * gemm::A_STRIDE..][..visible];
-        let max = scores.iter().copied().fold(self.max[row], f32::max);
+        let max = self.max[row].max(simd::max(scores));
         let shrink = (self.max[row] - finite_or_zero(max)).exp();
-        self.total[row] = self.total[row] * shrink + simd::exp_sum(scores, finite_or_zero(max));
+        self.total[row] = self.total[row] * shrink + simd::exp_shifted(scores, finite_or_zero(max));
         if shrink != 1.0 {
             simd::scale(&mut self.sums[row * sum_stride..][..sum_stride], shrink);
         }
