@@ -70,11 +70,12 @@ impl Course<'_> {
         let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures::default());
         for (number, job) in self.setup.jobs.iter().enumerate() {
             let shown = number == 0 && self.options.check.is_none();
+            let prompts: Vec<Vec<u32>> = (0..sizes.batch).map(|sequence| job.prompt.of(sequence)).collect();
             let mut trace = Trace::new(job.detail);
-            let mut next = prefill(&mut model, &job.prompts, self.setup.chunk, &mut trace, &self.progress, &mut figures)?;
+            let mut next = prefill(&mut model, &prompts, self.setup.chunk, &mut trace, &self.progress, &mut figures)?;
             let mut stream = TokenStream::begin(self.setup, shown && job.generate > 0)?;
             if shown {
-                self.print_experts(model.expert_tokens(), console)?;
+                self.print_experts(model.expert_tokens(), sizes.batch * job.prompt.len(), console)?;
             }
             let mut tokens = Vec::with_capacity(job.generate);
             for left in (0..job.generate).rev() {
@@ -85,9 +86,8 @@ impl Course<'_> {
                 }
             }
             stream.end(console)?;
-            let prompt = &job.prompts[0];
-            trace.tokens(prompt, &tokens);
-            model.keep_cache(prompt.len() + tokens.len().saturating_sub(1), &mut trace)?;
+            trace.tokens(&prompts[0], &tokens);
+            model.keep_cache(prompts[0].len() + tokens.len().saturating_sub(1), &mut trace)?;
             if let (0, Some(file)) = (number, &self.options.dump) {
                 trace.write(file)?;
             }
@@ -102,9 +102,7 @@ impl Course<'_> {
     }
 
     /// One line a layer: how many tokens each expert was given.
-    fn print_experts(&self, expert_tokens: &[Vec<u64>], console: &mut Console<'_>) -> Result<(), Failure> {
-        let prompts = &self.setup.jobs[0].prompts;
-        let tokens: usize = prompts.iter().map(Vec::len).sum();
+    fn print_experts(&self, expert_tokens: &[Vec<u64>], tokens: usize, console: &mut Console<'_>) -> Result<(), Failure> {
         let plural = if tokens == 1 { "" } else { "s" };
         console.heading(&format!("Tokens per expert, {tokens} token{plural}"))?;
         for (layer, counts) in expert_tokens.iter().enumerate() {

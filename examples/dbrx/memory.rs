@@ -17,6 +17,8 @@ pub struct Sizes {
     pub batch: usize,
     /// Tokens of one sequence that the cache holds.
     pub context: usize,
+    /// Tokens of the longest prompt.
+    pub prompt: usize,
     /// Tokens of the largest step.
     pub step_tokens: usize,
     /// Rows of logits that one step may give.
@@ -38,11 +40,15 @@ pub struct Need {
 impl Need {
     /// The need of a run; `weights` and `dump` are bytes, `scratch` the workspace the operations ask for. None: beyond 2^63.
     pub fn of(config: &Config, sizes: &Sizes, scratch: usize, weights: u64, dump: u64) -> Option<Need> {
-        let Sizes { batch, context, step_tokens, logits_rows, activation_bytes } = *sizes;
+        let Sizes { batch, context, prompt, step_tokens, logits_rows, activation_bytes } = *sizes;
         let heads = config.heads;
         let per_token = activation_columns(config).checked_mul(activation_bytes)?.checked_add(4 + 16 * config.top_k)?;
         let angles = product(&[context, heads.head_dim(), 4])?;
-        let workspace = product(&[step_tokens, per_token])?.checked_add(angles)?.checked_add(scratch as u64)?;
+        // The prompts are there twice: sequence by sequence, and as one.
+        let workspace = product(&[step_tokens, per_token])?
+            .checked_add(angles)?
+            .checked_add(product(&[2, batch, prompt, 4])?)?
+            .checked_add(scratch as u64)?;
         let need = Need {
             weights,
             kv_cache: product(&[2, config.num_layers, batch, context, heads.kv_cols(), activation_bytes])?,

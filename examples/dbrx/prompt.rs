@@ -8,22 +8,51 @@ use super::options::Prompt;
 use super::random::Random;
 use super::text::Tokenizer;
 
-/// One prompt for each of `batch` sequences: the same for all, unless it is random. `folder` is where tokenizer.json may be;
-/// `default_random` the length of a random prompt where none is named.
-pub fn read(
-    prompt: &Prompt,
-    folder: Option<&Path>,
-    config: &Config,
-    batch: usize,
-    default_random: Option<usize>,
-) -> Result<Vec<Vec<u32>>, Failure> {
-    let random = |count: usize| {
-        let tokens = |sequence: usize| {
-            let mut random = Random::at(0x0070_726f_6d70_7400, (sequence * count) as u64);
-            (0..count).map(|_| random.below(config.vocab as u64) as u32).collect()
-        };
-        Ok((0..batch).map(tokens).collect())
-    };
+/// Where random prompts begin.
+const SEED: u64 = 0x0070_726f_6d70_7400;
+
+/// The prompt of every sequence: one for all, or random ones that differ.
+pub enum Ids {
+    Given(Vec<u32>),
+    Random { count: usize, vocab: usize },
+}
+
+impl Ids {
+    /// Tokens of one sequence.
+    pub fn len(&self) -> usize {
+        match self {
+            Ids::Given(ids) => ids.len(),
+            Ids::Random { count, .. } => *count,
+        }
+    }
+
+    /// One sequence's tokens.
+    pub fn of(&self, sequence: usize) -> Vec<u32> {
+        match self {
+            Ids::Given(ids) => ids.clone(),
+            Ids::Random { count, vocab } => {
+                let mut random = Random::at(SEED, sequence as u64 * *count as u64);
+                (0..*count).map(|_| random.below(*vocab as u64) as u32).collect()
+            }
+        }
+    }
+
+    /// Refuses an empty prompt and ids outside the vocabulary.
+    pub fn check(&self, config: &Config) -> Result<(), Failure> {
+        let Ids::Given(ids) = self else { return Ok(()) };
+        if ids.is_empty() {
+            return refuse("the prompt is empty");
+        }
+        match ids.iter().position(|id| *id as usize >= config.vocab) {
+            Some(at) => refuse(format!("token {at} of the prompt is {}, must be < vocab_size = {}", ids[at], config.vocab)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads the prompt. `folder` is where tokenizer.json may be; `default_random` the length of a random prompt where none is named.
+pub fn read(prompt: &Prompt, folder: Option<&Path>, config: &Config, default_random: Option<usize>) -> Result<Ids, Failure> {
+    let random = |count| Ok(Ids::Random { count, vocab: config.vocab });
     let ids: Vec<u32> = match prompt {
         Prompt::Text(text) => Tokenizer::open(folder)?.encode(text)?,
         Prompt::Tokens(list) if list.trim().is_empty() => Vec::new(),
@@ -40,18 +69,7 @@ pub fn read(
             None => return refuse("no prompt; give --tokens 1,2,3, --tokens-file FILE, --random-tokens N or --prompt TEXT"),
         },
     };
-    Ok(vec![ids; batch])
-}
-
-/// Refuses an empty prompt and ids outside the vocabulary.
-pub fn check_ids(ids: &[u32], config: &Config) -> Result<(), Failure> {
-    if ids.is_empty() {
-        return refuse("the prompt is empty");
-    }
-    match ids.iter().position(|id| *id as usize >= config.vocab) {
-        Some(at) => refuse(format!("token {at} of the prompt is {}, must be < vocab_size = {}", ids[at], config.vocab)),
-        None => Ok(()),
-    }
+    Ok(Ids::Given(ids))
 }
 
 /// Refuses what does not fit in the cache: the last generated token is not fed back, so it needs no room.

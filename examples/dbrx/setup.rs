@@ -12,7 +12,7 @@ use super::memory::{self, Need, Sizes};
 use super::model;
 use super::options::{Options, Prompt, Source};
 use super::progress::Progress;
-use super::prompt;
+use super::prompt::{self, Ids};
 use super::reference::{Case, Reference};
 use super::report::{Console, Table, bytes_text, count_text};
 use super::trace::{self, Detail};
@@ -54,19 +54,11 @@ impl WeightSource {
 
 /// A prompt to run, what to generate and what to keep.
 pub struct Job {
-    /// One for each sequence, all of one length.
-    pub prompts: Vec<Vec<u32>>,
+    pub prompt: Ids,
     pub generate: usize,
     pub detail: Detail,
     /// What the results are compared with.
     pub reference: Option<(Rc<Reference>, Case)>,
-}
-
-impl Job {
-    /// Tokens of one sequence's prompt.
-    fn prompt_tokens(&self) -> usize {
-        self.prompts.first().map_or(0, Vec::len)
-    }
 }
 
 impl Setup {
@@ -97,11 +89,11 @@ impl Setup {
         };
         let jobs = jobs(options, &config, folder.as_deref())?;
         // The last token is not fed back.
-        let need_tokens = |job: &Job| job.prompt_tokens() + job.generate.saturating_sub(1);
+        let need_tokens = |job: &Job| job.prompt.len() + job.generate.saturating_sub(1);
         let context = options.context.unwrap_or_else(|| jobs.iter().map(need_tokens).max().unwrap_or(1));
         for job in &jobs {
-            job.prompts.iter().try_for_each(|ids| prompt::check_ids(ids, &config))?;
-            prompt::check_fits(job.prompt_tokens(), job.generate, context)?;
+            job.prompt.check(&config)?;
+            prompt::check_fits(job.prompt.len(), job.generate, context)?;
         }
         let weights = match (&folder, &options.source) {
             (Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
@@ -109,19 +101,20 @@ impl Setup {
             (None, _) => WeightSource::Random(if config.dtype.as_deref() == Some("bfloat16") { DType::Bf16 } else { DType::F32 }),
         };
         let activations = options.activations.unwrap_or(DType::F32);
-        let longest = jobs.iter().map(Job::prompt_tokens).max().unwrap_or(1);
+        let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
         let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
         let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
         let sizes = Sizes {
             batch: options.batch,
             context,
+            prompt: longest,
             step_tokens,
             logits_rows: if all_logits { step_tokens } else { options.batch },
             activation_bytes: activations.size_bytes(),
         };
         let dump = jobs
             .iter()
-            .map(|job| trace::need_bytes(&config, job.prompt_tokens(), job.generate, job.detail))
+            .map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail))
             .try_fold(0, |most, bytes| Some(bytes?.max(most)));
         let random_bytes = match &weights {
             WeightSource::Mapped(_) => Some(0),
@@ -204,19 +197,19 @@ fn default_folder() -> PathBuf {
 
 fn jobs(options: &Options, config: &Config, folder: Option<&Path>) -> Result<Vec<Job>, Failure> {
     if let Some(file) = &options.check {
-        return reference_jobs(file, options.batch, Detail::Layers);
+        return reference_jobs(file, Detail::Layers);
     }
     let untouched = matches!(options.source, Source::Default) && matches!(options.prompt, Prompt::Default);
     if let (true, Some(folder)) = (untouched && options.generate.is_none() && options.layers.is_none(), folder) {
         let (course, prompts) = (folder.join("decode.safetensors"), folder.join("goldens.safetensors"));
-        let mut jobs = reference_jobs(&course, options.batch, dump_detail(options).max(Detail::Logits))?;
-        jobs.extend(reference_jobs(&prompts, options.batch, Detail::Logits)?);
+        let mut jobs = reference_jobs(&course, dump_detail(options).max(Detail::Logits))?;
+        jobs.extend(reference_jobs(&prompts, Detail::Logits)?);
         return Ok(jobs);
     }
     let default_random = matches!(options.source, Source::Random { .. }).then_some(RANDOM_PROMPT_TOKENS);
-    let prompts = prompt::read(&options.prompt, folder, config, options.batch, default_random)?;
+    let prompt = prompt::read(&options.prompt, folder, config, default_random)?;
     let generate = options.generate.unwrap_or(GENERATE_TOKENS);
-    Ok(vec![Job { prompts, generate, detail: dump_detail(options), reference: None }])
+    Ok(vec![Job { prompt, generate, detail: dump_detail(options), reference: None }])
 }
 
 /// What a dump needs to be kept.
@@ -228,11 +221,11 @@ fn dump_detail(options: &Options) -> Detail {
     }
 }
 
-fn reference_jobs(file: &Path, batch: usize, detail: Detail) -> Result<Vec<Job>, Failure> {
+fn reference_jobs(file: &Path, detail: Detail) -> Result<Vec<Job>, Failure> {
     let reference = Rc::new(Reference::open(file)?);
     let job = |case: Case| {
-        let (prompts, generate) = (vec![case.prompt.clone(); batch], case.tokens.len());
-        Job { prompts, generate, detail, reference: Some((reference.clone(), case)) }
+        let (prompt, generate) = (Ids::Given(case.prompt.clone()), case.tokens.len());
+        Job { prompt, generate, detail, reference: Some((reference.clone(), case)) }
     };
     Ok(reference.cases()?.into_iter().map(job).collect())
 }
