@@ -71,7 +71,7 @@ impl Course<'_> {
         for (number, job) in self.setup.jobs.iter().enumerate() {
             let shown = number == 0 && self.options.check.is_none();
             let prompts: Vec<Vec<u32>> = (0..sizes.batch).map(|sequence| job.prompt.of(sequence)).collect();
-            let mut trace = Trace::new(job.detail);
+            let mut trace = Trace::new(job.detail, job.generate > 0);
             let mut next = prefill(&mut model, &prompts, self.setup.chunk, &mut trace, &self.progress, &mut figures)?;
             let mut stream = TokenStream::begin(self.setup, shown && job.generate > 0)?;
             if shown {

@@ -49,6 +49,7 @@ pub fn host<T: Element>(rows: Rows<'_, T>) -> Result<&[T], Failure> {
 /// Tensors by name, filled as the steps run.
 pub struct Trace {
     detail: Detail,
+    generates: bool,
     /// Rows of the current step to keep, and the position of the first; none of a decoding step.
     rows: usize,
     position: usize,
@@ -74,8 +75,9 @@ enum Form {
 }
 
 impl Trace {
-    pub fn new(detail: Detail) -> Trace {
-        Trace { detail, rows: 0, position: 0, tensors: BTreeMap::new() }
+    /// For a run that `generates` tokens, or none.
+    pub fn new(detail: Detail, generates: bool) -> Trace {
+        Trace { detail, generates, rows: 0, position: 0, tensors: BTreeMap::new() }
     }
 
     /// What is kept.
@@ -162,7 +164,7 @@ impl Trace {
 
     /// The logits that decide a generated token.
     pub fn step_logits(&mut self, logits: Rows<'_, f32>) -> Result<(), Failure> {
-        if self.detail > Detail::LastLogits {
+        if self.generates && self.detail > Detail::LastLogits {
             self.floats("step_logits".into(), Form::Matrix(logits.cols()), host(logits)?);
         }
         Ok(())
