@@ -111,7 +111,7 @@ impl Gpu {
         let placed = self.place_globals(&globals, &mut addresses);
         let program = placed.and_then(|()| {
             let text = std::str::from_utf8(bytes).unwrap_or_else(|e| std::str::from_utf8(&bytes[..e.valid_up_to()]).unwrap_or(""));
-            front::lower(name, text, &tree, &addresses)
+            front::lower(text, &tree, &addresses)
         });
         match program {
             Ok(program) => Ok(Module { program: Arc::new(program) }),

@@ -20,8 +20,8 @@ const MAX_SHARED_BYTES: u64 = 227 << 10;
 const MAX_PARAM_BYTES: u64 = 4096;
 
 /// Lowers a module whose module-scope variables were placed at `addresses`.
-pub(crate) fn lower(name: &str, text: &str, module: &Module<'_>, addresses: &HashMap<String, u64>) -> Result<Program> {
-    let mut program = Program::new(name, text);
+pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String, u64>) -> Result<Program> {
+    let mut program = Program::new(text);
     program.files = module.files.iter().map(|&(i, f)| (i, f.to_owned())).collect();
     let mut scopes = Scopes::default();
     scopes.open();
@@ -84,7 +84,7 @@ pub(crate) fn globals(module: &Module<'_>) -> Vec<GlobalVar> {
                     }
                 }
             }
-            GlobalVar { name: var.name.to_owned(), constant: var.space == VarSpace::Const, bytes: var.bytes, align: var.align, init: bytes, relocations }
+            GlobalVar { name: var.name.to_owned(), constant: var.space == VarSpace::Const, bytes: var.bytes, init: bytes, relocations }
         })
         .collect()
 }

@@ -76,6 +76,8 @@ pub(crate) struct Rendezvous {
     c: L32,
     q: u32,
     done: bool,
+    /// Where the first lanes came.
+    pc: u32,
 }
 
 pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
@@ -173,8 +175,9 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32)
     let masks = w.get32(source);
     let first = mask.trailing_zeros() as usize;
     let same = |want: u32, left: u32| lanes(left).filter(|&l| masks[l] == want).fold(0, |a, l| a | 1 << l);
+    let resumed = w.cur.result.take().is_some();
     if same(masks[first], mask) == mask {
-        return one(m, w, i, mask, masks[first]);
+        return one(m, w, i, mask, masks[first], resumed);
     }
     // Lanes with different masks are different collectives. Those that must wait are split off.
     let (pc, frame) = (w.cur.pc, w.cur.frame);
@@ -183,7 +186,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32)
         let want = masks[left.trailing_zeros() as usize];
         let part = same(want, left);
         left &= !part;
-        if let Flow::Wait(state) = one(m, w, i, part, want)? {
+        if let Flow::Wait(state) = one(m, w, i, part, want, resumed)? {
             w.cur.mask &= !part;
             w.others.push(Group { pc, mask: part, frame, state, result: None });
         }
@@ -195,7 +198,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32)
 }
 
 /// The lanes of one collective.
-fn one(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32) -> Exec {
+fn one(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32, resumed: bool) -> Exec {
     if mask & !want != 0 {
         let lane = (mask & !want).trailing_zeros() as usize;
         return Err(trouble(Fault::Collective, format!("lane {lane} executes a collective whose mask {want:#010x} does not name it")).at_lane(lane));
@@ -208,12 +211,29 @@ fn one(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32) 
         }
         return finish(w, i, mask, mask, &a, &b, &c, q);
     }
+    if resumed {
+        return resume(w, i, mask, want);
+    }
     join(m, w, i, mask, want)
+}
+
+/// Lanes whose rendezvous was completed by others take their results.
+fn resume(w: &mut Warp, i: &Collective, mask: u32, want: u32) -> Exec {
+    let Some(index) = w.collectives.iter().position(|r| r.done && r.mask == want && r.waiting & mask == mask) else {
+        return Err(trouble(Fault::Collective, format!("collective with mask {want:#010x} lost its lanes")));
+    };
+    let r = &mut w.collectives[index];
+    r.waiting &= !mask;
+    let (everyone, a, b, c, q) = (r.arrived, r.a, r.b, r.c, r.q);
+    if r.waiting == 0 {
+        w.collectives.swap_remove(index);
+    }
+    finish(w, i, mask, everyone, &a, &b, &c, q)
 }
 
 fn join(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32) -> Exec {
     let gone = w.exists & !w.live;
-    let index = match w.collectives.iter().position(|r| r.mask == want && if r.done { r.waiting & mask != 0 } else { r.kind == i.kind }) {
+    let index = match w.collectives.iter().position(|r| r.mask == want && !r.done && r.kind == i.kind) {
         Some(index) => index,
         None => {
             if let Some(other) = w.collectives.iter().find(|r| r.mask & want != 0 && !r.done) {
@@ -235,29 +255,28 @@ fn join(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32)
                 c: [0; 32],
                 q: 0,
                 done: false,
+                pc: m.site,
             });
             w.collectives.len() - 1
         }
     };
     let (a, b, c, q) = (w.get64(i.a), w.get32(i.b), w.get32(i.c), w.pred(i.q));
     let r = &mut w.collectives[index];
-    if r.arrived & mask == 0 {
-        for l in lanes(mask) {
-            (r.a[l], r.b[l], r.c[l]) = (a[l], b[l], c[l]);
-        }
-        r.q = r.q & !mask | q & mask;
-        r.arrived |= mask;
-        r.waiting |= mask;
+    for l in lanes(mask) {
+        (r.a[l], r.b[l], r.c[l]) = (a[l], b[l], c[l]);
     }
+    r.q = r.q & !mask | q & mask;
+    r.arrived |= mask;
+    r.waiting |= mask;
     if r.arrived | r.gone & r.mask != r.mask {
         let left = r.mask & !r.arrived & !r.gone;
         if left & w.live != left {
-            return Err(missing(r.mask, left & !w.live, mask));
+            return Err(missing(r, left & !w.live));
         }
         return Ok(Flow::Wait(State::Collective(want)));
     }
     let everyone = r.arrived;
-    if !r.done && i.kind == Kind::SyncWarp {
+    if i.kind == Kind::SyncWarp {
         m.clocks.meet(w.thread0 as usize, everyone);
     }
     r.done = true;
@@ -269,20 +288,23 @@ fn join(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32)
     for g in &mut w.others {
         if g.state == State::Collective(want) {
             g.state = State::Ready;
+            g.result = Some(0);
         }
     }
     finish(w, i, mask, everyone, &a, &b, &c, q)
 }
 
-fn missing(mask: u32, missing: u32, here: u32) -> Trouble {
-    trouble(Fault::Collective, format!("lane missing from mask: collective with mask {mask:#010x}, lanes {missing:#010x} exited without it"))
-        .at_lane(here.trailing_zeros() as usize)
+fn missing(r: &Rendezvous, missing: u32) -> Trouble {
+    let text = format!("lane missing from mask: collective with mask {:#010x}, lanes {missing:#010x} exited without it", r.mask);
+    let mut t = trouble(Fault::Collective, text).at_lane(r.arrived.trailing_zeros() as usize);
+    t.pc = Some(r.pc);
+    t
 }
 
 /// Lanes exit: a collective that waits for them will never be complete.
 pub(crate) fn lanes_exit(w: &Warp, mask: u32) -> Result<(), Trouble> {
     match w.collectives.iter().find(|r| !r.done && r.mask & !r.arrived & mask != 0) {
-        Some(r) => Err(missing(r.mask, r.mask & !r.arrived & mask, r.arrived)),
+        Some(r) => Err(missing(r, r.mask & !r.arrived & mask)),
         None => Ok(()),
     }
 }

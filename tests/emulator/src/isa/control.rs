@@ -230,7 +230,7 @@ fn call_exec(m: &mut Machine<'_>, w: &mut Warp, function: u32, args: &[Copy], ma
     }
     let pc = w.cur.pc;
     let frame =
-        Frame { parent, depth, function, return_pc: pc + 1, call_pc: pc, base32, base64, basep, local_base, params, live: mask };
+        Frame { parent, depth, return_pc: pc + 1, call_pc: pc, base32, base64, basep, local_base, params, live: mask };
     let index = w.frames.len() as u32;
     w.frames.push(frame);
     let stay = w.cur.mask & !mask;

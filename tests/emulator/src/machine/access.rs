@@ -175,8 +175,8 @@ impl<'g> Machine<'g> {
             let shared = &mut self.ctas[rank].shared;
             let len = n as usize;
             if check_init && let Some(byte) = shared.uninitialised(offset, len) {
-                let name = self.shared_name(rank, byte);
-                return Err(trouble(Fault::Uninitialised, format!("uninitialised {n}-byte read at {name}")).at_lane(lane));
+                let reader = self.actor_name((w.thread0 as usize + lane) as u16);
+                return Err(self.uninitialised_shared(&reader, n as usize, rank, byte).at_lane(lane));
             }
             if watch {
                 let me = w.thread0 as usize + lane;

@@ -44,10 +44,20 @@ impl Machine<'_> {
         }
         match self.ctas[rank].shared.uninitialised(offset, len) {
             None => Ok(()),
-            Some(byte) => {
-                let name = self.shared_name(rank, byte);
-                Err(trouble(Fault::Uninitialised, format!("uninitialised read at {name} by {reader}")))
+            Some(byte) => Err(self.uninitialised_shared(reader, len, rank, byte)),
+        }
+    }
+
+    /// The report of a read of a byte nobody wrote: a race, if a copy that will write it is under way.
+    pub fn uninitialised_shared(&self, reader: &str, len: usize, rank: usize, byte: usize) -> Trouble {
+        let name = self.shared_name(rank, byte);
+        let coming = self.pending.iter().find(|p| p.targets(rank) && (p.offset..p.offset + p.bytes).contains(&byte));
+        match coming {
+            Some(load) => {
+                let text = format!("data race on {name}: read by {reader} unordered with async write by TMA load that is under way");
+                trouble(Fault::DataRace, text).other(load.site)
             }
+            None => trouble(Fault::Uninitialised, format!("uninitialised {len}-byte read of shared memory at {name} by {reader}")),
         }
     }
 

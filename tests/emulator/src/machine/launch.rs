@@ -112,13 +112,11 @@ pub(crate) fn machine<'g>(env: &'g Env<'g>, index: u32, buffers: usize) -> Machi
     let mut ctas = Vec::new();
     let mut warps = Vec::new();
     for rank in 0..size {
-        let block = block_coords(env, index, rank);
         let warp0 = warps.len() as u32;
         for i in 0..nwarps {
             warps.push(warp(env, index, rank, i, warps.len() as u32, dynamic_offset));
         }
         ctas.push(Cta {
-            coords: block,
             shared: Shared::new((dynamic_offset + env.dynamic_shared) as usize),
             barriers: std::array::from_fn(|_| BlockBarrier::default()),
             live: threads,
@@ -162,7 +160,6 @@ fn warp(env: &Env<'_>, cluster: u32, rank: u32, index: u32, slot: u32, dynamic_o
     w.frames.push(Frame {
         parent: 0,
         depth: 0,
-        function: env.function as u32,
         return_pc: 0,
         call_pc: 0,
         base32: 0,

@@ -19,7 +19,7 @@ use crate::isa::ty::RANK_SHIFT;
 use crate::memory::global::GlobalMemory;
 use crate::memory::shared::Shared;
 use crate::module::Program;
-use crate::options::{Detector, Options, Schedule};
+use crate::options::{Detector, Options};
 use crate::race::{Clocks, clock::Clock};
 use crate::report::Fault;
 use std::collections::HashMap;
@@ -126,7 +126,6 @@ impl Counters {
 /// One block.
 #[derive(Debug)]
 pub(crate) struct Cta {
-    pub coords: [u32; 3],
     pub shared: Shared,
     pub barriers: [block::BlockBarrier; 16],
     /// Threads that have not exited.
@@ -225,10 +224,5 @@ impl<'g> Machine<'g> {
     /// Whether the schedule wants a pause here.
     pub fn dice(&mut self) -> bool {
         self.random && self.rng.below(4) == 0
-    }
-
-    /// Marks a warp ready and queues it.
-    pub fn schedule(&self) -> Schedule {
-        self.env.options.schedule
     }
 }

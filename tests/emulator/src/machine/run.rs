@@ -258,7 +258,13 @@ pub(crate) fn divergence(m: &Machine<'_>, w: &Warp) -> Trouble {
     let rest: Vec<String> =
         w.others.iter().filter(|o| o.pc != g.pc || o.frame != g.frame).map(|o| format!("lanes {:#010x} wait at {}", o.mask, name(o))).collect();
     let rest = if rest.is_empty() { "the others have exited".to_owned() } else { rest.join(", ") };
+    let barrier = |o: &Group| matches!(m.env.program.code[o.pc as usize].op, isa::Op::Barrier(isa::barrier::Barrier::Block { wait: true, .. }));
+    let lines = w.others.iter().map(name).collect::<std::collections::BTreeSet<_>>();
     let mut t = match g.state {
+        State::Aligned if lines.len() > 1 && w.others.iter().all(barrier) => {
+            let lines: Vec<String> = lines.into_iter().collect();
+            trouble(Fault::Barrier, format!("two lines meet at one barrier: lanes of one warp wait at {}", lines.join(" and ")))
+        }
         State::Aligned => trouble(
             Fault::Divergence,
             format!(".aligned instruction executed by a diverged warp: lanes {:#010x} of {:#010x} at {}; {rest}", g.mask, w.exists, name(g)),

@@ -45,9 +45,6 @@ impl Pending {
         self.ranks.contains(&rank)
     }
 
-    pub fn signals(&self, rank: usize, offset: u32) -> bool {
-        self.mbar == offset && self.mbar_rank.map_or(self.targets(rank), |r| r == rank)
-    }
 }
 
 /// A store or reduction to global memory.
@@ -137,6 +134,9 @@ fn swizzled(swizzle: Swizzle, offset: usize, at: usize) -> usize {
 impl Machine<'_> {
     /// Queues a load, or runs it.
     pub fn issue_load(&mut self, op: Pending) -> Result<(), Trouble> {
+        if let Some(&rank) = op.ranks.iter().find(|&&r| self.ctas[r].live == 0) {
+            return Err(trouble(Fault::ExitState, format!("TMA load into CTA {rank}, which has exited")));
+        }
         if self.env.options.tma == TmaCompletion::Eager {
             return self.complete_load(op);
         }
@@ -155,7 +155,7 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    fn complete_load(&mut self, op: Pending) -> Result<(), Trouble> {
+    pub fn complete_load(&mut self, op: Pending) -> Result<(), Trouble> {
         let place = (op.site, op.cta, op.thread);
         self.load(op).map_err(|mut t| {
             t.pc.get_or_insert(place.0);
@@ -165,9 +165,6 @@ impl Machine<'_> {
     }
 
     fn load(&mut self, op: Pending) -> Result<(), Trouble> {
-        if let Some(&rank) = op.ranks.iter().find(|&&r| self.ctas[r].live == 0) {
-            return Err(trouble(Fault::ExitState, format!("TMA load into CTA {rank}, which has exited")));
-        }
         // One actor per receiving CTA.
         let mut actors = Vec::new();
         for &rank in &op.ranks {
@@ -218,7 +215,8 @@ impl Machine<'_> {
                 }
                 for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
                     let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
-                    self.write_shared(&writer, rank, op.offset, &data, &init, Swizzle::None as u8 + 1)?;
+                    // A flat copy may bring rows that are swizzled already: no tag.
+                    self.write_shared(&writer, rank, op.offset, &data, &init, 0)?;
                 }
             }
         }

@@ -45,7 +45,6 @@ pub(crate) enum State {
 pub(crate) struct Frame {
     pub parent: u32,
     pub depth: u32,
-    pub function: u32,
     /// Where the caller goes on.
     pub return_pc: u32,
     /// Index of the call in the caller's code, for its result operands.

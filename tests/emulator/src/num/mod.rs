@@ -302,13 +302,6 @@ pub(crate) fn f16(code: u32) -> f32 {
     f32::from_bits(bits | sign)
 }
 
-/// Nearest-even bf16 of an f32; NaN becomes the canonical 0x7FFF.
-#[inline(always)]
-pub(crate) fn to_bf16(v: f32) -> u32 {
-    let bits = v.to_bits();
-    if v.is_nan() { BF16.nan() } else { (bits + 0x7fff + (bits >> 16 & 1)) >> 16 }
-}
-
 /// Nearest-even f16 of an f32; NaN becomes the canonical 0x7FFF.
 #[inline]
 pub(crate) fn to_f16(v: f32) -> u32 {
@@ -375,8 +368,7 @@ mod tests {
             let v = f32::from_bits(bits);
             prop_assume!(!v.is_nan());
             prop_assert_eq!(to_f16(v), u32::from(::half::f16::from_f32(v).to_bits()));
-            prop_assert_eq!(to_bf16(v), u32::from(::half::bf16::from_f32(v).to_bits()));
-            prop_assert_eq!(BF16.encode(v.into(), Round::Rn, false), to_bf16(v));
+            prop_assert_eq!(BF16.encode(v.into(), Round::Rn, false), u32::from(::half::bf16::from_f32(v).to_bits()));
         }
 
         #[test]
@@ -390,7 +382,9 @@ mod tests {
         fn directed_modes_bracket_the_exact_sum(a in any::<u32>(), b in any::<u32>(), c in any::<u32>()) {
             let (a, b, c) = (f32::from_bits(a), f32::from_bits(b), f32::from_bits(c));
             let near = a.mul_add(b, c);
-            prop_assume!(near.is_finite());
+            if !near.is_finite() {
+                return Ok(());
+            }
             let (down, up, zero) = (fma32(a, b, c, Round::Rm), fma32(a, b, c, Round::Rp), fma32(a, b, c, Round::Rz));
             prop_assert!(down <= near && near <= up);
             prop_assert!(near == down || near == up);
