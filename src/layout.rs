@@ -19,8 +19,8 @@ pub use self::experts::{ExpertRows, ExpertWeights, WeightOrder};
 pub(crate) use self::kv::HostPages;
 pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
-pub(crate) use self::routing::index_slots;
 pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
+pub(crate) use self::routing::{RoutingParts, index_slots};
 
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};

@@ -458,6 +458,12 @@ impl<A: RowOutputs, B: RowOutputs> RowOutputs for (A, B) {
     }
 }
 
+/// Rows of `cols` elements that make a task worth handing to a thread, where an element costs a few operations.
+pub(crate) fn rows_per_task(cols: usize) -> usize {
+    const TASK_ELEMS: usize = 1 << 16; // tens of microseconds, several times what waking a thread costs
+    (TASK_ELEMS / cols.max(1)).max(1)
+}
+
 /// Calls `f(row, outputs at that row)` once for every row, on whatever threads are free; a task is `rows_per_task` rows.
 pub(crate) fn for_each_row<O: RowOutputs>(stream: &Stream, outputs: O, rows_per_task: usize, f: impl Fn(usize, O::Row) + Sync) {
     let rows = outputs.num_rows();

@@ -13,7 +13,7 @@ use crate::dtype::Element;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::HeadLayout;
 use crate::shape::{MAX_ROWS, checked_product};
-use crate::view::{HostRows, HostRowsMut, Rows, RowsMut};
+use crate::view::{HostRows, HostRowsMut, RowOutputs, Rows, RowsMut};
 
 /// The sizes of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +276,7 @@ impl<'a> KvPages<'a> {
     /// # Safety
     ///
     /// When the work that is given this value runs:
-    /// * every page that a sequence's length reaches is below `num_pages`, and no page belongs to two sequences;
+    /// * every page that a sequence's length reaches is below `num_pages`, and no page is reached twice, by whichever sequence;
     /// * no length exceeds `max_len` or the sequence's pages, nor is it less than the sequence's tokens in this step;
     /// * `query_offsets` begins with 0, does not decrease and ends with `num_tokens`.
     ///
@@ -417,9 +417,40 @@ impl<'a, T: Element> KvLayerMut<'a, T> {
         [("keys", self.keys.access()), ("values", self.values.access()), table, lens, offsets]
     }
 
-    /// The pools as seen from the host. Only CPU backends call this, after dispatch.
-    pub(crate) fn host(&mut self) -> (HostPages<'a>, HostRowsMut<'_, T>, HostRowsMut<'_, T>) {
-        (self.pages.host(), self.keys.host(), self.values.host())
+    /// The places of the step's tokens as seen from the host. Only CPU backends call this, after dispatch.
+    pub(crate) fn host(&mut self) -> HostSlots<'_, T> {
+        HostSlots { pages: self.pages.host(), num_tokens: self.pages.num_tokens, keys: self.keys.host(), values: self.values.host() }
+    }
+}
+
+/// Where the step's tokens go in the pools: row `i` of these outputs is the place of token `i`.
+pub(crate) struct HostSlots<'a, T> {
+    pages: HostPages<'a>,
+    num_tokens: usize,
+    keys: HostRowsMut<'a, T>,
+    values: HostRowsMut<'a, T>,
+}
+
+/// One token's place in the pools.
+pub(crate) struct HostSlot<'a, T> {
+    pub(crate) position: usize,
+    pub(crate) keys: &'a mut [T],   // [Hkv * d]
+    pub(crate) values: &'a mut [T], // [Hkv * d]
+}
+
+impl<'a, T: Element> RowOutputs for HostSlots<'a, T> {
+    type Row = HostSlot<'a, T>;
+    fn num_rows(&self) -> usize {
+        self.num_tokens
+    }
+    unsafe fn row(&self, token: usize) -> HostSlot<'a, T> {
+        let (sequence, position) = self.pages.locate(token);
+        let row = self.pages.pool_row(sequence, position);
+        assert!(row < self.keys.rows().min(self.values.rows()), "token {token} lies in row {row} of a pool of {}", self.keys.rows());
+        // SAFETY: inside the pools, as just asserted. Two tokens differ in sequence or in position, and no page is reached twice
+        // (invariant of `KvPages`), so that they have different rows; each token's is alive at most once, by the caller's duty.
+        let (keys, values) = unsafe { (self.keys.row(row), self.values.row(row)) };
+        HostSlot { position, keys, values }
     }
 }
 

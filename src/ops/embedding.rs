@@ -1,1 +1,37 @@
-//! `embedding`: not here yet.
+//! Embedding: `y[t] = table[ids[t]]`, the first operation of a model.
+//!
+//! Source: `DbrxModel.forward` in Hugging Face transformers (`wte`); no scaling, no position embedding.
+//! Oracle: `tests/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
+
+mod cpu;
+
+use crate::device::Stream;
+use crate::dtype::Float;
+use crate::error::{Error, Op, check_shape};
+use crate::layout::TokenIds;
+use crate::shape::checked_product;
+use crate::view::{Rows, RowsMut};
+
+/// Writes row `ids[t]` of `table` to row `t` of `y`.
+///
+/// | argument | shape    | meaning                                              |
+/// |----------|----------|------------------------------------------------------|
+/// | `ids`    | `[T]`    | token ids, each below `ids.bound()`                  |
+/// | `table`  | `[V, D]` | one row per token of the vocabulary                  |
+/// | `y`      | `[T, D]` | written in full; what it held before does not matter |
+///
+/// Values are exact where the element type of `y` holds them, and rounded once where it does not. Dtypes: `f32`, `bf16`, `f16`
+/// for the table and for `y`, in any combination.
+/// `T = 0` or `D = 0` is a no-op. A NaN in a row of the table reaches the tokens of that id only.
+///
+/// # Errors
+///
+/// [`Error::TooLarge`] if `ids.bound()` passes V, so that an id might be no row of the table; [`Error::Shape`] if `y` is not
+/// `[T, D]`; [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+pub fn lookup<A: Float, W: Float>(stream: &Stream, ids: TokenIds<'_>, table: Rows<'_, W>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+    checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
+    check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
+    let run = dispatch!(stream, Op::Embedding, cpu::lookup);
+    stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.access()), ("y", y.access())])?;
+    run(stream, ids, table, y)
+}

@@ -1,1 +1,109 @@
-//! `router`: not here yet.
+//! The router: scores every expert for every token, chooses `top_k` of them, weighs them, and sorts the tokens by expert.
+//!
+//! Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 2-5 without noise; `DbrxRouter.forward` in
+//! Hugging Face transformers.
+//! Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
+
+mod cpu;
+
+use crate::device::Stream;
+use crate::dtype::Float;
+use crate::error::{Error, Op, check_shape};
+use crate::layout::{Routing, RoutingBuffers};
+use crate::shape::{MAX_ROWS, checked_product};
+use crate::view::{Rows, RowsMut};
+
+/// How the weights of a token's chosen experts are scaled.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Normalize {
+    /// The probabilities as they are: they add up to less than 1, unless every expert is chosen.
+    None,
+    /// Divided by their p-norm `(sum w^p)^(1/p)`. With `P(1.0)`, as in DBRX, they add up to 1.
+    P(f32),
+}
+
+/// Writes `x * weight^T`, the score of every expert for every token.
+///
+/// | argument | shape    | meaning                                              |
+/// |----------|----------|------------------------------------------------------|
+/// | `x`      | `[T, D]` | the tokens                                           |
+/// | `weight` | `[E, D]` | one row per expert                                   |
+/// | `logits` | `[T, E]` | written in full; what it held before does not matter |
+///
+/// Products and sums in `f32`, in an order that depends on D alone; the result stays `f32` whatever the inputs are, because
+/// one rounding of a score may change which expert is chosen. Dtypes of `x` and `weight`: `f32`, `bf16`, `f16`.
+/// `T = 0` or `E = 0` is a no-op; `D = 0` gives zeros. A NaN in token `t` stays in row `t`.
+///
+/// # Errors
+///
+/// [`Error::Shape`] if the shapes disagree; [`Error::TooLarge`] beyond 2^31 - 1 tokens; [`Error::Place`],
+/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+pub fn logits<A: Float, W: Float>(
+    stream: &Stream,
+    x: Rows<'_, A>,
+    weight: Rows<'_, W>,
+    logits: &mut RowsMut<'_, f32>,
+) -> Result<(), Error> {
+    let [num_tokens, d_model] = x.dims();
+    checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
+    check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
+    check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
+    let run = dispatch!(stream, Op::Router, cpu::logits);
+    stream.admit(Op::Router, &[("x", x.access()), ("weight", weight.access()), ("logits", logits.access())])?;
+    run(stream, x, weight, logits)
+}
+
+/// Chooses each token's `top_k` experts, weighs them, and sorts the tokens by expert.
+///
+/// With `p = softmax(logits[t])` over all E experts, token `t` goes to the `top_k` experts of the largest logits, best first,
+/// with the weights `p[e]`, divided by their norm if `normalize` says so.
+///
+/// | argument    | shape               | meaning                                        |
+/// |-------------|---------------------|------------------------------------------------|
+/// | `logits`    | `[T, E]`            | from [`logits`]                                |
+/// | `normalize` |                     | scale of the weights                           |
+/// | `buffers`   | `top_k`, E, `>= T`  | receive the routing, which borrows them         |
+///
+/// **Choice.** Experts are ordered by their logits, the lower index first among equals (`-0 = +0`). Comparing logits is comparing
+/// exact probabilities: experts whose probabilities differ are told apart even where softmax rounds them to the same number
+/// or to 0, and no device's `exp` has a say in the ids. Any `top_k <= E <= 256`.
+///
+/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in expert order; norms are summed best expert first.
+/// There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
+///
+/// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits are:
+///
+/// | row                     | experts                                       | weights              |
+/// |-------------------------|-----------------------------------------------|----------------------|
+/// | some `-inf`             | chosen last, lowest index first               | 0                    |
+/// | all `-inf`              | `0..top_k`                                    | all NaN              |
+/// | some `+inf`             | those first                                   | all NaN              |
+/// | some NaN                | those last, behind `-inf`, lowest index first | all NaN              |
+///
+/// No other token is affected. `T = 0` gives a routing without rows.
+///
+/// # Errors
+///
+/// [`Error::Shape`] if `logits` does not have the E columns of `buffers`; [`Error::Capacity`] if they hold fewer than T
+/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`];
+/// [`Error::Unsupported`] on a GPU. Nothing is written.
+pub fn route<'a>(
+    stream: &Stream,
+    logits: Rows<'_, f32>,
+    normalize: Normalize,
+    buffers: &'a mut RoutingBuffers,
+) -> Result<Routing<'a>, Error> {
+    let num_tokens = logits.rows();
+    check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
+    if let Normalize::P(p) = normalize
+        && !(p > 0.0 && p.is_finite())
+    {
+        return Err(Error::Value { op: Op::Router, arg: "normalize", need: "a norm of positive and finite p", got: f64::from(p) });
+    }
+    let parts = buffers.parts_mut(Op::Router, num_tokens)?;
+    let run = dispatch!(stream, Op::Router, cpu::route);
+    let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();
+    stream.admit(Op::Router, &[("logits", logits.access()), ids, weights, offsets, row_to_slot, slot_to_row])?;
+    run(stream, logits, normalize, parts)?;
+    buffers.routing(num_tokens)
+}

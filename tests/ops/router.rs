@@ -1,1 +1,350 @@
-//! `router`: not here yet.
+//! `router` against its oracle, its goldens, and what it must refuse.
+
+use dropless::router::{Normalize, logits, route};
+use dropless::{Bf16, F16, Float, Routing, RoutingBuffers, Rows, Stream};
+use dropless_kit::compare::{same_bits, sum_bound, within};
+use dropless_kit::device;
+use dropless_kit::fill::{integers, normal, to_f64};
+use dropless_kit::goldens::Goldens;
+use dropless_kit::guard::{self, Bits, Guarded};
+use proptest::prelude::*;
+
+use crate::oracle;
+
+/// One unit of f32 rounding.
+const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
+
+// ---- logits ----
+
+fn logits_against_oracle<A: Float + Bits, W: Float + Bits>() {
+    device::each_device(|stream| {
+        for (tokens, d_model, experts) in
+            [(0, 8, 4), (3, 8, 0), (1, 1, 1), (1, 640, 16), (7, 33, 5), (8, 64, 8), (17, 130, 17), (9, 16, 64)]
+        {
+            for gap in guard::GAPS {
+                let (x, weight) = (normal::<A>(1, tokens * d_model, 1.0), normal::<W>(2, experts * d_model, 0.1));
+                let want = oracle::router::logits(&to_f64(&x), &to_f64(&weight), d_model);
+                let abs = |v: Vec<f64>| v.into_iter().map(f64::abs).collect::<Vec<_>>();
+                let sizes = oracle::router::logits(&abs(to_f64(&x)), &abs(to_f64(&weight)), d_model);
+                let x = Guarded::with(stream, &x, tokens, d_model, gap);
+                let weight = Guarded::with(stream, &weight, experts, d_model, gap);
+                let got = guard::run(stream, tokens, experts, |y| logits(stream, x.view(), weight.view(), y).unwrap());
+                within(&got, &want, experts, |i| sum_bound::<f32>(want[i], d_model, sizes[i]));
+            }
+        }
+    });
+}
+
+#[test]
+fn logits_of_every_dtype() {
+    logits_against_oracle::<f32, f32>();
+    logits_against_oracle::<Bf16, Bf16>();
+    logits_against_oracle::<F16, F16>();
+    logits_against_oracle::<f32, Bf16>();
+    logits_against_oracle::<Bf16, f32>();
+}
+
+#[test]
+fn logits_of_integers_are_exact() {
+    let (tokens, d_model, experts) = (13, 6144, 16);
+    let (x, weight) = (integers::<Bf16>(3, tokens * d_model), integers::<Bf16>(4, experts * d_model));
+    let want = oracle::router::logits(&to_f64(&x), &to_f64(&weight), d_model);
+    device::each_device(|stream| {
+        let (x, weight) = (Rows::from_slice(&x, tokens, d_model).unwrap(), Rows::from_slice(&weight, experts, d_model).unwrap());
+        let got = guard::run(stream, tokens, experts, |y| logits(stream, x, weight, y).unwrap());
+        within(&got, &want, experts, |_| 0.0);
+    });
+}
+
+#[test]
+fn no_model_width_gives_zeros() {
+    let stream = device::cpu(1);
+    let got = guard::run::<f32>(&stream, 2, 3, |y| {
+        logits::<f32, f32>(&stream, Rows::from_slice(&[], 2, 0).unwrap(), Rows::from_slice(&[], 3, 0).unwrap(), y).unwrap();
+    });
+    assert_eq!(got, [0.0; 6]);
+}
+
+#[test]
+fn the_logits_of_a_token_depend_on_it_alone() {
+    let (tokens, d_model, experts) = (65, 96, 16);
+    let (mut x, weight) = (normal::<Bf16>(5, tokens * d_model, 1.0), normal::<Bf16>(6, experts * d_model, 1.0));
+    x[7 * d_model + 3] = Bf16::from_f32(f32::NAN);
+    let weight = Rows::from_slice(&weight, experts, d_model).unwrap();
+    device::each_device(|stream| {
+        let all = Rows::from_slice(&x, tokens, d_model).unwrap();
+        let together = guard::run(stream, tokens, experts, |y| logits(stream, all, weight, y).unwrap());
+        for token in 0..tokens {
+            let one = all.row_range(token..token + 1).unwrap();
+            let alone = guard::run(stream, 1, experts, |y| logits(stream, one, weight, y).unwrap());
+            same_bits(&together[token * experts..(token + 1) * experts], &alone);
+            assert_eq!(alone.iter().any(|logit| logit.is_nan()), token == 7);
+        }
+    });
+}
+
+#[test]
+fn logits_refuses_and_writes_nothing() {
+    let stream = device::cpu(1);
+    let data = [1.0f32; 24];
+    let view = |rows, cols| Rows::from_slice(&data, rows, cols).unwrap();
+    let text = guard::refused(&stream, 3, 4, |y| logits(&stream, view(3, 4), view(4, 3), y));
+    assert_eq!(text, "router: `weight` must be [E, D] = [4, 4], got [4, 3]");
+    let text = guard::refused(&stream, 3, 5, |y| logits(&stream, view(3, 4), view(4, 4), y));
+    assert_eq!(text, "router: `logits` must be [T, E] = [3, 4], got [3, 5]");
+    let nothing: [f32; 0] = [];
+    let many = Rows::from_slice(&nothing, 1 << 31, 0).unwrap();
+    let text = guard::refused(&stream, 3, 5, |y| logits(&stream, many, view(4, 0), y));
+    assert_eq!(text, "router: tokens is 2147483648, must be <= 2147483647");
+}
+
+// ---- route ----
+
+/// A routing, copied to the host.
+#[derive(Clone, Debug, PartialEq)]
+struct Got {
+    ids: Vec<u32>,
+    weights: Vec<f32>,
+    offsets: Vec<u32>,
+    row_to_slot: Vec<u32>,
+    slot_to_row: Vec<u32>,
+}
+
+fn copy(routing: Routing<'_>) -> Got {
+    Got {
+        ids: routing.expert_ids().as_slice().unwrap().to_vec(),
+        weights: routing.weights().as_slice().unwrap().to_vec(),
+        offsets: routing.offsets().as_slice().unwrap().to_vec(),
+        row_to_slot: routing.row_to_slot().as_slice().unwrap().to_vec(),
+        slot_to_row: routing.slot_to_row().as_slice().unwrap().to_vec(),
+    }
+}
+
+/// `route` twice, the second time over what another batch left behind in larger buffers.
+fn run(stream: &Stream, logits: &[f32], experts: usize, top_k: usize, normalize: Normalize) -> Got {
+    let tokens = logits.len() / experts;
+    let gapped = Guarded::with(stream, logits, tokens, experts, 3);
+    let mut exact = RoutingBuffers::new(stream, tokens, top_k, experts).unwrap();
+    let first = copy(route(stream, gapped.view(), normalize, &mut exact).unwrap());
+    let mut used = RoutingBuffers::new(stream, tokens + 5, top_k, experts).unwrap();
+    let other = normal::<f32>(99, (tokens + 5) * experts, 3.0);
+    route(stream, Rows::from_slice(&other, tokens + 5, experts).unwrap(), Normalize::P(3.0), &mut used).unwrap();
+    let second = copy(route(stream, Rows::from_slice(logits, tokens, experts).unwrap(), normalize, &mut used).unwrap());
+    assert_eq!((&first.ids, &first.offsets), (&second.ids, &second.offsets));
+    assert_eq!((&first.row_to_slot, &first.slot_to_row), (&second.row_to_slot, &second.slot_to_row));
+    same_bits(&first.weights, &second.weights);
+    first
+}
+
+/// What must hold for every bit pattern of the logits.
+fn check_invariants(got: &Got, tokens: usize, experts: usize, top_k: usize) {
+    assert_eq!((got.ids.len(), got.weights.len()), (tokens * top_k, tokens * top_k));
+    for chosen in got.ids.chunks(top_k) {
+        assert!(chosen.iter().enumerate().all(|(s, id)| (*id as usize) < experts && !chosen[..s].contains(id)), "{chosen:?}");
+    }
+    let (row_to_slot, offsets) = oracle::router::by_expert(&got.ids, experts);
+    assert_eq!((&got.row_to_slot, &got.offsets), (&row_to_slot, &offsets));
+    assert!(got.offsets[0] == 0 && got.offsets.is_sorted() && got.offsets[experts] as usize == tokens * top_k);
+    assert!(got.row_to_slot.iter().enumerate().all(|(row, slot)| got.slot_to_row[*slot as usize] as usize == row));
+}
+
+/// The bound of a token's weights, relative to each. With `u` for one rounding, `d[e] = max - logit[e]`, `n` numbers in a sum:
+/// an exponential has the rounding of its exponent, `d u`, and 2 u of its own; a sum has the mean of its parts' and `n u`; the
+/// quotient has both and u. A norm's p-th power multiplies errors by p and its root divides them again; each `powf` has 2 u.
+fn weight_bound(logits: &[f64], chosen: &[u32], p: Option<f64>) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let probabilities = oracle::router::softmax(logits);
+    let exp = |e: usize| if probabilities[e] > 0.0 { (max - logits[e]) * UNIT + 2.0 * UNIT } else { 0.0 };
+    let sum = (0..logits.len()).map(|e| probabilities[e] * exp(e)).sum::<f64>() + logits.len() as f64 * UNIT;
+    let softmax = |e: u32| exp(e as usize) + sum + UNIT;
+    let worst = chosen.iter().map(|e| softmax(*e)).fold(0.0, f64::max);
+    let norm = p.map_or(0.0, |p| worst + (chosen.len() as f64 + 4.0) * UNIT / p + 4.0 * UNIT);
+    // Below the normal numbers an exponential is off by up to half the smallest positive one.
+    let want = oracle::router::weights(logits, chosen, p);
+    chosen.iter().zip(want).map(|(e, want)| (softmax(*e) + norm + 2.0 * UNIT) * want + 2f64.powi(-140)).collect()
+}
+
+fn check_values(got: &Got, logits: &[f32], experts: usize, top_k: usize, p: Option<f64>) {
+    let mut want = Vec::new();
+    let mut bound = Vec::new();
+    for (logits, ids) in to_f64(logits).chunks(experts).zip(got.ids.chunks(top_k)) {
+        assert_eq!(ids, oracle::router::experts(logits, top_k), "{logits:?}");
+        want.extend(oracle::router::weights(logits, ids, p));
+        bound.extend(weight_bound(logits, ids, p));
+    }
+    within(&got.weights, &want, top_k, |i| bound[i]);
+}
+
+const NORMS: [Normalize; 5] = [Normalize::None, Normalize::P(1.0), Normalize::P(2.0), Normalize::P(0.5), Normalize::P(3.5)];
+
+fn p_of(normalize: Normalize) -> Option<f64> {
+    match normalize {
+        Normalize::None => None,
+        Normalize::P(p) => Some(p.into()),
+    }
+}
+
+#[test]
+fn every_number_of_experts_and_choices() {
+    device::each_device(|stream| {
+        for experts in [1, 2, 3, 16, 17, 64, 256] {
+            for top_k in [1, 2, 3, 4, 8, experts] {
+                for (i, tokens) in [0, 1, 2, 33, 130].into_iter().enumerate() {
+                    if top_k > experts {
+                        continue;
+                    }
+                    let normalize = NORMS[(experts + top_k + i) % NORMS.len()];
+                    let logits = normal::<f32>((experts * 7 + top_k) as u64, tokens * experts, 2.0);
+                    let got = run(stream, &logits, experts, top_k, normalize);
+                    check_invariants(&got, tokens, experts, top_k);
+                    check_values(&got, &logits, experts, top_k, p_of(normalize));
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn one_choice_has_weight_one_under_any_norm() {
+    let logits = normal::<f32>(8, 50 * 16, 4.0);
+    for p in [1.0, 2.0, 0.3, 7.0, 1e-38, 1e38] {
+        let got = run(&device::cpu(1), &logits, 16, 1, Normalize::P(p));
+        assert_eq!(got.weights, [1.0; 50]);
+    }
+}
+
+#[test]
+fn a_large_norm_is_the_largest_weight() {
+    let got = run(&device::cpu(1), &[3.0, 1.0, 2.0, -50.0], 4, 3, Normalize::P(1e6));
+    let e = 1f32.exp();
+    assert!(got.weights.iter().zip([1.0, e.recip(), e.powi(-2)]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", got.weights);
+}
+
+/// Experts that softmax cannot tell apart in f32 are told apart by their logits.
+#[test]
+fn logits_decide_where_probabilities_round_alike() {
+    let got = run(&device::cpu(1), &[0.0, -300.0, -200.0, -400.0, 100.0, 1e-9], 6, 4, Normalize::None);
+    assert_eq!(got.ids, [4, 5, 0, 2]);
+    assert_eq!(got.weights[3], 0.0);
+}
+
+#[test]
+fn goldens_of_transformers() {
+    let file = Goldens::open("ops/gating.safetensors");
+    for case in ["e16k4_p1", "e16k4_pnone", "e16k4_p2", "e8k2_p1", "e8k1_p1", "e8k1_pnone", "e8k8_p1", "mixtral", "shifted"] {
+        let logits = file.float::<f32>(&format!("{case}.logits"));
+        let (experts, top_k) = (file.shape(&format!("{case}.logits"))[1], file.shape(&format!("{case}.indices"))[1]);
+        let p = if file.has(&format!("{case}.norm_p")) { file.f64(&format!("{case}.norm_p"))[0] } else { 1.0 };
+        let normalize = if p.is_nan() { Normalize::None } else { Normalize::P(p as f32) };
+        let want = file.f64(&format!("{case}.weights"));
+        device::each_device(|stream| {
+            let got = run(stream, &logits, experts, top_k, normalize);
+            assert_eq!(got.ids, file.u32(&format!("{case}.indices")), "{case}");
+            let bound: Vec<f64> = to_f64(&logits)
+                .chunks(experts)
+                .zip(got.ids.chunks(top_k))
+                .flat_map(|(logits, ids)| weight_bound(logits, ids, p_of(normalize)))
+                .collect();
+            within(&got.weights, &want, top_k, |i| bound[i]);
+            if file.has(&format!("{case}.counts")) {
+                let counts: Vec<u32> = got.offsets.windows(2).map(|w| w[1] - w[0]).collect();
+                assert_eq!(counts, file.u32(&format!("{case}.counts")), "{case}");
+            }
+        });
+    }
+}
+
+#[test]
+fn ties_go_to_the_lower_index() {
+    let file = Goldens::open("ops/gating.safetensors");
+    let logits = file.float::<f32>("ties.logits");
+    let (must, may) = (file.u32("ties.must_contain_mask"), file.u32("ties.may_contain_mask"));
+    let got = run(&device::cpu(1), &logits, 8, 4, Normalize::P(1.0));
+    assert_eq!(got.ids, file.u32("ties.lowest_index_first"));
+    within(&got.weights, &file.f64("ties.weights_sorted"), 4, |_| 32.0 * UNIT);
+    for (token, ids) in got.ids.chunks(4).enumerate() {
+        assert!((0..8).all(|e| must[token * 8 + e] == 0 || ids.contains(&(e as u32))));
+        assert!(ids.iter().all(|id| may[token * 8 + *id as usize] != 0));
+    }
+    assert_eq!(run(&device::cpu(1), &[-0.0, 0.0, -0.0, 0.0], 4, 3, Normalize::None).ids, [0, 1, 2]);
+}
+
+#[test]
+fn rows_that_are_not_numbers() {
+    let file = Goldens::open("ops/gating.safetensors");
+    let logits = file.float::<f32>("nonfinite.logits");
+    let got = run(&device::cpu(1), &logits, 8, 4, Normalize::P(1.0));
+    check_invariants(&got, 6, 8, 4);
+    // Rows whose softmax exists: as torch has them. The others: NaN weights, and the experts that the documentation says.
+    let (torch, torch_ids) = (file.f64("nonfinite.torch_weights"), file.u32("nonfinite.torch_indices"));
+    within(&got.weights[..12], &torch[..12], 4, |_| 32.0 * UNIT);
+    assert_eq!(got.ids[..8], torch_ids[..8]);
+    assert_eq!(got.ids[8..], [7, 3, 2, 0, /* all -inf */ 0, 1, 2, 3, /* a NaN at 3 */ 0, 5, 7, 4, /* +inf at 6 */ 6, 2, 5, 1]);
+    assert!(got.weights[12..].iter().all(|weight| weight.is_nan()) && torch[12..].iter().all(|weight| weight.is_nan()));
+
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let rows = [[nan; 4], [nan, -inf, nan, -inf], [inf, nan, inf, 0.0], [-nan, 1.0, nan, -nan]];
+    let got = run(&device::cpu(1), rows.as_flattened(), 4, 3, Normalize::None);
+    assert_eq!(got.ids, [0, 1, 2, 1, 3, 0, 0, 2, 3, 1, 0, 2]);
+}
+
+/// Numbers, ties, and every special value, as bits.
+fn any_logit() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        4 => (-8i32..8).prop_map(|n| n as f32 / 2.0),
+        2 => any::<u32>().prop_map(f32::from_bits),
+        1 => prop::sample::select(vec![f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 0.0, -0.0]),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+
+    /// Whatever the bits: distinct ids in range, maps that agree, and a token whose neighbours do not matter.
+    #[test]
+    fn any_bits_route_somewhere(
+        (experts, top_k, logits) in (1usize..20).prop_flat_map(|experts| {
+            let rows = prop::collection::vec(prop::collection::vec(any_logit(), experts), 0..9);
+            (Just(experts), 1..=experts, rows.prop_map(|rows| rows.concat()))
+        }),
+        norm in 0usize..5,
+    ) {
+        let (stream, normalize) = (device::cpu(1), NORMS[norm]);
+        let got = run(&stream, &logits, experts, top_k, normalize);
+        check_invariants(&got, logits.len() / experts, experts, top_k);
+        for (token, logits) in logits.chunks(experts).enumerate() {
+            let alone = run(&stream, logits, experts, top_k, normalize);
+            let mine = token * top_k..(token + 1) * top_k;
+            assert_eq!(alone.ids, got.ids[mine.clone()]);
+            assert_eq!(alone.ids, oracle::router::experts(&to_f64(logits), top_k));
+            same_bits(&got.weights[mine], &alone.weights);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let logits = normal::<f32>(10, 4096 * 16, 1.0);
+    let want = run(&device::cpu(1), &logits, 16, 4, Normalize::P(1.0));
+    for threads in [2, 8] {
+        let got = run(&device::cpu(threads), &logits, 16, 4, Normalize::P(1.0));
+        assert_eq!(got, want);
+    }
+}
+
+#[test]
+fn route_refuses_with_numbers() {
+    let stream = device::cpu(1);
+    let data = [1.0f32; 48];
+    let view = |rows, cols| Rows::from_slice(&data, rows, cols).unwrap();
+    let mut buffers = RoutingBuffers::new(&stream, 3, 2, 16).unwrap();
+    let before = copy(route(&stream, view(2, 16), Normalize::None, &mut buffers).unwrap());
+    let mut text = |logits, normalize| route(&stream, logits, normalize, &mut buffers).err().expect("a refusal").to_string();
+    assert_eq!(text(view(3, 15), Normalize::None), "router: `logits` must be [T, E] = [3, 16], got [3, 15]");
+    assert_eq!(text(Rows::from_slice(&[0.0; 64], 4, 16).unwrap(), Normalize::None), "router: needs 4 tokens of routing buffers, has 3");
+    for p in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let want = format!("router: `normalize` must be a norm of positive and finite p, got {p}");
+        assert_eq!(text(view(3, 16), Normalize::P(p)), want);
+    }
+    assert_eq!(copy(route(&stream, view(2, 16), Normalize::None, &mut buffers).unwrap()), before);
+}

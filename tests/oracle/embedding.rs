@@ -1,1 +1,6 @@
-//! Oracle of `embedding`: not here yet.
+//! Oracle of `embedding`.
+
+/// `y[t] = table[ids[t]]`.
+pub fn lookup(ids: &[u32], table: &[f64], d_model: usize) -> Vec<f64> {
+    ids.iter().flat_map(|&id| &table[id as usize * d_model..][..d_model]).copied().collect()
+}

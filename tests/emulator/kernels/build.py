@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compiles the kernels of this folder to ptx/: every clean kernel and, for each `Bug n` it plants, the variant -DBUG_n.
 
-    NVRTC=/path/to/libnvrtc.so.12 NVRTC_INCLUDE=/path/to/include  python3 build.py
-    python3 build.py --nvrtc libnvrtc.so.12 --include include --check     compare with what is committed, write nothing
+    NVRTC=/path/to/libnvrtc.so.12 python3 build.py
+    python3 build.py --nvrtc libnvrtc.so.12 --check     compare with what is committed, write nothing
 
 NVRTC 12.4 is wanted, because it emits PTX ISA 8.4. The output depends on the sources alone: file names in the line
 information are relative, and the compiler's banner is dropped.
@@ -22,9 +22,8 @@ PTX_ISA = "8.4"
 class Nvrtc:
     """The four calls of libnvrtc that turn a source text into PTX."""
 
-    def __init__(self, library, include):
+    def __init__(self, library):
         self.lib = ctypes.CDLL(library)
-        self.include = include
 
     def check(self, code, program=None):
         if code == 0:
@@ -42,7 +41,6 @@ class Nvrtc:
         program = ctypes.c_void_p()
         self.check(self.lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None))
         options = ["--gpu-architecture=compute_90a", "--std=c++17", "--generate-line-info", f"--include-path={HERE}"]
-        options += [f"--include-path={self.include}"] if self.include else []
         options += [f"-D{define}" for define in defines]
         array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         self.check(self.lib.nvrtcCompileProgram(program, len(options), array), program)
@@ -73,12 +71,11 @@ def variants(source):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvrtc", default=os.environ.get("NVRTC", "libnvrtc.so.12"), help="the library (environment: NVRTC)")
-    parser.add_argument("--include", default=os.environ.get("NVRTC_INCLUDE"), help="CUDA headers (environment: NVRTC_INCLUDE)")
     parser.add_argument("--check", action="store_true", help="fail if a committed file differs; write nothing")
     parser.add_argument("kernels", nargs="*", help="stems; all of them if none is given")
     args = parser.parse_args()
 
-    nvrtc = Nvrtc(args.nvrtc, args.include)
+    nvrtc = Nvrtc(args.nvrtc)
     stale = []
     for path in sorted(HERE.glob("*.cu")):
         if args.kernels and path.stem not in args.kernels:

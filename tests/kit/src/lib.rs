@@ -7,6 +7,7 @@
 //! | [`guard`] | inputs and outputs between canaries, poisoned twice |
 //! | [`compare`] | element-wise bounds, exact bits, relative L2; none of them passes on zeros |
 //! | [`goldens`] | other implementations' results |
+//! | [`pages`] | a step over a key-value cache with scattered pages |
 //! | [`recorder`] | a driver that only records what it was asked |
 //! | [`bench`] | verify, then time; FLOP and bytes by formula |
 
@@ -16,4 +17,5 @@ pub mod device;
 pub mod fill;
 pub mod goldens;
 pub mod guard;
+pub mod pages;
 pub mod recorder;

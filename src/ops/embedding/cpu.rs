@@ -1,0 +1,31 @@
+//! CPU backend of `embedding`. Callers have checked the shapes and the bound of the ids.
+
+use crate::device::Stream;
+use crate::dtype::Float;
+use crate::error::Error;
+use crate::layout::TokenIds;
+use crate::simd::{narrow, widen};
+use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
+
+/// Elements that are in `f32`, on the stack, between one type and the other.
+const BLOCK: usize = 512;
+
+pub(super) fn lookup<A: Float, W: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: Rows<'_, W>,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    let (ids, table) = (ids.ids().host().row(0), table.host());
+    for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize)));
+    Ok(())
+}
+
+fn convert<A: Float, W: Float>(y: &mut [A], x: &[W]) {
+    let mut block = [0f32; BLOCK];
+    for (y, x) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)) {
+        let block = &mut block[..x.len()];
+        widen(block, x);
+        narrow(y, block);
+    }
+}
