@@ -22,6 +22,18 @@ pub enum Normalize {
     P(f32),
 }
 
+impl Normalize {
+    /// Refuses a norm that is none.
+    pub(crate) fn check(self, op: Op) -> Result<(), Error> {
+        match self {
+            Normalize::P(p) if !(p > 0.0 && p.is_finite()) => {
+                Err(Error::Value { op, arg: "normalize", need: "a norm of positive and finite p", got: f64::from(p) })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Writes `x * weight^T`, the score of every expert for every token.
 ///
 /// | argument | shape    | meaning                                              |
@@ -95,11 +107,7 @@ pub fn route<'a>(
 ) -> Result<Routing<'a>, Error> {
     let num_tokens = logits.rows();
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
-    if let Normalize::P(p) = normalize
-        && !(p > 0.0 && p.is_finite())
-    {
-        return Err(Error::Value { op: Op::Router, arg: "normalize", need: "a norm of positive and finite p", got: f64::from(p) });
-    }
+    normalize.check(Op::Router)?;
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
     let run = dispatch!(stream, Op::Router, cpu::route);
     let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();

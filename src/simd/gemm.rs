@@ -1,6 +1,10 @@
 //! The inner part of a matrix product: packed weights, and the micro-kernel that multiplies rows by them.
+//!
+//! A panel is a block of k of [`NR`] columns of weights, `[k, NR]` in `f32`. The micro-kernel holds a tile of sums in
+//! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
+//! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
-use super::portable;
+use super::vector::{Columns, Kernel, LANES, Simd};
 use crate::dtype::Float;
 
 /// Length of the blocks into which sums are cut. Part of every result's bits.
@@ -10,19 +14,138 @@ pub(crate) const NR: usize = 32;
 /// Elements from one row of widened input to the next. Not a power of two, lest the rows share a few sets of the cache.
 pub(crate) const A_STRIDE: usize = KC + 16;
 
-/// Packs weights that lie as one row per column: `panel[k, j] = row(j)[k]` for `j < cols`. Other columns keep what was there.
+/// Packs weights that lie as one row per column: `panel[k, j] = row(j)[k]` for `j < cols`. What other columns hold is
+/// unspecified.
 pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
-    portable::pack_nk(cols, row, panel);
+    assert!(0 < cols && cols <= NR);
+    super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel });
 }
 
-/// Packs weights that lie as one row per k: `panel[k, j] = row(k)[j]`. Columns beyond the row keep what was there.
+struct PackNk<'a, 'p, W> {
+    rows: [&'a [W]; NR],
+    panel: &'p mut [f32],
+}
+
+impl<W: Float> Kernel for PackNk<'_, '_, W> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let PackNk { rows, panel } = self;
+        let (len, block) = (rows[0].len(), 64 / size_of::<W>());
+        assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
+        for k in (0..len / block).map(|i| i * block) {
+            for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
+                let rows = rows.each_ref().map(|row| &row[k..k + block]);
+                simd.transpose(&rows, Columns { data: &mut panel[k * NR + side * LANES..], stride: NR });
+            }
+        }
+        for k in len / block * block..len {
+            rows.iter().zip(&mut panel[k * NR..]).for_each(|(row, to)| *to = row[k].to_f32());
+        }
+    }
+}
+
+/// Packs weights that lie as one row per k: `panel[k, j] = row(k)[j]`. What columns beyond the row hold is unspecified.
 pub(crate) fn pack_kn<'a, W: Float>(steps: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
-    portable::pack_kn(steps, row, panel);
+    super::run(PackKn { steps, row, panel });
+}
+
+struct PackKn<'p, R> {
+    steps: usize,
+    row: R,
+    panel: &'p mut [f32],
+}
+
+impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let PackKn { steps, row, panel } = self;
+        for (k, to) in panel.as_chunks_mut::<NR>().0[..steps].iter_mut().enumerate() {
+            let from = row(k);
+            match from.as_chunks::<LANES>().0 {
+                [first, second] => {
+                    let to = to.as_chunks_mut::<LANES>().0;
+                    simd.store(simd.load(first), &mut to[0]);
+                    simd.store(simd.load(second), &mut to[1]);
+                }
+                _ => from.iter().zip(to).for_each(|(from, to)| *to = from.to_f32()),
+            }
+        }
+    }
 }
 
 /// `sums[i, j] += sum_k a[i, k] * panel[k, j]`, each sum a chain over ascending k that begins at 0.
 ///
 /// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`.
 pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    portable::add_product(a, panel, sums, sum_stride);
+    super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride });
+}
+
+/// The arguments of [`add_product`].
+pub(crate) struct AddProduct<'a> {
+    pub(super) a: &'a [[f32; A_STRIDE]],
+    pub(super) panel: &'a [[f32; NR]],
+    pub(super) sums: &'a mut [f32],
+    pub(super) sum_stride: usize,
+}
+
+impl Kernel for AddProduct<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        simd.add_product(self);
+    }
+}
+
+/// Cuts the rows of a product into nearly equal tiles of at most the last number of rows listed, and computes each.
+macro_rules! add_tiles {
+    ($simd:expr, $product:expr, vectors: $vectors:literal, rows: $($rows:literal)+) => {{
+        const MAX_ROWS: usize = [$($rows),+].len();
+        let product: AddProduct<'_> = $product;
+        let all = product.a.len();
+        let tiles = all.div_ceil(MAX_ROWS);
+        for tile in 0..tiles {
+            let rows = all * tile / tiles..all * (tile + 1) / tiles;
+            let (a, sums) = (&product.a[rows.clone()], &mut product.sums[rows.start * product.sum_stride..]);
+            match a.len() {
+                $($rows => {
+                    let a: &[_; $rows] = a.try_into().expect("a tile's rows");
+                    $crate::simd::gemm::add_tile::<_, $rows, $vectors>($simd, a, product.panel, sums, product.sum_stride)
+                })+
+                _ => unreachable!("tiles are cut to at most {MAX_ROWS} rows"),
+            }
+        }
+    }};
+}
+pub(super) use add_tiles;
+
+/// `M` rows times a panel, `C` vectors of columns at a time.
+#[inline(always)]
+pub(super) fn add_tile<S: Simd, const M: usize, const C: usize>(
+    simd: S,
+    a: &[[f32; A_STRIDE]; M],
+    panel: &[[f32; NR]],
+    sums: &mut [f32],
+    sum_stride: usize,
+) {
+    for first in (0..NR / LANES).step_by(C) {
+        let mut tile = [[simd.splat(0.0); C]; M];
+        for (k, b) in panel.iter().take(KC).enumerate() {
+            let b = b.as_chunks::<LANES>().0;
+            let b: [S::V; C] = std::array::from_fn(|c| simd.load(&b[first + c]));
+            for (tile, a) in tile.iter_mut().zip(a) {
+                let a = simd.splat(a[k]);
+                for (sum, b) in tile.iter_mut().zip(b) {
+                    *sum = simd.mul_add(a, b, *sum);
+                }
+            }
+        }
+        for (row, tile) in tile.into_iter().enumerate() {
+            let sums = sums[row * sum_stride..][..NR].as_chunks_mut::<LANES>().0;
+            for (sums, tile) in sums[first..].iter_mut().zip(tile) {
+                simd.store(simd.add(simd.load(sums), tile), sums);
+            }
+        }
+    }
 }

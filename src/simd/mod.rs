@@ -1,11 +1,79 @@
 //! The CPU's vector primitives. Everything that a CPU backend does to long rows goes through here.
 //!
+//! | file | holds |
+//! |---|---|
+//! | `vector.rs` | [`Simd`], a vector of sixteen floats: what kernels are written with, once for every instruction set |
+//! | `portable.rs`, `x86/` | the instruction sets |
+//! | `slices.rs` | primitives on rows: `dot`, `widen`, `exp_shifted`, ... |
+//! | `gemm.rs` | packing and the micro-kernel of matrix products |
+//! | `scratch.rs` | what each worker thread keeps |
+//!
+//! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names (`portable`, `avx2`,
+//! `avx512`). A name that is unknown, or that this machine does not have, changes nothing.
+//!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
-#![allow(unsafe_code)] // scratch that begins on a cache line
+#![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
 
 pub(crate) mod gemm;
 mod portable;
 mod scratch;
+mod slices;
+mod vector;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
-pub(crate) use self::portable::{add_scaled, dot, narrow, scale, silu_mul, widen};
+use std::sync::OnceLock;
+
 pub(crate) use self::scratch::with_scratch;
+#[allow(unused_imports)]
+pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, silu_mul, widen};
+#[allow(unused_imports)]
+pub(crate) use self::vector::{Kernel, LANES, Simd};
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy)]
+enum Level {
+    Portable(portable::Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(x86::avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(x86::avx512::Avx512),
+}
+
+impl Level {
+    /// All that this machine has, by name, the best first.
+    fn all() -> Vec<(&'static str, Level)> {
+        [
+            #[cfg(target_arch = "x86_64")]
+            ("avx512", x86::avx512::Avx512::detect().map(Level::Avx512)),
+            #[cfg(target_arch = "x86_64")]
+            ("avx2", x86::avx2::Avx2::detect().map(Level::Avx2)),
+            ("portable", Some(Level::Portable(portable::Portable))),
+        ]
+        .into_iter()
+        .filter_map(|(name, level)| Some((name, level?)))
+        .collect()
+    }
+
+    /// The one of that name, or the best.
+    fn choose(wanted: Option<&str>) -> Level {
+        let all = Level::all();
+        all.iter().find(|(name, _)| Some(*name) == wanted).unwrap_or(&all[0]).1
+    }
+
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Level::Portable(simd) => kernel.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(simd) => simd.run(kernel),
+        }
+    }
+}
+
+/// Runs a kernel with this process's instruction set.
+pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    LEVEL.get_or_init(|| Level::choose(std::env::var("DROPLESS_SIMD").ok().as_deref())).run(kernel)
+}

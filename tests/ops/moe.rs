@@ -1,1 +1,276 @@
-//! `moe`: not here yet.
+//! The layer against its oracle, its goldens, and what it must refuse.
+
+use dropless::moe::{self, Plan, Shape, Weights};
+use dropless::router::Normalize;
+use dropless::{Bf16, Error, ExpertWeights, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm, permute};
+use dropless_kit::compare::{rounding, same_bits, sum_bound, within};
+use dropless_kit::device;
+use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::goldens::Goldens;
+use dropless_kit::guard::{self, Bits};
+use proptest::prelude::*;
+
+use crate::oracle;
+
+const SHAPES: [Shape; 4] = [
+    Shape { d_model: 24, d_ffn: 40, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) },
+    Shape { d_model: 33, d_ffn: 7, num_experts: 16, top_k: 4, normalize: Normalize::P(2.0) },
+    Shape { d_model: 64, d_ffn: 33, num_experts: 3, top_k: 3, normalize: Normalize::None },
+    Shape { d_model: 5, d_ffn: 260, num_experts: 1, top_k: 1, normalize: Normalize::P(1.0) },
+];
+
+/// A layer's weights as plain numbers.
+struct Layer<W> {
+    shape: Shape,
+    router: Vec<W>,
+    experts: [Vec<W>; 3],
+}
+
+impl<W: Float> Layer<W> {
+    /// Weights of a size that keeps every intermediate near 1.
+    fn random(shape: Shape, seed: u64) -> Layer<W> {
+        let (d, f, e) = (shape.d_model, shape.d_ffn, shape.num_experts);
+        let matrix = |i: u64, inputs: usize| normal(seed * 8 + i, e * f * d, (inputs as f64).sqrt().recip());
+        let router = normal(seed * 8, e * d, (d as f64).sqrt().recip());
+        Layer { shape, router, experts: [matrix(1, d), matrix(2, d), matrix(3, f)] }
+    }
+
+    fn weights(&self) -> Weights<'_, W> {
+        let Shape { d_model, d_ffn, num_experts, .. } = self.shape;
+        let [w1, v1, w2] = self.experts.each_ref().map(|w| Rows::from_slice(w, num_experts * d_ffn, d_model).unwrap());
+        Weights {
+            router: Rows::from_slice(&self.router, num_experts, d_model).unwrap(),
+            w1: ExpertWeights::nk(w1, num_experts).unwrap(),
+            v1: ExpertWeights::nk(v1, num_experts).unwrap(),
+            w2: ExpertWeights::kn(w2, num_experts).unwrap(),
+        }
+    }
+
+    fn experts_f64(&self) -> [Vec<f64>; 3] {
+        self.experts.each_ref().map(|w| to_f64(w))
+    }
+}
+
+fn forward<A: Float + Bits, W: Float>(stream: &Stream, layer: &Layer<W>, x: &[A], num_tokens: usize) -> (Vec<A>, Vec<u32>, Vec<f32>) {
+    let shape = layer.shape;
+    let plan = Plan::<A>::new(shape, num_tokens + 3).unwrap();
+    let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(stream, num_tokens + 3, shape.top_k, shape.num_experts).unwrap();
+    let x = Rows::from_slice(x, num_tokens, shape.d_model).unwrap();
+    let mut routed = (vec![], vec![]);
+    let y = guard::run(stream, num_tokens, shape.d_model, |y| {
+        let routing = moe::forward(stream, &plan, x, &layer.weights(), &mut buffers, &mut workspace, y).unwrap();
+        routed = (routing.expert_ids().as_slice().unwrap().to_vec(), routing.weights().as_slice().unwrap().to_vec());
+    });
+    (y, routed.0, routed.1)
+}
+
+/// How far the layer's output may be from the oracle's: every rounding and every f32 sum, carried through what follows it.
+/// `weight_error` is relative.
+fn bounds<A: Bits>(shape: &Shape, x: &[f64], ids: &[u32], weights: &[f64], [w1, v1, w2]: [&[f64]; 3], weight_error: f64) -> Vec<f64> {
+    let (d, f, top_k) = (shape.d_model, shape.d_ffn, shape.top_k);
+    let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).fold((0.0, 0.0), |(sum, size), (a, b)| (sum + a * b, size + (a * b).abs()));
+    let mut bounds = Vec::new();
+    for (t, x) in x.chunks(d).enumerate() {
+        let (mut carried, mut y, mut magnitudes) = (vec![0.0; d], vec![0.0; d], vec![0.0; d]);
+        for slot in t * top_k..(t + 1) * top_k {
+            let rows = ids[slot] as usize * f..(ids[slot] as usize + 1) * f;
+            let mut output = vec![(0.0, 0.0, 0.0); d]; // value, magnitudes, carried error
+            for row in rows {
+                let [(gate, gate_size), (up, up_size)] = [w1, v1].map(|w| sum(x, &w[row * d..(row + 1) * d]));
+                let (gate_error, up_error) = (sum_bound::<f32>(gate, d, gate_size), sum_bound::<f32>(up, d, up_size));
+                let silu = gate / (1.0 + (-gate).exp());
+                let hidden = silu * up;
+                let error = 1.1 * gate_error * (up.abs() + up_error) + silu.abs() * up_error + sum_bound::<A>(hidden, 36, hidden.abs());
+                for (j, (value, size, carried)) in output.iter_mut().enumerate() {
+                    let w2 = w2[row * d + j];
+                    (*value, *size, *carried) = (*value + hidden * w2, *size + (hidden * w2).abs(), *carried + error * w2.abs());
+                }
+            }
+            for (j, (value, size, error)) in output.into_iter().enumerate() {
+                let weighted = weights[slot] * value;
+                carried[j] += weights[slot] * (error + sum_bound::<A>(value, f, size)) + weight_error * weighted.abs();
+                (y[j], magnitudes[j]) = (y[j] + weighted, magnitudes[j] + weighted.abs());
+            }
+        }
+        bounds.extend((0..d).map(|j| carried[j] + sum_bound::<A>(y[j], top_k, magnitudes[j])));
+    }
+    bounds
+}
+
+fn oracle_shape(shape: &Shape) -> oracle::moe::Shape {
+    let Shape { d_model, d_ffn, num_experts, top_k, .. } = *shape;
+    oracle::moe::Shape { d_model, d_ffn, num_experts, top_k }
+}
+
+fn against_oracle<A: Float + Bits, W: Float>() {
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        for num_tokens in [1, 2, 19, 70] {
+            let layer = Layer::<W>::random(shape, seed as u64 + 1);
+            let x = normal::<A>(99, num_tokens * shape.d_model, 1.0);
+            let (x64, [w1, v1, w2]) = (to_f64(&x), layer.experts_f64());
+            let experts = [&w1[..], &v1, &w2];
+            let logits = oracle::router::logits(&x64, &to_f64(&layer.router), shape.d_model);
+            let p = if let Normalize::P(p) = shape.normalize { Some(f64::from(p)) } else { None };
+            let (mut ids, mut weights) = (vec![], vec![]);
+            for logits in logits.chunks(shape.num_experts) {
+                let chosen = oracle::router::experts(logits, shape.top_k);
+                weights.extend(oracle::router::weights(logits, &chosen, p));
+                ids.extend(chosen);
+            }
+            let want = oracle::moe::experts(&oracle_shape(&shape), &x64, &ids, &weights, experts);
+            // Softmax and norm in f32, from logits in f32: a logit's error is a weight's relative error, twice with the norm.
+            let logit_size = logits.iter().fold(1.0, |max: f64, logit| max.max(logit.abs())) * (shape.d_model as f64).sqrt();
+            let weight_error =
+                (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
+            let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
+            device::each_device(|stream| {
+                let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
+                assert_eq!(got_ids, ids);
+                within(&got, &want, shape.d_model, |i| bounds[i]);
+            });
+        }
+    }
+}
+
+#[test]
+fn against_oracle_f32() {
+    against_oracle::<f32, f32>();
+    against_oracle::<f32, Bf16>();
+}
+
+#[test]
+fn against_oracle_bf16() {
+    against_oracle::<Bf16, Bf16>();
+}
+
+/// The experts alone, with a routing that another implementation chose.
+#[test]
+fn goldens_of_transformers() {
+    let file = Goldens::open("ops/moe_experts.safetensors");
+    fn check<T: Float + Bits>(file: &Goldens, case: &str) {
+        let name = |part: &str| format!("{case}.{part}");
+        let [x_shape, ids_shape, w_shape] = ["x", "indices", "w1"].map(|part| file.shape(&name(part)));
+        let (num_tokens, d_model, top_k) = (x_shape[0], x_shape[1], ids_shape[1]);
+        let num_experts = file.shape(&name("counts"))[0];
+        let shape = Shape { d_model, d_ffn: w_shape[0] / num_experts, num_experts, top_k, normalize: Normalize::None };
+        let experts = ["w1", "v1", "w2"].map(|part| file.float::<T>(&name(part)));
+        let (x, ids, route_weights) = (file.float::<T>(&name("x")), file.u32(&name("indices")), file.float::<f32>(&name("weights_f32")));
+        let (layer, want) = (Layer { shape, router: vec![], experts }, file.f64(&name("out")));
+        let [w1, v1, w2] = layer.experts_f64();
+        let bounds = bounds::<T>(&shape, &to_f64(&x), &ids, &to_f64(&route_weights), [&w1, &v1, &w2], 0.0);
+        let stacked = layer.experts.each_ref().map(|w| Rows::from_slice(w, w_shape[0], d_model).unwrap());
+        let [w1, v1] = [stacked[0], stacked[1]].map(|w| ExpertWeights::nk(w, num_experts).unwrap());
+        let w2 = ExpertWeights::kn(stacked[2], num_experts).unwrap();
+        device::each_device(|stream| {
+            let mut buffers = RoutingBuffers::new(stream, num_tokens, top_k, num_experts).unwrap();
+            let routing = Routing::from_host(stream, &ids, &route_weights, &mut buffers).unwrap();
+            let x = Rows::from_slice(&x, num_tokens, d_model).unwrap();
+            let rows = routing.rows();
+            let hidden = guard::run::<T>(stream, rows, shape.d_ffn, |h| {
+                grouped_gemm::glu_nt(stream, x, w1, v1, routing.gathered_rows(), h).unwrap();
+            });
+            let hidden = Rows::from_slice(&hidden, rows, shape.d_ffn).unwrap();
+            let outputs = guard::run::<T>(stream, rows, d_model, |y| {
+                grouped_gemm::nn(stream, hidden, w2, routing.expert_rows(), y).unwrap();
+            });
+            let outputs = Rows::from_slice(&outputs, rows, d_model).unwrap();
+            let got = guard::run::<T>(stream, num_tokens, d_model, |y| permute::combine(stream, outputs, &routing, y).unwrap());
+            within(&got, &want, d_model, |i| bounds[i]);
+        });
+    }
+    for case in ["e16k4", "e8k2", "e4k1_one"] {
+        check::<f32>(&file, case);
+    }
+    check::<Bf16>(&file, "e16k4_bf16");
+}
+
+#[test]
+fn no_tokens_give_an_empty_routing() {
+    let layer = Layer::<f32>::random(SHAPES[0], 1);
+    let (y, ids, weights) = forward::<f32, f32>(&device::cpu(2), &layer, &[], 0);
+    assert!(y.is_empty() && ids.is_empty() && weights.is_empty());
+}
+
+#[test]
+fn a_nan_stays_in_its_token() {
+    let stream = device::cpu(2);
+    let layer = Layer::<f32>::random(SHAPES[0], 2);
+    let mut x = normal::<f32>(5, 9 * 24, 1.0);
+    let (clean, ..) = forward(&stream, &layer, &x, 9);
+    x[4 * 24 + 3] = f32::NAN;
+    let (dirty, ids, _) = forward(&stream, &layer, &x, 9);
+    assert!(dirty[4 * 24..5 * 24].iter().all(|y| y.is_nan()));
+    same_bits(&dirty[..4 * 24], &clean[..4 * 24]);
+    same_bits(&dirty[5 * 24..], &clean[5 * 24..]);
+    assert!(ids.iter().all(|id| *id < 4));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// A token's result is the same alone and among any others, with any number of threads.
+    #[test]
+    fn a_token_depends_on_itself_and_the_weights(which in 0..SHAPES.len(), num_tokens in 1usize..60, threads in 1usize..5, seed: u32) {
+        let shape = SHAPES[which];
+        let layer = Layer::<Bf16>::random(shape, u64::from(seed));
+        let x = normal::<f32>(u64::from(seed) + 1, num_tokens * shape.d_model, 1.0);
+        let (all, ids, weights) = forward(&device::cpu(threads), &layer, &x, num_tokens);
+        let stream = device::cpu(1);
+        for t in (0..num_tokens).step_by(5) {
+            let (d, k) = (shape.d_model, shape.top_k);
+            let (alone, alone_ids, alone_weights) = forward(&stream, &layer, &x[t * d..(t + 1) * d], 1);
+            same_bits(&alone, &all[t * d..(t + 1) * d]);
+            same_bits(&alone_ids, &ids[t * k..(t + 1) * k]);
+            same_bits(&alone_weights, &weights[t * k..(t + 1) * k]);
+        }
+    }
+}
+
+#[test]
+fn impossible_plans_are_refused() {
+    let text = |shape: Shape, tokens: usize| Plan::<f32>::new(shape, tokens).unwrap_err().to_string();
+    let good = SHAPES[0];
+    assert_eq!(text(Shape { top_k: 0, ..good }, 1), "moe: `top_k` must be between 1 and num_experts, got 0");
+    assert_eq!(text(Shape { top_k: 5, ..good }, 1), "moe: `top_k` must be between 1 and num_experts, got 5");
+    assert_eq!(text(Shape { num_experts: 257, ..good }, 1), "moe: num_experts is 257, must be <= 256");
+    assert_eq!(text(good, 1 << 30), "moe: max_tokens * top_k is 2147483648, must be <= 2147483647");
+    let nan = Shape { normalize: Normalize::P(0.0), ..good };
+    assert_eq!(text(nan, 1), "moe: `normalize` must be a norm of positive and finite p, got 0");
+    assert!(Plan::<f32>::new(Shape { d_ffn: usize::MAX / 8, ..good }, 9).is_err());
+}
+
+#[test]
+fn refusals_write_nothing() {
+    let stream = device::cpu(1);
+    let layer = Layer::<f32>::random(SHAPES[0], 3);
+    let plan = Plan::<f32>::new(SHAPES[0], 5).unwrap();
+    let x = normal::<f32>(6, 6 * 24, 1.0);
+    // The first five tokens with the plan, the weights and the memory given: the text of the refusal.
+    let refused = |tokens: usize, cols: usize, out_rows: usize, weights: Weights<'_, f32>, routing: [usize; 3], missing_bytes: usize| {
+        let mut workspace = Workspace::new(&stream, plan.workspace_bytes() - missing_bytes).unwrap();
+        let mut buffers = RoutingBuffers::new(&stream, routing[0], routing[1], routing[2]).unwrap();
+        let x = Rows::from_slice(&x, tokens, cols).unwrap();
+        let mut call = |y: &mut RowsMut<'_, f32>| -> Result<(), Error> {
+            moe::forward(&stream, &plan, x, &weights, &mut buffers, &mut workspace, y).map(|_| ())
+        };
+        let text = guard::refused::<f32>(&stream, out_rows, 24, &mut call);
+        let untouched = Routing::from_host(&stream, &[], &[], &mut buffers).unwrap().num_tokens();
+        assert_eq!(untouched, 0);
+        text
+    };
+    let (good, fits) = (layer.weights(), [5, 2, 4]);
+    assert_eq!(refused(5, 23, 5, good, fits, 0), "moe: `x` must be [T, D] = [5, 24], got [5, 23]");
+    assert_eq!(refused(5, 24, 4, good, fits, 0), "moe: `y` must be [T, D] = [5, 24], got [4, 24]");
+    assert_eq!(refused(6, 24, 6, good, [6, 2, 4], 0), "moe: needs 6 tokens of the plan, has 5");
+    assert_eq!(refused(5, 24, 5, good, [4, 2, 4], 0), "moe: needs 5 tokens of routing buffers, has 4");
+    assert_eq!(refused(5, 24, 5, good, [5, 3, 4], 0), "moe: `routing` must be [k, E] = [2, 4], got [3, 4]");
+    let (need, have) = (plan.workspace_bytes(), plan.workspace_bytes() - 4);
+    assert_eq!(refused(5, 24, 5, good, fits, 4), format!("moe: needs {need} workspace bytes, has {have}"));
+    let router = good.router.row_range(0..3).unwrap();
+    assert_eq!(refused(5, 24, 5, Weights { router, ..good }, fits, 0), "moe: `router` must be [E, D] = [4, 24], got [3, 24]");
+    let short = ExpertWeights::nk(good.v1.stacked().row_range(0..80).unwrap(), 4).unwrap();
+    assert_eq!(refused(5, 24, 5, Weights { v1: short, ..good }, fits, 0), "moe: `v1` must be [E, F, D] = [4, 40, 24], got [4, 20, 24]");
+    let turned = ExpertWeights::nk(good.w2.stacked(), 4).unwrap();
+    assert_eq!(refused(5, 24, 5, Weights { w2: turned, ..good }, fits, 0), "moe: weight order Nk is not supported here; supported: Kn");
+}

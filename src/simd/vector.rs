@@ -1,0 +1,152 @@
+//! A vector of sixteen floats, whatever the machine has to hold it in: what every kernel of this folder is written with.
+//!
+//! An instruction set is a token, a value of a type that implements [`Simd`]. Tokens exist only where the machine was
+//! found to have the instructions, so their methods are safe, and a kernel is written once, without unsafe code:
+//!
+//! ```text
+//! struct Sum<'a>(&'a [[f32; 16]]);
+//! impl Kernel for Sum<'_> {
+//!     type Output = f32;
+//!     #[inline(always)]
+//!     fn run<S: Simd>(self, simd: S) -> f32 { .. simd.add(sum, simd.load(chunk)) .. }
+//! }
+//! ```
+//!
+//! `super::run(Sum(..))` then picks the token. Since every set computes with sixteen lanes and fused multiply-adds, they all
+//! give the same bits, the portable one included where the compiler's target has a fused multiply-add.
+//! Everything on the way from `run` to an instruction must be `#[inline(always)]`, lest it be compiled without the set.
+
+use crate::dtype::Float;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// The instructions that kernels are made of.
+pub(crate) trait Simd: Copy {
+    /// Sixteen floats.
+    type V: Copy;
+
+    /// Sixteen times the same.
+    fn splat(self, value: f32) -> Self::V;
+    /// Widens sixteen elements, exactly.
+    fn load<T: Float>(self, from: &[T; LANES]) -> Self::V;
+    /// Rounds to nearest even and stores.
+    fn store<T: Float>(self, values: Self::V, to: &mut [T; LANES]);
+
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a > b ? a : b`, which is `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? a : b`, which is `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The nearest integers, ties to even.
+    fn round(self, a: Self::V) -> Self::V;
+    /// `2^a` for integers in `-126..=127`.
+    fn pow2(self, a: Self::V) -> Self::V;
+
+    /// `columns[k][j] = rows[j][k]`, widened, for 64 bytes of each row.
+    fn transpose<T: Float>(self, rows: &[&[T]; LANES], columns: Columns<'_>);
+
+    /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
+    fn add_product(self, product: super::gemm::AddProduct<'_>);
+
+    /// Asks for a cache line that will be read soon.
+    fn prefetch<T>(self, at: &T);
+
+    /// All lanes as an array.
+    #[inline(always)]
+    fn to_array(self, a: Self::V) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        self.store(a, &mut lanes);
+        lanes
+    }
+
+    /// The first elements of a slice shorter than a vector, and zeros.
+    #[inline(always)]
+    fn load_part<T: Float>(self, from: &[T]) -> Self::V {
+        let mut all = [T::default(); LANES];
+        all[..from.len()].copy_from_slice(from);
+        self.load(&all)
+    }
+
+    /// Stores the first lanes in a slice shorter than a vector.
+    #[inline(always)]
+    fn store_part<T: Float>(self, values: Self::V, to: &mut [T]) {
+        let mut all = [T::default(); LANES];
+        self.store(values, &mut all);
+        to.copy_from_slice(&all[..to.len()]);
+    }
+
+    /// The sum of all lanes, halving them until one is left.
+    #[inline(always)]
+    fn sum(self, a: Self::V) -> f32 {
+        fold(self.to_array(a), |a, b| a + b)
+    }
+
+    /// The largest lane; what a NaN gives is unspecified.
+    #[inline(always)]
+    fn max_lane(self, a: Self::V) -> f32 {
+        fold(self.to_array(a), |a, b| if a > b { a } else { b })
+    }
+
+    /// `e^a` within 2 units in the last place; 0 and infinity beyond the range, NaN of NaN.
+    #[inline(always)]
+    fn exp(self, a: Self::V) -> Self::V {
+        // e^a = 2^n * e^r with n an integer and |r| <= ln(2) / 2. The order of operands lets a NaN pass.
+        let a = self.max(self.splat(-104.0), self.min(self.splat(89.0), a));
+        let n = self.round(self.mul(a, self.splat(std::f32::consts::LOG2_E)));
+        // ln(2) in two parts, of which the first has enough trailing zeros for an exact product.
+        let r = self.mul_add(n, self.splat(-0.693_359_4), a);
+        let r = self.mul_add(n, self.splat(2.121_944_4e-4), r);
+        // Taylor, of which the first omitted term is below a tenth of a unit in the last place.
+        let mut e = self.splat(1.0 / 5040.0);
+        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            e = self.mul_add(e, r, self.splat(coefficient));
+        }
+        // In two steps, since 2^128 is not a float and neither are the powers below 2^-126.
+        let half = self.round(self.mul(n, self.splat(0.5)));
+        self.mul(self.mul(e, self.pow2(half)), self.pow2(self.sub(n, half)))
+    }
+}
+
+/// Folds the upper half onto the lower until one lane is left.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = join(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Where a transposed block goes: row `k` begins at `k * stride`.
+pub(crate) struct Columns<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+impl Columns<'_> {
+    #[inline(always)]
+    pub(crate) fn row(&mut self, k: usize) -> &mut [f32; LANES] {
+        self.data[k * self.stride..].first_chunk_mut().expect("room for a row")
+    }
+}
+
+/// Work that is the same for every instruction set.
+pub(crate) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Does it. `#[inline(always)]` in every implementation.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}

@@ -1,0 +1,210 @@
+//! AVX2 with FMA and F16C: a vector is two registers.
+
+use std::arch::x86_64::*;
+
+use crate::dtype::{DType, Float};
+use crate::simd::gemm::{AddProduct, add_tiles};
+use crate::simd::vector::{Columns, Kernel, LANES, Simd};
+
+/// Proof that this machine has AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(in crate::simd) struct Avx2(());
+
+impl Avx2 {
+    pub(in crate::simd) fn detect() -> Option<Avx2> {
+        let all = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Avx2(()))
+    }
+
+    pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn with_features<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { with_features(self, kernel) }
+    }
+}
+
+type V = [__m256; 2];
+
+/// The same on both halves. What touches memory says beside the call why it may.
+macro_rules! both {
+    (|$half:ident| $call:expr) => {
+        [0, 1].map(
+            #[inline(always)]
+            |$half| {
+                // SAFETY: the token exists only where the features were detected.
+                unsafe { $call }
+            },
+        )
+    };
+}
+
+impl Simd for Avx2 {
+    type V = V;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> V {
+        both!(|_half| _mm256_set1_ps(value))
+    }
+    #[inline(always)]
+    fn load<T: Float>(self, from: &[T; LANES]) -> V {
+        let from = from.as_ptr();
+        // SAFETY: eight of sixteen elements of the type that `DTYPE` says, and detected features.
+        both!(|half| {
+            let from = from.add(8 * half);
+            match T::DTYPE {
+                DType::Bf16 => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
+                DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                _ => _mm256_loadu_ps(from.cast()),
+            }
+        })
+    }
+    #[inline(always)]
+    fn store<T: Float>(self, values: V, to: &mut [T; LANES]) {
+        let to = to.as_mut_ptr();
+        // SAFETY: eight of sixteen elements of the type that `DTYPE` says, exclusively borrowed, and detected features.
+        both!(|half| {
+            let (to, values) = (to.add(8 * half), values[half]);
+            match T::DTYPE {
+                DType::Bf16 => _mm_storeu_si128(to.cast(), round_to_bf16(values)),
+                DType::F16 => _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)),
+                _ => _mm256_storeu_ps(to.cast(), values),
+            }
+        });
+    }
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        both!(|half| _mm256_add_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        both!(|half| _mm256_sub_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        both!(|half| _mm256_mul_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        both!(|half| _mm256_div_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: V, b: V, c: V) -> V {
+        both!(|half| _mm256_fmadd_ps(a[half], b[half], c[half]))
+    }
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        both!(|half| _mm256_max_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        both!(|half| _mm256_min_ps(a[half], b[half]))
+    }
+    #[inline(always)]
+    fn round(self, a: V) -> V {
+        both!(|half| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a[half]))
+    }
+    #[inline(always)]
+    fn pow2(self, a: V) -> V {
+        both!(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a[half]), _mm256_set1_epi32(127)))))
+    }
+    #[inline(always)]
+    fn transpose<T: Float>(self, rows: &[&[T]; LANES], mut columns: Columns<'_>) {
+        let elems = 64 / size_of::<T>();
+        // By quarters: 8 rows, 32 bytes of each.
+        for (side, rows) in rows.as_chunks::<8>().0.iter().enumerate() {
+            for part in 0..2 {
+                // SAFETY: the slice has 32 bytes of the row; detected features.
+                let words = rows.map(|row| unsafe { _mm256_loadu_ps(row[..elems][part * elems / 2..].as_ptr().cast()) });
+                // SAFETY: detected features.
+                let words = unsafe { transpose_words(words) };
+                for (k, words) in words.into_iter().enumerate() {
+                    let mut put = |k: usize, values: __m256| {
+                        let to: &mut [f32; 8] = &mut columns.row(k).as_chunks_mut().0[side];
+                        // SAFETY: eight floats, exclusively borrowed; detected features.
+                        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), values) }
+                    };
+                    match T::DTYPE {
+                        // A word holds two elements of a row, the first in its lower half.
+                        DType::Bf16 | DType::F16 => {
+                            // SAFETY: detected features.
+                            let [even, odd] = unsafe { widen_halves(words, T::DTYPE == DType::Bf16) };
+                            put(16 * part + 2 * k, even);
+                            put(16 * part + 2 * k + 1, odd);
+                        }
+                        _ => put(8 * part + k, words),
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn add_product(self, product: AddProduct<'_>) {
+        add_tiles!(self, product, vectors: 1, rows: 1 2 3 4 5 6);
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a hint; it does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+    }
+}
+
+/// Eight bf16, as `Bf16::from_f32` rounds.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_to_bf16(values: __m256) -> __m128i {
+    let bits = _mm256_castps_si256(values);
+    let upper = _mm256_srli_epi32::<16>(bits);
+    let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
+    let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x0040));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
+    lower_halves(_mm256_blendv_epi8(rounded, quiet, nan))
+}
+
+/// The lower halves of eight words below 2^16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lower_halves(words: __m256i) -> __m128i {
+    _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+}
+
+/// The lower and the upper halves of eight words, widened.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
+    let bits = _mm256_castps_si256(words);
+    if bf16 {
+        [_mm256_slli_epi32::<16>(bits), _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32))].map(|b| _mm256_castsi256_ps(b))
+    } else {
+        [_mm256_and_si256(bits, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32::<16>(bits)].map(|b| _mm256_cvtph_ps(lower_halves(b)))
+    }
+}
+
+/// Transposes 8 x 8 words: pairs of words, pairs of pairs, then halves of registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_words(rows: [__m256; 8]) -> [__m256; 8] {
+    let zero = _mm256_setzero_ps();
+    // Within each half h of row group g (rows 4g..4g+4): column 4h + c of the four rows.
+    let mut quads = [[zero; 4]; 2]; // [row group][c]
+    for (group, quad) in quads.iter_mut().enumerate() {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * group + i]);
+        let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let pair = |low, high, second| {
+            let (low, high) = (_mm256_castps_pd(low), _mm256_castps_pd(high));
+            _mm256_castpd_ps(if second { _mm256_unpackhi_pd(low, high) } else { _mm256_unpacklo_pd(low, high) })
+        };
+        *quad = [pair(ab_low, cd_low, false), pair(ab_low, cd_low, true), pair(ab_high, cd_high, false), pair(ab_high, cd_high, true)];
+    }
+    let mut columns = [zero; 8];
+    for c in 0..4 {
+        let (upper, lower) = (quads[0][c], quads[1][c]);
+        columns[c] = _mm256_permute2f128_ps::<0x20>(upper, lower);
+        columns[4 + c] = _mm256_permute2f128_ps::<0x31>(upper, lower);
+    }
+    columns
+}
