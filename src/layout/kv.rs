@@ -464,9 +464,10 @@ pub(crate) struct HostPages<'a> {
     query_offsets: &'a [u32],
 }
 
-impl HostPages<'_> {
-    pub(crate) fn num_sequences(&self) -> usize {
-        self.seq_lens.len()
+impl<'a> HostPages<'a> {
+    /// Where each sequence's rows of the step begin, and the last one's end.
+    pub(crate) fn query_offsets(&self) -> &'a [u32] {
+        self.query_offsets
     }
 
     /// The rows of the step that belong to a sequence.
@@ -489,11 +490,6 @@ impl HostPages<'_> {
     pub(crate) fn pool_row(&self, sequence: usize, position: usize) -> usize {
         let page = self.block_table.row(sequence)[position / self.page_tokens] as usize;
         page * self.page_stride + position % self.page_tokens
-    }
-
-    /// Positions from `position` on that lie in consecutive rows of the pools.
-    pub(crate) fn contiguous_from(&self, position: usize) -> usize {
-        self.page_tokens - position % self.page_tokens
     }
 }
 

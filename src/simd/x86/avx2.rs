@@ -65,7 +65,7 @@ impl Simd for Avx2 {
     fn store<T: Float>(self, values: V, to: &mut [T; LANES]) {
         let to = to.as_mut_ptr();
         // SAFETY: eight of sixteen elements of the type that `DTYPE` says, exclusively borrowed, and detected features.
-        both!(|half| {
+        let [(), ()] = both!(|half| {
             let (to, values) = (to.add(8 * half), values[half]);
             match T::DTYPE {
                 DType::Bf16 => _mm_storeu_si128(to.cast(), round_to_bf16(values)),

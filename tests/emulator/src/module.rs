@@ -47,6 +47,7 @@ pub(crate) struct Program {
 #[derive(Debug)]
 pub(crate) struct GlobalVar {
     pub name: String,
+    pub constant: bool,
     pub bytes: u64,
     pub align: u32,
     pub init: Vec<u8>,
@@ -80,6 +81,7 @@ pub(crate) struct Uses {
 pub(crate) struct FunctionInfo {
     pub name: String,
     pub entry: bool,
+    pub has_body: bool,
     pub defined: bool,
     pub start: u32,
     pub end: u32,
