@@ -22,7 +22,7 @@ fn main() -> Result<(), Error> {
 
     for token in 0..tokens {
         let ids = routing.expert_ids().row_range(token..token + 1)?;
-        println!("token {token} went to experts {:?} and became {:.3?} ...", ids.as_slice().unwrap_or_default(), &y[token * d..token * d + 4]);
+        println!("token {token}: experts {:?}, y = {:.3?} ...", ids.as_slice().unwrap_or_default(), &y[token * d..token * d + 4]);
     }
     Ok(())
 }
