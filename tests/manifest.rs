@@ -73,7 +73,8 @@ fn no_kernel_spills_or_has_a_stack() {
     let entries: Vec<Line<'_>> = manifest.lines().map(str::trim_end).filter(|line| line.starts_with("entry ")).map(Line::parse).collect();
     assert!(entries.len() > 40, "only {} entries", entries.len());
     for entry in &entries {
-        let number = |name| entry.field(name).parse::<u32>().unwrap_or_else(|_| panic!("{}: run cuda/build.py with ptxas on PATH", entry.name));
+        let number =
+            |name| entry.field(name).parse::<u32>().unwrap_or_else(|_| panic!("{}: run cuda/build.py with ptxas on PATH", entry.name));
         assert_eq!((number("stack"), number("spills")), (0, 0), "{}: {}", entry.kind, entry.name);
         assert!(number("registers") <= 255 && number("shared") <= 48 << 10 && number("params") <= 4096, "{}", entry.name);
     }

@@ -51,6 +51,12 @@ impl CudaDevice {
         })
     }
 
+    /// Gives something back, on a lost device too. Nobody can be told if that fails.
+    fn release(&self, release: impl FnOnce(&dyn Driver) -> DriverResult<()>) {
+        let _ = self.driver.make_current(self.ordinal);
+        let _ = release(&*self.driver);
+    }
+
     /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
     fn function(&self, image: &'static Image, entry: &'static str) -> Result<Handle, Error> {
         let mut functions = lock(&self.functions);
@@ -129,6 +135,24 @@ impl RawStream {
         self.device.call(op, 0, |driver| unsafe { driver.copy_to_host(self.handle, target, address, bytes) })
     }
 
+    /// Starts recording work instead of running it.
+    pub(crate) fn begin_capture(&self) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))
+    }
+
+    /// Ends recording, whatever became of it; gives the graph.
+    pub(crate) fn end_capture(&self) -> Result<Handle, Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.end_capture(self.handle))
+    }
+
+    pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.launch_graph(graph, self.handle))
+    }
+
+    pub(crate) fn destroy_graph(&self, graph: Handle) {
+        self.device.release(|driver| driver.destroy_graph(graph));
+    }
+
     /// Queues one kernel.
     ///
     /// # Safety
@@ -155,7 +179,7 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        let _ = self.device.call(Op::Stream, 0, |driver| driver.destroy_stream(self.handle));
+        self.device.release(|driver| driver.destroy_stream(self.handle));
     }
 }
 
@@ -182,7 +206,7 @@ impl CudaMemory {
 
     pub(crate) fn free(&mut self, stream: &RawStream) {
         if self.address != 0 {
-            let _ = self.device.call(Op::Buffer, 0, |driver| driver.free(stream.handle, self.address));
+            self.device.release(|driver| driver.free(stream.handle, self.address));
             self.address = 0;
         }
     }

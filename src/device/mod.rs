@@ -15,6 +15,7 @@ pub(crate) mod image;
 #[cfg(feature = "cuda")]
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
+mod graph;
 mod stream;
 mod workspace;
 
@@ -22,6 +23,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use self::buffer::Buffer;
+pub use self::graph::Graph;
 pub use self::stream::Stream;
 pub(crate) use self::stream::{Access, Mark};
 pub use self::workspace::Workspace;

@@ -1,7 +1,10 @@
 //! `grouped_gemm` against its oracle, its goldens, and what it must refuse.
 
 use dropless::layout::WeightOrder;
-use dropless::{Bf16, Buffer, DType, Element, Error, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, grouped_gemm};
+use dropless::{
+    Bf16, Buffer, DType, Element, Error, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream,
+    grouped_gemm,
+};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{Random, integers, normal, to_f64};

@@ -69,7 +69,12 @@ impl<W: Float + Bits> Layer<W> {
     }
 }
 
-fn forward<A: Float + Bits, W: Float + Bits>(stream: &Stream, layer: &Layer<W>, x: &[A], num_tokens: usize) -> (Vec<A>, Vec<u32>, Vec<f32>) {
+fn forward<A: Float + Bits, W: Float + Bits>(
+    stream: &Stream,
+    layer: &Layer<W>,
+    x: &[A],
+    num_tokens: usize,
+) -> (Vec<A>, Vec<u32>, Vec<f32>) {
     let shape = layer.shape;
     let plan = Plan::<A>::new(shape, num_tokens + 3).unwrap();
     let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();

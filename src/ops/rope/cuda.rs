@@ -28,7 +28,8 @@ pub(super) fn clip_rotate_append<A: Float>(
     let [keys, values] = cache.pools();
     // Vectors of 16 bytes, where heads, both halves of what is rotated, and all rows consist of whole ones.
     let whole = |elements: usize| (elements * size_of::<A>()).is_multiple_of(16);
-    let aligned = [qkv.vectors(Op::Rope, "qkv"), q.vectors(Op::Rope, "q"), keys.vectors(Op::Rope, "keys"), values.vectors(Op::Rope, "values")];
+    let aligned =
+        [qkv.vectors(Op::Rope, "qkv"), q.vectors(Op::Rope, "q"), keys.vectors(Op::Rope, "keys"), values.vectors(Op::Rope, "values")];
     let entry = if whole(head_dim) && whole(rotary_dim / 2) && aligned.iter().all(Result::is_ok) {
         entry!("rope", A)
     } else {

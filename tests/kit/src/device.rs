@@ -5,12 +5,13 @@ use std::io::Write;
 use std::sync::{Arc, Once};
 
 use dropless::{Device, Element, Error, Stream};
-use ptx_emulator::{Options, Schedule};
 
-use crate::emulated::Emulated;
+use crate::emulated::{Emulated, Options, Schedule};
 
 thread_local! {
     static EMULATING: Cell<bool> = const { Cell::new(false) };
+    /// One device per thread, so that a test loads each image once.
+    static EMULATED: (Arc<Emulated>, Stream) = emulated();
 }
 
 /// Calls `test` once per device: the CPU with one thread and with three, the emulated GPU in every schedule, the GPU where there is
@@ -33,20 +34,21 @@ pub fn each_schedule(test: impl Fn(&Stream)) {
             EMULATING.set(false);
         }
     }
-    let (driver, stream) = emulated();
     EMULATING.set(true);
     let _until_the_end = Emulating;
-    for schedule in [Schedule::InOrder, Schedule::Reverse, Schedule::Random(1)] {
-        driver.set_options(Options { schedule, ..Options::default() });
-        test(&stream);
-        assert_eq!(driver.reports(), [""; 0], "{schedule:?}");
-    }
+    EMULATED.with(|(driver, stream)| {
+        for schedule in [Schedule::InOrder, Schedule::Reverse, Schedule::Random(1)] {
+            driver.set_options(Options { schedule, ..Options::default() });
+            test(stream);
+            assert_eq!(driver.reports(), [""; 0], "{schedule:?}");
+        }
+    });
 }
 
-/// False where the emulator would be too slow: it takes some 10 million operations of a kernel's inner loop per second.
+/// False where the emulator would be too slow: with every detector on it takes some million inner steps per second.
 /// Everything else affords everything.
 pub fn affords(operations: usize) -> bool {
-    !EMULATING.get() || operations <= 200_000
+    !EMULATING.get() || operations <= 50_000
 }
 
 /// True where the device runs kernels for these types side by side: the CPU mixes types, a GPU does not.

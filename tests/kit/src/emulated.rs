@@ -9,7 +9,8 @@ use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, TensorMap};
-use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Options, Stats, Swizzle, TensorMapDesc};
+use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Stats, Swizzle, TensorMapDesc};
+pub use ptx_emulator::{Options, Schedule};
 
 const INVALID_VALUE: DriverError = DriverError(1);
 const INVALID_PTX: DriverError = DriverError(218);
