@@ -395,10 +395,6 @@ impl<'a, T: Element> HostRowsMut<'a, T> {
         self.0.rows
     }
 
-    pub(crate) fn cols(&self) -> usize {
-        self.0.cols
-    }
-
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
         // SAFETY: inside the matrix, and `self` is borrowed exclusively.
