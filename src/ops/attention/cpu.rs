@@ -26,7 +26,7 @@ use crate::view::{HostRows, Rows, RowsMut, Tiling, for_each_row};
 /// Keys of one block: the columns of a packed panel.
 const BLOCK_KEYS: usize = gemm::NR;
 /// Query rows that share a block of keys, if a token has fewer: enough to be worth packing it, few enough to stay in the cache.
-const QUERY_ROWS: usize = 48;
+const QUERY_ROWS: usize = 96;
 
 const _: () = assert!(SPLIT_KEYS.is_multiple_of(BLOCK_KEYS) && BLOCK_KEYS <= gemm::KC);
 

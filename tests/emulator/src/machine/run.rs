@@ -24,20 +24,23 @@ pub(crate) enum Outcome {
 pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outcome, Trouble> {
     let program = m.env.program;
     let mut left = budget;
+    // After a full budget the other group keeps its turn, whatever its PC.
+    let switch = !m.random && !std::mem::take(&mut w.rotated);
     if w.cur.mask == 0 || w.cur.state != State::Ready || m.random && !w.others.is_empty() {
         if let Some(stop) = choose(m, w, m.random)? {
             return Ok(stop);
         }
     } else if !w.others.is_empty() {
-        regroup(w, true);
+        regroup(w, false);
     }
     loop {
         let pc = w.cur.pc;
         let code = &program.code[pc as usize];
         let mask = w.cur.mask & code.guard.mask(w);
         if left == 0 {
-            if !w.others.is_empty() {
+            if !w.others.is_empty() && switch {
                 choose_other(w);
+                w.rotated = true;
             }
             return Ok(Outcome::Yielded);
         }
@@ -57,7 +60,7 @@ pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outc
             Flow::Next => {
                 w.cur.pc = pc + 1;
                 if w.cur.pc >= w.merge_pc {
-                    regroup(w, !m.random);
+                    regroup(w, switch);
                 }
                 if m.wakes.is_empty() {
                     continue;
@@ -66,7 +69,7 @@ pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outc
             Flow::Jumped => {
                 if w.cur.mask != 0 && w.cur.state == State::Ready {
                     if !w.others.is_empty() {
-                        regroup(w, !m.random);
+                        regroup(w, switch);
                     }
                 } else if let Some(stop) = choose(m, w, false)? {
                     wake(m, w);
@@ -76,7 +79,7 @@ pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outc
             Flow::Yield => {
                 w.cur.pc = pc + 1;
                 if !w.others.is_empty() {
-                    regroup(w, !m.random);
+                    regroup(w, switch);
                 }
                 if m.dice() {
                     wake(m, w);
@@ -88,6 +91,7 @@ pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outc
                 wake(m, w);
                 if !w.others.is_empty() {
                     choose_other(w);
+                    w.rotated = true;
                 }
                 return Ok(Outcome::Yielded);
             }

@@ -92,6 +92,8 @@ pub(crate) struct Warp {
     pub carry: u32,
     pub tid: [L32; 3],
     pub ids: Ids,
+    /// The running group got its turn although another comes first.
+    pub rotated: bool,
     /// Some group can run.
     pub ready: bool,
     /// Lanes that have arrived at the cluster barrier and not yet waited, and the generation they arrived in.
