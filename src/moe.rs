@@ -14,12 +14,10 @@ use std::marker::PhantomData;
 
 use crate::device::{Stream, Workspace};
 use crate::dtype::Float;
-#[cfg(feature = "cuda")]
-use crate::error::Place;
 use crate::error::{Error, Op, check_shape};
-use crate::layout::{ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers, WeightOrder};
 #[cfg(feature = "cuda")]
-use crate::ops::one_type;
+use crate::error::{Place, check_one_type};
+use crate::layout::{ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers, WeightOrder};
 use crate::ops::router::Normalize;
 use crate::ops::{grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
@@ -192,7 +190,7 @@ fn check<A: Float, W: Float>(
     }
     #[cfg(feature = "cuda")]
     if stream.place() != Place::Host {
-        one_type::<A, W>(Op::Moe, "the type of the weights,")?;
+        check_one_type::<A, W>(Op::Moe, "weights of type")?;
         x.vectors(Op::Moe, "x")?;
         weights.router.vectors(Op::Moe, "router")?;
         y.vectors(Op::Moe, "y")?;

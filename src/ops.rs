@@ -35,15 +35,6 @@ macro_rules! entry {
     };
 }
 
-/// Kernels read all their float arguments as one type, that of `A`; the CPU mixes them.
-#[cfg(feature = "cuda")]
-pub(crate) fn one_type<A: crate::Element, W: crate::Element>(op: crate::Op, what: &'static str) -> Result<(), crate::Error> {
-    if A::DTYPE == W::DTYPE {
-        return Ok(());
-    }
-    Err(crate::Error::Unsupported { op, what, got: W::DTYPE.name(), supported: A::DTYPE.name() })
-}
-
 pub mod attention;
 pub mod embedding;
 pub mod glu;

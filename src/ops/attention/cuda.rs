@@ -26,7 +26,7 @@ pub(super) fn prefill<A: Float>(
     }
     let shared_bytes = WARPS as usize * 2 * heads.head_dim() * size_of::<f32>();
     if shared_bytes > MAX_SHARED_BYTES {
-        return Err(Error::Unsupported { op: Op::Attention, what: "head_dim", got: "beyond that", supported: "up to 1280" });
+        return Err(Error::Unsupported { op: Op::Attention, what: "head_dim", got: "beyond 1280", supported: "up to 1280" });
     }
     let params = AttentionParams {
         q: q.address(),

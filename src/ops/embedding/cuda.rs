@@ -4,9 +4,8 @@
 use crate::device::params::EmbeddingParams;
 use crate::device::{Stream, image};
 use crate::dtype::Float;
-use crate::error::{Error, Op};
+use crate::error::{Error, Op, check_one_type};
 use crate::layout::TokenIds;
-use crate::ops::one_type;
 use crate::view::{Rows, RowsMut};
 
 const THREADS: u32 = 256;
@@ -17,7 +16,7 @@ pub(super) fn lookup<A: Float, W: Float>(
     table: Rows<'_, W>,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    one_type::<A, W>(Op::Embedding, "the type of `table`,")?;
+    check_one_type::<A, W>(Op::Embedding, "`table` of type")?;
     let [num_tokens, d_model] = y.dims();
     if num_tokens == 0 || d_model == 0 {
         return Ok(());

@@ -5,9 +5,8 @@ use crate::device::cuda::Grid;
 use crate::device::params::ProductParams;
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
-use crate::error::{Error, Op};
+use crate::error::{Error, Op, check_one_type};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
-use crate::ops::one_type;
 use crate::view::{Rows, RowsMut};
 
 /// Of the plain kernel: rows and columns of a tile, and the threads that compute it.
@@ -25,7 +24,7 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
     const { assert!(P == 1 || P == 2) };
-    one_type::<A, W>(Op::GroupedGemm, "the type of the weights,")?;
+    check_one_type::<A, W>(Op::GroupedGemm, "weights of type")?;
     let (first, last) = (weights[0], weights[P - 1]);
     let entry = match (P, first.order(), O::DTYPE == A::DTYPE, A::DTYPE) {
         (2, WeightOrder::Nk, true, _) => entry!("grouped_gemm_glu_nt", A),
@@ -37,7 +36,7 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         (_, WeightOrder::Kn, false, DType::F16) if O::DTYPE == DType::F32 => "grouped_gemm_nn_f16_to_f32",
         _ => {
             let (got, supported) = (O::DTYPE.name(), if A::DTYPE == DType::F32 { "f32" } else { "the type of `x`, f32" });
-            return Err(Error::Unsupported { op: Op::GroupedGemm, what: "the type of `y`,", got, supported });
+            return Err(Error::Unsupported { op: Op::GroupedGemm, what: "`y` of type", got, supported });
         }
     };
     let [num_rows, n] = y.dims();

@@ -5,8 +5,7 @@ use super::Kind;
 use crate::device::params::NormParams;
 use crate::device::{Stream, image};
 use crate::dtype::Float;
-use crate::error::{Error, Op};
-use crate::ops::one_type;
+use crate::error::{Error, Op, check_one_type};
 use crate::view::{Rows, RowsMut};
 
 /// Elements of a row that one thread holds in registers: `ELEMS_PER_THREAD` of the kernel.
@@ -53,13 +52,13 @@ fn launch<A: Float, W: Float>(
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    one_type::<A, W>(Op::Norm, "the type of `weight`,")?;
+    check_one_type::<A, W>(Op::Norm, "`weight` of type")?;
     let [num_tokens, d_model] = x.dims();
     if num_tokens == 0 || d_model == 0 {
         return Ok(());
     }
     if d_model > MAX_THREADS * ELEMS_PER_THREAD {
-        return Err(Error::Unsupported { op: Op::Norm, what: "a row", got: "of more columns", supported: "up to 16384 columns" });
+        return Err(Error::Unsupported { op: Op::Norm, what: "D", got: "beyond 16384", supported: "up to 16384" });
     }
     let (residual, residual_stride) = match residual {
         Some(residual) => (residual.vectors(Op::Norm, "residual")?, residual.stride()),

@@ -6,9 +6,8 @@ use crate::device::cuda::Grid;
 use crate::device::params::{ChooseParams, IndexParams, LogitsParams};
 use crate::device::{Stream, image};
 use crate::dtype::Float;
-use crate::error::{Error, Op};
+use crate::error::{Error, Op, check_one_type};
 use crate::layout::RoutingParts;
-use crate::ops::one_type;
 use crate::view::{Rows, RowsMut};
 
 /// Of the kernel `logits`: tokens and experts of a block, and its threads.
@@ -26,7 +25,7 @@ pub(super) fn logits<A: Float, W: Float>(
     weight: Rows<'_, W>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    one_type::<A, W>(Op::Router, "the type of `weight`,")?;
+    check_one_type::<A, W>(Op::Router, "`weight` of type")?;
     let [num_tokens, num_experts] = logits.dims();
     if num_tokens == 0 || num_experts == 0 {
         return Ok(());
