@@ -1,8 +1,8 @@
 //! Syntax tree to program: layout of variables, register rows, labels, and one [`Op`](crate::isa::Op) per instruction.
 
+use super::FrontError;
 use super::ast::{Arg, Function, Init, Inst, Loc, MemBase, Module, Stmt, Var, VarSpace};
 use super::scope::{Fixup, Scopes, Symbol};
-use super::FrontError;
 use crate::isa::ty::{PSrc, Reg, Special, Src, Ty};
 use crate::isa::{self, Code, Guard, Mem};
 use crate::module::{FunctionInfo, GlobalVar, Program, Slot, Touch};
@@ -101,9 +101,7 @@ fn place(end: &mut u64, var: &Var<'_>, limit: u64) -> Result<u32> {
 }
 
 fn slots(vars: &[Var<'_>], end: &mut u64) -> Result<Vec<Slot>> {
-    vars.iter()
-        .map(|v| Ok(Slot { offset: place(end, v, MAX_PARAM_BYTES)?, bytes: v.bytes as u32, align: v.align }))
-        .collect()
+    vars.iter().map(|v| Ok(Slot { offset: place(end, v, MAX_PARAM_BYTES)?, bytes: v.bytes as u32, align: v.align })).collect()
 }
 
 fn declare(f: &Function<'_>) -> Result<FunctionInfo> {
