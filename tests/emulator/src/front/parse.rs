@@ -216,8 +216,7 @@ impl<'a> Parser<'a> {
         let params = if self.peek() == Tok::Punct(b'(') { self.params()? } else { Vec::new() };
         self.attributes(&mut attrs)?;
         let body = if self.eat(b';') { None } else { Some(self.body()?) };
-        let mut f =
-            Function { name, entry, rets, params, body, max_threads: None, exact_threads: None, cluster: None, line };
+        let mut f = Function { name, entry, rets, params, body, max_threads: None, exact_threads: None, cluster: None, line };
         for (name, dims) in attrs {
             match name {
                 "maxntid" => f.max_threads = Some(dims),
@@ -233,7 +232,9 @@ impl<'a> Parser<'a> {
     fn attributes(&mut self, out: &mut Vec<(&'a str, [u32; 3])>) -> Result<()> {
         loop {
             match self.peek() {
-                Tok::Dot(name @ ("maxntid" | "reqntid" | "reqnctapercluster" | "minnctapersm" | "maxnctapersm" | "maxnreg" | "maxclusterrank")) => {
+                Tok::Dot(
+                    name @ ("maxntid" | "reqntid" | "reqnctapercluster" | "minnctapersm" | "maxnctapersm" | "maxnreg" | "maxclusterrank"),
+                ) => {
                     self.pos += 1;
                     let mut dims = [1; 3];
                     dims[0] = self.small(name)?;
@@ -347,9 +348,10 @@ impl<'a> Parser<'a> {
                 continue;
             }
             let n = self.int()?;
-            bytes = bytes.checked_mul(n).filter(|&b| b <= MAX_VAR_BYTES).ok_or_else(|| {
-                FrontError::new(line, format!("`{name}` has {n} times {bytes} bytes, must be at most {MAX_VAR_BYTES}"))
-            })?;
+            bytes = bytes
+                .checked_mul(n)
+                .filter(|&b| b <= MAX_VAR_BYTES)
+                .ok_or_else(|| FrontError::new(line, format!("`{name}` has {n} times {bytes} bytes, must be at most {MAX_VAR_BYTES}")))?;
             self.want(b']')?;
         }
         let mut init = Vec::new();

@@ -588,9 +588,9 @@ pub(crate) fn exec(w: &mut Warp, inst: &Int, mask: u32) -> Exec {
             match ty {
                 Ty::S32 => each64(w, d, mask, |l| (i64::from(x[l] as i32) * i64::from(y[l] as i32)).wrapping_add(z[l] as i64) as u64),
                 Ty::U32 => each64(w, d, mask, |l| (u64::from(x[l]) * u64::from(y[l])).wrapping_add(z[l])),
-                Ty::S16 => each32(w, d, mask, |l| {
-                    (i32::from(x[l] as u16 as i16) * i32::from(y[l] as u16 as i16)).wrapping_add(z[l] as i32) as u32
-                }),
+                Ty::S16 => {
+                    each32(w, d, mask, |l| (i32::from(x[l] as u16 as i16) * i32::from(y[l] as u16 as i16)).wrapping_add(z[l] as i32) as u32)
+                }
                 _ => each32(w, d, mask, |l| (u32::from(x[l] as u16) * u32::from(y[l] as u16)).wrapping_add(z[l] as u32)),
             }
         }

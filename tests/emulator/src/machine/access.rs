@@ -131,7 +131,16 @@ impl<'g> Machine<'g> {
     }
 
     /// Performs `n`-byte accesses of the lanes of `mask`. `strong` marks accesses that do not race with each other.
-    pub fn access<T: Touch>(&mut self, w: &mut Warp, space: Space, at: &L64, mask: u32, n: u32, strong: bool, t: &mut T) -> Result<(), Trouble> {
+    pub fn access<T: Touch>(
+        &mut self,
+        w: &mut Warp,
+        space: Space,
+        at: &L64,
+        mask: u32,
+        n: u32,
+        strong: bool,
+        t: &mut T,
+    ) -> Result<(), Trouble> {
         let kind = T::KIND | if strong { ATOMIC } else { 0 };
         match space {
             Space::Generic => {
@@ -169,7 +178,7 @@ impl<'g> Machine<'g> {
             let address = at[lane];
             let found = self.split_shared(address).and_then(|(rank, low)| Some((rank, self.ctas[rank].shared.offset(low, n)?)));
             let Some((rank, offset)) = found else { return Err(self.shared_out_of_bounds(address, n, kind).at_lane(lane)) };
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, self.shared_name(rank, offset)).at_lane(lane));
             }
             let shared = &mut self.ctas[rank].shared;
@@ -222,7 +231,7 @@ impl<'g> Machine<'g> {
             let frame = &mut w.frames[w.cur.frame as usize];
             let size = if entry { blob.len() } else { frame.params.len() / 32 } as u64;
             // The entry's own parameters are the blob; variables of calls it makes lie behind.
-            let in_blob = entry && address + u64::from(n) <= blob.len() as u64;
+            let in_blob = entry && address.saturating_add(n.into()) <= blob.len() as u64;
             let total = if entry { blob.len() as u64 + (frame.params.len() / 32) as u64 } else { size };
             if address.checked_add(u64::from(n)).is_none_or(|end| end > total) || in_blob && kind & WRITE != 0 {
                 return Err(trouble(
@@ -231,7 +240,7 @@ impl<'g> Machine<'g> {
                 )
                 .at_lane(lane));
             }
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, format!("parameter offset {address}")).at_lane(lane));
             }
             let len = n as usize;
@@ -278,7 +287,7 @@ impl<'g> Machine<'g> {
             }
             let (index, base, size) = buffer;
             let offset = address - base;
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, format!("global buffer of {size} bytes, offset {offset}")).at_lane(lane));
             }
             let (page, start) = ((offset / PAGE as u64) as usize, (offset % PAGE as u64) as usize);
@@ -365,12 +374,12 @@ fn access_local<T: Touch>(w: &mut Warp, at: &L64, mask: u32, n: u32, kind: u8, c
         let start = match w.local.find(lane, address, n) {
             Ok(start) => start,
             Err((base, size)) => {
-                let offset = address as i64 - i64::from(base);
+                let offset = (address as i64).wrapping_sub(base.into());
                 let text = format!("out-of-bounds {n}-byte {} at local frame of {size} bytes, offset {offset}", verb(kind));
                 return Err(trouble(Fault::OutOfBounds, text).at_lane(lane));
             }
         };
-        if address % u64::from(n) != 0 {
+        if !address.is_multiple_of(u64::from(n)) {
             return Err(misaligned(kind, n, format!("local address {address:#x}")).at_lane(lane));
         }
         let len = n as usize;

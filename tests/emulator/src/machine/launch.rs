@@ -56,7 +56,7 @@ pub(crate) fn validate(kernel: &Kernel, launch: &Launch<'_>) -> Result<[u32; 3],
         return shape("cluster must be at least 1 in every dimension", cluster, [1; 3]);
     }
     limit("blocks per cluster", cluster.iter().map(|&d| u64::from(d)).product(), 16)?;
-    if (0..3).any(|i| launch.grid[i] % cluster[i] != 0) {
+    if (0..3).any(|i| !launch.grid[i].is_multiple_of(cluster[i])) {
         return shape("grid must be a multiple of the cluster", launch.grid, cluster);
     }
     let clusters: u64 = (0..3).map(|i| u64::from(launch.grid[i] / cluster[i])).product();
@@ -249,6 +249,24 @@ pub(crate) fn refused(kernel: &Kernel, env_options: &crate::options::Options, er
         other: None,
         schedule: env_options.schedule,
         tma: env_options.tma,
+    }
+}
+
+/// The report of a panic inside the emulator.
+pub(crate) fn internal(env: &Env<'_>, panic: &(dyn std::any::Any + Send)) -> Report {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    Report {
+        fault: Fault::Internal,
+        message: format!("error inside the emulator: {}", text.unwrap_or("no message")),
+        kernel: env.program.functions[env.function].name.clone(),
+        block: [0; 3],
+        thread: None,
+        warp: 0,
+        lane: 0,
+        place: None,
+        other: None,
+        schedule: env.options.schedule,
+        tma: env.options.tma,
     }
 }
 
