@@ -178,10 +178,9 @@ impl<T: Element> Buffer<T> {
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         if let Memory::Cuda { memory, home } = &mut self.memory {
-            self.mark.settle(home);
-            if let Some(stream) = &home.cuda {
+            if let (true, Some(stream)) = (self.mark.settle(home), &home.cuda) {
                 memory.free(stream);
-            }
+            } // else leaked, rather than freed under work that may still run
         }
     }
 }
