@@ -64,7 +64,9 @@ impl Checks {
 
     /// Compares everything that both a run and the reference have.
     pub fn compare(&mut self, trace: &Trace, reference: &Reference, case: &Case) -> Result<(), Failure> {
-        for name in reference.names(&case.prefix) {
+        let mut names: Vec<&str> = reference.names(&case.prefix).collect();
+        names.sort_by_key(|name| place(name));
+        for name in names {
             let kind = name.rsplit('.').next().unwrap_or(name);
             // A generation's logits are those of its steps.
             let ours = if case.is_course() && name == "logits" { "step_logits" } else { name };
@@ -179,6 +181,34 @@ impl Checks {
                 Err(Failure::Differs(text))
             }
         }
+    }
+}
+
+/// Where a result comes in the forward pass, so that the first one that differs says where to look: layer, then place in it.
+fn place(name: &str) -> (usize, usize) {
+    const OF_LAYER: [&str; 15] = [
+        "norm_1",
+        "qkv_preclip",
+        "qkv",
+        "q_rope",
+        "k_rope",
+        "attn_ctx",
+        "attn_out",
+        "resid_mid",
+        "norm_2",
+        "router_logits",
+        "router_weights",
+        "expert_indices",
+        "expert_counts",
+        "ffn_out",
+        "hidden",
+    ];
+    let layer = name.strip_prefix('L').and_then(|rest| rest.split_once('.'));
+    let numbered = layer.and_then(|(number, rest)| Some((number.parse::<usize>().ok()?, rest)));
+    match numbered {
+        _ if name == "embed" => (0, 0),
+        Some((layer, rest)) => (layer.saturating_add(1), OF_LAYER.iter().position(|known| *known == rest).unwrap_or(OF_LAYER.len())),
+        None => (usize::MAX, 0),
     }
 }
 

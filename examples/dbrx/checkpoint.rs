@@ -37,7 +37,7 @@ impl Checkpoint {
         } else {
             return refuse_file(dir, format_args!("has neither {SINGLE} nor {INDEX}"));
         };
-        let bar = progress.count("opening", names.len() as u64);
+        let bar = progress.count("opening", names.len() as u64, names.len() > 1);
         let open = |path: &PathBuf| TensorFile::open(path).inspect(|_| bar.inc(1));
         let files = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let mut checkpoint = Checkpoint { files, dtype: DType::F32 };

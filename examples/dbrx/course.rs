@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use dropless::{Bf16, DType, Element, F16, Float};
+use serde_json::json;
 
 use super::check::Checks;
 use super::failure::{Failure, refuse};
@@ -132,19 +133,19 @@ impl Course<'_> {
             console.item("peak memory", format!("{}, of which anonymous {}", bytes_text(peak), bytes_text(anonymous)))?;
         }
         if self.options.json {
-            let line = serde_json::json!({
-                "prefill_tokens": prefill_tokens,
-                "prefill_s": prefill_s,
-                "decode_tokens": decode_tokens,
-                "decode_s": decode_s,
-                "load_s": load_s,
-                "peak_rss_bytes": peak,
-                "peak_anonymous_bytes": anonymous,
-                "device": self.setup.device.place().to_string(),
-                "dtypes": { "weights": W::DTYPE.name(), "activations": A::DTYPE.name() },
-            });
-            console.line("")?;
-            console.line(line.to_string())?;
+            let figures = [
+                ("prefill_tokens", json!(prefill_tokens)),
+                ("prefill_s", json!(prefill_s)),
+                ("decode_tokens", json!(decode_tokens)),
+                ("decode_s", json!(decode_s)),
+                ("load_s", json!(load_s)),
+                ("peak_rss_bytes", json!(peak)),
+                ("peak_anonymous_bytes", json!(anonymous)),
+                ("device", json!(self.setup.device.place().to_string())),
+                ("dtypes", json!({ "weights": W::DTYPE.name(), "activations": A::DTYPE.name() })),
+            ];
+            let fields: Vec<String> = figures.iter().map(|(name, value)| format!("\"{name}\": {value}")).collect();
+            console.line(format!("\n{{{}}}", fields.join(", ")))?;
         }
         Ok(())
     }
@@ -174,7 +175,7 @@ impl TokenStream {
         }
         if !self.begun {
             console.heading("Next tokens")?;
-            console.write("  ")?;
+            console.write(" ")?;
             self.begun = true;
         }
         match (&self.tokenizer, tokens.last()) {
@@ -182,11 +183,12 @@ impl TokenStream {
                 let text = tokenizer.decode(tokens);
                 // A character whose bytes are not all there yet waits for the next token.
                 let whole = text.trim_end_matches('\u{fffd}');
+                console.write(if tokens.len() == 1 { " " } else { "" })?;
                 console.write(whole.get(self.printed..).unwrap_or_default())?;
                 self.printed = self.printed.max(whole.len());
                 Ok(())
             }
-            (None, Some(token)) => console.write(&format!("{token} ")),
+            (None, Some(token)) => console.write(&format!(" {token}")),
             (None, None) => Ok(()),
         }
     }

@@ -60,3 +60,18 @@ pub fn io_text(error: &std::io::Error) -> String {
         _ => error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dropless::{Error, Op};
+
+    #[test]
+    fn classes_have_their_exit_codes() {
+        let lost = Failure::from(Error::DeviceLost { code: 700, first_op: Op::Moe });
+        assert_eq!(lost.exit_code(), 3);
+        assert_eq!(lost.to_string(), "device failed: device lost in moe (CUDA 700); this process cannot use the device again");
+        assert_eq!(Failure::from(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }).exit_code(), 2);
+        assert_eq!(Failure::Differs("all".into()).exit_code(), 1);
+    }
+}

@@ -29,7 +29,7 @@ pub fn prefill<A: Float, W: Float>(
 ) -> Result<Vec<u32>, Failure> {
     let length = prompts.first().map_or(0, Vec::len);
     let ids = prompts.concat();
-    let bar = progress.count("prefill", ids.len() as u64);
+    let bar = progress.count("prefill", ids.len() as u64, ids.len() > chunk);
     let begin = Instant::now();
     let mut next = Vec::with_capacity(prompts.len());
     for (step, ids) in ids.chunks(chunk.max(1)).enumerate() {

@@ -109,9 +109,19 @@ pub fn product(factors: &[usize]) -> Option<u64> {
     factors.iter().try_fold(1u64, |product, factor| product.checked_mul(*factor as u64)).filter(|product| *product <= 1 << 63)
 }
 
-/// What the machine could give without swapping, where it says so.
+/// What the machine could give without swapping, or the control group if that is less, where they say so.
 pub fn available_bytes() -> Option<u64> {
-    kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| kibibytes(&text, "MemAvailable:"));
+    [machine, group_bytes("/sys/fs/cgroup")].into_iter().flatten().min()
+}
+
+/// What a control group (version 2) has left: pages of files can be dropped, so they count as free.
+fn group_bytes(folder: &str) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(format!("{folder}/{name}")).ok();
+    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    let statistics = read("memory.stat")?;
+    let files: u64 = statistics.lines().find_map(|line| line.strip_prefix("file "))?.trim().parse().ok()?;
+    Some(number("memory.max")?.saturating_sub(number("memory.current")?.saturating_sub(files)))
 }
 
 /// The most memory this process has had, mapped files included, where the machine says so.
@@ -175,5 +185,26 @@ impl AnonymousPeak {
 impl Drop for AnonymousPeak {
     fn drop(&mut self) {
         self.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_the_system_are_read() {
+        assert_eq!(kibibytes("VmHWM:\t    1024 kB\nRssAnon:\t 3 kB\n", "RssAnon:"), Some(3072));
+        assert_eq!(kibibytes("VmHWM:", "VmHWM:"), None);
+        assert_eq!(kibibytes("", "VmHWM:"), None);
+        assert_eq!(group_bytes("/nowhere"), None);
+    }
+
+    #[test]
+    fn sums_and_products_do_not_wrap() {
+        assert_eq!(product(&[usize::MAX, usize::MAX, 0]), Some(0));
+        assert_eq!(product(&[1 << 40, 1 << 40]), None);
+        let need = Need { weights: 1 << 63, kv_cache: 1 << 63, workspace: 0, logits: 0, dump: 0 };
+        assert!(need.total().is_none() && Need::check(Some(need), None).is_err());
     }
 }

@@ -93,7 +93,7 @@ fn command() -> Command {
                 .conflicts_with("check"),
             flag("dump-layers").help("With --dump: every intermediate result as well").requires("dump"),
             path("check", "FILE").help("Run the prompts of a file of reference results and compare"),
-            flag("json").help("The figures as one line of JSON, last on stdout"),
+            flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is looked at every 10 ms"),
         ])
         .group(ArgGroup::new("source").args(["model", "random"]))
         .group(ArgGroup::new("input").args(["prompt", "tokens", "tokens-file", "random-tokens", "check"]))

@@ -14,8 +14,11 @@ impl Progress {
         Progress { watched }
     }
 
-    /// A bar that counts things.
-    pub fn count(&self, what: &'static str, total: u64) -> ProgressBar {
+    /// A bar that counts things, where it has more than one step to show.
+    pub fn count(&self, what: &'static str, total: u64, steps: bool) -> ProgressBar {
+        if !steps {
+            return ProgressBar::hidden();
+        }
         self.bar(what, total, "  {msg:<10} {wide_bar:.dim} {human_pos} of {human_len}  {eta}")
     }
 

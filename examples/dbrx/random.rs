@@ -32,9 +32,10 @@ impl Random {
         ((u128::from(self.bits()) * u128::from(bound)) >> 64) as u64
     }
 
-    /// Uniform in [-1, 1).
+    /// Four numbers uniform in [-1, 1), of 16 bits each.
     #[inline]
-    pub fn signed(&mut self) -> f32 {
-        (self.bits() as i64 >> 40) as f32 / (1 << 23) as f32
+    pub fn signed(&mut self) -> [f32; 4] {
+        let bits = self.bits();
+        [0, 16, 32, 48].map(|shift| f32::from((bits >> shift) as i16) / 32768.0)
     }
 }

@@ -67,6 +67,9 @@ impl Setup {
         let (config_file, folder, label) = match &options.source {
             Source::Default => {
                 let folder = default_folder();
+                if !folder.is_dir() {
+                    return refuse_file(&folder, "not found; run this in the repository, or give --model DIR");
+                }
                 (folder.join("config.json"), Some(folder), DEFAULT_MODEL.to_owned())
             }
             Source::Folder(dir) => (dir.join("config.json"), Some(dir.clone()), dir.display().to_string()),

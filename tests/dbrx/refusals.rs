@@ -1,5 +1,6 @@
 //! Bad input: exit code 2, a sentence that names file, tensor, field, wanted and got; nothing written, no panic.
 
+use dropless_kit::fill::Random;
 use serde_json::{Value, json};
 
 use crate::fixture::{Folder, checkpoint, refused, run, with_header};
@@ -400,4 +401,28 @@ fn a_refused_run_writes_no_dump() {
     refusal_of(&["--tokens", "1,256", "--dump", dump.to_str().unwrap()]);
     refusal_of(&["--tokens", "1", "--memory-limit", "1000", "--dump", dump.to_str().unwrap()]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// Files with a few damaged bytes are refused, or happen to be valid still; nothing panics.
+#[test]
+fn damaged_files_never_panic() {
+    let (mut random, mut refusals) = (Random::new(71), 0);
+    for (file, first, last) in [("config.json", 0, 670), (MODEL, 0, 8), (MODEL, 8, 2000), (INDEX, 0, 1700)] {
+        let folder = Folder::copy_of(if file == INDEX { SHARDED } else { TINY });
+        let whole = std::fs::read(folder.file(file)).unwrap();
+        for _ in 0..100 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + random.below(3) {
+                let at = first + random.below(last - first);
+                bytes[at] = *[b'0', b'9', b'-', b'"', b'{', b']', b',', 0, 0xff, random.bits() as u8].get(random.below(10)).unwrap();
+            }
+            std::fs::write(folder.file(file), bytes).unwrap();
+            let ran = folder.run();
+            match ran.code {
+                0 => {}
+                _ => refusals += refused(&ran).len().min(1),
+            }
+        }
+    }
+    assert!(refusals > 200, "only {refusals} of 400 were refused");
 }

@@ -268,3 +268,20 @@ fn a_dump_that_cannot_be_written() {
     assert_eq!((ran.code, ran.out.as_str()), (2, ""));
     assert_eq!(ran.err, "refused: /nowhere/dump.safetensors: cannot be written: /nowhere is not a folder\n");
 }
+
+/// Text goes in and comes out where a tokenizer is there.
+#[cfg(feature = "text")]
+#[test]
+fn text_is_a_prompt() {
+    let folder = Folder::copy_of("tiny-dbrx-f32");
+    let words: BTreeMap<String, u32> = (0..256).map(|id| (format!("w{id}"), id)).collect();
+    let model = serde_json::json!({"type": "WordLevel", "vocab": words, "unk_token": "w0"});
+    let tokenizer = serde_json::json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model});
+    std::fs::write(folder.file("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let of = |prompt: &[&str]| run(&[&["--model", folder.path().to_str().unwrap(), "--generate", "4"], prompt].concat());
+    let (text, ids) = (of(&["--prompt", "w5 w99 w3"]), of(&["--tokens", "5,99,3"]));
+    assert_eq!((text.code, ids.code), (0, 0), "{}{}", text.err, ids.err);
+    let next = |ran: &Ran| ran.out.split("Next tokens").nth(1).and_then(|rest| rest.lines().nth(1)).unwrap().trim().to_owned();
+    assert_eq!(next(&text), next(&ids));
+    assert!(next(&text).split(' ').count() == 4 && next(&text).starts_with('w'), "{}", next(&text));
+}

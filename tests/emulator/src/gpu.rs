@@ -134,8 +134,7 @@ impl Gpu {
         }
         for var in globals {
             let address = addresses[&var.name];
-            // Module variables without an initial value are zero.
-            self.memory.fill(address, 0, var.bytes).map_err(memory)?;
+            self.memory.set_variable(address, var.constant);
             let mut init = var.init.clone();
             for (at, name, offset) in &var.relocations {
                 let Some(target) = addresses.get(name) else {
@@ -144,9 +143,6 @@ impl Gpu {
                 init[*at..at + 8].copy_from_slice(&target.wrapping_add_signed(*offset).to_le_bytes());
             }
             self.memory.write(address, &init).map_err(memory)?;
-            if var.constant {
-                self.memory.set_constant(address);
-            }
         }
         Ok(())
     }
@@ -248,9 +244,11 @@ impl Gpu {
             steps: Default::default(),
             stop: Default::default(),
         };
-        let counters = match launch::run(&env) {
-            Ok(counters) => counters,
-            Err(failure) => return Err(Box::new(launch::report(&env, *failure))),
+        // A broken invariant inside the emulator must not take the caller down.
+        let counters = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| launch::run(&env))) {
+            Ok(Ok(counters)) => counters,
+            Ok(Err(failure)) => return Err(Box::new(launch::report(&env, *failure))),
+            Err(panic) => return Err(Box::new(launch::internal(&env, &*panic))),
         };
         let traffic = counters.traffic.iter().enumerate();
         let touched = traffic.filter(|(_, t)| t.loaded + t.stored + t.bulk_loaded + t.bulk_stored > 0);

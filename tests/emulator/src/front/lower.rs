@@ -37,15 +37,17 @@ pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String,
         };
         scopes.define(var.name, symbol, var.line)?;
     }
+    let mut index_of: HashMap<&str, usize> = HashMap::new();
     for function in &module.functions {
         let info = declare(function)?;
         // A declaration and its definition share one entry.
-        if let Some(i) = program.functions.iter().position(|f| f.name == function.name) {
+        if let Some(&i) = index_of.get(function.name) {
             if function.body.is_some() {
                 program.functions[i] = info;
             }
             continue;
         }
+        index_of.insert(function.name, program.functions.len());
         scopes.define(function.name, Symbol::Function(program.functions.len() as u32), function.line)?;
         program.functions.push(info);
     }
@@ -53,7 +55,7 @@ pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String,
     for pass in [false, true] {
         for function in module.functions.iter().filter(|f| f.entry == pass) {
             let Some(body) = &function.body else { continue };
-            let index = program.functions.iter().position(|f| f.name == function.name).unwrap_or(0);
+            let index = index_of[function.name];
             let mut own = shared;
             let mut lowerer = Lowerer::new(&mut program, &mut scopes, function, index as u32, &mut own);
             lowerer.body(body)?;
@@ -156,7 +158,8 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
         }
         // A body that runs off its end returns.
         self.push(Guard::ALWAYS, isa::Op::Control(isa::control::Control::Ret), self.function.line);
-        self.close()?;
+        self.close();
+        self.scopes.unresolved()?;
         let info = &mut self.program.functions[self.index as usize];
         info.start = start;
         info.end = self.program.code.len() as u32;
@@ -167,7 +170,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
         Ok(())
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn close(&mut self) {
         let Program { code, tables, .. } = &mut *self.program;
         self.scopes.close(&mut |fixup, pc| match fixup {
             Fixup::Branch(at) => {
@@ -176,7 +179,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
                 }
             }
             Fixup::Table(table, entry) => tables[table as usize][entry as usize] = pc,
-        })
+        });
     }
 
     fn push(&mut self, guard: Guard, op: isa::Op, line: u32) {
@@ -189,7 +192,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
     fn stmt(&mut self, stmt: &Stmt<'a>) -> Result<()> {
         match stmt {
             Stmt::Open => self.scopes.open(),
-            Stmt::Close => self.close()?,
+            Stmt::Close => self.close(),
             Stmt::Loc(loc) => {
                 let table = &mut self.program.loc_table;
                 self.loc = *self.locs.entry(*loc).or_insert_with(|| {
@@ -203,7 +206,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
                 self.program.labels.push((pc, (*name).to_owned()));
             }
             Stmt::Reg { bits, name, count, line } => match count {
-                Some(n) => self.scopes.family(name, *bits, *n),
+                Some(n) => self.scopes.family(name, *bits, *n, *line)?,
                 None => {
                     let symbol = self.scopes.new_register(*bits, *line)?;
                     self.scopes.define(name, symbol, *line)?;

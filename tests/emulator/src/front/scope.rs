@@ -42,8 +42,10 @@ pub(crate) enum Fixup {
     Table(u32, u32),
 }
 
+/// Registers one declaration may announce: rows are made for those that are named.
+const MAX_FAMILY: u64 = 1 << 24;
 /// Registers a function may name; far above what a compiler emits.
-const MAX_REGISTERS: u32 = 1 << 18;
+const MAX_REGISTERS: u32 = 1 << 16;
 
 #[derive(Debug, Default)]
 pub(crate) struct Scopes<'a> {
@@ -59,18 +61,23 @@ impl<'a> Scopes<'a> {
     }
 
     /// Closes the innermost scope. Resolved labels go to `patch`; the rest wait in the scope outside.
-    pub fn close(&mut self, patch: &mut dyn FnMut(Fixup, u32)) -> Result<(), FrontError> {
-        let Some(scope) = self.stack.pop() else { return Ok(()) };
+    pub fn close(&mut self, patch: &mut dyn FnMut(Fixup, u32)) {
+        let Some(scope) = self.stack.pop() else { return };
         for (fixup, name, line) in scope.fixups {
             if let Some(&pc) = scope.labels.get(name) {
                 patch(fixup, pc);
             } else if let Some(outer) = self.stack.last_mut() {
                 outer.fixups.push((fixup, name, line));
-            } else {
-                return Err(FrontError::new(line, format!("label `{name}` is not defined")));
             }
         }
-        Ok(())
+    }
+
+    /// A label that was named inside a function and defined nowhere in it. Call after the function's scope is closed.
+    pub fn unresolved(&mut self) -> Result<(), FrontError> {
+        match self.top().fixups.first() {
+            Some(&(_, name, line)) => Err(FrontError::new(line, format!("label `{name}` is not defined"))),
+            None => Ok(()),
+        }
     }
 
     fn top(&mut self) -> &mut Scope<'a> {
@@ -87,8 +94,12 @@ impl<'a> Scopes<'a> {
         }
     }
 
-    pub fn family(&mut self, prefix: &'a str, bits: RegBits, count: u64) {
+    pub fn family(&mut self, prefix: &'a str, bits: RegBits, count: u64, line: u32) -> Result<(), FrontError> {
+        if count > MAX_FAMILY {
+            return Err(FrontError::new(line, format!("`{prefix}<{count}>` declares {count} registers, must be at most {MAX_FAMILY}")));
+        }
         self.top().families.insert(prefix, (bits, count));
+        Ok(())
     }
 
     pub fn label(&mut self, name: &'a str, pc: u32, line: u32) -> Result<(), FrontError> {

@@ -58,6 +58,9 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         }
     }
     let id = ctx.src(32)?;
+    if let Src::Imm(id @ 16..) = id {
+        return ctx.error(format!("{}: barrier id is {id}, must be below 16", ctx.inst.opcode()));
+    }
     let operands_after = usize::from(what == What::Red);
     let count = if ctx.left() > operands_after { Some(ctx.src(32)?) } else { None };
     if what == What::Red {

@@ -222,7 +222,7 @@ impl<'g> Machine<'g> {
             let frame = &mut w.frames[w.cur.frame as usize];
             let size = if entry { blob.len() } else { frame.params.len() / 32 } as u64;
             // The entry's own parameters are the blob; variables of calls it makes lie behind.
-            let in_blob = entry && address + u64::from(n) <= blob.len() as u64;
+            let in_blob = entry && address.saturating_add(n.into()) <= blob.len() as u64;
             let total = if entry { blob.len() as u64 + (frame.params.len() / 32) as u64 } else { size };
             if address.checked_add(u64::from(n)).is_none_or(|end| end > total) || in_blob && kind & WRITE != 0 {
                 return Err(trouble(
@@ -365,7 +365,7 @@ fn access_local<T: Touch>(w: &mut Warp, at: &L64, mask: u32, n: u32, kind: u8, c
         let start = match w.local.find(lane, address, n) {
             Ok(start) => start,
             Err((base, size)) => {
-                let offset = address as i64 - i64::from(base);
+                let offset = (address as i64).wrapping_sub(base.into());
                 let text = format!("out-of-bounds {n}-byte {} at local frame of {size} bytes, offset {offset}", verb(kind));
                 return Err(trouble(Fault::OutOfBounds, text).at_lane(lane));
             }

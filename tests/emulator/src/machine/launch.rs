@@ -252,6 +252,24 @@ pub(crate) fn refused(kernel: &Kernel, env_options: &crate::options::Options, er
     }
 }
 
+/// The report of a panic inside the emulator.
+pub(crate) fn internal(env: &Env<'_>, panic: &(dyn std::any::Any + Send)) -> Report {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    Report {
+        fault: Fault::Internal,
+        message: format!("error inside the emulator: {}", text.unwrap_or("no message")),
+        kernel: env.program.functions[env.function].name.clone(),
+        block: [0; 3],
+        thread: None,
+        warp: 0,
+        lane: 0,
+        place: None,
+        other: None,
+        schedule: env.options.schedule,
+        tma: env.options.tma,
+    }
+}
+
 /// The report of a failed launch.
 pub(crate) fn report(env: &Env<'_>, f: Failure) -> Report {
     let Failure { problem, cluster, cta, thread, pc } = f;

@@ -61,20 +61,24 @@ impl Descriptor {
     }
 }
 
-/// Elements of one 16-byte chunk.
-fn elements(ty: Ty, bytes: &[u8], out: &mut [f32], negate: bool) {
-    let sign = if negate { -1.0 } else { 1.0 };
+/// Elements of a few bytes.
+#[inline(always)]
+fn elements(ty: Ty, bytes: &[u8], out: &mut [f32]) {
     match ty {
-        Ty::BF16 | Ty::F16 => {
+        Ty::BF16 => {
             for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                let code = u32::from(u16::from_le_bytes([b[0], b[1]]));
-                *o = sign * if ty == Ty::BF16 { num::bf16(code) } else { num::f16(code) };
+                *o = num::bf16(u16::from_le_bytes([b[0], b[1]]).into());
+            }
+        }
+        Ty::F16 => {
+            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *o = num::f16(u16::from_le_bytes([b[0], b[1]]).into());
             }
         }
         _ => {
             let format = if ty == Ty::E4M3 { num::E4M3 } else { num::E5M2 };
             for (o, b) in out.iter_mut().zip(bytes) {
-                *o = sign * format.decode((*b).into()) as f32;
+                *o = format.decode((*b).into()) as f32;
             }
         }
     }
@@ -95,6 +99,7 @@ pub(crate) fn operand(
     let k = 2 * per;
     let mut out = vec![0f32; rows * k];
     let (outer, chunks) = if mn_major { (k, rows / per) } else { (rows, 2) };
+    let (check_swizzle, check_races) = (m.has(Detector::Swizzle), m.clocks.on());
     let mut values = [0f32; 16];
     for row in 0..outer {
         for chunk in 0..chunks {
@@ -106,100 +111,113 @@ pub(crate) fn operand(
                 return Err(trouble(Fault::OutOfBounds, text));
             };
             let tag = shared.tags[offset / 128];
-            if tag != 0 && tag != d.swizzle as u8 + 1 && m.has(Detector::Swizzle) {
+            if check_swizzle && tag != 0 && tag != d.swizzle as u8 + 1 {
                 let written = Swizzle::from_driver(u32::from(tag) - 1).unwrap_or_default();
                 let name = m.shared_name(place.rank, offset);
                 let text = format!("descriptor says {} swizzle, but {name} was written by TMA with {written} swizzle", d.swizzle);
                 return Err(trouble(Fault::SwizzleMismatch, text));
             }
             m.check_shared_init(place.name, place.rank, offset, 16)?;
-            m.check_shared(place.reader, place.rank, offset, 16, race::READ)?;
+            if check_races {
+                m.check_shared(place.reader, place.rank, offset, 16, race::READ)?;
+            }
             let bytes = &m.ctas[place.rank].shared.data[offset..offset + 16];
-            elements(ty, bytes, &mut values[..per], negate);
             if mn_major {
+                elements(ty, bytes, &mut values[..per]);
                 for (i, v) in values[..per].iter().enumerate() {
                     out[(chunk * per + i) * k + row] = *v;
                 }
             } else {
-                out[row * k + chunk * per..row * k + (chunk + 1) * per].copy_from_slice(&values[..per]);
+                elements(ty, bytes, &mut out[row * k + chunk * per..row * k + (chunk + 1) * per]);
             }
         }
+    }
+    if negate {
+        out.iter_mut().for_each(|v| *v = -*v);
     }
     Ok(out)
-}
-
-/// `[rows][k]` to `[k][rows]`.
-pub(crate) fn transpose(v: &[f32], rows: usize, k: usize) -> Vec<f32> {
-    let mut out = vec![0f32; v.len()];
-    for r in 0..rows {
-        for i in 0..k {
-            out[i * rows + r] = v[r * k + i];
-        }
-    }
-    out
-}
-
-/// `d[64][n] += a[64][k] * b[k][n]`, in ascending k, each step rounded to f32.
-pub(crate) fn multiply(a: &[f32], b: &[f32], d: &mut [f32], n: usize, k: usize) {
-    for (a, d) in a.chunks_exact(k).zip(d.chunks_exact_mut(n)) {
-        for (c, d) in d.chunks_exact_mut(8).enumerate() {
-            let mut sum: [f32; 8] = [d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]];
-            for (i, a) in a.iter().enumerate() {
-                let b = &b[i * n + 8 * c..i * n + 8 * c + 8];
-                for j in 0..8 {
-                    sum[j] += a * b[j];
-                }
-            }
-            d.copy_from_slice(&sum);
-        }
-    }
 }
 
 /// A from registers: register r of lane 4g+t of warp `member` holds row 16*member + g + 8*(r%2), columns 4*per*(r/2) + per*t + j.
 pub(crate) fn a_registers(a: &mut [f32], w: &Warp, member: usize, base: u32, slots: &[u32], p: &Product) {
     let per = 4 / p.a_ty.bytes() as usize;
-    let mut values = [0f32; 16];
     for (r, slot) in slots.iter().enumerate() {
         let row = &w.r32[(base + slot) as usize];
         for (l, v) in row.iter().enumerate() {
-            elements(p.a_ty, &v.to_le_bytes(), &mut values[..per], p.negate_a);
             let at = (16 * member + l / 4 + 8 * (r % 2)) * p.k + 4 * per * (r / 2) + per * (l % 4);
-            a[at..at + per].copy_from_slice(&values[..per]);
-        }
-    }
-}
-
-/// Row and column of element `i` of a lane's accumulators.
-fn accumulator(member: usize, lane: usize, i: usize) -> (usize, usize) {
-    (16 * member + lane / 4 + 8 * (i >> 1 & 1), 8 * (i >> 2) + 2 * (lane % 4) + (i & 1))
-}
-
-pub(crate) fn load_accumulators(d: &mut [f32], w: &Warp, member: usize, base: u32, p: &Product) {
-    for (r, slot) in p.d.iter().enumerate() {
-        let row = &w.r32[(base + slot) as usize];
-        for (l, v) in row.iter().enumerate() {
-            if p.half {
-                for h in 0..2 {
-                    let (y, x) = accumulator(member, l, 2 * r + h);
-                    d[y * p.n + x] = num::f16(v >> (16 * h) & 0xffff);
-                }
-            } else {
-                let (y, x) = accumulator(member, l, r);
-                d[y * p.n + x] = f32::from_bits(*v);
+            elements(p.a_ty, &v.to_le_bytes(), &mut a[at..at + per]);
+            if p.negate_a {
+                a[at..at + per].iter_mut().for_each(|v| *v = -*v);
             }
         }
     }
 }
 
-pub(crate) fn store_accumulators(d: &[f32], w: &mut Warp, member: usize, base: u32, p: &Product) {
-    for (r, slot) in p.d.iter().enumerate() {
-        let row = &mut w.r32[(base + slot) as usize];
-        for (l, v) in row.iter_mut().enumerate() {
-            let value = |i: usize| {
-                let (y, x) = accumulator(member, l, i);
-                d[y * p.n + x]
-            };
-            *v = if p.half { num::to_f16(value(2 * r)) | num::to_f16(value(2 * r + 1)) << 16 } else { value(r).to_bits() };
+/// Column of a panel's eight that stands at each place: even columns first, because one accumulator register of four neighbouring
+/// lanes holds four of them.
+const COLUMNS: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// `[n][k]` to panels of eight columns: `panels[n / 8 * k + i]`.
+pub(crate) fn panels(b: &[f32], n: usize, k: usize) -> Vec<[f32; 8]> {
+    let mut out = vec![[0f32; 8]; n / 8 * k];
+    for (c, panel) in out.chunks_exact_mut(k).enumerate() {
+        for (x, column) in COLUMNS.iter().enumerate() {
+            let row = &b[(8 * c + column) * k..][..k];
+            for (to, v) in panel.iter_mut().zip(row) {
+                to[x] = *v;
+            }
+        }
+    }
+    out
+}
+
+/// The accumulators of panel `c`, row half `h`: even and odd columns of all lanes.
+fn load(w: &Warp, base: u32, p: &Product, c: usize, h: usize) -> [[f32; 32]; 2] {
+    let row = |i: usize| &w.r32[(base + p.d[i]) as usize];
+    if p.half {
+        let pairs = row(2 * c + h);
+        return [pairs.map(|v| num::f16(v & 0xffff)), pairs.map(|v| num::f16(v >> 16))];
+    }
+    [row(4 * c + 2 * h).map(f32::from_bits), row(4 * c + 2 * h + 1).map(f32::from_bits)]
+}
+
+fn store(w: &mut Warp, base: u32, p: &Product, c: usize, h: usize, v: &[[f32; 32]; 2]) {
+    let row = |i: usize| (base + p.d[i]) as usize;
+    if p.half {
+        w.r32[row(2 * c + h)] = std::array::from_fn(|l| num::to_f16(v[0][l]) | num::to_f16(v[1][l]) << 16);
+        return;
+    }
+    w.r32[row(4 * c + 2 * h)] = v[0].map(f32::to_bits);
+    w.r32[row(4 * c + 2 * h + 1)] = v[1].map(f32::to_bits);
+}
+
+/// The 16 rows of warp `member`: `D = A * B`, or with `scale_d` plus what the accumulators hold. K ascends; every step rounds to f32.
+pub(crate) fn multiply<const K: usize>(w: &mut Warp, member: usize, base: u32, p: &Product, a: &[f32], b: &[[f32; 8]], scale_d: bool) {
+    for (c, panel) in b.chunks_exact(K).enumerate() {
+        for h in 0..2 {
+            let mut d = if scale_d { load(w, base, p, c, h) } else { [[0f32; 32]; 2] };
+            // Lane 4g+t holds row g: four rows are 16 neighbouring lanes.
+            for q in 0..2 {
+                let first = (16 * member + 8 * h + 4 * q) * K;
+                let rows: [&[f32]; 4] = std::array::from_fn(|j| &a[first + j * K..first + (j + 1) * K]);
+                let mut sum: [[f32; 8]; 4] =
+                    std::array::from_fn(|j| std::array::from_fn(|x| d[x / 4][16 * q + 4 * j + x % 4]));
+                for i in 0..K {
+                    let b = &panel[i];
+                    for j in 0..4 {
+                        let a = rows[j][i];
+                        for x in 0..8 {
+                            sum[j][x] += a * b[x];
+                        }
+                    }
+                }
+                for (j, sum) in sum.iter().enumerate() {
+                    for (x, v) in sum.iter().enumerate() {
+                        d[x / 4][16 * q + 4 * j + x % 4] = *v;
+                    }
+                }
+            }
+            store(w, base, p, c, h, &d);
         }
     }
 }

@@ -268,19 +268,15 @@ fn execute(m: &mut Machine<'_>, w: &mut Warp, cta: usize, number: usize, i: usiz
             product::a_registers(&mut a, warp, member, *base, slots, p);
         }
     }
-    let mut d = vec![0f32; 64 * p.n];
-    if key.scale_d {
-        for (member, base) in bases.iter().enumerate() {
-            let slot = first_slot + member;
-            let warp: &Warp = if slot == w.slot as usize { w } else { &m.warps[slot] };
-            product::load_accumulators(&mut d, warp, member, *base, p);
-        }
-    }
-    product::multiply(&a, &product::transpose(&b, p.n, p.k), &mut d, p.n, p.k);
+    let panels = product::panels(&b, p.n, p.k);
     for (member, base) in bases.iter().enumerate() {
         let slot = first_slot + member;
         let warp: &mut Warp = if slot == w.slot as usize { w } else { &mut m.warps[slot] };
-        product::store_accumulators(&d, warp, member, *base, p);
+        if p.k == 16 {
+            product::multiply::<16>(warp, member, *base, p, &a, &panels, key.scale_d);
+        } else {
+            product::multiply::<32>(warp, member, *base, p, &a, &panels, key.scale_d);
+        }
     }
     m.counters.wgmmas += 1;
     Ok(())

@@ -26,8 +26,9 @@ pub(crate) struct Page {
 }
 
 impl Page {
-    fn new() -> Self {
-        Self { data: [POISON; PAGE], init: [0; PAGE / 64], cells: None, launch: 0 }
+    fn new(zeroed: bool) -> Self {
+        let (byte, bits) = if zeroed { (0, u64::MAX) } else { (POISON, 0) };
+        Self { data: [byte; PAGE], init: [bits; PAGE / 64], cells: None, launch: 0 }
     }
 
     /// The race cells, emptied on the first touch of a launch.
@@ -59,13 +60,15 @@ pub(crate) struct Buffer {
     pub live: bool,
     /// A constant of a module: kernels may not write it.
     pub constant: bool,
+    /// A module variable: zero, and initialised, before its first write.
+    zeroed: bool,
     pages: Vec<OnceLock<Box<Mutex<Page>>>>,
 }
 
 impl Buffer {
     /// Locks page `index`, which must be in the buffer.
     pub fn page(&self, index: usize) -> MutexGuard<'_, Page> {
-        let page = self.pages[index].get_or_init(|| Box::new(Mutex::new(Page::new())));
+        let page = self.pages[index].get_or_init(|| Box::new(Mutex::new(Page::new(self.zeroed))));
         page.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -116,7 +119,7 @@ impl GlobalMemory {
         table.resize_with(pages as usize, OnceLock::new);
         self.next = (base + bytes + GAP).next_multiple_of(ALIGN);
         self.used += bytes;
-        self.buffers.push(Buffer { base, size: bytes, live: true, constant: false, pages: table });
+        self.buffers.push(Buffer { base, size: bytes, live: true, constant: false, zeroed: false, pages: table });
         Ok(base)
     }
 
@@ -133,9 +136,10 @@ impl GlobalMemory {
         }
     }
 
-    pub fn set_constant(&mut self, address: u64) {
+    /// Makes a fresh buffer the storage of a module variable.
+    pub fn set_variable(&mut self, address: u64, constant: bool) {
         if let Ok(i) = self.buffers.binary_search_by_key(&address, |b| b.base) {
-            self.buffers[i].constant = true;
+            (self.buffers[i].zeroed, self.buffers[i].constant) = (true, constant);
         }
     }
 
@@ -198,7 +202,7 @@ impl GlobalMemory {
             // Reading does not bring a page into being.
             match buffer.pages[page].get() {
                 Some(_) => to.copy_from_slice(&buffer.page(page).data[start..start + n]),
-                None => to.fill(POISON),
+                None => to.fill(if buffer.zeroed { 0 } else { POISON }),
             }
             at += n;
         }
@@ -229,7 +233,7 @@ impl GlobalMemory {
             let mut init = vec![0u64; (n as usize).div_ceil(64)];
             let mut at = 0;
             for (page, from, n) in Buffer::spans(source_offset + start, n) {
-                if source.pages[page].get().is_some() {
+                if source.zeroed || source.pages[page].get().is_some() {
                     let page = source.page(page);
                     data[at..at + n].copy_from_slice(&page.data[from..from + n]);
                     (0..n).filter(|k| page.uninitialised(from + k, 1).is_none()).for_each(|k| mark(&mut init, at + k, 1));

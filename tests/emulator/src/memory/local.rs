@@ -11,6 +11,8 @@ pub(crate) struct Local {
     data: Vec<u8>,
     init: Vec<bool>,
     stride: u32,
+    /// Bytes per lane that exist: made at the first access, not when a frame is pushed.
+    high: u32,
     /// Start and length of the frames, oldest first.
     frames: Vec<(u32, u32)>,
 }
@@ -20,25 +22,35 @@ impl Local {
     pub fn push(&mut self, bytes: u32) -> Option<u32> {
         let base = self.frames.last().map_or(0, |&(start, len)| (start + len + GAP).next_multiple_of(16));
         let end = base.checked_add(bytes).filter(|&e| e <= LIMIT)?;
-        if end > self.stride {
-            let stride = end.next_power_of_two().max(256);
-            let mut data = vec![0xff; stride as usize * 32];
-            let mut init = vec![false; stride as usize * 32];
+        self.high = self.high.max(end);
+        if base < self.stride {
+            // Bytes of an earlier frame lay here.
+            let end = end.min(self.stride);
             for lane in 0..32 {
-                let (old, new) = (lane * self.stride as usize, lane * stride as usize);
-                let n = self.stride as usize;
-                data[new..new + n].copy_from_slice(&self.data[old..old + n]);
-                init[new..new + n].copy_from_slice(&self.init[old..old + n]);
+                let row = (lane * self.stride) as usize;
+                self.data[row + base as usize..row + end as usize].fill(0xff);
+                self.init[row + base as usize..row + end as usize].fill(false);
             }
-            (self.data, self.init, self.stride) = (data, init, stride);
-        }
-        for lane in 0..32 {
-            let at = (lane * self.stride + base) as usize;
-            self.data[at..at + bytes as usize].fill(0xff);
-            self.init[at..at + bytes as usize].fill(false);
         }
         self.frames.push((base, bytes));
         Some(base)
+    }
+
+    /// Makes the bytes of all frames exist.
+    fn grow(&mut self) {
+        if self.high <= self.stride {
+            return;
+        }
+        let stride = self.high.next_power_of_two().max(256);
+        let mut data = vec![0xff; stride as usize * 32];
+        let mut init = vec![false; stride as usize * 32];
+        let n = self.stride as usize;
+        for lane in 0..32 {
+            let (old, new) = (lane * n, lane * stride as usize);
+            data[new..new + n].copy_from_slice(&self.data[old..old + n]);
+            init[new..new + n].copy_from_slice(&self.init[old..old + n]);
+        }
+        (self.data, self.init, self.stride) = (data, init, stride);
     }
 
     /// Removes the frame that starts at `base` and those above it.
@@ -49,8 +61,11 @@ impl Local {
     }
 
     /// Where the bytes of a lane are, if one frame holds them all; otherwise the nearest frame's start and length.
-    pub fn find(&self, lane: usize, address: u64, bytes: u32) -> Result<usize, (u32, u32)> {
-        let inside = |&&(start, len): &&(u32, u32)| address >= start.into() && address + u64::from(bytes) <= u64::from(start) + u64::from(len);
+    pub fn find(&mut self, lane: usize, address: u64, bytes: u32) -> Result<usize, (u32, u32)> {
+        self.grow();
+        let inside = |&&(start, len): &&(u32, u32)| {
+            address >= start.into() && address.checked_add(bytes.into()).is_some_and(|end| end <= u64::from(start) + u64::from(len))
+        };
         match self.frames.iter().rev().find(inside) {
             Some(_) => Ok(lane * self.stride as usize + address as usize),
             None => {

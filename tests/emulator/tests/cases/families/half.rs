@@ -1,8 +1,8 @@
 //! f16 and bf16 arithmetic, scalar and packed.
 
+use super::super::Half;
 use super::super::elementwise::{Op, Ty, Value, binary, cases, half_op, image};
 use super::super::number::{BF16, F16, Mode, add_odd, fma_odd};
-use super::super::Half;
 use super::Family;
 
 pub fn family() -> Family {

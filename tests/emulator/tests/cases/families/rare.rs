@@ -1,5 +1,6 @@
 //! Valid for sm_90a, and seldom seen: what neither compiler writes unless asked to.
 
+use super::super::Case;
 use super::super::elementwise::{Op, Ty, cases, image, unary};
 use super::super::number::F16;
 use super::Family;
@@ -7,6 +8,12 @@ use super::Family;
 pub fn family() -> Family {
     let ops = ops();
     Family::table("rare", image("Instructions that compilers seldom write.", &ops), cases("rare", &ops))
+}
+
+/// Each instruction in an image of its own, for a machine that knows some of them and not others.
+pub fn singles() -> Vec<(String, Case)> {
+    let ops = ops();
+    cases("rare", &ops).into_iter().zip(&ops).map(|(case, op)| (image(&case.name, std::slice::from_ref(op)), case)).collect()
 }
 
 fn ops() -> Vec<Op> {
