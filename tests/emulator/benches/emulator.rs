@@ -84,10 +84,7 @@ skip:
 /// 64 products of 64 x 128 x 16 in groups of 4, on tiles in shared memory.
 fn wgmma() -> String {
     let regs: Vec<String> = (0..64).map(|i| format!("%f{i}")).collect();
-    let product = format!(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {{{}}}, %rd4, %rd5, 1, 1, 1, 0, 0;\n",
-        regs.join(", ")
-    );
+    let product = format!("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {{{}}}, %rd4, %rd5, 1, 1, 1, 0, 0;\n", regs.join(", "));
     let clear: String = regs.iter().map(|r| format!("mov.f32 {r}, 0f00000000;\n")).collect();
     format!(
         r"
@@ -149,7 +146,13 @@ impl Case {
 
     fn run(&mut self) -> Stats {
         let params = self.buffer.to_le_bytes();
-        let launch = Launch { grid: [self.grid, 1, 1], block: [self.block, 1, 1], shared_bytes: self.shared_bytes, params: &params, ..Launch::default() };
+        let launch = Launch {
+            grid: [self.grid, 1, 1],
+            block: [self.block, 1, 1],
+            shared_bytes: self.shared_bytes,
+            params: &params,
+            ..Launch::default()
+        };
         self.gpu.launch(&self.kernel, &launch).unwrap_or_else(|r| panic!("{r}"))
     }
 }

@@ -138,7 +138,10 @@ impl Gpu {
             let mut init = var.init.clone();
             for (at, name, offset) in &var.relocations {
                 let Some(target) = addresses.get(name) else {
-                    return Err(FrontError::new(0, format!("`{}` holds the address of `{name}`, which is not a module variable", var.name)));
+                    return Err(FrontError::new(
+                        0,
+                        format!("`{}` holds the address of `{name}`, which is not a module variable", var.name),
+                    ));
                 };
                 init[*at..at + 8].copy_from_slice(&target.wrapping_add_signed(*offset).to_le_bytes());
             }

@@ -53,6 +53,8 @@
 //! | `report` | what a failed launch returns |
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
+// Lane loops index several arrays at once, and instructions have many operands.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 
 mod error;
 mod front;

@@ -26,10 +26,60 @@ impl Rng {
 
 /// Words that are put where others stood.
 const WORDS: &[&str] = &[
-    "%r1", "%rd1", "%p1", "%f1", "_", "{", "}", "(", ")", "[", "]", ";", ",", ":", "@", "|", "+-", "0x7fffffffffffffff", "-1", "4294967296",
-    "0f7F800000", ".reg", ".param", ".shared", ".local", ".align", ".b8", ".b32", ".b64", ".pred", ".v4", ".f32", ".s64", "<4000000000>",
-    "[99999999999]", "bra", "call", "ret", "exit", "mov.b64", "ld.global", "st.shared.v4.f32", "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16",
-    "cp.async.bulk.tensor.5d", "mbarrier.init.shared.b64", ".entry", ".func", ".visible", ".version", ".target sm_90a", "\"", "/*", "//", "\u{e9}",
+    "%r1",
+    "%rd1",
+    "%p1",
+    "%f1",
+    "_",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "]",
+    ";",
+    ",",
+    ":",
+    "@",
+    "|",
+    "+-",
+    "0x7fffffffffffffff",
+    "-1",
+    "4294967296",
+    "0f7F800000",
+    ".reg",
+    ".param",
+    ".shared",
+    ".local",
+    ".align",
+    ".b8",
+    ".b32",
+    ".b64",
+    ".pred",
+    ".v4",
+    ".f32",
+    ".s64",
+    "<4000000000>",
+    "[99999999999]",
+    "bra",
+    "call",
+    "ret",
+    "exit",
+    "mov.b64",
+    "ld.global",
+    "st.shared.v4.f32",
+    "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16",
+    "cp.async.bulk.tensor.5d",
+    "mbarrier.init.shared.b64",
+    ".entry",
+    ".func",
+    ".visible",
+    ".version",
+    ".target sm_90a",
+    "\"",
+    "/*",
+    "//",
+    "\u{e9}",
 ];
 
 /// The parts an image can be cut into: its head, and each function.
@@ -142,5 +192,9 @@ fn main() {
             println!("{} executions, {loaded} loaded, {launched} launched, {:.0} s", i + 1, start.elapsed().as_secs_f64());
         }
     }
-    println!("{executions} executions of {} seeds: {loaded} loaded, {launched} launched, no panic, {:.0} s", seeds.len(), start.elapsed().as_secs_f64());
+    println!(
+        "{executions} executions of {} seeds: {loaded} loaded, {launched} launched, no panic, {:.0} s",
+        seeds.len(),
+        start.elapsed().as_secs_f64()
+    );
 }

@@ -101,7 +101,11 @@ pub(crate) enum Arg<'a> {
     F32(u32),
     F64(u64),
     /// `[base+offset]`, or `[base, {coordinates}]` with `coords`.
-    Mem { base: MemBase<'a>, offset: i64, coords: Option<Vec<Arg<'a>>> },
+    Mem {
+        base: MemBase<'a>,
+        offset: i64,
+        coords: Option<Vec<Arg<'a>>>,
+    },
     Vector(Vec<Arg<'a>>),
     /// `d|p`.
     Pair(Box<Arg<'a>>, Box<Arg<'a>>),

@@ -109,7 +109,8 @@ pub(crate) fn lex(text: &str) -> Result<Vec<Token<'_>>, FrontError> {
                 out.push(Token { tok: Tok::Word(&text[i..j]), line });
                 i = j;
             }
-            c @ (b'{' | b'}' | b'(' | b')' | b'[' | b']' | b'<' | b'>' | b',' | b';' | b':' | b'@' | b'!' | b'|' | b'+' | b'-' | b'=' | b'*') => {
+            c @ (b'{' | b'}' | b'(' | b')' | b'[' | b']' | b'<' | b'>' | b',' | b';' | b':' | b'@' | b'!' | b'|' | b'+' | b'-' | b'='
+            | b'*') => {
                 out.push(Token { tok: Tok::Punct(c), line });
                 i += 1;
             }
@@ -153,7 +154,8 @@ mod tests {
 
     #[test]
     fn words_numbers_and_lines() {
-        let toks: Vec<_> = lex("ld.L1::no_allocate %r1, 0x1F; // c\n 0f3F800000 017 1.5 $L:").unwrap().into_iter().map(|t| (t.tok, t.line)).collect();
+        let toks: Vec<_> =
+            lex("ld.L1::no_allocate %r1, 0x1F; // c\n 0f3F800000 017 1.5 $L:").unwrap().into_iter().map(|t| (t.tok, t.line)).collect();
         let p = |c| Tok::Punct(c);
         assert_eq!(
             toks,

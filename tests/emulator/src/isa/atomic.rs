@@ -98,7 +98,8 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         Fun::Min | Fun::Max => matches!(ty, Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64) || half && n > 1 && noftz,
     };
     // Vectors exist in global memory, for f32 (2, 4), f16 and bf16 (2, 4, 8) and their pairs (2, 4).
-    let vector_ok = n == 1 || matches!(space, Space::Global | Space::Generic) && ty.bytes() * n as u32 <= 16 && (ty == Ty::F32 && fun == Fun::Add || half);
+    let vector_ok = n == 1
+        || matches!(space, Space::Global | Space::Generic) && ty.bytes() * n as u32 <= 16 && (ty == Ty::F32 && fun == Fun::Add || half);
     if !known || !vector_ok || noftz && !half {
         return ctx.unimplemented();
     }
@@ -118,7 +119,9 @@ pub(crate) fn apply(fun: Fun, ty: Ty, old: u64, a: u64, b: u64) -> u64 {
     let f32s = |v: u64| f32::from_bits(v as u32);
     let half = |f: fn(f64, f64) -> f64, old: u64, a: u64| -> u64 {
         let format = if matches!(ty, Ty::BF16 | Ty::BF16x2) { BF16 } else { F16 };
-        let one = |o: u64, a: u64| u64::from(format.encode(f(format.decode(o as u32 & 0xffff), format.decode(a as u32 & 0xffff)), Round::Rn, false));
+        let one = |o: u64, a: u64| {
+            u64::from(format.encode(f(format.decode(o as u32 & 0xffff), format.decode(a as u32 & 0xffff)), Round::Rn, false))
+        };
         if ty.bits() == 32 { one(old, a) | one(old >> 16, a >> 16) << 16 } else { one(old, a) }
     };
     match fun {

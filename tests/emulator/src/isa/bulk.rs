@@ -15,11 +15,23 @@ use crate::tensor_map::{Decoded, Swizzle};
 #[derive(Debug)]
 pub(crate) enum Bulk {
     /// Into shared memory, completing on an mbarrier.
-    Load { dst: Mem, from: From, mbar: Mem, multicast: Option<Src> },
+    Load {
+        dst: Mem,
+        from: From,
+        mbar: Mem,
+        multicast: Option<Src>,
+    },
     /// From shared to global memory, completing by group.
-    Store { to: From, src: Mem, reduce: Option<(Fun, Ty)> },
+    Store {
+        to: From,
+        src: Mem,
+        reduce: Option<(Fun, Ty)>,
+    },
     Commit,
-    Wait { n: u32, read: bool },
+    Wait {
+        n: u32,
+        read: bool,
+    },
 }
 
 /// The far side as the instruction names it.
@@ -67,7 +79,8 @@ fn tensor(ctx: &mut Ctx<'_, '_>, reduce: bool) -> Result<Bulk, FrontError> {
     if !load {
         ctx.take("shared::cta");
     }
-    let check = |ctx: &Ctx<'_, '_>, n: usize| if n == rank { Ok(()) } else { ctx.error(format!("{n} coordinates for a map of rank {rank}")) };
+    let check =
+        |ctx: &Ctx<'_, '_>, n: usize| if n == rank { Ok(()) } else { ctx.error(format!("{n} coordinates for a map of rank {rank}")) };
     if load {
         if !ctx.take("mbarrier::complete_tx::bytes") || reduce {
             return ctx.unimplemented();
@@ -147,7 +160,7 @@ fn linear(ctx: &mut Ctx<'_, '_>, reduce: bool) -> Result<Bulk, FrontError> {
 fn map_at(m: &Machine<'_>, address: u64) -> Result<Decoded, Trouble> {
     let mut bytes = [0; 128];
     let not = |why: &str| trouble(Fault::Tma, format!("tensor map at {address:#x} {why}"));
-    if address % 64 != 0 {
+    if !address.is_multiple_of(64) {
         return Err(not("is not aligned to 64 bytes"));
     }
     match Space::of(address) {
@@ -169,10 +182,16 @@ fn place(m: &Machine<'_>, what: &str, address: u64, bytes: usize, align: u32) ->
         let low = address as u32 & ((1 << RANK_SHIFT) - 1);
         let size = m.ctas.first().map_or(0, |c| c.shared.data.len());
         let offset = i64::from(low) - i64::from(SHARED_BASE);
-        return Err(trouble(Fault::OutOfBounds, format!("out-of-bounds {what} of {bytes} bytes at shared window of {size} bytes, offset {offset}")));
+        return Err(trouble(
+            Fault::OutOfBounds,
+            format!("out-of-bounds {what} of {bytes} bytes at shared window of {size} bytes, offset {offset}"),
+        ));
     };
-    if (offset as u32 + SHARED_BASE) % align != 0 {
-        return Err(trouble(Fault::Misaligned, format!("misaligned {what}: {} must be aligned to {align} bytes", m.shared_name(rank, offset))));
+    if !(offset as u32 + SHARED_BASE).is_multiple_of(align) {
+        return Err(trouble(
+            Fault::Misaligned,
+            format!("misaligned {what}: {} must be aligned to {align} bytes", m.shared_name(rank, offset)),
+        ));
     }
     Ok((rank, offset))
 }
@@ -236,11 +255,11 @@ impl Operands {
             return Ok(Side { far: Far::Tensor { map: Box::new(map), coords }, bytes, align });
         }
         let bytes = self.bytes[lane] as usize;
-        if bytes == 0 || bytes % 16 != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(16) {
             return Err(trouble(Fault::Tma, format!("bulk copy of {bytes} bytes, must be a positive multiple of 16")));
         }
         let address = self.address[lane];
-        if address % 16 != 0 {
+        if !address.is_multiple_of(16) {
             return Err(trouble(Fault::Misaligned, format!("misaligned bulk copy: address {address:#x} must be a multiple of 16")));
         }
         if self.shared {
@@ -277,7 +296,18 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Bulk, mask: u32) ->
                     let known = m.clocks.snapshot(w.thread0 as usize + lane, 1);
                     let thread = w.index * 32 + lane as u32;
                     let (from, bytes) = (side.far, side.bytes);
-                    m.issue_load(Pending { from, bytes, ranks, offset, mbar: bar, mbar_rank: bar_rank, known, site: m.site, cta: w.cta, thread })
+                    m.issue_load(Pending {
+                        from,
+                        bytes,
+                        ranks,
+                        offset,
+                        mbar: bar,
+                        mbar_rank: bar_rank,
+                        known,
+                        site: m.site,
+                        cta: w.cta,
+                        thread,
+                    })
                 };
                 issue().map_err(|t| t.at_lane(lane))?;
             }

@@ -15,7 +15,10 @@ pub(crate) enum Kind {
     Shfl(Shfl),
     Vote(Vote),
     /// `all` also gives a predicate.
-    Match { all: bool, wide: bool },
+    Match {
+        all: bool,
+        wide: bool,
+    },
     Redux(Redux, bool),
     Elect,
     SyncWarp,
@@ -201,7 +204,9 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32)
 fn one(m: &mut Machine<'_>, w: &mut Warp, i: &Collective, mask: u32, want: u32, resumed: bool) -> Exec {
     if mask & !want != 0 {
         let lane = (mask & !want).trailing_zeros() as usize;
-        return Err(trouble(Fault::Collective, format!("lane {lane} executes a collective whose mask {want:#010x} does not name it")).at_lane(lane));
+        return Err(
+            trouble(Fault::Collective, format!("lane {lane} executes a collective whose mask {want:#010x} does not name it")).at_lane(lane)
+        );
     }
     // The common case: all lanes of the mask are here.
     if mask == want && w.collectives.is_empty() {
@@ -309,7 +314,6 @@ pub(crate) fn lanes_exit(w: &Warp, mask: u32) -> Result<(), Trouble> {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
 fn finish(w: &mut Warp, i: &Collective, mask: u32, everyone: u32, a: &L64, b: &L32, c: &L32, q: u32) -> Exec {
     match i.kind {
         Kind::Shfl(kind) => {

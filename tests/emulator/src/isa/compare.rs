@@ -49,13 +49,51 @@ pub(crate) enum Class {
 #[derive(Debug)]
 pub(crate) enum Compare {
     /// `p = cmp bool c`, `q = !cmp bool c`. Packed types set `p` from the low and `q` from the high half.
-    Setp { test: Test, combine: Option<(Bool, PSrc)>, p: Option<u32>, q: Option<u32>, a: Src, b: Src },
-    Set { test: Test, combine: Option<(Bool, PSrc)>, float: bool, d: Reg, a: Src, b: Src },
-    Selp { d: Reg, a: Src, b: Src, p: PSrc, wide: bool },
-    Slct { d: Reg, a: Src, b: Src, c: Src, float: bool, wide: bool },
-    Testp { class: Class, double: bool, p: Option<u32>, a: Src },
+    Setp {
+        test: Test,
+        combine: Option<(Bool, PSrc)>,
+        p: Option<u32>,
+        q: Option<u32>,
+        a: Src,
+        b: Src,
+    },
+    Set {
+        test: Test,
+        combine: Option<(Bool, PSrc)>,
+        float: bool,
+        d: Reg,
+        a: Src,
+        b: Src,
+    },
+    Selp {
+        d: Reg,
+        a: Src,
+        b: Src,
+        p: PSrc,
+        wide: bool,
+    },
+    Slct {
+        d: Reg,
+        a: Src,
+        b: Src,
+        c: Src,
+        float: bool,
+        wide: bool,
+    },
+    Testp {
+        class: Class,
+        double: bool,
+        p: Option<u32>,
+        a: Src,
+    },
     /// `and`, `or`, `xor`, `not`, `mov` on predicates.
-    Pred { op: Option<Bool>, negate: bool, p: Option<u32>, a: PSrc, b: PSrc },
+    Pred {
+        op: Option<Bool>,
+        negate: bool,
+        p: Option<u32>,
+        a: PSrc,
+        b: PSrc,
+    },
 }
 
 fn test(ctx: &mut Ctx<'_, '_>) -> Result<(Test, Option<Bool>), FrontError> {

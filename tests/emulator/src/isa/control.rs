@@ -15,10 +15,19 @@ type Copy = (u32, u32, u32);
 
 #[derive(Debug)]
 pub(crate) enum Control {
-    Bra { target: u32 },
+    Bra {
+        target: u32,
+    },
     /// Branch by table.
-    BrxIdx { table: u32, index: Src },
-    Call { function: u32, args: Vec<Copy>, rets: Vec<Copy> },
+    BrxIdx {
+        table: u32,
+        index: Src,
+    },
+    Call {
+        function: u32,
+        args: Vec<Copy>,
+        rets: Vec<Copy>,
+    },
     /// Call of the device runtime's assertion handler.
     AssertFail,
     Ret,
@@ -194,7 +203,8 @@ fn leave_early(m: &mut Machine<'_>, w: &mut Warp) -> Result<(), crate::machine::
     while i < w.others.len() {
         let g = &w.others[i];
         let code = &m.env.program.code[g.pc as usize];
-        let leaves = g.frame == 0 && g.state == State::Ready && code.guard.always() && matches!(code.op, Op::Control(Control::Ret | Control::Exit));
+        let leaves =
+            g.frame == 0 && g.state == State::Ready && code.guard.always() && matches!(code.op, Op::Control(Control::Ret | Control::Exit));
         if leaves {
             let group = w.others.swap_remove(i);
             m.exit_lanes(w, group.mask)?;
@@ -229,8 +239,7 @@ fn call_exec(m: &mut Machine<'_>, w: &mut Warp, function: u32, args: &[Copy], ma
         }
     }
     let pc = w.cur.pc;
-    let frame =
-        Frame { parent, depth, return_pc: pc + 1, call_pc: pc, base32, base64, basep, local_base, params, live: mask };
+    let frame = Frame { parent, depth, return_pc: pc + 1, call_pc: pc, base32, base64, basep, local_base, params, live: mask };
     let index = w.frames.len() as u32;
     w.frames.push(frame);
     let stay = w.cur.mask & !mask;

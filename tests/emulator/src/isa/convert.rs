@@ -8,17 +8,68 @@ use crate::num::{self, BF16, E4M3, E5M2, F16, F32, Format, NAN32, Round, TF32};
 
 #[derive(Debug)]
 pub(crate) enum Convert {
-    Int { to: Ty, from: Ty, sat: bool, d: Reg, a: Src },
-    IntToFloat { to: Ty, from: Ty, round: Round, sat: bool, d: Reg, a: Src },
-    FloatToInt { to: Ty, from: Ty, round: Round, ftz: bool, d: Reg, a: Src },
+    Int {
+        to: Ty,
+        from: Ty,
+        sat: bool,
+        d: Reg,
+        a: Src,
+    },
+    IntToFloat {
+        to: Ty,
+        from: Ty,
+        round: Round,
+        sat: bool,
+        d: Reg,
+        a: Src,
+    },
+    FloatToInt {
+        to: Ty,
+        from: Ty,
+        round: Round,
+        ftz: bool,
+        d: Reg,
+        a: Src,
+    },
     /// Scalar float to float; `integral` rounds to an integer in the source format first.
-    Float { to: Ty, from: Ty, round: Round, integral: Option<Round>, ftz: bool, sat: bool, relu: bool, satfinite: bool, d: Reg, a: Src },
+    Float {
+        to: Ty,
+        from: Ty,
+        round: Round,
+        integral: Option<Round>,
+        ftz: bool,
+        sat: bool,
+        relu: bool,
+        satfinite: bool,
+        d: Reg,
+        a: Src,
+    },
     /// Two f32 into one packed register: `a` goes to the high half.
-    Pack { to: Ty, round: Round, relu: bool, satfinite: bool, d: Reg, a: Src, b: Src },
+    Pack {
+        to: Ty,
+        round: Round,
+        relu: bool,
+        satfinite: bool,
+        d: Reg,
+        a: Src,
+        b: Src,
+    },
     /// `f16x2` to a pair of fp8, or back.
-    Pair { to: Ty, from: Ty, relu: bool, d: Reg, a: Src },
+    Pair {
+        to: Ty,
+        from: Ty,
+        relu: bool,
+        d: Reg,
+        a: Src,
+    },
     /// `cvt.pack.sat`: two s32 clamped and packed, the rest from `c`.
-    PackInt { to: Ty, d: Reg, a: Src, b: Src, c: Option<Src> },
+    PackInt {
+        to: Ty,
+        d: Reg,
+        a: Src,
+        b: Src,
+        c: Option<Src>,
+    },
 }
 
 fn float(ty: Ty) -> bool {
@@ -46,7 +97,9 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
     let (to, from) = (ctx.ty()?, ctx.ty()?);
     let convert = match (to, from) {
         (Ty::F16x2 | Ty::BF16x2, Ty::F32) => {
-            let (Some(round @ (Round::Rn | Round::Rz)), None, false, false) = (round, integral, ftz, sat) else { return ctx.unimplemented() };
+            let (Some(round @ (Round::Rn | Round::Rz)), None, false, false) = (round, integral, ftz, sat) else {
+                return ctx.unimplemented();
+            };
             Convert::Pack { to, round, relu, satfinite, d: ctx.dst(32)?, a: ctx.src(32)?, b: ctx.src(32)? }
         }
         (Ty::E4M3x2 | Ty::E5M2x2, Ty::F32) => {
@@ -205,7 +258,13 @@ pub(crate) fn exec(w: &mut Warp, inst: &Convert, mask: u32) -> Exec {
             if !sat && from.bits() >= 32 && to.bits() >= 32 {
                 // The common widenings and truncations, as vector code.
                 let x = w.get64(a);
-                let out = if from == Ty::S32 { x.map(|v| i64::from(v as i32) as u64) } else if from.bits() == 32 { x.map(|v| u64::from(v as u32)) } else { x };
+                let out = if from == Ty::S32 {
+                    x.map(|v| i64::from(v as i32) as u64)
+                } else if from.bits() == 32 {
+                    x.map(|v| u64::from(v as u32))
+                } else {
+                    x
+                };
                 w.put64(d, mask, &out);
                 return Ok(Flow::Next);
             }
@@ -254,7 +313,7 @@ pub(crate) fn exec(w: &mut Warp, inst: &Convert, mask: u32) -> Exec {
             if clip && v.is_nan() {
                 return encode(to, v, round, satfinite);
             }
-            let out = encode(to, if clip { relu(v) } else { v }, round, satfinite && !v.is_infinite() || satfinite);
+            let out = encode(to, if clip { relu(v) } else { v }, round, satfinite);
             if ftz && to == Ty::F32 { num::flush32(f32::from_bits(out as u32)).to_bits().into() } else { out }
         }),
         Convert::Pack { to, round, relu: clip, satfinite, d, a, b } => {

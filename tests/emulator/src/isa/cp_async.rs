@@ -17,11 +17,21 @@ use std::collections::VecDeque;
 
 #[derive(Debug)]
 pub(crate) enum CpAsync {
-    Copy { dst: Mem, src: Mem, bytes: u32, used: Option<Src>, ignore: Option<PSrc> },
+    Copy {
+        dst: Mem,
+        src: Mem,
+        bytes: u32,
+        used: Option<Src>,
+        ignore: Option<PSrc>,
+    },
     Commit,
     /// Groups that may stay open; `None` waits for everything, committed or not.
     Wait(Option<u32>),
-    Arrive { mem: Mem, generic: bool, noinc: bool },
+    Arrive {
+        mem: Mem,
+        generic: bool,
+        noinc: bool,
+    },
 }
 
 /// One lane's copy.
@@ -116,7 +126,9 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &CpAsync, mask: u32)
             for lane in lanes(mask) {
                 let used = if ignore >> lane & 1 != 0 { 0 } else { used[lane] };
                 if used > *bytes {
-                    return Err(trouble(Fault::BadOperand, format!("cp.async: source size is {used}, must be at most {bytes}")).at_lane(lane));
+                    return Err(
+                        trouble(Fault::BadOperand, format!("cp.async: source size is {used}, must be at most {bytes}")).at_lane(lane)
+                    );
                 }
                 issue_check(m, w, lane, dst[lane], *bytes)?;
                 w.cp_async.lane(lane).open.push(Copy { dst: dst[lane], src: src[lane], bytes: *bytes, used, site: m.site });

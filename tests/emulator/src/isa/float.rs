@@ -88,7 +88,10 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         _ => false,
     };
     let must_say = matches!(fun, Fun::Fma | Fun::Div | Fun::Rcp | Fun::Sqrt);
-    if must_say && !approx && round.is_none() || approx && round.is_some() || matches!(fun, Fun::Ex2 | Fun::Lg2 | Fun::Sin | Fun::Cos) && !approx {
+    if must_say && !approx && round.is_none()
+        || approx && round.is_some()
+        || matches!(fun, Fun::Ex2 | Fun::Lg2 | Fun::Sin | Fun::Cos) && !approx
+    {
         return ctx.unimplemented();
     }
     if double && (matches!(fun, Fun::Ex2 | Fun::Lg2 | Fun::Sin | Fun::Cos | Fun::Tanh) || fun == Fun::Fma && round != Some(Round::Rn)) {

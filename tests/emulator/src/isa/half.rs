@@ -91,10 +91,7 @@ impl Half {
 
     fn value(&self, code: u32) -> f32 {
         let code = code & 0xffff;
-        // A subnormal f16 has a zero exponent field.
-        if self.ftz && !self.bf16 && code & 0x7c00 == 0 || self.ftz && self.bf16 && code & 0x7f80 == 0 {
-            return if code & 0x8000 != 0 { -0.0 } else { 0.0 };
-        }
+        let code = self.flush(code);
         if self.bf16 { num::bf16(code) } else { num::f16(code) }
     }
 
@@ -135,6 +132,7 @@ impl Half {
         self.flush(code)
     }
 
+    /// With `.ftz` a code with a zero exponent field becomes a zero of its sign.
     fn flush(&self, code: u32) -> u32 {
         let exponent = if self.bf16 { 0x7f80 } else { 0x7c00 };
         if self.ftz && code & exponent == 0 { code & 0x8000 } else { code }

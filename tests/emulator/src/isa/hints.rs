@@ -65,7 +65,7 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
             }
             ctx.ty_of(&[Ty::U32])?;
             let count = ctx.imm_in(24..=256)? as u32;
-            if count % 8 != 0 {
+            if !count.is_multiple_of(8) {
                 return ctx.error(format!("setmaxnreg: {count} registers, must be a multiple of 8"));
             }
             Hint::SetMaxNreg { increase, count }

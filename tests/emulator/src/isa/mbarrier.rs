@@ -10,13 +10,44 @@ use crate::race::{ATOMIC, READ, WRITE};
 
 #[derive(Debug)]
 pub(crate) enum Mbarrier {
-    Init { mem: Mem, generic: bool, count: Src },
-    Inval { mem: Mem, generic: bool },
-    Arrive { d: Reg, mem: Mem, generic: bool, count: Src, expect: Option<Src>, drop: bool, release: bool },
+    Init {
+        mem: Mem,
+        generic: bool,
+        count: Src,
+    },
+    Inval {
+        mem: Mem,
+        generic: bool,
+    },
+    Arrive {
+        d: Reg,
+        mem: Mem,
+        generic: bool,
+        count: Src,
+        expect: Option<Src>,
+        drop: bool,
+        release: bool,
+    },
     /// `expect_tx` (positive) and `complete_tx` (negative).
-    Tx { mem: Mem, generic: bool, bytes: Src, sign: i64 },
-    Wait { p: Option<u32>, mem: Mem, generic: bool, state: Src, parity: bool, block: bool, acquire: bool },
-    PendingCount { d: Reg, a: Src },
+    Tx {
+        mem: Mem,
+        generic: bool,
+        bytes: Src,
+        sign: i64,
+    },
+    Wait {
+        p: Option<u32>,
+        mem: Mem,
+        generic: bool,
+        state: Src,
+        parity: bool,
+        block: bool,
+        acquire: bool,
+    },
+    PendingCount {
+        d: Reg,
+        a: Src,
+    },
 }
 
 /// Takes the shared state space; true if the address is generic.
@@ -150,7 +181,6 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Mbarrier, mask: u32
     }
 }
 
-#[allow(clippy::too_many_arguments)]
 fn wait(
     m: &mut Machine<'_>,
     w: &mut Warp,

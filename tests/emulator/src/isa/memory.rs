@@ -118,7 +118,10 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Memory, mask: u32) 
     match inst {
         Memory::Ld { space, ty, order, d, mem } => {
             let n = ty.bytes() * d.len() as u32;
-            if *space == Space::Param && w.cur.frame == 0 && let Src::Imm(base) = mem.base {
+            if *space == Space::Param
+                && w.cur.frame == 0
+                && let Src::Imm(base) = mem.base
+            {
                 let at = base.wrapping_add_signed(mem.offset);
                 if at.saturating_add(n.into()) <= m.env.params.len() as u64 {
                     return uniform(m, w, *ty, d, at, mask);
@@ -165,7 +168,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Memory, mask: u32) 
 /// A kernel parameter at a known offset: the same for all lanes.
 fn uniform(m: &Machine<'_>, w: &mut Warp, ty: Ty, d: &[Reg], at: u64, mask: u32) -> Exec {
     let size = ty.bytes() as usize;
-    if at % (size * d.len()) as u64 != 0 {
+    if !at.is_multiple_of((size * d.len()) as u64) {
         return Err(trouble(Fault::Misaligned, format!("misaligned {}-byte read at parameter offset {at}", size * d.len())));
     }
     for (i, d) in d.iter().enumerate() {

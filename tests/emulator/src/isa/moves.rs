@@ -52,15 +52,38 @@ impl Space {
 
 #[derive(Debug)]
 pub(crate) enum Move {
-    Mov32 { d: Reg, a: Src },
-    Mov64 { d: Reg, a: Src },
+    Mov32 {
+        d: Reg,
+        a: Src,
+    },
+    Mov64 {
+        d: Reg,
+        a: Src,
+    },
     /// Several narrow values into one register, lowest first.
-    Pack { d: Reg, parts: Vec<Src>, bits: u32 },
+    Pack {
+        d: Reg,
+        parts: Vec<Src>,
+        bits: u32,
+    },
     /// One register into several narrow ones.
-    Unpack { parts: Vec<Reg>, a: Src, bits: u32 },
+    Unpack {
+        parts: Vec<Reg>,
+        a: Src,
+        bits: u32,
+    },
     /// Adds (or with `to` subtracts) a window's base.
-    Cvta { to: bool, base: u64, d: Reg, a: Src },
-    Isspacep { space: Space, p: Option<u32>, a: Src },
+    Cvta {
+        to: bool,
+        base: u64,
+        d: Reg,
+        a: Src,
+    },
+    Isspacep {
+        space: Space,
+        p: Option<u32>,
+        a: Src,
+    },
 }
 
 pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {

@@ -131,7 +131,16 @@ impl<'g> Machine<'g> {
     }
 
     /// Performs `n`-byte accesses of the lanes of `mask`. `strong` marks accesses that do not race with each other.
-    pub fn access<T: Touch>(&mut self, w: &mut Warp, space: Space, at: &L64, mask: u32, n: u32, strong: bool, t: &mut T) -> Result<(), Trouble> {
+    pub fn access<T: Touch>(
+        &mut self,
+        w: &mut Warp,
+        space: Space,
+        at: &L64,
+        mask: u32,
+        n: u32,
+        strong: bool,
+        t: &mut T,
+    ) -> Result<(), Trouble> {
         let kind = T::KIND | if strong { ATOMIC } else { 0 };
         match space {
             Space::Generic => {
@@ -169,7 +178,7 @@ impl<'g> Machine<'g> {
             let address = at[lane];
             let found = self.split_shared(address).and_then(|(rank, low)| Some((rank, self.ctas[rank].shared.offset(low, n)?)));
             let Some((rank, offset)) = found else { return Err(self.shared_out_of_bounds(address, n, kind).at_lane(lane)) };
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, self.shared_name(rank, offset)).at_lane(lane));
             }
             let shared = &mut self.ctas[rank].shared;
@@ -231,7 +240,7 @@ impl<'g> Machine<'g> {
                 )
                 .at_lane(lane));
             }
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, format!("parameter offset {address}")).at_lane(lane));
             }
             let len = n as usize;
@@ -278,7 +287,7 @@ impl<'g> Machine<'g> {
             }
             let (index, base, size) = buffer;
             let offset = address - base;
-            if address % u64::from(n) != 0 {
+            if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, format!("global buffer of {size} bytes, offset {offset}")).at_lane(lane));
             }
             let (page, start) = ((offset / PAGE as u64) as usize, (offset % PAGE as u64) as usize);
@@ -370,7 +379,7 @@ fn access_local<T: Touch>(w: &mut Warp, at: &L64, mask: u32, n: u32, kind: u8, c
                 return Err(trouble(Fault::OutOfBounds, text).at_lane(lane));
             }
         };
-        if address % u64::from(n) != 0 {
+        if !address.is_multiple_of(u64::from(n)) {
             return Err(misaligned(kind, n, format!("local address {address:#x}")).at_lane(lane));
         }
         let len = n as usize;

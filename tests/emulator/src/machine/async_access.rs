@@ -117,7 +117,15 @@ impl Machine<'_> {
         })
     }
 
-    fn check_page(&mut self, a: &Actor<'_>, page: &mut crate::memory::global::Page, offset: u64, start: usize, n: usize, kind: u8) -> Result<(), Trouble> {
+    fn check_page(
+        &mut self,
+        a: &Actor<'_>,
+        page: &mut crate::memory::global::Page,
+        offset: u64,
+        start: usize,
+        n: usize,
+        kind: u8,
+    ) -> Result<(), Trouble> {
         if !self.clocks.on() {
             return Ok(());
         }

@@ -184,7 +184,10 @@ impl Machine<'_> {
             let expected = tx > 0;
             let name = self.shared_name(rank, offset as usize);
             let sign = if expected { "expected" } else { "unexpected" };
-            return Err(trouble(Fault::ExitState, format!("block exits with bytes outstanding: mbarrier {name} has {tx} {sign} bytes outstanding")));
+            return Err(trouble(
+                Fault::ExitState,
+                format!("block exits with bytes outstanding: mbarrier {name} has {tx} {sign} bytes outstanding"),
+            ));
         }
         Ok(())
     }

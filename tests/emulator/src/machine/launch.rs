@@ -56,7 +56,7 @@ pub(crate) fn validate(kernel: &Kernel, launch: &Launch<'_>) -> Result<[u32; 3],
         return shape("cluster must be at least 1 in every dimension", cluster, [1; 3]);
     }
     limit("blocks per cluster", cluster.iter().map(|&d| u64::from(d)).product(), 16)?;
-    if (0..3).any(|i| launch.grid[i] % cluster[i] != 0) {
+    if (0..3).any(|i| !launch.grid[i].is_multiple_of(cluster[i])) {
         return shape("grid must be a multiple of the cluster", launch.grid, cluster);
     }
     let clusters: u64 = (0..3).map(|i| u64::from(launch.grid[i] / cluster[i])).product();

@@ -133,8 +133,16 @@ impl Machine<'_> {
 
     /// A thread arrives: `count` arrivals after `expect` more transaction bytes; `drop` also lowers the count of later phases.
     /// Returns the state before the arrival.
-    #[allow(clippy::too_many_arguments)]
-    pub fn mbar_arrive(&mut self, w: &Warp, lane: usize, address: u64, count: u32, expect: i64, drop: bool, release: bool) -> Result<u64, Trouble> {
+    pub fn mbar_arrive(
+        &mut self,
+        w: &Warp,
+        lane: usize,
+        address: u64,
+        count: u32,
+        expect: i64,
+        drop: bool,
+        release: bool,
+    ) -> Result<u64, Trouble> {
         let (rank, offset) = self.mbar_offset(address)?;
         if rank != w.cta as usize && self.ctas[rank].live == 0 {
             let name = self.shared_name(rank, offset as usize);

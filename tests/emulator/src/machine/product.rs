@@ -200,8 +200,7 @@ pub(crate) fn multiply<const K: usize>(w: &mut Warp, member: usize, base: u32, p
             for q in 0..2 {
                 let first = (16 * member + 8 * h + 4 * q) * K;
                 let rows: [&[f32]; 4] = std::array::from_fn(|j| &a[first + j * K..first + (j + 1) * K]);
-                let mut sum: [[f32; 8]; 4] =
-                    std::array::from_fn(|j| std::array::from_fn(|x| d[x / 4][16 * q + 4 * j + x % 4]));
+                let mut sum: [[f32; 8]; 4] = std::array::from_fn(|j| std::array::from_fn(|x| d[x / 4][16 * q + 4 * j + x % 4]));
                 for i in 0..K {
                     let b = &panel[i];
                     for j in 0..4 {

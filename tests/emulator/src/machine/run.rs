@@ -191,7 +191,11 @@ fn order(w: &Warp, g: &Group) -> (u32, u32) {
 }
 
 fn can_merge(a: &Group, b: &Group) -> bool {
-    a.pc == b.pc && a.frame == b.frame && a.result == b.result && matches!(a.state, State::Ready | State::Aligned) && matches!(b.state, State::Ready | State::Aligned)
+    a.pc == b.pc
+        && a.frame == b.frame
+        && a.result == b.result
+        && matches!(a.state, State::Ready | State::Aligned)
+        && matches!(b.state, State::Ready | State::Aligned)
 }
 
 fn merge_all(w: &mut Warp) {
@@ -259,10 +263,15 @@ pub(crate) fn divergence(m: &Machine<'_>, w: &Warp) -> Trouble {
     let inside = |g: &&Group| matches!(g.state, State::Aligned | State::Collective(_));
     let first = w.others.iter().filter(inside).min_by_key(|g| g.pc);
     let Some(g) = first else { return trouble(Fault::Divergence, "warp has no lanes that can run") };
-    let rest: Vec<String> =
-        w.others.iter().filter(|o| o.pc != g.pc || o.frame != g.frame).map(|o| format!("lanes {:#010x} wait at {}", o.mask, name(o))).collect();
+    let rest: Vec<String> = w
+        .others
+        .iter()
+        .filter(|o| o.pc != g.pc || o.frame != g.frame)
+        .map(|o| format!("lanes {:#010x} wait at {}", o.mask, name(o)))
+        .collect();
     let rest = if rest.is_empty() { "the others have exited".to_owned() } else { rest.join(", ") };
-    let barrier = |o: &Group| matches!(m.env.program.code[o.pc as usize].op, isa::Op::Barrier(isa::barrier::Barrier::Block { wait: true, .. }));
+    let barrier =
+        |o: &Group| matches!(m.env.program.code[o.pc as usize].op, isa::Op::Barrier(isa::barrier::Barrier::Block { wait: true, .. }));
     let lines = w.others.iter().map(name).collect::<std::collections::BTreeSet<_>>();
     let mut t = match g.state {
         State::Aligned if lines.len() > 1 && w.others.iter().all(barrier) => {
@@ -271,7 +280,12 @@ pub(crate) fn divergence(m: &Machine<'_>, w: &Warp) -> Trouble {
         }
         State::Aligned => trouble(
             Fault::Divergence,
-            format!(".aligned instruction executed by a diverged warp: lanes {:#010x} of {:#010x} at {}; {rest}", g.mask, w.exists, name(g)),
+            format!(
+                ".aligned instruction executed by a diverged warp: lanes {:#010x} of {:#010x} at {}; {rest}",
+                g.mask,
+                w.exists,
+                name(g)
+            ),
         ),
         State::Collective(mask) => {
             let arrived: u32 = w.others.iter().filter(|o| o.state == State::Collective(mask)).fold(0, |a, o| a | o.mask);

@@ -5,7 +5,7 @@
 //! the start.
 
 use super::run::{self, Outcome};
-use super::{Counters, Env, Machine, Problem, Trouble, deadlock, launch, trouble};
+use super::{Counters, Env, Machine, Problem, deadlock, launch, trouble};
 use crate::options::{Schedule, TmaCompletion};
 use crate::report::Fault;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -57,7 +57,7 @@ impl Machine<'_> {
                 if self.pending.is_empty() {
                     if self.warps.iter().any(deadlock::alive) {
                         let t = deadlock::report(self);
-                        return Err(self.fail(t, None));
+                        return Err(self.fail(*t, None));
                     }
                     return Ok(Turn::Done);
                 }
@@ -78,7 +78,7 @@ impl Machine<'_> {
                 Ok(outcome) => outcome,
                 Err(t) => {
                     self.warps[slot] = w;
-                    return Err(self.fail(t, Some(slot)));
+                    return Err(self.fail(*t, Some(slot)));
                 }
             };
             match outcome {
@@ -96,8 +96,11 @@ impl Machine<'_> {
             let total = self.env.steps.fetch_add(steps, Ordering::Relaxed) + steps;
             if total > self.env.options.step_limit {
                 let limit = self.env.options.step_limit;
-                let t = trouble(Fault::StepLimit, format!("step limit of {limit} warp instructions reached: an endless loop, or raise Options::step_limit"));
-                return Err(self.fail(t, Some(slot)));
+                let t = trouble(
+                    Fault::StepLimit,
+                    format!("step limit of {limit} warp instructions reached: an endless loop, or raise Options::step_limit"),
+                );
+                return Err(self.fail(*t, Some(slot)));
             }
         }
         if self.env.stop.load(Ordering::Relaxed) { Ok(Turn::Done) } else { Ok(Turn::More) }
@@ -111,13 +114,12 @@ impl Machine<'_> {
                 run::wake(self, &mut nobody);
                 Ok(())
             }
-            Err(t) => Err(self.fail(t, None)),
+            Err(t) => Err(self.fail(*t, None)),
         }
     }
 
     /// Gives a fault its place.
-    fn fail(&self, t: Trouble, slot: Option<usize>) -> Box<Failure> {
-        let mut problem = *t;
+    fn fail(&self, mut problem: Problem, slot: Option<usize>) -> Box<Failure> {
         let warp = slot.map(|s| &self.warps[s]);
         let lane = problem.lane.or_else(|| warp.filter(|w| w.cur.mask != 0).map(|w| w.cur.mask.trailing_zeros() as usize));
         let (cta, thread) = match (problem.thread, warp) {

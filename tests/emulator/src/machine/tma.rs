@@ -44,7 +44,6 @@ impl Pending {
     pub fn targets(&self, rank: usize) -> bool {
         self.ranks.contains(&rank)
     }
-
 }
 
 /// A store or reduction to global memory.
@@ -351,7 +350,9 @@ fn at_site(mut t: Trouble, pc: u32) -> Trouble {
 fn nan_pattern(map: &Decoded) -> [u8; 16] {
     use crate::tensor_map::ElementType as E;
     match map.element {
-        E::F16 | E::Bf16 => u128::from_le_bytes([0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f]),
+        E::F16 | E::Bf16 => {
+            u128::from_le_bytes([0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f, 0xff, 0x7f])
+        }
         E::F64 => 0x7fff_ffff_ffff_ffff_7fff_ffff_ffff_ffff,
         _ => 0x7fff_ffff_7fff_ffff_7fff_ffff_7fff_ffff,
     }

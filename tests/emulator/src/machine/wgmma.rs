@@ -125,7 +125,8 @@ fn uniform(values: &[u64; 32], what: &str) -> Result<u64, Trouble> {
     match values.iter().position(|v| *v != values[0]) {
         None => Ok(values[0]),
         Some(lane) => {
-            Err(trouble(Fault::Wgmma, format!("wgmma: {what} differs between lanes: {:#x} and {:#x}", values[0], values[lane])).at_lane(lane))
+            Err(trouble(Fault::Wgmma, format!("wgmma: {what} differs between lanes: {:#x} and {:#x}", values[0], values[lane]))
+                .at_lane(lane))
         }
     }
 }

@@ -216,7 +216,15 @@ fn direct64(v: f64, error: f64, mode: Round) -> f64 {
         return v;
     }
     let above = error > 0.0;
-    let next_up = |v: f64| if v == 0.0 { f64::from_bits(1) } else if v > 0.0 { f64::from_bits(v.to_bits() + 1) } else { f64::from_bits(v.to_bits() - 1) };
+    let next_up = |v: f64| {
+        if v == 0.0 {
+            f64::from_bits(1)
+        } else if v > 0.0 {
+            f64::from_bits(v.to_bits() + 1)
+        } else {
+            f64::from_bits(v.to_bits() - 1)
+        }
+    };
     match mode {
         Round::Rp if above => next_up(v),
         Round::Rm if !above => -next_up(-v),

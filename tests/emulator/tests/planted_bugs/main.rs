@@ -10,7 +10,9 @@ mod runner;
 mod workloads;
 
 use cases::Case;
-use ptx_emulator::{Fault, Gpu, Interleave, L2Promotion, OobFill, Options, Place, Report, Schedule, TensorMapDesc, TmaCompletion};
+use ptx_emulator::{
+    Detector, Detectors, Fault, Gpu, Interleave, L2Promotion, OobFill, Options, Place, Report, Schedule, TensorMapDesc, TmaCompletion,
+};
 use runner::Failure;
 use std::fs;
 
@@ -76,12 +78,20 @@ fn reported(bug: u32, case: Case, expected: Expected) {
     let (mut as_said, mut other) = (0, Vec::<Box<Report>>::new());
     for options in schedules() {
         let run = format!("bug {bug} in {} under {:?}, {:?}", case.image, options.schedule, options.tma);
-        let report = match runner::launch(&case, &ptx, options) {
+        let report = match runner::launch(&case, &ptx, options.clone()) {
             Err(Failure::Report(report)) => report,
             Err(Failure::Setup(why)) => panic!("{run}: {why}"),
             Ok(_) if expected.always => panic!("{run}: no report"),
             Ok(_) => continue,
         };
+        // What a report says suffices to see it again.
+        if matches!(report.schedule, Schedule::Random(_)) {
+            let again = Options { schedule: report.schedule, tma: report.tma, ..options };
+            match runner::launch(&case, &ptx, again) {
+                Err(Failure::Report(second)) => assert_eq!(second, report, "{run}: the replay differs"),
+                other => panic!("{run}: the replay gives {other:?}"),
+            }
+        }
         if expected.must.contains(&report.fault) && report.message.contains(expected.says) {
             let found = stands_at(&report.place, case.image, &lines) || stands_at(&report.other, case.image, &lines);
             assert!(found, "{run}: placed elsewhere than at lines {lines:?} of {}.cu:\n{report}", case.image);
@@ -221,6 +231,32 @@ fn bug_35_box_wider_than_the_swizzle() {
     gpu.encode_tensor_map(&TensorMapDesc { box_dims: &[64, 64], ..desc }).expect("128 bytes are");
 }
 
+/// A detector that is switched off says nothing, and takes no other with it.
+#[test]
+fn detectors_can_be_switched_off_one_by_one() {
+    let table = [
+        (Detector::Race, 2, workloads::permute(), DataRace),
+        (Detector::Race, 27, workloads::block_total(), InterBlockRace),
+        (Detector::Uninitialised, 23, workloads::block_sum(), Uninitialised),
+        (Detector::ProxyFence, 14, workloads::tma_store(), MissingProxyFence),
+        (Detector::Swizzle, 9, workloads::gemm(), SwizzleMismatch),
+        (Detector::WgmmaRegisters, 10, workloads::gemm(), WgmmaFence),
+        (Detector::WgmmaRegisters, 30, workloads::tile_product(), WgmmaRegister),
+        (Detector::ExitState, 16, workloads::tma_store(), ExitState),
+        // Whole warps at each of the two barriers; lanes of one warp are told apart in any case.
+        (Detector::BarrierSite, 21, workloads::block_sum_of(192), Barrier),
+    ];
+    for (detector, bug, case, fault) in table {
+        let ptx = image(&case, Some(bug));
+        for off in Detectors::EACH {
+            let options = limited(Options { detectors: Detectors::all().without(off), ..Options::default() });
+            let result = runner::launch(&case, &ptx, options);
+            let seen = matches!(&result, Err(Failure::Report(report)) if report.fault == fault);
+            assert_eq!(seen, off != detector, "bug {bug} without {off:?}: {result:?}");
+        }
+    }
+}
+
 /// Every kernel without its bugs: silent and right under the standard schedules and many random ones.
 mod clean {
     use super::*;
@@ -236,6 +272,18 @@ mod clean {
             let run = format!("{} under {:?}, {:?}", case.image, options.schedule, options.tma);
             if let Err(why) = runner::run(&case, &ptx, options) {
                 panic!("{run}: {why}");
+            }
+        }
+    }
+
+    /// Clusters on several host threads: silent and right as well.
+    #[test]
+    fn several_workers() {
+        for case in workloads::all() {
+            for workers in [2, 4] {
+                let options = limited(Options { workers, ..Options::default() });
+                runner::run(&case, &image(&case, None), options)
+                    .unwrap_or_else(|why| panic!("{} with {workers} workers: {why}", case.image));
             }
         }
     }

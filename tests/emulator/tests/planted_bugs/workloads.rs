@@ -200,11 +200,15 @@ pub fn local_array() -> Case {
     Case::kernel("local_array", [1, 1, 1], 32, vec![Arg::input(u32s(&keys)), Arg::output(u32s(&counts))])
 }
 
-/// The second of two blocks is partly past the end.
+/// The second of two blocks is partly past the end, in the middle of a warp.
 pub fn block_sum() -> Case {
-    let x: Vec<u32> = scrambled(200, 14, 1000).iter().map(|x| x.abs() as u32).collect();
+    block_sum_of(200)
+}
+
+pub fn block_sum_of(n: usize) -> Case {
+    let x: Vec<u32> = scrambled(n, 14, 1000).iter().map(|x| x.abs() as u32).collect();
     let sums = [x[..128].iter().sum(), x[128..].iter().sum()];
-    Case::kernel("block_sum", [2, 1, 1], 128, vec![Arg::input(u32s(&x)), Arg::output(u32s(&sums)), Arg::U32(200)])
+    Case::kernel("block_sum", [2, 1, 1], 128, vec![Arg::input(u32s(&x)), Arg::output(u32s(&sums)), Arg::U32(n as u32)])
 }
 
 pub fn warp_pairs() -> Case {
