@@ -1,12 +1,14 @@
 //! The front end: PTX text to a [`Program`](crate::module::Program).
 
 pub(crate) mod ast;
+mod ctx;
 mod lex;
 mod lower;
 mod parse;
 pub(crate) mod scope;
 
-pub(crate) use lower::{Ctx, globals, lower};
+pub(crate) use ctx::Ctx;
+pub(crate) use lower::{globals, lower};
 
 /// A refusal with its line; the file name is added by the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
