@@ -106,11 +106,13 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Barrier, mask: u32)
             }
             w.cluster_arrived |= mask;
             w.cluster_generation = m.cluster_barrier.generation;
+            let mut clock = std::mem::take(&mut m.cluster_barrier.clock);
             if release {
-                let mut clock = std::mem::take(&mut m.cluster_barrier.clock);
                 m.clocks.release(w.thread0 as usize, mask, &mut clock);
-                m.cluster_barrier.clock = clock;
+            } else {
+                m.clocks.release_fenced(w.thread0 as usize, mask, &mut clock);
             }
+            m.cluster_barrier.clock = clock;
             m.cluster_arrive(mask.count_ones());
             Ok(Flow::Yield)
         }

@@ -50,10 +50,9 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
 
 pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Fence, mask: u32) -> Exec {
     match inst {
-        Fence::Memory => m.fence(w, mask),
+        // That of `mbarrier.init` is modelled as a whole fence, so that a relaxed arrival behind it publishes the initialisation.
+        Fence::Memory | Fence::MbarrierInit => m.fence(w, mask),
         Fence::ProxyAsync => m.clocks.fence_proxy(w.thread0 as usize, mask),
-        // Initialisation is ordered like any write: by the barrier that follows.
-        Fence::MbarrierInit => {}
     }
     Ok(Flow::Next)
 }

@@ -176,6 +176,19 @@ impl Clocks {
         }
     }
 
+    /// Threads `first + lane` release what they knew at their last fence: what a relaxed arrival publishes.
+    pub fn release_fenced(&mut self, first: usize, mask: u32, to: &mut SyncClock) {
+        if !self.on() {
+            return;
+        }
+        for lane in crate::machine::warp::lanes(mask) {
+            if let Some((base, own, fenced)) = &self.threads[first + lane].release {
+                to.join(base);
+                to.set(first + lane, *own, *fenced);
+            }
+        }
+    }
+
     /// Threads `first + lane` learn what `from` holds.
     pub fn acquire(&mut self, first: usize, mask: u32, from: &Arc<Clock>) {
         let cluster = self.cluster;
