@@ -35,8 +35,9 @@ impl<W: Float> Kernel for PackNk<'_, '_, W> {
         assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
         for k in (0..len / block).map(|i| i * block) {
             for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-                let rows = rows.each_ref().map(|row| &row[k..k + block]);
-                simd.transpose(&rows, Columns { data: &mut panel[k * NR + side * LANES..], stride: NR });
+                let columns = Columns { data: &mut panel[k * NR + side * LANES..], stride: NR };
+                // SAFETY: `k + block <= len`, the length of every row.
+                unsafe { simd.transpose(rows, k, columns) }
             }
         }
         for k in len / block * block..len {
@@ -77,20 +78,22 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 
 /// `sums[i, j] += sum_k a[i, k] * panel[k, j]`, each sum a chain over ascending k that begins at 0.
 ///
-/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`.
-pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride });
+/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`. `ahead(i, n)` is called before the i-th
+/// of n tiles, to ask for a part of what is needed next while the arithmetic goes on.
+pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: impl Fn(usize, usize)) {
+    super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
 }
 
 /// The arguments of [`add_product`].
-pub(crate) struct AddProduct<'a> {
+pub(crate) struct AddProduct<'a, F> {
     pub(super) a: &'a [[f32; A_STRIDE]],
     pub(super) panel: &'a [[f32; NR]],
     pub(super) sums: &'a mut [f32],
     pub(super) sum_stride: usize,
+    pub(super) ahead: F,
 }
 
-impl Kernel for AddProduct<'_> {
+impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -102,10 +105,11 @@ impl Kernel for AddProduct<'_> {
 macro_rules! add_tiles {
     ($simd:expr, $product:expr, vectors: $vectors:literal, rows: $($rows:literal)+) => {{
         const MAX_ROWS: usize = [$($rows),+].len();
-        let product: AddProduct<'_> = $product;
+        let product: AddProduct<'_, _> = $product;
         let all = product.a.len();
         let tiles = all.div_ceil(MAX_ROWS);
         for tile in 0..tiles {
+            (product.ahead)(tile, tiles);
             let rows = all * tile / tiles..all * (tile + 1) / tiles;
             let (a, sums) = (&product.a[rows.clone()], &mut product.sums[rows.start * product.sum_stride..]);
             match a.len() {

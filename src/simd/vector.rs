@@ -52,14 +52,15 @@ pub(crate) trait Simd: Copy {
     /// `2^a` for integers in `-126..=127`.
     fn pow2(self, a: Self::V) -> Self::V;
 
-    /// `columns[k][j] = rows[j][k]`, widened, for 64 bytes of each row.
-    fn transpose<T: Float>(self, rows: &[&[T]; LANES], columns: Columns<'_>);
+    /// `columns[i][j] = rows[j][k + i]`, widened, for 64 bytes of each row.
+    ///
+    /// # Safety
+    ///
+    /// Every row has 64 bytes at element `k`.
+    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>);
 
     /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
-    fn add_product(self, product: super::gemm::AddProduct<'_>);
-
-    /// Asks for a cache line that will be read soon.
-    fn prefetch<T>(self, at: &T);
+    fn add_product<F: Fn(usize, usize)>(self, product: super::gemm::AddProduct<'_, F>);
 
     /// All lanes as an array.
     #[inline(always)]
@@ -130,17 +131,10 @@ fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[0]
 }
 
-/// Where a transposed block goes: row `k` begins at `k * stride`.
+/// Where a transposed block goes: column `i` begins at `i * stride`.
 pub(crate) struct Columns<'a> {
     pub(crate) data: &'a mut [f32],
     pub(crate) stride: usize,
-}
-
-impl Columns<'_> {
-    #[inline(always)]
-    pub(crate) fn row(&mut self, k: usize) -> &mut [f32; LANES] {
-        self.data[k * self.stride..].first_chunk_mut().expect("room for a row")
-    }
 }
 
 /// Work that is the same for every instruction set.

@@ -15,13 +15,13 @@ use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
 use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, pack_kn, pack_nk};
-use crate::simd::{narrow, silu_mul, widen, with_scratch};
+use crate::simd::{narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
 /// The most rows of a tile: a block of k of them stays in the second-level cache.
 const ROW_BLOCK: usize = 256;
 /// Columns of a tile.
-const COL_BLOCK: usize = 128;
+const COL_BLOCK: usize = 256;
 
 /// One product per weight argument, stored as it is, or two, stored as `silu(first) * second`.
 pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
@@ -49,12 +49,27 @@ struct Weights<'a, W> {
     order: WeightOrder,
 }
 
+/// Some columns of the output, and some of the k that are summed over.
+struct Panel {
+    cols: Range<usize>,
+    k: Range<usize>,
+}
+
 impl<W: Float> Weights<'_, W> {
-    /// The weights of some columns of the output at some k, as a panel `[k, NR]`. Columns beyond `cols` keep what was there.
-    fn pack(&self, cols: Range<usize>, k: Range<usize>, panel: &mut [f32]) {
+    /// Writes a panel as `[k, NR]`. Columns beyond `at.cols` keep what was there.
+    fn pack(&self, at: &Panel, panel: &mut [f32]) {
         match self.order {
-            WeightOrder::Nk => pack_nk(cols.len(), |col| &self.of_expert.row(cols.start + col)[k.clone()], panel),
-            WeightOrder::Kn => pack_kn(k.len(), |step| &self.of_expert.row(k.start + step)[cols.clone()], panel),
+            WeightOrder::Nk => pack_nk(at.cols.len(), |col| &self.of_expert.row(at.cols.start + col)[at.k.clone()], panel),
+            WeightOrder::Kn => pack_kn(at.k.len(), |step| &self.of_expert.row(at.k.start + step)[at.cols.clone()], panel),
+        }
+    }
+
+    /// Asks for the i-th of n parts of a panel's weights.
+    fn prefetch(&self, at: &Panel, i: usize, n: usize) {
+        let part = |all: &Range<usize>| all.start + all.len() * i / n..all.start + all.len() * (i + 1) / n;
+        match self.order {
+            WeightOrder::Nk => part(&at.cols).for_each(|col| prefetch(&self.of_expert.row(col)[at.k.clone()])),
+            WeightOrder::Kn => part(&at.k).for_each(|k| prefetch(&self.of_expert.row(k)[at.cols.clone()])),
         }
     }
 }
@@ -65,24 +80,37 @@ fn compute_tile<A: Float, W: Float, O: Float, const P: usize>(
     weights: [Weights<'_, W>; P],
     mut tile: TileMut<'_, O>,
 ) {
-    let (num_rows, num_cols) = (tile.rows.len(), tile.cols.len());
+    let (num_rows, num_cols, num_k) = (tile.rows.len(), tile.cols.len(), x.cols());
     let sum_stride = round_up(num_cols, NR);
     let (a_len, sums_len) = (num_rows * A_STRIDE, num_rows * sum_stride);
+    // Panels are taken block of k by block of k; within one, product by product, and column by column.
+    let panels_per_product = num_cols.div_ceil(NR);
+    let tile_cols = tile.cols.clone();
+    let panel_at = |i: usize| {
+        let (k, col) = (i / (P * panels_per_product) * KC, i % panels_per_product * NR);
+        let cols = tile_cols.start + col..tile_cols.end.min(tile_cols.start + col + NR);
+        (i / panels_per_product % P, col, Panel { cols, k: k..num_k.min(k + KC) })
+    };
+    let num_panels = num_k.div_ceil(KC) * P * panels_per_product;
     with_scratch(a_len + KC * NR + P * sums_len, |scratch| {
         let (a, scratch) = scratch.split_at_mut(a_len);
         let (panel, sums) = scratch.split_at_mut(KC * NR);
         sums.fill(0.0);
-        for k in (0..x.cols()).step_by(KC).map(|k| k..x.cols().min(k + KC)) {
-            for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(tile.rows.clone()) {
-                widen(&mut a[..k.len()], &x.row(rows.input_row(row))[k.clone()]);
-            }
-            for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(sums_len)) {
-                for col in (0..num_cols).step_by(NR) {
-                    let cols = tile.cols.start + col..tile.cols.end.min(tile.cols.start + col + NR);
-                    weights.pack(cols, k.clone(), panel);
-                    add_product(a, &panel[..k.len() * NR], &mut sums[col..], sum_stride);
+        for i in 0..num_panels {
+            let (product, col, at) = panel_at(i);
+            if i % (P * panels_per_product) == 0 {
+                for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(tile.rows.clone()) {
+                    widen(&mut a[..at.k.len()], &x.row(rows.input_row(row))[at.k.clone()]);
                 }
             }
+            weights[product].pack(&at, panel);
+            let ahead = |part: usize, parts: usize| {
+                if i + 1 < num_panels {
+                    let (product, _, next) = panel_at(i + 1);
+                    weights[product].prefetch(&next, part, parts);
+                }
+            };
+            add_product(a, &panel[..at.k.len() * NR], &mut sums[product * sums_len + col..], sum_stride, ahead);
         }
         let (sums, up) = sums.split_at_mut(sums_len);
         for row in 0..num_rows {
