@@ -15,26 +15,30 @@ pub(crate) const NR: usize = 32;
 pub(crate) const A_STRIDE: usize = KC + 16;
 
 /// Packs weights that lie as one row per column: `panel[k, j] = row(j)[k]` for `j < cols`. What other columns hold is
-/// unspecified.
-pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
+/// unspecified. With `stream`, the weights that follow in the same rows are asked for meanwhile.
+pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32], stream: bool) {
     assert!(0 < cols && cols <= NR);
-    super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel });
+    super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel, stream });
 }
 
 struct PackNk<'a, 'p, W> {
     rows: [&'a [W]; NR],
     panel: &'p mut [f32],
+    stream: bool,
 }
 
 impl<W: Float> Kernel for PackNk<'_, '_, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let PackNk { rows, panel } = self;
+        let PackNk { rows, panel, stream } = self;
         let (len, block) = (rows[0].len(), 64 / size_of::<W>());
         assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
         for k in (0..len / block).map(|i| i * block) {
             for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
+                if stream {
+                    rows.iter().for_each(|row| super::slices::prefetch_line(row.as_ptr().wrapping_add(k + KC)));
+                }
                 let columns = Columns { data: &mut panel[k * NR + side * LANES..], stride: NR };
                 // SAFETY: `k + block <= len`, the length of every row.
                 unsafe { simd.transpose(rows, k, columns) }
@@ -98,6 +102,83 @@ impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         simd.add_product(self);
+    }
+}
+
+/// `sums[i, j] += sum_k a[i, k] * row(k)[j]`, the same chains as [`add_product`], on weights where they lie: one row per k.
+///
+/// For few rows, where packing costs more than it saves. `chains` is scratch of the length of `sums`.
+pub(crate) fn add_rows<'a, W: Float>(
+    a: &[f32],
+    steps: usize,
+    row: impl Fn(usize) -> &'a [W],
+    chains: &mut [f32],
+    sums: &mut [f32],
+    sum_stride: usize,
+) {
+    super::run(AddRows { a: a.as_chunks().0, steps, row, chains, sums, sum_stride });
+}
+
+struct AddRows<'s, R> {
+    a: &'s [[f32; A_STRIDE]],
+    steps: usize,
+    row: R,
+    chains: &'s mut [f32],
+    sums: &'s mut [f32],
+    sum_stride: usize,
+}
+
+impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        const STEPS: usize = 4; // k that are added to a chain between its load and its store
+        let AddRows { a, steps, row, chains, sums, sum_stride } = self;
+        chains.fill(0.0);
+        for k in (0..steps / STEPS).map(|i| i * STEPS) {
+            let rows: [&[W]; STEPS] = [row(k), row(k + 1), row(k + 2), row(k + 3)];
+            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
+                let a: &[f32; STEPS] = a[k..].first_chunk().expect("a step");
+                add_steps(simd, a, rows, chain);
+            }
+        }
+        for k in steps / STEPS * STEPS..steps {
+            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
+                add_steps(simd, &[a[k]], [row(k)], chain);
+            }
+        }
+        for (sums, chain) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(chains.as_chunks::<LANES>().0) {
+            simd.store(simd.add(simd.load(sums), simd.load(chain)), sums);
+        }
+    }
+}
+
+/// `chain[j] = a[N - 1] * rows[N - 1][j] + (.. + (a[0] * rows[0][j] + chain[j]))`.
+#[inline(always)]
+fn add_steps<S: Simd, W: Float, const N: usize>(simd: S, a: &[f32; N], rows: [&[W]; N], chain: &mut [f32]) {
+    let mut factors = [simd.splat(0.0); N];
+    for (factor, a) in factors.iter_mut().zip(a) {
+        *factor = simd.splat(*a);
+    }
+    let whole = rows[0].len() / LANES;
+    let mut vectors = [rows[0].as_chunks::<LANES>().0; N];
+    for (vectors, row) in vectors.iter_mut().zip(rows) {
+        *vectors = &row.as_chunks::<LANES>().0[..whole];
+    }
+    let chain = chain.as_chunks_mut::<LANES>().0;
+    for (j, chain) in chain[..whole].iter_mut().enumerate() {
+        let mut sum = simd.load(chain);
+        for i in 0..N {
+            sum = simd.mul_add(factors[i], simd.load(&vectors[i][j]), sum);
+        }
+        simd.store(sum, chain);
+    }
+    if whole * LANES < rows[0].len() {
+        let mut sum = simd.load(&chain[whole]);
+        for i in 0..N {
+            sum = simd.mul_add(factors[i], simd.load_part(&rows[i][whole * LANES..]), sum);
+        }
+        simd.store(sum, &mut chain[whole]);
     }
 }
 

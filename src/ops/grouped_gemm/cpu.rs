@@ -14,14 +14,20 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, pack_kn, pack_nk};
+use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, add_rows, pack_kn, pack_nk};
 use crate::simd::{narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
 /// The most rows of a tile: a block of k of them stays in the second-level cache.
 const ROW_BLOCK: usize = 256;
-/// Columns of a tile.
-const COL_BLOCK: usize = 256;
+/// The most columns of a tile.
+const COL_BLOCK: usize = 512;
+/// The same where experts have few rows.
+const COL_BLOCK_FEW: usize = 4096;
+/// Up to this many rows of a tile the weights are what takes time: they are read in the order in which they lie.
+const FEW_ROWS: usize = 8;
+/// Tiles that every thread should get, so that none waits long for the last.
+const TILES_PER_THREAD: usize = 4;
 
 /// One product per weight argument, stored as it is, or two, stored as `silu(first) * second`.
 pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
@@ -32,9 +38,14 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
     const { assert!(P == 1 || P == 2) };
-    let (x, cols) = (x.host(), y.cols());
+    let (x, cols, y_rows) = (x.host(), y.cols(), y.rows());
     rows.with_offsets(|offsets| {
-        let tiling = Tiling::new(offsets, cols, ROW_BLOCK, COL_BLOCK);
+        // The cut shows in no bit, so it may follow from what there is to share.
+        let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        let cuts = (TILES_PER_THREAD * stream.workers().threads()).div_ceil(groups.max(1));
+        let most = if y_rows <= FEW_ROWS * groups { COL_BLOCK_FEW } else { COL_BLOCK };
+        let col_block = round_up(cols.div_ceil(cuts), NR).clamp(2 * NR, most);
+        let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block);
         y.host().for_each_tile(stream, &tiling, |tile| {
             let weights = weights.map(|w| Weights { of_expert: w.expert(tile.group).host(), order: w.order() });
             compute_tile(x, &rows, weights, tile);
@@ -57,9 +68,9 @@ struct Panel {
 
 impl<W: Float> Weights<'_, W> {
     /// Writes a panel as `[k, NR]`. Columns beyond `at.cols` keep what was there.
-    fn pack(&self, at: &Panel, panel: &mut [f32]) {
+    fn pack(&self, at: &Panel, panel: &mut [f32], stream: bool) {
         match self.order {
-            WeightOrder::Nk => pack_nk(at.cols.len(), |col| &self.of_expert.row(at.cols.start + col)[at.k.clone()], panel),
+            WeightOrder::Nk => pack_nk(at.cols.len(), |col| &self.of_expert.row(at.cols.start + col)[at.k.clone()], panel, stream),
             WeightOrder::Kn => pack_kn(at.k.len(), |step| &self.of_expert.row(at.k.start + step)[at.cols.clone()], panel),
         }
     }
@@ -81,36 +92,60 @@ fn compute_tile<A: Float, W: Float, O: Float, const P: usize>(
     mut tile: TileMut<'_, O>,
 ) {
     let (num_rows, num_cols, num_k) = (tile.rows.len(), tile.cols.len(), x.cols());
+    let few = num_rows <= FEW_ROWS;
     let sum_stride = round_up(num_cols, NR);
-    let (a_len, sums_len) = (num_rows * A_STRIDE, num_rows * sum_stride);
-    // Panels are taken block of k by block of k; within one, product by product, and column by column.
-    let panels_per_product = num_cols.div_ceil(NR);
-    let tile_cols = tile.cols.clone();
-    let panel_at = |i: usize| {
-        let (k, col) = (i / (P * panels_per_product) * KC, i % panels_per_product * NR);
-        let cols = tile_cols.start + col..tile_cols.end.min(tile_cols.start + col + NR);
-        (i / panels_per_product % P, col, Panel { cols, k: k..num_k.min(k + KC) })
+    let (blocks, panels) = (num_k.div_ceil(KC), num_cols.div_ceil(NR));
+    let block_len = num_rows * A_STRIDE;
+    let (a_len, sums_len) = (if few { blocks * block_len } else { block_len }, num_rows * sum_stride);
+    let k_of = |block: usize| block * KC..num_k.min((block + 1) * KC);
+    let (tile_rows, tile_cols) = (tile.rows.clone(), tile.cols.clone());
+    let widen_block = |a: &mut [f32], block: usize| {
+        for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(tile_rows.clone()) {
+            widen(&mut a[..k_of(block).len()], &x.row(rows.input_row(row))[k_of(block)]);
+        }
     };
-    let num_panels = num_k.div_ceil(KC) * P * panels_per_product;
-    with_scratch(a_len + KC * NR + P * sums_len, |scratch| {
+    // Many rows: block of k by block of k, product by product, panel by panel, so that widened rows and packed weights stay in
+    // cache. Few rows: panel by panel along all k, so that weights are read as they lie, row after row.
+    let order =
+        |i: usize| if few { (i % blocks, i / blocks / panels, i / blocks % panels) } else { (i / panels / P, i / panels % P, i % panels) };
+    let panel_at = |i: usize| {
+        let (block, product, panel) = order(i);
+        let first = tile_cols.start + panel * NR;
+        (block, product, panel * NR, Panel { cols: first..tile_cols.end.min(first + NR), k: k_of(block) })
+    };
+    let num_panels = blocks * P * panels;
+    with_scratch(a_len + KC * NR + (P + 1) * sums_len, |scratch| {
         let (a, scratch) = scratch.split_at_mut(a_len);
         let (panel, sums) = scratch.split_at_mut(KC * NR);
+        let (sums, chains) = sums.split_at_mut(P * sums_len);
         sums.fill(0.0);
-        for i in 0..num_panels {
-            let (product, col, at) = panel_at(i);
-            if i % (P * panels_per_product) == 0 {
-                for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(tile.rows.clone()) {
-                    widen(&mut a[..at.k.len()], &x.row(rows.input_row(row))[at.k.clone()]);
+        if few {
+            a.chunks_exact_mut(block_len).enumerate().for_each(|(block, a)| widen_block(a, block));
+        }
+        if few && weights[0].order == WeightOrder::Kn {
+            for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(sums_len)) {
+                for (block, a) in a.chunks_exact(block_len).enumerate() {
+                    let k = k_of(block);
+                    let row = |step: usize| &weights.of_expert.row(k.start + step)[tile_cols.clone()];
+                    add_rows(a, k.len(), row, chains, sums, sum_stride);
                 }
             }
-            weights[product].pack(&at, panel);
-            let ahead = |part: usize, parts: usize| {
-                if i + 1 < num_panels {
-                    let (product, _, next) = panel_at(i + 1);
-                    weights[product].prefetch(&next, part, parts);
+        } else {
+            for i in 0..num_panels {
+                let (block, product, col, at) = panel_at(i);
+                if !few && i % (P * panels) == 0 {
+                    widen_block(a, block);
                 }
-            };
-            add_product(a, &panel[..at.k.len() * NR], &mut sums[product * sums_len + col..], sum_stride, ahead);
+                let a = if few { &a[block * block_len..(block + 1) * block_len] } else { &a[..] };
+                weights[product].pack(&at, panel, few);
+                let ahead = |part: usize, parts: usize| {
+                    if !few && i + 1 < num_panels {
+                        let (_, product, _, next) = panel_at(i + 1);
+                        weights[product].prefetch(&next, part, parts);
+                    }
+                };
+                add_product(a, &panel[..at.k.len() * NR], &mut sums[product * sums_len + col..], sum_stride, ahead);
+            }
         }
         let (sums, up) = sums.split_at_mut(sums_len);
         for row in 0..num_rows {
