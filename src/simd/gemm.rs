@@ -15,30 +15,26 @@ pub(crate) const NR: usize = 32;
 pub(crate) const A_STRIDE: usize = KC + 16;
 
 /// Packs weights that lie as one row per column: `panel[k, j] = row(j)[k]` for `j < cols`. What other columns hold is
-/// unspecified. With `stream`, the weights that follow in the same rows are asked for meanwhile.
-pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32], stream: bool) {
+/// unspecified.
+pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [f32]) {
     assert!(0 < cols && cols <= NR);
-    super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel, stream });
+    super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel });
 }
 
 struct PackNk<'a, 'p, W> {
     rows: [&'a [W]; NR],
     panel: &'p mut [f32],
-    stream: bool,
 }
 
 impl<W: Float> Kernel for PackNk<'_, '_, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let PackNk { rows, panel, stream } = self;
+        let PackNk { rows, panel } = self;
         let (len, block) = (rows[0].len(), 64 / size_of::<W>());
         assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
         for k in (0..len / block).map(|i| i * block) {
             for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-                if stream {
-                    rows.iter().for_each(|row| super::slices::prefetch_line(row.as_ptr().wrapping_add(k + KC)));
-                }
                 let columns = Columns { data: &mut panel[k * NR + side * LANES..], stride: NR };
                 // SAFETY: `k + block <= len`, the length of every row.
                 unsafe { simd.transpose(rows, k, columns) }
@@ -179,6 +175,97 @@ fn add_steps<S: Simd, W: Float, const N: usize>(simd: S, a: &[f32; N], rows: [&[
             sum = simd.mul_add(factors[i], simd.load_part(&rows[i][whole * LANES..]), sum);
         }
         simd.store(sum, &mut chain[whole]);
+    }
+}
+
+/// `sums[i, j] = sum_k x[i, k] * row(j)[k]` for `j < cols`, on weights where they lie: one row per column.
+///
+/// For few rows, where reading the weights is what takes time: they are read once, [`DOT_COLS`] rows side by side. Each sum is
+/// a chain of vectors along k, whose lanes are added at the end. Rows of `x` are `x_stride` apart.
+pub(crate) fn dots<'a, W: Float>(
+    x: &[f32],
+    x_stride: usize,
+    cols: usize,
+    row: impl Fn(usize) -> &'a [W],
+    sums: &mut [f32],
+    sum_stride: usize,
+) {
+    super::run(Dots { x, x_stride, cols, row, sums, sum_stride });
+}
+
+/// Rows of weights that are read side by side.
+const DOT_COLS: usize = 4;
+
+struct Dots<'s, R> {
+    x: &'s [f32],
+    x_stride: usize,
+    cols: usize,
+    row: R,
+    sums: &'s mut [f32],
+    sum_stride: usize,
+}
+
+impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Dots { x, x_stride, cols, row, sums, sum_stride } = self;
+        for col in (0..cols).step_by(DOT_COLS) {
+            // Beyond the last column its weights again, not stored.
+            let in_range = DOT_COLS.min(cols - col);
+            let mut w = [row(col); DOT_COLS];
+            for (i, w) in w.iter_mut().enumerate().take(in_range).skip(1) {
+                *w = row(col + i);
+            }
+            let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_exact_mut(sum_stride));
+            if S::DOT_ROWS >= 4 {
+                while rows.len() >= 4 {
+                    let four = std::array::from_fn(|_| rows.next().expect("four rows"));
+                    dot_tile::<S, W, 4>(simd, four, w, col, in_range);
+                }
+            }
+            for one in rows {
+                dot_tile::<S, W, 1>(simd, [one], w, col, in_range);
+            }
+        }
+    }
+}
+
+/// `M` rows of the input times [`DOT_COLS`] rows of weights.
+#[inline(always)]
+fn dot_tile<S: Simd, W: Float, const M: usize>(simd: S, rows: [(&[f32], &mut [f32]); M], w: [&[W]; DOT_COLS], col: usize, in_range: usize) {
+    let vectors = w[0].len() / LANES;
+    let mut chains = [[simd.splat(0.0); DOT_COLS]; M];
+    let mut x = [rows[0].0.as_chunks::<LANES>().0; M];
+    for (x, row) in x.iter_mut().zip(&rows) {
+        *x = &row.0.as_chunks::<LANES>().0[..vectors];
+    }
+    let mut w_vectors = [w[0].as_chunks::<LANES>().0; DOT_COLS];
+    for (vectors_of, w) in w_vectors.iter_mut().zip(w) {
+        *vectors_of = &w.as_chunks::<LANES>().0[..vectors];
+    }
+    for k in 0..vectors {
+        let mut weights = [simd.splat(0.0); DOT_COLS];
+        for (weights, w) in weights.iter_mut().zip(w_vectors) {
+            *weights = simd.load(&w[k]);
+        }
+        for (chains, x) in chains.iter_mut().zip(x) {
+            let x = simd.load(&x[k]);
+            for (chain, weights) in chains.iter_mut().zip(weights) {
+                *chain = simd.mul_add(x, weights, *chain);
+            }
+        }
+    }
+    let rest = vectors * LANES..w[0].len();
+    for (chains, (x, sums)) in chains.into_iter().zip(rows) {
+        for (i, (chain, w)) in chains.into_iter().zip(w).enumerate().take(in_range) {
+            let last = if rest.is_empty() {
+                chain
+            } else {
+                simd.mul_add(simd.load_part(&x[rest.clone()]), simd.load_part(&w[rest.clone()]), chain)
+            };
+            sums[col + i] = simd.sum(last);
+        }
     }
 }
 

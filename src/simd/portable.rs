@@ -17,6 +17,7 @@ fn each(f: impl Fn(usize) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
+    const DOT_ROWS: usize = 1;
 
     #[inline(always)]
     fn splat(self, value: f32) -> V {

@@ -35,6 +35,7 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     type V = __m512;
+    const DOT_ROWS: usize = 4;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
