@@ -4,6 +4,7 @@
 //! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
+use super::slices::{prefetch, prefetch_line};
 use super::vector::{Columns, Kernel, LANES, Simd};
 use crate::dtype::Float;
 
@@ -21,9 +22,9 @@ pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W],
     super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel });
 }
 
-struct PackNk<'a, 'p, W> {
-    rows: [&'a [W]; NR],
-    panel: &'p mut [f32],
+pub(super) struct PackNk<'a, 'p, W> {
+    pub(super) rows: [&'a [W]; NR],
+    pub(super) panel: &'p mut [f32],
 }
 
 impl<W: Float> Kernel for PackNk<'_, '_, W> {
@@ -51,10 +52,10 @@ pub(crate) fn pack_kn<'a, W: Float>(steps: usize, row: impl Fn(usize) -> &'a [W]
     super::run(PackKn { steps, row, panel });
 }
 
-struct PackKn<'p, R> {
-    steps: usize,
-    row: R,
-    panel: &'p mut [f32],
+pub(super) struct PackKn<'p, R> {
+    pub(super) steps: usize,
+    pub(super) row: R,
+    pub(super) panel: &'p mut [f32],
 }
 
 impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
@@ -115,13 +116,13 @@ pub(crate) fn add_rows<'a, W: Float>(
     super::run(AddRows { a: a.as_chunks().0, steps, row, chains, sums, sum_stride });
 }
 
-struct AddRows<'s, R> {
-    a: &'s [[f32; A_STRIDE]],
-    steps: usize,
-    row: R,
-    chains: &'s mut [f32],
-    sums: &'s mut [f32],
-    sum_stride: usize,
+pub(super) struct AddRows<'s, R> {
+    pub(super) a: &'s [[f32; A_STRIDE]],
+    pub(super) steps: usize,
+    pub(super) row: R,
+    pub(super) chains: &'s mut [f32],
+    pub(super) sums: &'s mut [f32],
+    pub(super) sum_stride: usize,
 }
 
 impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
@@ -133,6 +134,10 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
         chains.fill(0.0);
         for k in (0..steps / STEPS).map(|i| i * STEPS) {
             let rows: [&[W]; STEPS] = [row(k), row(k + 1), row(k + 2), row(k + 3)];
+            // The rows of the step after the next.
+            for i in 0..STEPS {
+                prefetch(row((k + 2 * STEPS + i).min(steps - 1)));
+            }
             for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
                 let a: &[f32; STEPS] = a[k..].first_chunk().expect("a step");
                 add_steps(simd, a, rows, chain);
@@ -196,13 +201,13 @@ pub(crate) fn dots<'a, W: Float>(
 /// Rows of weights that are read side by side.
 const DOT_COLS: usize = 4;
 
-struct Dots<'s, R> {
-    x: &'s [f32],
-    x_stride: usize,
-    cols: usize,
-    row: R,
-    sums: &'s mut [f32],
-    sum_stride: usize,
+pub(super) struct Dots<'s, R> {
+    pub(super) x: &'s [f32],
+    pub(super) x_stride: usize,
+    pub(super) cols: usize,
+    pub(super) row: R,
+    pub(super) sums: &'s mut [f32],
+    pub(super) sum_stride: usize,
 }
 
 impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
@@ -247,6 +252,8 @@ fn dot_tile<S: Simd, W: Float, const M: usize>(simd: S, rows: [(&[f32], &mut [f3
     for k in 0..vectors {
         let mut weights = [simd.splat(0.0); DOT_COLS];
         for (weights, w) in weights.iter_mut().zip(w_vectors) {
+            // What lies behind these rows comes next; where rows are short, no hardware would have guessed it.
+            prefetch_line(w[k].as_ptr().wrapping_add(DOT_COLS * vectors * LANES));
             *weights = simd.load(&w[k]);
         }
         for (chains, x) in chains.iter_mut().zip(x) {

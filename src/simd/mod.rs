@@ -77,3 +77,6 @@ pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     LEVEL.get_or_init(|| Level::choose(std::env::var("DROPLESS_SIMD").ok().as_deref())).run(kernel)
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,8 +12,8 @@
 //! }
 //! ```
 //!
-//! `super::run(Sum(..))` then picks the token. Since every set computes with sixteen lanes and fused multiply-adds, they all
-//! give the same bits, the portable one included where the compiler's target has a fused multiply-add.
+//! `super::run(Sum(..))` then picks the token. Since every set computes in sixteen lanes and with fused multiply-adds, they all
+//! give the same bits, but for the portable one where the compiler's target lacks a fused multiply-add.
 //! Everything on the way from `run` to an instruction must be `#[inline(always)]`, lest it be compiled without the set.
 
 use crate::dtype::Float;
@@ -50,7 +50,7 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`, which is `b` where either is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The nearest integers, ties to even.
+    /// The nearest integers, ties to even; of zeros the sign is unspecified. For `|a| < 2^22`.
     fn round(self, a: Self::V) -> Self::V;
     /// `2^a` for integers in `-126..=127`.
     fn pow2(self, a: Self::V) -> Self::V;

@@ -205,8 +205,9 @@ unsafe fn transpose_block<T: Float>(rows: &[&[T]; 8], k: usize, to: *mut f32, st
         quads[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
         quads[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
     }
-    for c in 0..4 {
-        column(c, _mm256_permute2f128_ps::<0x20>(quads[0][c], quads[1][c]));
-        column(4 + c, _mm256_permute2f128_ps::<0x31>(quads[0][c], quads[1][c]));
+    let [upper, lower] = quads;
+    for (c, (upper, lower)) in upper.into_iter().zip(lower).enumerate() {
+        column(c, _mm256_permute2f128_ps::<0x20>(upper, lower));
+        column(4 + c, _mm256_permute2f128_ps::<0x31>(upper, lower));
     }
 }
