@@ -17,14 +17,16 @@ fn case<T: Float + Bits>(c: &mut Criterion, rows: usize, d_ffn: usize) {
     let [gate_view, up_view] = [&gate, &up].map(|data| Rows::from_slice(data, rows, d_ffn).unwrap());
     let mut run = || glu(&stream, gate_view, up_view, &mut RowsMut::from_slice(&mut y, rows, d_ffn).unwrap()).unwrap();
     run();
+    let want = oracle::glu(&to_f64(&gate), &to_f64(&up));
+    within(&y, &want, d_ffn, |i| (rounding::<T>() + 6.0 * 2f64.powi(-24)) * want[i].abs() + 1e-37);
+
     let elements = (rows * d_ffn) as u64;
     let cost = Cost { flop: 4 * elements, bytes: 3 * elements * size_of::<T>() as u64 };
     let mut group = c.benchmark_group(format!("glu/{}", T::DTYPE.name()));
     group.throughput(Throughput::Bytes(cost.bytes));
+    let mut run = || glu(&stream, gate_view, up_view, &mut RowsMut::from_slice(&mut y, rows, d_ffn).unwrap()).unwrap();
     group.bench_function(cost.label(format!("{rows}x{d_ffn}")), |b| b.iter(&mut run));
     group.finish();
-    let want = oracle::glu(&to_f64(&gate), &to_f64(&up));
-    within(&y, &want, d_ffn, |i| (rounding::<T>() + 6.0 * 2f64.powi(-24)) * want[i].abs() + 1e-37);
 }
 
 fn benches(c: &mut Criterion) {

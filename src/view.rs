@@ -46,18 +46,19 @@ unsafe impl<T: Element> Send for RowsMut<'_, T> {}
 // SAFETY: a shared reference to it allows reading only.
 unsafe impl<T: Element> Sync for RowsMut<'_, T> {}
 
-/// Elements from the first of the first row to the last of the last row.
-fn span(rows: usize, cols: usize, stride: usize) -> Result<usize, Error> {
+/// Elements from the first of the first row to the last of the last row. Sizes are bounded where there are no elements, too: no row
+/// of any view begins beyond the address space.
+fn span<T>(rows: usize, cols: usize, stride: usize) -> Result<usize, Error> {
     if rows > 1 && stride < cols {
         return Err(Error::Layout { op: Op::View, arg: "stride", need: "at least `cols` elements", got: stride });
     }
-    checked_bytes(Op::View, "elements", &[rows, stride.max(cols)], 1)?;
+    checked_bytes(Op::View, "bytes", &[rows.max(1), stride.max(cols).max(1)], size_of::<T>())?;
     Ok(if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols })
 }
 
 /// `span`, which must fit in `len` elements.
-fn check_span(len: usize, rows: usize, cols: usize, stride: usize) -> Result<(), Error> {
-    let need = span(rows, cols, stride)?;
+fn check_span<T>(len: usize, rows: usize, cols: usize, stride: usize) -> Result<(), Error> {
+    let need = span::<T>(rows, cols, stride)?;
     if need <= len { Ok(()) } else { Err(Error::Capacity { op: Op::View, what: "elements", need, have: len }) }
 }
 
@@ -75,9 +76,10 @@ impl<'a, T: Element> Rows<'a, T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Layout`] if `stride < cols`; [`Error::Capacity`] if the slice is too short.
+    /// [`Error::Layout`] if `stride < cols`; [`Error::Capacity`] if the slice is too short; [`Error::TooLarge`] for sizes beyond
+    /// the address space, of an empty matrix too.
     pub fn from_slice_strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        check_span(data.len(), rows, cols, stride)?;
+        check_span::<T>(data.len(), rows, cols, stride)?;
         Ok(Rows { first: data.as_ptr(), rows, cols, stride, place: Place::Host, mark: None, _borrow: PhantomData })
     }
 
@@ -106,8 +108,8 @@ impl<'a, T: Element> Rows<'a, T> {
     ///
     /// [`Error::Layout`] if `stride < cols`; [`Error::TooLarge`] beyond the address space.
     pub unsafe fn from_raw(place: Place, address: u64, rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        span(rows, cols, stride)?;
-        let first = std::ptr::with_exposed_provenance(address as usize);
+        let nothing = span::<T>(rows, cols, stride)? == 0 && place == Place::Host; // may lie at null, which no slice may
+        let first = if nothing { std::ptr::dangling() } else { std::ptr::with_exposed_provenance(address as usize) };
         Ok(Rows { first, rows, cols, stride, place, mark: None, _borrow: PhantomData })
     }
 
@@ -143,8 +145,7 @@ impl<'a, T: Element> Rows<'a, T> {
     /// [`Error::Index`] if the range ends behind the last row.
     pub fn row_range(&self, range: Range<usize>) -> Result<Rows<'a, T>, Error> {
         check_range("row_range", &range, self.rows)?;
-        // SAFETY: within the matrix, or one past its end where the range is empty; never dereferenced then.
-        let first = if range.is_empty() { self.first } else { unsafe { self.first.add(range.start * self.stride) } };
+        let first = if range.is_empty() { self.first } else { self.first.wrapping_add(range.start * self.stride) };
         Ok(Rows { first, rows: range.len(), ..*self })
     }
 
@@ -155,8 +156,7 @@ impl<'a, T: Element> Rows<'a, T> {
     /// [`Error::Index`] if the range ends behind the last column.
     pub fn col_range(&self, range: Range<usize>) -> Result<Rows<'a, T>, Error> {
         check_range("col_range", &range, self.cols)?;
-        // SAFETY: within the first row where there is one.
-        let first = if self.rows == 0 || range.is_empty() { self.first } else { unsafe { self.first.add(range.start) } };
+        let first = if self.rows == 0 || range.is_empty() { self.first } else { self.first.wrapping_add(range.start) };
         Ok(Rows { first, cols: range.len(), ..*self })
     }
 
@@ -198,9 +198,10 @@ impl<'a, T: Element> RowsMut<'a, T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Layout`] if `stride < cols`; [`Error::Capacity`] if the slice is too short.
+    /// [`Error::Layout`] if `stride < cols`; [`Error::Capacity`] if the slice is too short; [`Error::TooLarge`] for sizes beyond
+    /// the address space, of an empty matrix too.
     pub fn from_slice_strided(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        check_span(data.len(), rows, cols, stride)?;
+        check_span::<T>(data.len(), rows, cols, stride)?;
         Ok(RowsMut { first: data.as_mut_ptr(), rows, cols, stride, place: Place::Host, mark: None, _borrow: PhantomData })
     }
 
@@ -216,8 +217,8 @@ impl<'a, T: Element> RowsMut<'a, T> {
     ///
     /// [`Error::Layout`] if `stride < cols`; [`Error::TooLarge`] beyond the address space.
     pub unsafe fn from_raw(place: Place, address: u64, rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        span(rows, cols, stride)?;
-        let first = std::ptr::with_exposed_provenance_mut(address as usize);
+        let nothing = span::<T>(rows, cols, stride)? == 0 && place == Place::Host; // may lie at null, which no slice may
+        let first = if nothing { std::ptr::dangling_mut() } else { std::ptr::with_exposed_provenance_mut(address as usize) };
         Ok(RowsMut { first, rows, cols, stride, place, mark: None, _borrow: PhantomData })
     }
 
@@ -265,8 +266,7 @@ impl<'a, T: Element> RowsMut<'a, T> {
     /// [`Error::Index`] if the range ends behind the last row.
     pub fn row_range(self, range: Range<usize>) -> Result<RowsMut<'a, T>, Error> {
         check_range("row_range", &range, self.rows)?;
-        // SAFETY: within the matrix; an empty range moves nowhere.
-        let first = if range.is_empty() { self.first } else { unsafe { self.first.add(range.start * self.stride) } };
+        let first = if range.is_empty() { self.first } else { self.first.wrapping_add(range.start * self.stride) };
         Ok(RowsMut { first, rows: range.len(), ..self })
     }
 
@@ -277,8 +277,7 @@ impl<'a, T: Element> RowsMut<'a, T> {
     /// [`Error::Index`] if the range ends behind the last column.
     pub fn col_range(self, range: Range<usize>) -> Result<RowsMut<'a, T>, Error> {
         check_range("col_range", &range, self.cols)?;
-        // SAFETY: within the first row where there is one.
-        let first = if self.rows == 0 || range.is_empty() { self.first } else { unsafe { self.first.add(range.start) } };
+        let first = if self.rows == 0 || range.is_empty() { self.first } else { self.first.wrapping_add(range.start) };
         Ok(RowsMut { first, cols: range.len(), ..self })
     }
 
@@ -313,7 +312,7 @@ impl<T: Element> Buffer<T> {
     ///
     /// [`Error::Capacity`] if the buffer has fewer.
     pub fn rows(&self, rows: usize, cols: usize) -> Result<Rows<'_, T>, Error> {
-        check_span(self.len(), rows, cols, cols)?;
+        check_span::<T>(self.len(), rows, cols, cols)?;
         let (first, place, mark) = (self.address().cast_const(), self.place(), Some(self.mark()));
         Ok(Rows { first, rows, cols, stride: cols, place, mark, _borrow: PhantomData })
     }
@@ -324,7 +323,7 @@ impl<T: Element> Buffer<T> {
     ///
     /// [`Error::Capacity`] if the buffer has fewer.
     pub fn rows_mut(&mut self, rows: usize, cols: usize) -> Result<RowsMut<'_, T>, Error> {
-        check_span(self.len(), rows, cols, cols)?;
+        check_span::<T>(self.len(), rows, cols, cols)?;
         let (first, place, mark) = (self.address(), self.place(), Some(self.mark()));
         Ok(RowsMut { first, rows, cols, stride: cols, place, mark, _borrow: PhantomData })
     }
@@ -382,8 +381,8 @@ impl<'a, T: Element> HostRows<'a, T> {
 
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
         assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
-        // SAFETY: the row lies within the span that the constructor checked or was promised.
-        unsafe { std::slice::from_raw_parts(self.0.first.add(row * self.0.stride), self.0.cols) }
+        // SAFETY: the row lies within the span that the constructor checked or was promised; one without columns may begin anywhere.
+        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(row * self.0.stride), self.0.cols) }
     }
 }
 
@@ -393,10 +392,6 @@ pub(crate) struct HostRowsMut<'a, T>(RowsMut<'a, T>);
 impl<'a, T: Element> HostRowsMut<'a, T> {
     pub(crate) fn rows(&self) -> usize {
         self.0.rows
-    }
-
-    pub(crate) fn cols(&self) -> usize {
-        self.0.cols
     }
 
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [T] {
@@ -411,7 +406,7 @@ impl<'a, T: Element> HostRowsMut<'a, T> {
     /// The range lies in the matrix, and no other slice of these elements is alive.
     unsafe fn row_unchecked(&self, row: usize, cols: Range<usize>) -> &'a mut [T] {
         // SAFETY: the caller's duty; the span was checked or promised at construction.
-        unsafe { std::slice::from_raw_parts_mut(self.0.first.add(row * self.0.stride + cols.start), cols.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(row * self.0.stride + cols.start), cols.len()) }
     }
 
     /// Calls `f` once for every tile of `tiling`, on whatever threads are free.
@@ -439,7 +434,7 @@ pub(crate) trait RowOutputs: Sync {
 impl<'a, T: Element> RowOutputs for HostRowsMut<'a, T> {
     type Row = &'a mut [T];
     fn num_rows(&self) -> usize {
-        self.0.rows
+        if self.0.cols == 0 { 0 } else { self.0.rows } // of nothing there may be more rows than one can count
     }
     unsafe fn row(&self, row: usize) -> &'a mut [T] {
         // SAFETY: the caller's duty.
@@ -570,6 +565,35 @@ mod tests {
         let view = Rows::from_slice(&data, 2, 5).unwrap();
         assert!(view.row_range(1..3).is_err());
         assert_eq!(view.row_range(2..2).unwrap().rows(), 0);
+    }
+
+    #[test]
+    fn views_of_nothing_stay_within_the_address_space() {
+        let (none, stream) = ([0.0f32; 0], Device::cpu().stream().unwrap());
+        assert!(matches!(Rows::from_slice(&none, usize::MAX, 0), Err(Error::TooLarge { .. })));
+        assert!(matches!(Rows::from_slice(&none, 0, usize::MAX), Err(Error::TooLarge { .. })));
+        assert!(matches!(Rows::from_slice_strided(&none, 1 << 31, 0, 1 << 31), Err(Error::TooLarge { .. })));
+        assert!(matches!(Rows::from_slice_strided(&[0.0f32], 1, 1, 1 << 62), Err(Error::TooLarge { .. })));
+        let view = Rows::from_slice_strided(&none, 5, 0, 1 << 20).unwrap();
+        assert!(view.host().row(4).is_empty());
+        assert_eq!(view.row_range(3..5).unwrap().as_slice(), None);
+        assert!(view.row_range(4..5).unwrap().as_slice().unwrap().is_empty());
+        // As many rows of nothing as there are: visited, they would take years.
+        let all = isize::MAX as usize / size_of::<f32>();
+        let mut view = RowsMut::from_slice(&mut [], all, 0).unwrap();
+        for_each_row(&stream, view.host(), 1, |_, _: &mut [f32]| unreachable!("a row without elements"));
+    }
+
+    #[test]
+    fn an_empty_foreign_matrix_may_lie_at_null() {
+        // SAFETY: no elements.
+        let (x, mut y) = unsafe {
+            let x = Rows::<f32>::from_raw(Place::Host, 0, 3, 0, 0).unwrap();
+            (x, RowsMut::<f32>::from_raw(Place::Host, 0, 0, 3, 3).unwrap())
+        };
+        assert!(x.as_slice().unwrap().is_empty() && x.host().row(2).is_empty());
+        assert!(y.as_rows().as_slice().unwrap().is_empty());
+        assert_eq!(y.host().rows(), 0);
     }
 
     #[test]

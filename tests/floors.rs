@@ -98,3 +98,15 @@ fn unsafe_code_stays_where_it_is_allowed() {
     }
     assert!(sources().iter().any(|(module, text)| module == "lib" && text.contains("#![deny(") && text.contains("unsafe_code")));
 }
+#[test]
+fn every_operation_has_its_files() {
+    let root = dropless_kit::goldens::root();
+    for (module, _) in sources() {
+        let Some(op) = module.strip_prefix("ops/").filter(|rest| !rest.contains('/')) else { continue };
+        for file in
+            [format!("src/ops/{op}/cpu.rs"), format!("tests/oracle/{op}.rs"), format!("tests/ops/{op}.rs"), format!("benches/{op}.rs")]
+        {
+            assert!(root.join(&file).is_file(), "{op} has no {file}");
+        }
+    }
+}

@@ -177,11 +177,12 @@ impl<T: Element> Buffer<T> {
 #[cfg(feature = "cuda")]
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Memory::Cuda { memory, home } = &mut self.memory {
-            self.mark.settle(home);
-            if let Some(stream) = &home.cuda {
-                memory.free(stream);
-            }
+        // Leaked where nothing could wait, rather than freed under work that may still run.
+        if let Memory::Cuda { memory, home } = &mut self.memory
+            && self.mark.settle(home)
+            && let Some(stream) = &home.cuda
+        {
+            memory.free(stream);
         }
     }
 }

@@ -53,6 +53,9 @@ impl CudaDevice {
 
     /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
     fn function(&self, image: &'static Image, entry: &'static str) -> Result<Handle, Error> {
+        if let Some(error) = self.lost.get() {
+            return Err(error.clone()); // not the image's fault
+        }
         let mut functions = lock(&self.functions);
         if let Some(&function) = functions.get(entry) {
             return Ok(function);

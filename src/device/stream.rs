@@ -29,6 +29,7 @@ pub(super) struct Timeline {
 }
 
 impl Timeline {
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // without CUDA a timeline is a number
     fn new(device: &Device) -> Result<Timeline, Error> {
         Ok(Timeline {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -72,14 +73,14 @@ impl Stream {
         if self.place() != other.place() {
             return Err(Error::Place { op: Op::Stream, arg: "other", want: self.place(), got: other.place() });
         }
+        let upto = other.timeline.operations.load(Ordering::Acquire); // first: what comes while it waits is not waited for
         #[cfg(feature = "cuda")]
         if let (Some(this), Some(that)) = (&self.timeline.cuda, &other.timeline.cuda) {
             this.wait_for(that)?;
         }
-        let upto = other.timeline.operations.load(Ordering::Acquire);
         let mut joined = lock(&self.timeline.joined);
         match joined.iter_mut().find(|(id, _)| *id == other.timeline.id) {
-            Some(entry) => entry.1 = upto,
+            Some(entry) => entry.1 = upto.max(entry.1),
             None => joined.push((other.timeline.id, upto)),
         }
         Ok(())
@@ -177,14 +178,15 @@ impl Mark {
         }
     }
 
-    /// Makes `home` wait for every use elsewhere, so that freeing on `home` comes last.
+    /// Makes `home` wait for every use elsewhere, so that freeing on `home` comes last. False if neither it nor the host could
+    /// wait: then the memory may be in use.
     #[cfg(feature = "cuda")]
-    pub(super) fn settle(&self, home: &Timeline) {
-        for u in lock(&self.0).iter() {
-            if let (false, Some(home), Some(other)) = (home.has_seen(u.timeline.id, u.operation), &home.cuda, &u.timeline.cuda) {
-                let _ = home.wait_for(other); // a failure is sticky and will be seen by the next call
-            }
-        }
+    pub(super) fn settle(&self, home: &Timeline) -> bool {
+        lock(&self.0).iter().all(|u| match (home.has_seen(u.timeline.id, u.operation), &home.cuda, &u.timeline.cuda) {
+            // An event may be refused for want of memory, which loses no device.
+            (false, Some(home), Some(other)) => home.wait_for(other).is_ok() || other.synchronize().is_ok(),
+            _ => true,
+        })
     }
 }
 

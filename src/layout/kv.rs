@@ -83,7 +83,8 @@ impl<T: Element> KvCache<T> {
             return Err(Error::Value { op: Op::KvCache, arg, need: "at least 1", got: got as f64 });
         }
         checked_product(Op::KvCache, "tokens", &[num_pages, page_tokens], MAX_ROWS)?;
-        let elements = checked_product(Op::KvCache, "elements", &[num_pages, page_tokens, shape.row_cols()], isize::MAX as usize)?;
+        let elements = [num_pages, page_tokens, num_kv_heads, head_dim];
+        let elements = checked_product(Op::KvCache, "elements", &elements, isize::MAX as usize)?;
         let table = checked_product(Op::KvCache, "block table", &[num_sequences, max_pages], MAX_ROWS)?;
         let pool = || Buffer::zeros(stream, elements);
         let host = HostState {
@@ -171,6 +172,9 @@ impl<T: Element> KvCache<T> {
     }
 
     fn upload(&mut self, stream: &Stream, host: HostState) -> Result<(), Error> {
+        // All or none: a refusal in the middle would leave the device with parts of two steps.
+        let arrays = [("block_table", &self.block_table), ("seq_lens", &self.seq_lens), ("query_offsets", &self.query_offsets)];
+        stream.admit(Op::KvCache, &arrays.map(|(arg, array)| (arg, array.access(true))))?;
         if host.pages != self.host.pages {
             let mut table = vec![0; self.block_table.len()];
             for (row, pages) in table.chunks_exact_mut(self.shape.max_pages).zip(&host.pages) {
@@ -464,9 +468,10 @@ pub(crate) struct HostPages<'a> {
     query_offsets: &'a [u32],
 }
 
-impl HostPages<'_> {
-    pub(crate) fn num_sequences(&self) -> usize {
-        self.seq_lens.len()
+impl<'a> HostPages<'a> {
+    /// Where each sequence's rows of the step begin, and the last one's end.
+    pub(crate) fn query_offsets(&self) -> &'a [u32] {
+        self.query_offsets
     }
 
     /// The rows of the step that belong to a sequence.
@@ -489,11 +494,6 @@ impl HostPages<'_> {
     pub(crate) fn pool_row(&self, sequence: usize, position: usize) -> usize {
         let page = self.block_table.row(sequence)[position / self.page_tokens] as usize;
         page * self.page_stride + position % self.page_tokens
-    }
-
-    /// Positions from `position` on that lie in consecutive rows of the pools.
-    pub(crate) fn contiguous_from(&self, position: usize) -> usize {
-        self.page_tokens - position % self.page_tokens
     }
 }
 
@@ -544,5 +544,7 @@ mod tests {
         let stream = Device::cpu().stream().unwrap();
         assert!(KvCache::<f32>::new(&stream, 1, KvShape { page_tokens: 0, ..paged() }).is_err());
         assert!(KvCache::<f32>::new(&stream, 1, KvShape { num_pages: 1 << 40, ..paged() }).is_err());
+        let wide = KvShape { num_kv_heads: 1 << 32, head_dim: 1 << 32, ..paged() }; // the product of these two wraps to 0
+        assert!(matches!(KvCache::<f32>::new(&stream, 1, wide), Err(Error::TooLarge { .. })));
     }
 }

@@ -30,14 +30,9 @@ impl RopeTable {
         }
         let half = rotary_dim / 2;
         let len = checked_product(Op::RopeTable, "elements", &[max_positions, half], isize::MAX as usize / 8)?;
-        let frequencies: Vec<f32> = (0..half).map(|j| 1.0 / theta.powf((2 * j) as f32 / rotary_dim as f32)).collect();
+        let frequencies = collect(half, (0..half).map(|j| 1.0 / theta.powf((2 * j) as f32 / rotary_dim as f32)))?;
         let angles = || (0..max_positions).flat_map(|p| frequencies.iter().map(move |w| p as f32 * w));
-        let fill = |f: fn(f32) -> f32| -> Result<Buffer<f32>, Error> {
-            let mut values = Vec::new();
-            values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { op: Op::RopeTable, need_bytes: 4 * len as u64 })?;
-            values.extend(angles().map(f));
-            Buffer::from_slice(stream, &values)
-        };
+        let fill = |f: fn(f32) -> f32| Buffer::from_slice(stream, &collect(len, angles().map(f))?);
         Ok(RopeTable { cos: fill(f32::cos)?, sin: fill(f32::sin)?, rotary_dim, max_positions })
     }
 
@@ -62,6 +57,15 @@ impl RopeTable {
     }
 }
 
+/// All `len` values, if there is memory for them.
+fn collect(len: usize, values: impl Iterator<Item = f32>) -> Result<Vec<f32>, Error> {
+    let mut collected = Vec::new();
+    let out_of_memory = |_| Error::OutOfMemory { op: Op::RopeTable, need_bytes: (len as u64).saturating_mul(4) };
+    collected.try_reserve_exact(len).map_err(out_of_memory)?;
+    collected.extend(values);
+    Ok(collected)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,7 +77,7 @@ mod tests {
         let table = RopeTable::new(&stream, 5e5, 8, 3).unwrap();
         assert_eq!(table.cos().unwrap().host().row(0), [1.0; 4]);
         assert_eq!(table.sin().unwrap().host().row(0), [0.0; 4]);
-        assert!((table.sin().unwrap().host().row(2)[0] - 2.0f32.sin()).abs() < 1e-7);
+        assert!((table.sin().unwrap().host().row(2)[0] - 2.0f32.sin()).abs() < 1e-6);
     }
 
     #[test]
@@ -81,6 +85,15 @@ mod tests {
         let stream = Device::cpu().stream().unwrap();
         for (theta, dim) in [(1e4, 0), (1e4, 7), (0.0, 8), (-1.0, 8), (f32::NAN, 8), (f32::INFINITY, 8)] {
             assert!(matches!(RopeTable::new(&stream, theta, dim, 4), Err(Error::Value { .. })), "{theta} {dim}");
+        }
+    }
+
+    #[test]
+    fn more_columns_than_memory_are_refused() {
+        let stream = Device::cpu().stream().unwrap();
+        for (dim, positions) in [(usize::MAX - 1, 0), (usize::MAX - 1, 1), (1 << 63, 0), (1 << 63, 1)] {
+            let refused = RopeTable::new(&stream, 1e4, dim, positions).unwrap_err();
+            assert!(matches!(refused, Error::OutOfMemory { .. } | Error::TooLarge { .. }), "{dim} {positions}: {refused}");
         }
     }
 }

@@ -155,7 +155,7 @@ impl<'a> Routing<'a> {
                 return Err(Error::Duplicate { op: Op::Routing, arg: "ids", token, id });
             }
         }
-        buffers.parts_mut(Op::Routing, num_tokens)?;
+        stream.admit(Op::Routing, &buffers.parts_mut(Op::Routing, num_tokens)?.accesses())?; // all parts or none
         let (mut offsets, mut row_to_slot, mut slot_to_row) = (vec![0; num_experts + 1], vec![0; ids.len()], vec![0; ids.len()]);
         index_slots(ids, &mut offsets, &mut row_to_slot, &mut slot_to_row);
         buffers.expert_ids.copy_from_slice(stream, ids)?;

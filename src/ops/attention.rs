@@ -1,1 +1,124 @@
-//! `attention`: not here yet.
+//! Causal attention with grouped heads over a key-value cache: `softmax(scale * q K^T) V`, keys up to the query's own position.
+//!
+//! Two entries with one meaning: [`prefill`] shares each block of keys among many queries, [`decode`] shares one query's keys
+//! among many workers. Neither ever holds a `T x T` matrix.
+//!
+//! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
+//! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face transformers.
+//! Oracle: `tests/oracle/attention.rs`. Bench: `benches/attention.rs`.
+
+mod cpu;
+
+use crate::device::{Stream, Workspace};
+use crate::dtype::Float;
+use crate::error::{Error, Op, check_shape};
+use crate::layout::{HeadLayout, KvLayer};
+use crate::shape::{MAX_ROWS, checked_product};
+use crate::view::{Rows, RowsMut};
+
+/// Keys of one part of a query's work in [`decode`]. Fixed, so that a result depends on the number of keys alone.
+const SPLIT_KEYS: usize = 256;
+
+/// Attention of a step's tokens, any number of them for each sequence.
+///
+/// The token at position `p` of its sequence sees the keys at positions `0..=p`; for each query head `h`, with `s = h / group`,
+///
+/// ```text
+/// out[h] = sum_i w[i] * V[i, s]     w = softmax over i of scale * (q[h] . K[i, s])     i = 0..=p
+/// ```
+///
+/// | argument | shape      | meaning                                                                        |
+/// |----------|------------|--------------------------------------------------------------------------------|
+/// | `q`      | `[T, H d]` | queries of the step's tokens, sequence after sequence                          |
+/// | `heads`  |            | H, Hkv, d; groups of any size                                                  |
+/// | `scale`  |            | factor of the scores, usually `d^-0.5`                                         |
+/// | `cache`  |            | one layer, which already holds the keys and values of the step's tokens        |
+/// | `out`    | `[T, H d]` | written in full; what it held before does not matter                           |
+///
+/// Scores, softmax (largest score subtracted) and sums in `f32`, rounded once to the type; keys in blocks of fixed length from
+/// position 0 on. The bits of a token depend on its query and the keys and values it sees: not on the rest of the batch, nor on
+/// how the step is cut, nor on where pages lie. Dtypes: `f32`, `bf16`, `f16`.
+///
+/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. Slots of the cache beyond a sequence's length are never read.
+/// A NaN in a key or value reaches the tokens that see it, no earlier one; a score of `-inf` has weight 0, and a token whose
+/// scores are all `-inf`, or one of them `+inf`, is NaN.
+///
+/// # Errors
+///
+/// [`Error::Shape`] if the shapes disagree with `heads` or with the cache's step; [`Error::Value`] if `scale` is not finite;
+/// [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+pub fn prefill<A: Float>(
+    stream: &Stream,
+    q: Rows<'_, A>,
+    heads: HeadLayout,
+    scale: f32,
+    cache: &KvLayer<'_, A>,
+    out: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    check(q, heads, scale, cache, out)?;
+    let run = dispatch!(stream, Op::Attention, cpu::prefill);
+    let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
+    let (q_access, out_access) = (("q", q.access()), ("out", out.access()));
+    stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, out_access])?;
+    run(stream, q, heads, scale, cache, out)
+}
+
+/// Attention of a step with about one token for each sequence: the same function as [`prefill`], with the same arguments.
+///
+/// Each token's keys are cut into parts of 256, which different workers take; each part leaves its largest score, its sum of
+/// exponentials and its weighted values in the workspace, and the parts are combined in ascending order. So one long
+/// sequence occupies all workers, each key and value is read once for all query heads of its group, and the bits of a token
+/// depend on its query and what it sees, as in [`prefill`]; they need not be those of [`prefill`].
+///
+/// `workspace` has [`decode_workspace_bytes`] for the step's tokens and [`KvPages::max_len`](crate::layout::KvPages::max_len).
+/// More than one token of a sequence is correct too, but reads its keys once for each.
+///
+/// # Errors
+///
+/// As [`prefill`]; [`Error::Capacity`] if the workspace is too small; [`Error::TooLarge`]. Nothing is written.
+pub fn decode<A: Float>(
+    stream: &Stream,
+    q: Rows<'_, A>,
+    heads: HeadLayout,
+    scale: f32,
+    cache: &KvLayer<'_, A>,
+    workspace: &mut Workspace,
+    out: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    check(q, heads, scale, cache, out)?;
+    let [rows, cols] = partial_dims(heads, q.rows(), cache.pages().max_len())?;
+    let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
+    let run = dispatch!(stream, Op::Attention, cpu::decode);
+    let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
+    let (q_access, out_access, workspace) = (("q", q.access()), ("out", out.access()), ("workspace", partials.access()));
+    stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, workspace, out_access])?;
+    run(stream, q, heads, scale, cache, &mut partials, out)
+}
+
+/// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most `max_len`.
+///
+/// # Errors
+///
+/// [`Error::TooLarge`] beyond the address space.
+pub fn decode_workspace_bytes(heads: HeadLayout, num_tokens: usize, max_len: usize) -> Result<usize, Error> {
+    let [rows, cols] = partial_dims(heads, num_tokens, max_len)?;
+    Workspace::bytes_for::<f32>(Op::Attention, rows, cols)
+}
+
+/// The matrix of partial results: one row per token, part and KV head, with the sums, the largest score and the sum of
+/// exponentials of each query head of the group.
+fn partial_dims(heads: HeadLayout, num_tokens: usize, max_len: usize) -> Result<[usize; 2], Error> {
+    let parts = [num_tokens, max_len.div_ceil(SPLIT_KEYS), heads.num_kv_heads()];
+    Ok([checked_product(Op::Attention, "partial results", &parts, MAX_ROWS)?, heads.group() * (heads.head_dim() + 2)])
+}
+
+fn check<A: Float>(q: Rows<'_, A>, heads: HeadLayout, scale: f32, cache: &KvLayer<'_, A>, out: &RowsMut<'_, A>) -> Result<(), Error> {
+    let want = [cache.pages().num_tokens(), heads.q_cols()];
+    check_shape(Op::Attention, "q", "[T, H d]", &want, &q.dims())?;
+    check_shape(Op::Attention, "out", "[T, H d]", &want, &out.dims())?;
+    check_shape(Op::Attention, "cache", "[Hkv d]", &[heads.kv_cols()], &[cache.keys().cols()])?;
+    if !scale.is_finite() {
+        return Err(Error::Value { op: Op::Attention, arg: "scale", need: "finite", got: f64::from(scale) });
+    }
+    Ok(())
+}

@@ -80,8 +80,8 @@ pub fn logits<A: Float, W: Float>(
 /// exact probabilities: experts whose probabilities differ are told apart even where softmax rounds them to the same number
 /// or to 0, and no device's `exp` has a say in the ids. Any `top_k <= E <= 256`.
 ///
-/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in expert order; norms are summed best expert first.
-/// There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
+/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in an order that depends on E alone; norms are summed
+/// best expert first. There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
 ///
 /// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits are:
 ///

@@ -149,12 +149,12 @@ fn check_invariants(got: &Got, tokens: usize, experts: usize, top_k: usize) {
 }
 
 /// The bound of a token's weights, relative to each. With `u` for one rounding, `d[e] = max - logit[e]`, `n` numbers in a sum:
-/// an exponential has the rounding of its exponent, `d u`, and 2 u of its own; a sum has the mean of its parts' and `n u`; the
+/// an exponential has the rounding of its exponent, `d u`, and 4 u of its own; a sum has the mean of its parts' and `n u`; the
 /// quotient has both and u. A norm's p-th power multiplies errors by p and its root divides them again; each `powf` has 2 u.
 fn weight_bound(logits: &[f64], chosen: &[u32], p: Option<f64>) -> Vec<f64> {
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let probabilities = oracle::router::softmax(logits);
-    let exp = |e: usize| if probabilities[e] > 0.0 { (max - logits[e]) * UNIT + 2.0 * UNIT } else { 0.0 };
+    let exp = |e: usize| if probabilities[e] > 0.0 { (max - logits[e]) * UNIT + 4.0 * UNIT } else { 0.0 };
     let sum = (0..logits.len()).map(|e| probabilities[e] * exp(e)).sum::<f64>() + logits.len() as f64 * UNIT;
     let softmax = |e: u32| exp(e as usize) + sum + UNIT;
     let worst = chosen.iter().map(|e| softmax(*e)).fold(0.0, f64::max);

@@ -3,14 +3,11 @@
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::view::{Rows, RowsMut, for_each_row};
-
-/// Rows of one task: enough work to be worth handing to a thread.
-const ROWS_PER_TASK: usize = 8;
+use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 
 pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
     let (gate, up) = (gate.host(), up.host());
-    for_each_row(stream, y.host(), ROWS_PER_TASK, |row, y| {
+    for_each_row(stream, y.host(), rows_per_task(gate.cols()), |row, y| {
         for ((y, gate), up) in y.iter_mut().zip(gate.row(row)).zip(up.row(row)) {
             *y = T::from_f32(silu(gate.to_f32()) * up.to_f32());
         }

@@ -73,8 +73,9 @@ fn beats(a: f32, b: f32) -> bool {
 fn weigh(logits: &[f32], ids: &[u32], weights: &mut [f32]) {
     let max = logits[ids[0] as usize];
     let mut powers = [0f32; MAX_EXPERTS];
-    powers.iter_mut().zip(logits).for_each(|(power, logit)| *power = (logit - max).exp());
-    let sum: f32 = powers[..logits.len()].iter().sum();
+    let powers = &mut powers[..logits.len()];
+    powers.copy_from_slice(logits);
+    let sum = simd::exp_shifted(powers, max);
     weights.iter_mut().zip(ids).for_each(|(weight, &id)| *weight = powers[id as usize] / sum);
 }
 

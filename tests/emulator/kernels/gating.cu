@@ -1,11 +1,11 @@
 // gating: the `top_k` largest logits of each token, ties to the lower expert, with softmax weights over the chosen.
 //
-// Work    one warp per token; a lane holds the logits of experts lane and lane + 32.
+// Work    one warp per token, one lane per expert.
 // Bug 1   `>` for `>=`: the warp after the last token reads past the logits.
 #include "common.cuh"
 
 struct GatingParams {
-    const float* logits;  // [tokens, 64]
+    const float* logits;  // [tokens, 32]
     u32* ids;             // [tokens, top_k]
     float* weights;       // [tokens, top_k]
     u32 tokens;
@@ -23,12 +23,11 @@ extern "C" __global__ void gating(const __grid_constant__ GatingParams p) {
 #else
     if (token >= p.tokens) return;
 #endif
-    float first = p.logits[token * 64 + lane];  // report 1
-    float second = p.logits[token * 64 + lane + 32];
+    float logit = p.logits[token * 32 + lane];  // report 1
     float top = 0.0f, sum = 0.0f, mine = 0.0f;
     for (u32 slot = 0; slot < p.top_k; ++slot) {
-        float best = second > first ? second : first;
-        u32 id = second > first ? lane + 32 : lane;
+        float best = logit;
+        u32 id = lane;
         for (u32 offset = 16; offset > 0; offset /= 2) {
             const float other = __shfl_xor_sync(ALL, best, offset);
             const u32 other_id = __shfl_xor_sync(ALL, id, offset);
@@ -42,8 +41,7 @@ extern "C" __global__ void gating(const __grid_constant__ GatingParams p) {
         sum += power;
         if (lane == slot) mine = power;
         if (lane == 0) p.ids[token * p.top_k + slot] = id;
-        if (id == lane) first = TAKEN;
-        if (id == lane + 32) second = TAKEN;
+        if (id == lane) logit = TAKEN;
     }
     if (lane < p.top_k) p.weights[token * p.top_k + lane] = mine / sum;
 }

@@ -28,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; ++s) {
-            mbarrier_init(full + 8 * s, 1);
-            mbarrier_init(empty + 8 * s, 1);
+            mbarrier_init(full + 8 * s, 1);  // report 4
+            mbarrier_init(empty + 8 * s, 1);  // report 4
         }
         fence_mbarrier_init();
     }
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
             const u32 s = step % STAGES, phase = step / STAGES % 2;
             const u32 x_tile = stages + s * STAGE_BYTES, w_tile = x_tile + TILE_BYTES;
 #ifndef BUG_5
-            while (!mbarrier_try_wait(empty + 8 * s, phase ^ 1)) {}
+            while (!mbarrier_try_wait(empty + 8 * s, phase ^ 1)) {}  // report 4
 #endif
 #ifdef BUG_6
             mbarrier_expect_tx(full + 8 * s, TILE_BYTES);
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
 #else
         const u64 a = descriptor(x_tile), b = descriptor(w_tile);
 #endif
-        while (!mbarrier_try_wait(full + 8 * s, phase)) {}  // report 7
+        while (!mbarrier_try_wait(full + 8 * s, phase)) {}  // report 4 7
         pin(acc);
 #ifndef BUG_10
         wgmma_fence();

@@ -1,15 +1,22 @@
 //! The device: memory calls, loading, launching.
 
 use crate::error::{LoadError, MemoryError};
-use crate::module::{Kernel, Module};
+use crate::front::{self, FrontError};
+use crate::machine::{Env, launch};
+use crate::memory::global::GlobalMemory;
+use crate::module::{GlobalVar, Kernel, Module};
 use crate::options::Options;
 use crate::report::Report;
 use crate::tensor_map::{TensorMap, TensorMapDesc, TensorMapError};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 /// An emulated device. Nothing is shared between two of them.
 #[derive(Debug)]
 pub struct Gpu {
     options: Options,
+    memory: GlobalMemory,
+    launches: u64,
 }
 
 /// One launch.
@@ -75,7 +82,8 @@ impl Stats {
 impl Gpu {
     /// A device with empty memory.
     pub fn new(options: Options) -> Self {
-        Self { options }
+        let memory = GlobalMemory::new(options.memory_limit);
+        Self { options, memory, launches: 0 }
     }
 
     /// The options in force.
@@ -85,6 +93,7 @@ impl Gpu {
 
     /// Changes the options; memory and modules stay.
     pub fn set_options(&mut self, options: Options) {
+        self.memory.limit = options.memory_limit;
         self.options = options;
     }
 
@@ -94,8 +103,51 @@ impl Gpu {
     ///
     /// [`LoadError`] with file and line: bad syntax, an instruction or modifier that is not modelled, sizes beyond the limits.
     pub fn load(&mut self, name: &str, ptx: impl AsRef<[u8]>) -> Result<Module, LoadError> {
-        let _ = ptx.as_ref();
-        Err(LoadError { file: name.to_owned(), line: 0, message: "nothing is lowered yet".to_owned() })
+        let fail = |e: FrontError| LoadError { file: name.to_owned(), line: e.line, message: e.message };
+        let bytes = ptx.as_ref();
+        let tree = front::parse(bytes).map_err(fail)?;
+        let mut addresses = HashMap::new();
+        let globals = front::globals(&tree);
+        let placed = self.place_globals(&globals, &mut addresses);
+        let program = placed.and_then(|()| {
+            let text = std::str::from_utf8(bytes).unwrap_or_else(|e| std::str::from_utf8(&bytes[..e.valid_up_to()]).unwrap_or(""));
+            front::lower(text, &tree, &addresses)
+        });
+        match program {
+            Ok(program) => Ok(Module { program: Arc::new(program) }),
+            Err(error) => {
+                for address in addresses.into_values() {
+                    // Placed a moment ago, so it is there to be freed.
+                    let _ = self.memory.free(address);
+                }
+                Err(fail(error))
+            }
+        }
+    }
+
+    /// Gives module variables their addresses and initial values.
+    fn place_globals(&mut self, globals: &[GlobalVar], addresses: &mut HashMap<String, u64>) -> Result<(), FrontError> {
+        let memory = |e: MemoryError| FrontError::new(0, e.to_string());
+        for var in globals {
+            let address = self.memory.alloc(var.bytes).map_err(memory)?;
+            addresses.insert(var.name.clone(), address);
+        }
+        for var in globals {
+            let address = addresses[&var.name];
+            self.memory.set_variable(address, var.constant);
+            let mut init = var.init.clone();
+            for (at, name, offset) in &var.relocations {
+                let Some(target) = addresses.get(name) else {
+                    return Err(FrontError::new(
+                        0,
+                        format!("`{}` holds the address of `{name}`, which is not a module variable", var.name),
+                    ));
+                };
+                init[*at..at + 8].copy_from_slice(&target.wrapping_add_signed(*offset).to_le_bytes());
+            }
+            self.memory.write(address, &init).map_err(memory)?;
+        }
+        Ok(())
     }
 
     /// Allocates `bytes` (0 is allowed) and returns the address, a multiple of 512 that is never given out again. Reads of bytes
@@ -105,7 +157,7 @@ impl Gpu {
     ///
     /// [`MemoryError::OutOfMemory`].
     pub fn alloc(&mut self, bytes: u64) -> Result<u64, MemoryError> {
-        Err(MemoryError::OutOfMemory { need_bytes: bytes, free_bytes: 0 })
+        self.memory.alloc(bytes)
     }
 
     /// Frees the buffer that starts at `address`.
@@ -114,7 +166,7 @@ impl Gpu {
     ///
     /// [`MemoryError::NotABuffer`].
     pub fn free(&mut self, address: u64) -> Result<(), MemoryError> {
-        Err(MemoryError::NotABuffer { address })
+        self.memory.free(address)
     }
 
     /// Copies `bytes` to device memory and marks them initialised.
@@ -123,7 +175,7 @@ impl Gpu {
     ///
     /// [`MemoryError::OutOfBounds`]; nothing is written.
     pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        Err(MemoryError::OutOfBounds { address, bytes: bytes.len() as u64 })
+        self.memory.write(address, bytes)
     }
 
     /// Copies device memory to `bytes`.
@@ -132,7 +184,7 @@ impl Gpu {
     ///
     /// [`MemoryError::OutOfBounds`]; nothing is read.
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
-        Err(MemoryError::OutOfBounds { address, bytes: bytes.len() as u64 })
+        self.memory.read(address, bytes)
     }
 
     /// Sets `len` bytes to `byte` and marks them initialised.
@@ -141,8 +193,7 @@ impl Gpu {
     ///
     /// [`MemoryError::OutOfBounds`]; nothing is written.
     pub fn fill(&mut self, address: u64, byte: u8, len: u64) -> Result<(), MemoryError> {
-        let _ = byte;
-        Err(MemoryError::OutOfBounds { address, bytes: len })
+        self.memory.fill(address, byte, len)
     }
 
     /// Copies device memory to device memory, with its initialisation state. The ranges may overlap.
@@ -151,13 +202,12 @@ impl Gpu {
     ///
     /// [`MemoryError::OutOfBounds`]; nothing is written.
     pub fn copy(&mut self, to: u64, from: u64, len: u64) -> Result<(), MemoryError> {
-        let _ = from;
-        Err(MemoryError::OutOfBounds { address: to, bytes: len })
+        self.memory.copy(to, from, len)
     }
 
     /// `(free, total)` bytes of device memory.
     pub fn memory_info(&self) -> (u64, u64) {
-        (0, self.options.memory_limit)
+        (self.memory.limit.saturating_sub(self.memory.used), self.memory.limit)
     }
 
     /// Encodes a tensor map.
@@ -174,8 +224,50 @@ impl Gpu {
     /// # Errors
     ///
     /// [`Report`]: the launch was refused ([`Fault::Launch`](crate::Fault::Launch)) or a detector fired.
-    pub fn launch(&mut self, kernel: &Kernel, launch: &Launch<'_>) -> Result<Stats, Box<Report>> {
-        let _ = (kernel, launch);
-        Ok(Stats::default())
+    pub fn launch(&mut self, kernel: &Kernel, config: &Launch<'_>) -> Result<Stats, Box<Report>> {
+        let cluster = match launch::validate(kernel, config) {
+            Ok(cluster) => cluster,
+            Err(error) => return Err(Box::new(launch::refused(kernel, &self.options, &error))),
+        };
+        self.launches += 1;
+        let env = Env {
+            program: &kernel.program,
+            function: kernel.function,
+            params: config.params,
+            global: &self.memory,
+            options: &self.options,
+            launch: self.launches,
+            grid: config.grid,
+            block: config.block,
+            cluster,
+            explicit_cluster: config.cluster.is_some() || kernel.cluster().is_some(),
+            dynamic_shared: config.shared_bytes,
+            sync: Default::default(),
+            sync_used: Default::default(),
+            steps: Default::default(),
+            stop: Default::default(),
+        };
+        // A broken invariant inside the emulator must not take the caller down.
+        let counters = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| launch::run(&env))) {
+            Ok(Ok(counters)) => counters,
+            Ok(Err(failure)) => return Err(Box::new(launch::report(&env, *failure))),
+            Err(panic) => return Err(Box::new(launch::internal(&env, &*panic))),
+        };
+        let traffic = counters.traffic.iter().enumerate();
+        let touched = traffic.filter(|(_, t)| t.loaded + t.stored + t.bulk_loaded + t.bulk_stored > 0);
+        Ok(Stats {
+            thread_instructions: counters.thread_instructions,
+            warp_instructions: counters.warp_instructions,
+            wgmmas: counters.wgmmas,
+            traffic: touched
+                .map(|(i, t)| BufferTraffic {
+                    address: self.memory.buffer(i).base,
+                    loaded: t.loaded,
+                    stored: t.stored,
+                    bulk_loaded: t.bulk_loaded,
+                    bulk_stored: t.bulk_stored,
+                })
+                .collect(),
+        })
     }
 }

@@ -46,17 +46,26 @@
 //! | `front` | lexer, parser and lowering: text to dense instructions; refuses what it does not know |
 //! | `isa` | one file per instruction family: its syntax (lowering) beside its meaning (execution) |
 //! | `machine` | warps, blocks, clusters, the scheduler, mbarriers, the asynchronous engines |
-//! | `memory` | global buffers, shared windows, bounds and initialisation state |
+//! | `memory` | global buffers, shared windows, local frames, bounds and initialisation state |
+//! | `num` | floating-point formats and directed rounding |
 //! | `race` | vector clocks and access cells |
 //! | `tensor_map` | the encoder of tensor maps, with the driver's refusals |
 //! | `report` | what a failed launch returns |
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
+// Lane loops index several arrays at once, and instructions have many operands.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 
 mod error;
+mod front;
 mod gpu;
+mod isa;
+mod machine;
+mod memory;
 mod module;
+mod num;
 mod options;
+mod race;
 mod report;
 mod tensor_map;
 

@@ -24,7 +24,6 @@ pub struct Kernel {
 /// What an image became.
 #[derive(Debug, Default)]
 pub(crate) struct Program {
-    pub name: String,
     pub text: String,
     pub files: HashMap<u32, String>,
     pub code: Vec<Code>,
@@ -47,8 +46,8 @@ pub(crate) struct Program {
 #[derive(Debug)]
 pub(crate) struct GlobalVar {
     pub name: String,
+    pub constant: bool,
     pub bytes: u64,
-    pub align: u32,
     pub init: Vec<u8>,
     /// Byte offset, variable, addend.
     pub relocations: Vec<(usize, String, i64)>,
@@ -80,6 +79,7 @@ pub(crate) struct Uses {
 pub(crate) struct FunctionInfo {
     pub name: String,
     pub entry: bool,
+    pub has_body: bool,
     pub defined: bool,
     pub start: u32,
     pub end: u32,
@@ -103,8 +103,8 @@ pub(crate) struct FunctionInfo {
 }
 
 impl Program {
-    pub fn new(name: &str, text: &str) -> Self {
-        Self { name: name.to_owned(), text: text.to_owned(), ..Self::default() }
+    pub fn new(text: &str) -> Self {
+        Self { text: text.to_owned(), ..Self::default() }
     }
 
     /// After lowering: marks the instructions that touch a register wgmma works on.

@@ -51,8 +51,10 @@ pub enum Fault {
     Stack,
     /// The step limit was reached.
     StepLimit,
-    /// Division of an instruction's operand space that has no meaning, such as a branch-table index out of range.
+    /// An operand without a meaning, such as a branch-table index out of range or an address in the wrong space.
     BadOperand,
+    /// A broken invariant of the emulator itself: a defect to be reported.
+    Internal,
 }
 
 /// Where something happened.

@@ -234,7 +234,7 @@ impl TensorMapDesc<'_> {
         if self.interleave != Interleave::None {
             return refuse("interleave", "is not implemented", self.interleave as u64);
         }
-        if self.address == 0 || self.address % 16 != 0 {
+        if self.address == 0 || !self.address.is_multiple_of(16) {
             return refuse("address", "must be non-zero and a multiple of 16", self.address);
         }
         for (i, &dim) in self.dims.iter().enumerate() {
@@ -266,7 +266,7 @@ impl TensorMapDesc<'_> {
             }
         }
         let inner = u64::from(self.box_dims[0]) * self.element.bytes();
-        if inner % 16 != 0 {
+        if !inner.is_multiple_of(16) {
             return refuse("box_dims[0] in bytes", "must be a multiple of 16", inner);
         }
         if self.swizzle != Swizzle::None && inner > u64::from(self.swizzle.span()) {

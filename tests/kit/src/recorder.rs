@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
 
@@ -12,17 +12,21 @@ use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Ha
 pub enum Call {
     Alloc { address: u64, bytes: usize },
     Free { address: u64 },
+    Write { bytes: usize },
     Load { bytes: usize },
     Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, params: Vec<u8> },
     Wait,
+    Synchronize { stream: Handle },
 }
 
-/// A device with made-up addresses. Everything succeeds; nothing is computed.
+/// A device with made-up addresses. Everything succeeds, unless told otherwise; nothing is computed.
 #[derive(Default)]
 pub struct Recorder {
     calls: Mutex<Vec<Call>>,
     entries: Mutex<Vec<String>>,
     next: AtomicU64,
+    events_refused: AtomicBool,
+    synchronize_refused: AtomicBool,
 }
 
 impl Recorder {
@@ -34,6 +38,12 @@ impl Recorder {
     /// The launches so far.
     pub fn launches(&self) -> Vec<Call> {
         self.calls().into_iter().filter(|call| matches!(call, Call::Launch { .. })).collect()
+    }
+
+    /// From now on there is no memory for events and, if `lost`, waiting on the host fails for good.
+    pub fn refuse_events(&self, lost: bool) {
+        self.events_refused.store(true, Ordering::Relaxed);
+        self.synchronize_refused.store(lost, Ordering::Relaxed);
     }
 
     fn push(&self, call: Call) {
@@ -74,7 +84,8 @@ unsafe impl Driver for Recorder {
     fn fill(&self, _: Handle, _: u64, _: u8, _: usize) -> DriverResult<()> {
         Ok(())
     }
-    unsafe fn copy_to_device(&self, _: Handle, _: u64, _: *const u8, _: usize) -> DriverResult<()> {
+    unsafe fn copy_to_device(&self, _: Handle, _: u64, _: *const u8, bytes: usize) -> DriverResult<()> {
+        self.push(Call::Write { bytes });
         Ok(())
     }
     unsafe fn copy_to_host(&self, _: Handle, _: *mut u8, _: u64, _: usize) -> DriverResult<()> {
@@ -95,11 +106,12 @@ unsafe impl Driver for Recorder {
     fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
         Ok(())
     }
-    fn synchronize(&self, _: Handle) -> DriverResult<()> {
-        Ok(())
+    fn synchronize(&self, stream: Handle) -> DriverResult<()> {
+        self.push(Call::Synchronize { stream });
+        if self.synchronize_refused.load(Ordering::Relaxed) { Err(DriverError(700)) } else { Ok(()) }
     }
     fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
-        Ok(self.handle())
+        if self.events_refused.load(Ordering::Relaxed) { Err(DriverError::OUT_OF_MEMORY) } else { Ok(self.handle()) }
     }
     fn destroy_event(&self, _: Handle) -> DriverResult<()> {
         Ok(())

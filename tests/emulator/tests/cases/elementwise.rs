@@ -1,4 +1,5 @@
 //! Instructions that map registers to a register: one entry point per instruction, one thread per tuple of inputs.
+//! What a thread gets may depend on the other threads' inputs: so warp collectives, barriers and atomics fit the form too.
 //!
 //! The image of such a family is written from its table, so the instruction's text and its expected values stand on
 //! one line of the family's file, and the committed file can be read, assembled and launched by itself.
@@ -24,7 +25,7 @@ pub enum Ty {
 }
 
 impl Ty {
-    fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             Ty::B8 => 1,
             Ty::B16 | Ty::F16 | Ty::Bf16 | Ty::E4m3x2 | Ty::E5m2x2 => 2,
@@ -78,12 +79,12 @@ impl Ty {
             Ty::B32 => integers(32, &[0x1234_5678, 0x89AB_CDEF, 0xFFFF_FF9C, 1000, 0x0000_FFFF, 0x5555_5555, 0x00FF_00FF]),
             Ty::B64 => integers(64, &[0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210, 1000, 0xFFFF_FFFF, 1 << 32, 0xFFFF_FFFF_FFFF_FC18]),
             Ty::F16 => vec![
-                0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3800, 0x3C00, 0xBC00, 0x3C01, 0x3E00, 0xC100, 0x4248, 0x4D00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00,
-                0x7E00,
+                0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3800, 0x3C00, 0xBC00, 0x3C01, 0x3E00, 0xC100, 0x4248, 0x4D00, 0x7BFF,
+                0xFBFF, 0x7C00, 0xFC00, 0x7E00,
             ],
             Ty::Bf16 => vec![
-                0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F00, 0x3F80, 0xBF80, 0x3F81, 0x3FC0, 0xC020, 0x4049, 0x4316, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80,
-                0x7FC0,
+                0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F00, 0x3F80, 0xBF80, 0x3F81, 0x3FC0, 0xC020, 0x4049, 0x4316, 0x7F7F,
+                0xFF7F, 0x7F80, 0xFF80, 0x7FC0,
             ],
             // The edges of a half beside the same list shifted, so that both halves differ.
             Ty::F16x2 => packed(&Ty::F16.edges()),
@@ -102,7 +103,7 @@ impl Ty {
                 1.0 + f32::EPSILON,
                 1.5,
                 -2.5,
-                3.141_592_7,
+                std::f32::consts::PI,
                 1e-20,
                 -1e10,
                 16_777_217.0,
@@ -158,8 +159,27 @@ pub struct Op {
     pub body: String,
     pub inputs: Vec<Ty>,
     pub output: Ty,
-    pub values: Option<Vec<Vec<u64>>>,
-    pub want: Box<dyn Fn(&[u64]) -> Want + Send + Sync>,
+    /// Declarations in front of the entry: module variables, functions.
+    pub prelude: String,
+    /// Directives between the entry's parameters and its body.
+    pub directives: String,
+    /// CTAs, all of one cluster. With more than one, %i still counts all threads.
+    pub ctas: u32,
+    pub values: Values,
+    want: Box<WantOf>,
+}
+
+/// From every thread's inputs and a thread's index to what that thread must write.
+type WantOf = dyn Fn(&[Vec<u64>], usize) -> Want + Send + Sync;
+
+/// Where the inputs come from.
+pub enum Values {
+    /// Every combination of the edges of the types.
+    Edges,
+    /// Every combination of these, a list per operand.
+    Product(Vec<Vec<u64>>),
+    /// A tuple per thread.
+    Threads(Vec<Vec<u64>>),
 }
 
 const REGISTERS: [&str; 3] = ["%a", "%b", "%c"];
@@ -173,9 +193,40 @@ impl Op {
             body: format!("{name} %d{operands};"),
             inputs: inputs.to_vec(),
             output,
-            values: None,
-            want: Box::new(want),
+            prelude: String::new(),
+            directives: String::new(),
+            ctas: 1,
+            values: Values::Edges,
+            want: Box::new(move |tuples, i| want(&tuples[i])),
         }
+    }
+
+    /// A body whose result in thread `i` depends on the inputs of all `threads`.
+    pub fn across<const N: usize>(
+        name: &str,
+        body: &str,
+        inputs: [Ty; N],
+        output: Ty,
+        threads: Vec<[u64; N]>,
+        want: impl Fn(&[Vec<u64>], usize) -> u64 + Send + Sync + 'static,
+    ) -> Op {
+        Op {
+            name: name.to_string(),
+            body: body.to_string(),
+            inputs: inputs.to_vec(),
+            output,
+            prelude: String::new(),
+            directives: String::new(),
+            ctas: 1,
+            values: Values::Threads(threads.into_iter().map(|tuple| tuple.to_vec()).collect()),
+            want: Box::new(move |tuples, i| Want::Bits(want(tuples, i) & (u64::MAX >> (64 - 8 * output.bytes())))),
+        }
+    }
+
+    /// Declarations in front of the entry.
+    pub fn prelude(mut self, text: &str) -> Op {
+        self.prelude = text.to_string();
+        self
     }
 
     /// The same under another name with another text.
@@ -187,21 +238,41 @@ impl Op {
 
     /// These inputs in place of the edges of the types.
     pub fn values(mut self, values: &[&[u64]]) -> Op {
-        self.values = Some(values.iter().map(|v| v.to_vec()).collect());
+        self.values = Values::Product(values.iter().map(|v| v.to_vec()).collect());
+        self
+    }
+
+    pub fn directives(mut self, text: &str) -> Op {
+        self.directives = format!("{text}\n");
+        self
+    }
+
+    /// The threads are those of a cluster of `ctas`.
+    pub fn cluster(mut self, ctas: u32) -> Op {
+        self.ctas = ctas;
         self
     }
 
     fn entry(&self) -> String {
-        self.name.replace("::", "_").replace(['.', ' ', '-', ','], "_")
+        self.name.replace('%', "").replace([':', '.', ' '], "_")
     }
 
     fn ptx(&self) -> String {
         let parameters: String = (0..self.inputs.len()).map(|i| format!(", .param .u64 in{i}")).collect();
-        let mut text = format!("\n.visible .entry {}(.param .u64 out{parameters})\n{{\n\t.reg .b32 %i;\n\t.reg .b64 %p;\n", self.entry());
+        let prelude = if self.prelude.is_empty() { String::new() } else { format!("\n{}\n", self.prelude.trim_end()) };
+        let mut text = format!(
+            "{prelude}\n.visible .entry {}(.param .u64 out{parameters})\n{}{{\n\t.reg .b32 %i;\n\t.reg .b64 %p;\n",
+            self.entry(),
+            self.directives
+        );
         for (ty, register) in self.inputs.iter().chain([&self.output]).zip(REGISTERS[..self.inputs.len()].iter().chain(&["%d"])) {
             text += &format!("\t.reg {} {register};\n", ty.register());
         }
         text += "\tmov.u32 %i, %tid.x;\n";
+        if self.ctas > 1 {
+            text +=
+                "\t{\n\t.reg .b32 cta, size;\n\tmov.u32 cta, %ctaid.x;\n\tmov.u32 size, %ntid.x;\n\tmad.lo.u32 %i, cta, size, %i;\n\t}\n";
+        }
         for (i, ty) in self.inputs.iter().enumerate() {
             text += &format!("\tld.param.u64 %p, [in{i}];\n\tmad.wide.u32 %p, %i, {}, %p;\n", ty.bytes());
             text += &format!("\tld.global.{} {}, [%p];\n", memory_type(*ty), REGISTERS[i]);
@@ -214,18 +285,23 @@ impl Op {
     }
 
     fn case(&self, image: &'static str) -> Case {
-        let columns = match &self.values {
-            Some(values) => values.clone(),
-            None => self.inputs.iter().map(|ty| ty.edges()).collect(),
+        let tuples = match &self.values {
+            Values::Edges => product(&self.inputs.iter().map(|ty| ty.edges()).collect::<Vec<_>>()),
+            Values::Product(columns) => product(columns),
+            Values::Threads(tuples) => tuples.clone(),
         };
-        let tuples = product(&columns);
+        self.case_of(image, &tuples)
+    }
+
+    /// The case with these inputs, one tuple per thread.
+    pub fn case_of(&self, image: &'static str, tuples: &[Vec<u64>]) -> Case {
         let threads = tuples.len();
-        let mut args = vec![Arg::values(self.output.format(), tuples.iter().map(|tuple| (self.want)(tuple)).collect())];
+        let mut args = vec![Arg::values(self.output.format(), (0..threads).map(|i| (self.want)(tuples, i)).collect())];
         for (i, ty) in self.inputs.iter().enumerate() {
             let column: Vec<u64> = tuples.iter().map(|tuple| tuple[i]).collect();
             args.push(Arg::input(super::bytes_of(&column, ty.bytes())));
         }
-        Case::new(&self.name, image, self.entry(), threads as u32, args)
+        Case::new(&self.name, image, self.entry(), threads as u32 / self.ctas, args).grid(self.ctas).cluster(self.ctas)
     }
 }
 
@@ -258,7 +334,7 @@ fn product(columns: &[Vec<u64>]) -> Vec<Vec<u64>> {
                 .collect()
         })
         .collect();
-    while tuples.len() % 32 != 0 {
+    while !tuples.len().is_multiple_of(32) {
         tuples.push(tuples[0].clone());
     }
     tuples

@@ -8,6 +8,7 @@
 //! payloads, approximate functions) the expectation is a set or an interval.
 
 #![allow(dead_code)] // each test binary uses its own part
+#![allow(clippy::type_complexity)] // a table of names and functions says what it is
 
 pub mod elementwise;
 pub mod number;
@@ -26,15 +27,24 @@ pub struct Case {
     pub cluster: [u32; 3],
     /// Dynamic shared memory.
     pub shared_bytes: u32,
+    /// The arguments are the fields of one C struct, which is padded at its end; otherwise each is a parameter of its own.
+    pub one_struct: bool,
+    /// How many of the arguments are parameters; those behind are buffers that only tensor maps lead to.
+    pub params: usize,
     pub args: Vec<Arg>,
 }
 
 /// A kernel parameter, in declaration order.
 pub enum Arg {
+    U8(u8),
+    U16(u16),
     U32(u32),
     U64(u64),
     /// The address of a device buffer with these contents, and what it must hold afterwards.
-    Buffer { before: Vec<u8>, after: Expect },
+    Buffer {
+        before: Vec<u8>,
+        after: Expect,
+    },
     /// A tensor map over the buffer that is argument `of`.
     Map(TensorMap),
 }
@@ -136,7 +146,11 @@ pub enum Want {
     /// Any NaN of the format.
     Nan,
     /// Within `relative` of the value or within `absolute` of it.
-    Near { value: f64, relative: f64, absolute: f64 },
+    Near {
+        value: f64,
+        relative: f64,
+        absolute: f64,
+    },
 }
 
 /// One half of a packed element.
@@ -196,7 +210,7 @@ impl Want {
 }
 
 impl Case {
-    /// Bytes of dynamic shared memory, grid and cluster are zero or one unless said otherwise.
+    /// One block, no cluster and no dynamic shared memory, unless said otherwise.
     pub fn new(name: impl Into<String>, image: &'static str, entry: impl Into<String>, threads: u32, args: Vec<Arg>) -> Case {
         Case {
             name: name.into(),
@@ -206,8 +220,15 @@ impl Case {
             block: [threads, 1, 1],
             cluster: [1, 1, 1],
             shared_bytes: 0,
+            one_struct: false,
+            params: args.len(),
             args,
         }
+    }
+
+    /// A kernel whose arguments are one struct.
+    pub fn kernel(name: &'static str, grid: [u32; 3], block: u32, args: Vec<Arg>) -> Case {
+        Case { grid, one_struct: true, ..Case::new(name, name, name, block, args) }
     }
 
     pub fn grid(mut self, blocks: u32) -> Case {
@@ -294,6 +315,8 @@ impl Arg {
 
     fn size_and_alignment(&self) -> (usize, usize) {
         match self {
+            Arg::U8(_) => (1, 1),
+            Arg::U16(_) => (2, 2),
             Arg::U32(_) => (4, 4),
             Arg::U64(_) | Arg::Buffer { .. } => (8, 8),
             Arg::Map(_) => (128, 128),
@@ -302,18 +325,19 @@ impl Arg {
 }
 
 /// Offset of every parameter in the launch's parameter block, and the block's size.
-pub fn layout(args: &[Arg]) -> (Vec<usize>, usize) {
-    let mut end = 0usize;
-    let offsets = args
+pub fn layout(case: &Case) -> (Vec<usize>, usize) {
+    let (mut end, mut widest) = (0usize, 1);
+    let offsets = case.args[..case.params]
         .iter()
         .map(|arg| {
             let (size, alignment) = arg.size_and_alignment();
             let at = end.next_multiple_of(alignment);
             end = at + size;
+            widest = widest.max(alignment);
             at
         })
         .collect();
-    (offsets, end)
+    (offsets, if case.one_struct { end.next_multiple_of(widest) } else { end })
 }
 
 /// Little-endian bytes of a list of numbers.
@@ -331,4 +355,20 @@ pub fn u64s(values: &[u64]) -> Vec<u8> {
 
 pub fn f32s(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// bf16 bytes of numbers that the format holds exactly.
+pub fn bf16s(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect()
+}
+
+/// Small integers that follow no pattern a wrong index could preserve: a hash of the position, in -limit..=limit.
+pub fn scrambled(count: usize, seed: u64, limit: i64) -> Vec<f32> {
+    (0..count as u64)
+        .map(|i| {
+            let mut x = (i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ seed.wrapping_mul(0xD1B5_4A32_D192_ED03);
+            x = (x ^ x >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            ((x >> 33) as i64 % (2 * limit + 1) - limit) as f32
+        })
+        .collect()
 }

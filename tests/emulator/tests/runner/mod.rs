@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 use crate::cases::{Arg, Case, Element, Swizzle, TensorMap, layout};
-use ptx_emulator::{ElementType, Gpu, Interleave, L2Promotion, Launch, OobFill, Options, TensorMapDesc};
+use ptx_emulator::{ElementType, Gpu, Interleave, L2Promotion, Launch, Module, OobFill, Options, Report, TensorMapDesc};
 use std::path::PathBuf;
 
 /// The folder of kernels and images.
@@ -11,49 +11,104 @@ pub fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels")
 }
 
-/// Runs one case; the error is a report or the first disagreement.
-pub fn run(case: &Case, ptx: &str, options: Options) -> Result<(), String> {
-    let mut gpu = Gpu::new(options);
-    let module = gpu.load(&format!("{}.ptx", case.image), ptx).map_err(|e| e.to_string())?;
-    let mut kernel = module.kernel(&case.entry).map_err(|e| e.to_string())?;
-    kernel.set_max_dynamic_shared(case.shared_bytes).map_err(|e| e.to_string())?;
+/// Why a case did not run to its end.
+#[derive(Debug)]
+pub enum Failure {
+    /// Loading, allocating, encoding: before the launch.
+    Setup(String),
+    Report(Box<Report>),
+}
 
-    let mut addresses = vec![0; case.args.len()];
-    for (i, arg) in case.args.iter().enumerate() {
-        if let Arg::Buffer { before, .. } = arg {
-            addresses[i] = gpu.alloc(before.len() as u64).map_err(|e| e.to_string())?;
-            gpu.write(addresses[i], before).map_err(|e| e.to_string())?;
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Setup(text) => f.write_str(text),
+            Failure::Report(report) => report.fmt(f),
         }
     }
-    let (offsets, size) = layout(&case.args);
-    let mut params = vec![0; size];
-    for (i, arg) in case.args.iter().enumerate() {
-        let bytes = match arg {
-            Arg::U32(value) => value.to_le_bytes().to_vec(),
-            Arg::U64(value) => value.to_le_bytes().to_vec(),
-            Arg::Buffer { .. } => addresses[i].to_le_bytes().to_vec(),
-            Arg::Map(map) => encode(&gpu, map, addresses[map.of])?.to_vec(),
-        };
-        params[offsets[i]..offsets[i] + bytes.len()].copy_from_slice(&bytes);
+}
+
+fn setup(error: impl std::fmt::Display) -> Failure {
+    Failure::Setup(error.to_string())
+}
+
+/// A device with one image loaded, for many launches of it.
+pub struct Session {
+    gpu: Gpu,
+    module: Module,
+}
+
+impl Session {
+    pub fn new(image: &str, ptx: &str, options: Options) -> Result<Session, Failure> {
+        let mut gpu = Gpu::new(options);
+        let module = gpu.load(&format!("{image}.ptx"), ptx).map_err(setup)?;
+        Ok(Session { gpu, module })
     }
-    let launch = Launch {
-        grid: case.grid,
-        block: case.block,
-        cluster: Some(case.cluster),
-        shared_bytes: case.shared_bytes,
-        params: &params,
-    };
-    gpu.launch(&kernel, &launch).map_err(|report| report.to_string())?;
-    for (i, arg) in case.args.iter().enumerate() {
-        if let Arg::Buffer { before, .. } = arg {
-            let mut got = vec![0; before.len()];
-            gpu.read(addresses[i], &mut got).map_err(|e| e.to_string())?;
-            if let Some(difference) = case.verdict(i, &got) {
-                return Err(format!("argument {i}: {difference}"));
+
+    /// Launches a case and compares; the error is a report or the first disagreement.
+    pub fn run(&mut self, case: &Case) -> Result<(), String> {
+        let outputs = self.launch(case).map_err(|e| e.to_string())?;
+        disagreement(case, &outputs).map_or(Ok(()), Err)
+    }
+
+    /// Launches a case and returns the contents of its buffers afterwards, by argument (empty for other arguments).
+    pub fn launch(&mut self, case: &Case) -> Result<Vec<Vec<u8>>, Failure> {
+        let mut kernel = self.module.kernel(&case.entry).map_err(setup)?;
+        kernel.set_max_dynamic_shared(case.shared_bytes).map_err(setup)?;
+        let gpu = &mut self.gpu;
+        let mut addresses = vec![0; case.args.len()];
+        for (i, arg) in case.args.iter().enumerate() {
+            if let Arg::Buffer { before, .. } = arg {
+                addresses[i] = gpu.alloc(before.len() as u64).map_err(setup)?;
+                gpu.write(addresses[i], before).map_err(setup)?;
             }
         }
+        let (offsets, size) = layout(case);
+        let mut params = vec![0; size];
+        for (i, arg) in case.args[..case.params].iter().enumerate() {
+            let bytes = match arg {
+                Arg::U8(value) => vec![*value],
+                Arg::U16(value) => value.to_le_bytes().to_vec(),
+                Arg::U32(value) => value.to_le_bytes().to_vec(),
+                Arg::U64(value) => value.to_le_bytes().to_vec(),
+                Arg::Buffer { .. } => addresses[i].to_le_bytes().to_vec(),
+                Arg::Map(map) => encode(gpu, map, addresses[map.of]).map_err(setup)?.to_vec(),
+            };
+            params[offsets[i]..offsets[i] + bytes.len()].copy_from_slice(&bytes);
+        }
+        let launch = Launch {
+            grid: case.grid,
+            block: case.block,
+            cluster: (case.cluster != [1, 1, 1]).then_some(case.cluster),
+            shared_bytes: case.shared_bytes,
+            params: &params,
+        };
+        gpu.launch(&kernel, &launch).map_err(Failure::Report)?;
+        let mut outputs = vec![Vec::new(); case.args.len()];
+        for (i, arg) in case.args.iter().enumerate() {
+            if let Arg::Buffer { before, .. } = arg {
+                outputs[i] = vec![0; before.len()];
+                gpu.read(addresses[i], &mut outputs[i]).map_err(setup)?;
+                gpu.free(addresses[i]).map_err(setup)?;
+            }
+        }
+        Ok(outputs)
     }
-    Ok(())
+}
+
+/// Runs one case on a device of its own.
+pub fn run(case: &Case, ptx: &str, options: Options) -> Result<(), String> {
+    Session::new(case.image, ptx, options).map_err(|e| e.to_string())?.run(case)
+}
+
+/// Launches one case on a device of its own.
+pub fn launch(case: &Case, ptx: &str, options: Options) -> Result<Vec<Vec<u8>>, Failure> {
+    Session::new(case.image, ptx, options)?.launch(case)
+}
+
+/// The first difference between what a launch left and what it should have left.
+pub fn disagreement(case: &Case, outputs: &[Vec<u8>]) -> Option<String> {
+    outputs.iter().enumerate().find_map(|(i, got)| case.verdict(i, got).map(|difference| format!("argument {i}: {difference}")))
 }
 
 /// Encodes a case's tensor map over the buffer at `address`.

@@ -13,7 +13,7 @@ pub fn family() -> Family {
     ops.extend(between_floats());
     ops.extend(packed());
     ops.extend(fp8());
-    Family { name: "convert", text: image("Conversions between integer and float formats.", &ops), cases: cases("convert", &ops) }
+    Family::table("convert", image("Conversions between integer and float formats.", &ops), cases("convert", &ops))
 }
 
 const MODES: [(&str, Mode); 4] = [("rn", Mode::Rn), ("rz", Mode::Rz), ("rm", Mode::Rm), ("rp", Mode::Rp)];
@@ -76,9 +76,46 @@ fn to_integer(x: f64, bits: u32, signed: bool, mode: Mode, wide: bool) -> u64 {
 
 /// Values around the limits of the integer types, ties, and the specials.
 const REALS: [f64; 40] = [
-    0.0, -0.0, 0.25, 0.5, -0.5, 0.75, 1.0, -1.0, 1.5, -1.5, 2.5, -2.5, 3.5, 100.7, -100.7, 127.5, 128.0, -128.5, 255.5, 256.0, 32767.5, -32769.0, 65535.5, 65536.0,
-    8_388_607.5, 16_777_217.0, 2_147_483_647.0, 2_147_483_648.0, -2_147_483_648.0, -2_147_483_904.0, 4_294_967_295.0, 4_294_967_296.0, 9.2e18, 1.9e19, -9.3e18, 1e30, -1e30,
-    f64::INFINITY, f64::NEG_INFINITY, f64::NAN,
+    0.0,
+    -0.0,
+    0.25,
+    0.5,
+    -0.5,
+    0.75,
+    1.0,
+    -1.0,
+    1.5,
+    -1.5,
+    2.5,
+    -2.5,
+    3.5,
+    100.7,
+    -100.7,
+    127.5,
+    128.0,
+    -128.5,
+    255.5,
+    256.0,
+    32767.5,
+    -32769.0,
+    65535.5,
+    65536.0,
+    8_388_607.5,
+    16_777_217.0,
+    2_147_483_647.0,
+    2_147_483_648.0,
+    -2_147_483_648.0,
+    -2_147_483_904.0,
+    4_294_967_295.0,
+    4_294_967_296.0,
+    9.2e18,
+    1.9e19,
+    -9.3e18,
+    1e30,
+    -1e30,
+    f64::INFINITY,
+    f64::NEG_INFINITY,
+    f64::NAN,
 ];
 
 fn float_to_integer() -> Vec<Op> {
@@ -88,7 +125,9 @@ fn float_to_integer() -> Vec<Op> {
     let f16s: Vec<u64> = REALS.iter().map(|&x| F16.round(x, Mode::Rn).unwrap_or(0x7E00)).collect();
     let bf16s: Vec<u64> = REALS.iter().map(|&x| BF16.round(x, Mode::Rn).unwrap_or(0x7FC0)).collect();
     for (name, mode) in MODES {
-        for (integer, bits, signed, out) in [("s32", 32, true, Ty::B32), ("u32", 32, false, Ty::B32), ("s64", 64, true, Ty::B64), ("u64", 64, false, Ty::B64)] {
+        for (integer, bits, signed, out) in
+            [("s32", 32, true, Ty::B32), ("u32", 32, false, Ty::B32), ("s64", 64, true, Ty::B64), ("u64", 64, false, Ty::B64)]
+        {
             ops.push(
                 Op::new(&format!("cvt.{name}i.{integer}.f32"), &[Ty::F32], out, move |x| {
                     Want::Bits(to_integer(F32.value(x[0]), bits, signed, mode, bits == 64))
@@ -102,24 +141,41 @@ fn float_to_integer() -> Vec<Op> {
                 .values(&[&f64s]),
             );
         }
-        ops.push(Op::new(&format!("cvt.{name}i.f32.f32"), &[Ty::F32], Ty::F32, move |x| (integral(F32.value(x[0]), mode) as f32).want()).values(&[&f32s]));
-        ops.push(Op::new(&format!("cvt.{name}i.f64.f64"), &[Ty::F64], Ty::F64, move |x| integral(f64::from_bits(x[0]), mode).want()).values(&[&f64s]));
-    }
-    for (integer, bits, signed, out) in [("s16", 16, true, Ty::B16), ("u16", 16, false, Ty::B16), ("s32", 32, true, Ty::B32), ("u32", 32, false, Ty::B32)] {
         ops.push(
-            Op::new(&format!("cvt.rni.{integer}.f16"), &[Ty::F16], out, move |x| Want::Bits(to_integer(F16.value(x[0]), bits, signed, Mode::Rn, false)))
-                .values(&[&f16s]),
+            Op::new(&format!("cvt.{name}i.f32.f32"), &[Ty::F32], Ty::F32, move |x| (integral(F32.value(x[0]), mode) as f32).want())
+                .values(&[&f32s]),
         );
         ops.push(
-            Op::new(&format!("cvt.rzi.{integer}.bf16"), &[Ty::Bf16], out, move |x| Want::Bits(to_integer(BF16.value(x[0]), bits, signed, Mode::Rz, false)))
-                .values(&[&bf16s]),
+            Op::new(&format!("cvt.{name}i.f64.f64"), &[Ty::F64], Ty::F64, move |x| integral(f64::from_bits(x[0]), mode).want())
+                .values(&[&f64s]),
+        );
+    }
+    for (integer, bits, signed, out) in
+        [("s16", 16, true, Ty::B16), ("u16", 16, false, Ty::B16), ("s32", 32, true, Ty::B32), ("u32", 32, false, Ty::B32)]
+    {
+        ops.push(
+            Op::new(&format!("cvt.rni.{integer}.f16"), &[Ty::F16], out, move |x| {
+                Want::Bits(to_integer(F16.value(x[0]), bits, signed, Mode::Rn, false))
+            })
+            .values(&[&f16s]),
+        );
+        ops.push(
+            Op::new(&format!("cvt.rzi.{integer}.bf16"), &[Ty::Bf16], out, move |x| {
+                Want::Bits(to_integer(BF16.value(x[0]), bits, signed, Mode::Rz, false))
+            })
+            .values(&[&bf16s]),
         );
     }
     ops.push(
-        Op::new("cvt.rzi.ftz.s32.f32", &[Ty::F32], Ty::B32, |x| Want::Bits(to_integer(F32.value(x[0]), 32, true, Mode::Rz, false))).values(&[&f32s]),
+        Op::new("cvt.rzi.ftz.s32.f32", &[Ty::F32], Ty::B32, |x| Want::Bits(to_integer(F32.value(x[0]), 32, true, Mode::Rz, false)))
+            .values(&[&f32s]),
     );
     // A positive subnormal rounds up to one, unless it is flushed first.
-    ops.push(unary("cvt.rpi.s32.f32", |a: f32| i32::from(a > 0.0)).values(&[&[1, 0x007F_FFFF, 0, 0x8000_0001]]).body("cvt.rpi.s32.f32 of subnormals", "cvt.rpi.s32.f32 %d, %a;"));
+    ops.push(
+        unary("cvt.rpi.s32.f32", |a: f32| i32::from(a > 0.0))
+            .values(&[&[1, 0x007F_FFFF, 0, 0x8000_0001]])
+            .body("cvt.rpi.s32.f32 of subnormals", "cvt.rpi.s32.f32 %d, %a;"),
+    );
     ops.push(unary("cvt.rpi.ftz.s32.f32", |a: f32| i32::from(a >= f32::MIN_POSITIVE)).values(&[&[1, 0x007F_FFFF, 0, 0x8000_0001]]));
     ops.push(unary("cvt.rzi.s8.f32", |a: f32| if a.is_nan() { 0 } else { a.trunc().clamp(-128.0, 127.0) as i32 }).values(&[&f32s]));
     ops.push(unary("cvt.rzi.u8.f32", |a: f32| if a.is_nan() { 0 } else { a.trunc().clamp(0.0, 255.0) as i32 }).values(&[&f32s]));
@@ -138,7 +194,9 @@ fn from_integer(format: Binary, magnitude: u64, negative: bool, mode: Mode) -> u
 fn integer_to_float() -> Vec<Op> {
     let mut ops = Vec::new();
     for (name, mode) in MODES {
-        for (integer, ty, bits, signed) in [("s32", Ty::B32, 32, true), ("u32", Ty::B32, 32, false), ("s64", Ty::B64, 64, true), ("u64", Ty::B64, 64, false)] {
+        for (integer, ty, bits, signed) in
+            [("s32", Ty::B32, 32, true), ("u32", Ty::B32, 32, false), ("s64", Ty::B64, 64, true), ("u64", Ty::B64, 64, false)]
+        {
             let read = move |x: u64| {
                 let value = if signed { i128::from((x << (64 - bits)) as i64 >> (64 - bits)) } else { i128::from(x) };
                 (value.unsigned_abs() as u64, value < 0)
@@ -172,6 +230,9 @@ fn integer_to_float() -> Vec<Op> {
     ops
 }
 
+/// Either zero, where the ISA does not say which.
+const ZERO: Want = Want::Near { value: 0.0, relative: 0.0, absolute: 0.0 };
+
 fn rounded(format: Binary, x: f64, mode: Mode) -> Want {
     format.round(x, mode).map_or(Want::Nan, Want::Bits)
 }
@@ -183,7 +244,10 @@ fn between_floats() -> Vec<Op> {
         Op::new("cvt.f64.f16", &[Ty::F16], Ty::F64, |x| F16.value(x[0]).want()),
         unary("cvt.f64.f32", |a: f32| f64::from(a)),
         unary("cvt.ftz.f64.f32", |a: f32| f64::from(if a.is_subnormal() { 0f32.copysign(a) } else { a })),
-        unary("cvt.sat.f32.f32", |a: f32| if a > 0.0 { a.min(1.0) } else { 0.0 }),
+        Op::new("cvt.sat.f32.f32", &[Ty::F32], Ty::F32, |x| {
+            let value = F32.value(x[0]);
+            if value > 0.0 { rounded(F32, value.min(1.0), Mode::Rn) } else { ZERO }
+        }),
         unary("cvt.rn.ftz.f32.f64", |a: f64| {
             let narrow = a as f32;
             if narrow.is_subnormal() { 0f32.copysign(narrow) } else { narrow }
@@ -195,22 +259,23 @@ fn between_floats() -> Vec<Op> {
         .values(&[&Ty::F32.edges().into_iter().filter(|&bits| !F32.value(bits).is_nan()).collect::<Vec<_>>()]),
         Op::new("cvt.rn.relu.f16.f32", &[Ty::F32], Ty::F16, |x| {
             let value = F32.value(x[0]);
-            rounded(F16, if value <= 0.0 { 0.0 } else { value }, Mode::Rn)
+            if value <= 0.0 { ZERO } else { rounded(F16, value, Mode::Rn) }
         }),
         Op::new("cvt.rn.relu.bf16.f32", &[Ty::F32], Ty::Bf16, |x| {
             let value = F32.value(x[0]);
-            rounded(BF16, if value <= 0.0 { 0.0 } else { value }, Mode::Rn)
+            if value <= 0.0 { ZERO } else { rounded(BF16, value, Mode::Rn) }
         }),
         Op::new("cvt.rn.sat.f16.f32", &[Ty::F32], Ty::F16, |x| {
             let value = F32.value(x[0]);
-            rounded(F16, if value > 0.0 { value.min(1.0) } else { 0.0 }, Mode::Rn)
+            if value > 0.0 { rounded(F16, value.min(1.0), Mode::Rn) } else { ZERO }
         }),
     ];
     // Ties, neighbours of ties, overflow and subnormals of the narrow formats.
     let near = |format: Binary| {
         let mut values = Vec::new();
         for code in [0u64, 1, 2, 5, format.largest() / 2, format.largest() / 2 + 1, format.largest() - 1, format.largest()] {
-            let (low, high) = (format.value(code), if code == format.largest() { format.value(code) * 1.01 } else { format.value(code + 1) });
+            let (low, high) =
+                (format.value(code), if code == format.largest() { format.value(code) * 1.01 } else { format.value(code + 1) });
             for x in [low, (low + high) / 2.0, low + (high - low) * 0.25, low + (high - low) * 0.75, -(low + high) / 2.0] {
                 values.push(x);
             }
@@ -220,12 +285,24 @@ fn between_floats() -> Vec<Op> {
     };
     for (name, mode) in MODES {
         let f64s = |format: Binary| near(format).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        ops.push(Op::new(&format!("cvt.{name}.f32.f64"), &[Ty::F64], Ty::F32, move |x| rounded(F32, f64::from_bits(x[0]), mode)).values(&[&f64s(F32)]));
-        ops.push(Op::new(&format!("cvt.{name}.f16.f64"), &[Ty::F64], Ty::F16, move |x| rounded(F16, f64::from_bits(x[0]), mode)).values(&[&f64s(F16)]));
+        ops.push(
+            Op::new(&format!("cvt.{name}.f32.f64"), &[Ty::F64], Ty::F32, move |x| rounded(F32, f64::from_bits(x[0]), mode))
+                .values(&[&f64s(F32)]),
+        );
+        ops.push(
+            Op::new(&format!("cvt.{name}.f16.f64"), &[Ty::F64], Ty::F16, move |x| rounded(F16, f64::from_bits(x[0]), mode))
+                .values(&[&f64s(F16)]),
+        );
         let f32s = |format: Binary| near(format).iter().map(|&x| u64::from((x as f32).to_bits())).collect::<Vec<_>>();
-        ops.push(Op::new(&format!("cvt.{name}.f16.f32"), &[Ty::F32], Ty::F16, move |x| rounded(F16, F32.value(x[0]), mode)).values(&[&f32s(F16)]));
+        ops.push(
+            Op::new(&format!("cvt.{name}.f16.f32"), &[Ty::F32], Ty::F16, move |x| rounded(F16, F32.value(x[0]), mode))
+                .values(&[&f32s(F16)]),
+        );
         if matches!(mode, Mode::Rn | Mode::Rz) {
-            ops.push(Op::new(&format!("cvt.{name}.bf16.f32"), &[Ty::F32], Ty::Bf16, move |x| rounded(BF16, F32.value(x[0]), mode)).values(&[&f32s(BF16)]));
+            ops.push(
+                Op::new(&format!("cvt.{name}.bf16.f32"), &[Ty::F32], Ty::Bf16, move |x| rounded(BF16, F32.value(x[0]), mode))
+                    .values(&[&f32s(BF16)]),
+            );
         }
     }
     ops
@@ -245,8 +322,8 @@ fn packed() -> Vec<Op> {
             }));
         }
         ops.push(Op::new(&format!("cvt.rn.relu.{name}.f32"), &[Ty::F32; 2], ty, move |x| {
-            let relu = |x: f64| if x <= 0.0 { 0.0 } else { x };
-            Want::Pair(half(format, relu(F32.value(x[1])), Mode::Rn), half(format, relu(F32.value(x[0])), Mode::Rn))
+            let relu = |x: f64| if x <= 0.0 { Half::Near { value: 0.0, relative: 0.0 } } else { half(format, x, Mode::Rn) };
+            Want::Pair(relu(F32.value(x[1])), relu(F32.value(x[0])))
         }));
     }
     ops
@@ -270,14 +347,14 @@ fn fp8() -> Vec<Op> {
         let few: Vec<u64> = f32s.iter().copied().step_by(5).collect();
         let halves: Vec<u64> = reals.iter().map(|&x| F16.round(x, Mode::Rn).unwrap_or(0x7E00)).collect();
         let pairs: Vec<u64> = (0..halves.len()).map(|i| halves[i] | halves[(7 * i + 2) % halves.len()] << 16).collect();
-        let relu = |x: f64| if x <= 0.0 { 0.0 } else { x };
+        let relu = move |x: f64| if x <= 0.0 { Half::Near { value: 0.0, relative: 0.0 } } else { fp8_code(format, x) };
         ops.extend([
             Op::new(&format!("cvt.rn.satfinite.{name}.f32"), &[Ty::F32; 2], ty, move |x| {
                 Want::Pair(fp8_code(format, F32.value(x[1])), fp8_code(format, F32.value(x[0])))
             })
             .values(&[&f32s, &few]),
             Op::new(&format!("cvt.rn.satfinite.relu.{name}.f32"), &[Ty::F32; 2], ty, move |x| {
-                Want::Pair(fp8_code(format, relu(F32.value(x[1]))), fp8_code(format, relu(F32.value(x[0]))))
+                Want::Pair(relu(F32.value(x[1])), relu(F32.value(x[0])))
             })
             .values(&[&f32s, &few]),
             Op::new(&format!("cvt.rn.satfinite.{name}.f16x2"), &[Ty::F16x2], ty, move |x| {

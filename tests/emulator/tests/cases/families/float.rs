@@ -1,8 +1,8 @@
 //! f32 and f64 arithmetic: every rounding mode, flush to zero, saturation, NaN rules, comparisons, approximate functions.
 
+use super::super::Want;
 use super::super::elementwise::{Op, Ty, Value, binary, cases, image, ternary, unary};
 use super::super::number::{F32, Mode, add_odd, div_odd, fma_odd, sqrt_odd};
-use super::super::Want;
 use super::Family;
 
 pub fn family() -> Family {
@@ -12,7 +12,7 @@ pub fn family() -> Family {
     ops.extend(extremes());
     ops.extend(comparisons());
     ops.extend(approximations());
-    Family { name: "float", text: image("f32 and f64 arithmetic, comparisons and approximate functions.", &ops), cases: cases("float", &ops) }
+    Family::table("float", image("f32 and f64 arithmetic, comparisons and approximate functions.", &ops), cases("float", &ops))
 }
 
 const MODES: [(&str, Mode); 4] = [("rn", Mode::Rn), ("rz", Mode::Rz), ("rm", Mode::Rm), ("rp", Mode::Rp)];
@@ -44,7 +44,8 @@ fn arithmetic32() -> Vec<Op> {
         binary("mul.f32", |a: f32, b: f32| a * b),
         unary("neg.f32", |a: f32| -a),
         unary("abs.f32", f32::abs),
-        binary("copysign.f32", |a: f32, b: f32| b.copysign(a)).values(&[&[0, 0x8000_0000, 0x3F80_0000, 0xFF80_0000], &[0x4000_0000, 0xC000_0000, 0, 0x7F80_0000]]),
+        binary("copysign.f32", |a: f32, b: f32| b.copysign(a))
+            .values(&[&[0, 0x8000_0000, 0x3F80_0000, 0xFF80_0000], &[0x4000_0000, 0xC000_0000, 0, 0x7F80_0000]]),
         unary("testp", |a: f32| u32::from(a.is_finite())).body("testp.finite.f32", &testp("finite")),
         unary("testp", |a: f32| u32::from(a.is_subnormal())).body("testp.subnormal.f32", &testp("subnormal")),
         unary("testp", |a: f32| u32::from(a.is_nan())).body("testp.notanumber.f32", &testp("notanumber")),
@@ -55,7 +56,9 @@ fn arithmetic32() -> Vec<Op> {
         ops.push(Op::new(&format!("add.{name}.f32"), &[Ty::F32; 2], Ty::F32, move |x| rounded(sum(wide(x[0]), wide(x[1]), mode), mode)));
         ops.push(Op::new(&format!("sub.{name}.f32"), &[Ty::F32; 2], Ty::F32, move |x| rounded(sum(wide(x[0]), -wide(x[1]), mode), mode)));
         ops.push(Op::new(&format!("mul.{name}.f32"), &[Ty::F32; 2], Ty::F32, move |x| rounded(wide(x[0]) * wide(x[1]), mode)));
-        ops.push(Op::new(&format!("fma.{name}.f32"), &[Ty::F32; 3], Ty::F32, move |x| rounded(fma(wide(x[0]), wide(x[1]), wide(x[2]), mode), mode)));
+        ops.push(Op::new(&format!("fma.{name}.f32"), &[Ty::F32; 3], Ty::F32, move |x| {
+            rounded(fma(wide(x[0]), wide(x[1]), wide(x[2]), mode), mode)
+        }));
         ops.push(Op::new(&format!("div.{name}.f32"), &[Ty::F32; 2], Ty::F32, move |x| rounded(div_odd(wide(x[0]), wide(x[1])), mode)));
         ops.push(Op::new(&format!("rcp.{name}.f32"), &[Ty::F32], Ty::F32, move |x| rounded(div_odd(1.0, wide(x[0])), mode)));
         ops.push(Op::new(&format!("sqrt.{name}.f32"), &[Ty::F32], Ty::F32, move |x| rounded(sqrt_odd(wide(x[0])), mode)));
@@ -72,9 +75,12 @@ fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
-/// To [0, 1]; NaN becomes +0.
-fn saturate(x: f32) -> f32 {
-    if x > 0.0 { x.min(1.0) } else { 0.0 }
+/// To [0, 1]; NaN becomes zero. The ISA does not say which zero a negative zero becomes, so either is right.
+fn saturated(name: &str, arity: usize, f: fn(&[f32]) -> f32) -> Op {
+    Op::new(name, &vec![Ty::F32; arity], Ty::F32, move |x| {
+        let result = f(&x.iter().map(|&bits| f32::from_bits(bits as u32)).collect::<Vec<_>>());
+        if result > 0.0 { result.min(1.0).want() } else { Want::Near { value: 0.0, relative: 0.0, absolute: 0.0 } }
+    })
 }
 
 fn flushed_and_saturated() -> Vec<Op> {
@@ -83,10 +89,10 @@ fn flushed_and_saturated() -> Vec<Op> {
         binary("sub.rn.ftz.f32", |a: f32, b: f32| flush(flush(a) - flush(b))),
         binary("mul.ftz.f32", |a: f32, b: f32| flush(flush(a) * flush(b))).values(&[PLAIN, TINY]),
         ternary("fma.rn.ftz.f32", |a: f32, b: f32, c: f32| flush(flush(a).mul_add(flush(b), flush(c)))).values(&[PLAIN, TINY, TINY]),
-        binary("add.sat.f32", |a: f32, b: f32| saturate(a + b)),
-        binary("mul.sat.f32", |a: f32, b: f32| saturate(a * b)),
-        binary("sub.ftz.sat.f32", |a: f32, b: f32| flush(saturate(flush(a) - flush(b)))),
-        ternary("fma.rn.sat.f32", |a: f32, b: f32, c: f32| saturate(a.mul_add(b, c))),
+        saturated("add.sat.f32", 2, |x| x[0] + x[1]),
+        saturated("mul.sat.f32", 2, |x| x[0] * x[1]),
+        saturated("sub.ftz.sat.f32", 2, |x| flush(flush(x[0]) - flush(x[1]))),
+        saturated("fma.rn.sat.f32", 3, |x| x[0].mul_add(x[1], x[2])),
         unary("neg.ftz.f32", |a: f32| -flush(a)),
         unary("abs.ftz.f32", |a: f32| flush(a).abs()),
     ]
@@ -104,13 +110,19 @@ fn arithmetic64() -> Vec<Op> {
             return nearest;
         }
         match mode {
-            Mode::Rz if (lost > 0.0) != (nearest > 0.0) => if nearest > 0.0 { nearest.next_down() } else { nearest.next_up() },
+            Mode::Rz if (lost > 0.0) != (nearest > 0.0) => {
+                if nearest > 0.0 {
+                    nearest.next_down()
+                } else {
+                    nearest.next_up()
+                }
+            }
             Mode::Rm if lost < 0.0 => nearest.next_down(),
             Mode::Rp if lost > 0.0 => nearest.next_up(),
             _ => nearest,
         }
     }
-    const MODERATE: &[f64] = &[0.5, 1.0, -1.0, 1.0 + f64::EPSILON, -2.5, 3.141_592_653_589_793, 1e-20, -1e10, 0.1, -0.3, 7.0, 1e15 + 0.3];
+    const MODERATE: &[f64] = &[0.5, 1.0, -1.0, 1.0 + f64::EPSILON, -2.5, std::f64::consts::PI, 1e-20, -1e10, 0.1, -0.3, 7.0, 1e15 + 0.3];
     let moderate: Vec<u64> = MODERATE.iter().map(|x| x.to_bits()).collect();
     let mut ops = vec![
         binary("add.f64", |a: f64, b: f64| a + b),
@@ -198,7 +210,7 @@ fn extremes() -> Vec<Op> {
 fn comparisons() -> Vec<Op> {
     let tests: [(&str, fn(f64, f64) -> bool); 14] = [
         ("eq", |a, b| a == b),
-        ("ne", |a, b| a < b || a > b),
+        ("ne", |a, b| !unordered(a, b) && a != b),
         ("lt", |a, b| a < b),
         ("le", |a, b| a <= b),
         ("gt", |a, b| a > b),
@@ -217,10 +229,10 @@ fn comparisons() -> Vec<Op> {
         for ty in ["f32", "f64"] {
             let code = if ty == "f32" { Ty::F32 } else { Ty::F64 };
             let read: fn(u64) -> f64 = if ty == "f32" { wide } else { f64::from_bits };
-            ops.push(Op::new("", &[code; 2], Ty::B32, move |x| u32::from(holds(read(x[0]), read(x[1]))).want()).body(
-                &format!("setp.{name}.{ty}"),
-                &format!(".reg .pred p;\nsetp.{name}.{ty} p, %a, %b;\nselp.u32 %d, 1, 0, p;"),
-            ));
+            ops.push(
+                Op::new("", &[code; 2], Ty::B32, move |x| u32::from(holds(read(x[0]), read(x[1]))).want())
+                    .body(&format!("setp.{name}.{ty}"), &format!(".reg .pred p;\nsetp.{name}.{ty} p, %a, %b;\nselp.u32 %d, 1, 0, p;")),
+            );
         }
     }
     ops.push(
@@ -247,8 +259,24 @@ fn approximations() -> Vec<Op> {
         })
     };
     let floats = |values: &[f32]| values.iter().map(|x| u64::from(x.to_bits())).collect::<Vec<_>>();
-    let angles = floats(&[0.0, -0.0, 0.1, -0.5, 1.0, 1.570_796_4, -2.0, 3.0, -3.14]);
-    let exponents = floats(&[0.0, -0.0, 1.0, -1.0, 0.5, 10.25, -20.75, 126.5, -125.9, 128.0, 200.0, -200.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
+    let angles = floats(&[0.0, -0.0, 0.1, -0.5, 1.0, std::f32::consts::FRAC_PI_2, -2.0, 3.0, -3.1]);
+    let exponents = floats(&[
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        10.25,
+        -20.75,
+        126.5,
+        -125.9,
+        128.0,
+        200.0,
+        -200.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+    ]);
     let positive = floats(&[1.0, 2.0, 0.5, 3.0, 0.1, 1e10, 1e-10, 1e30, 1e-30, 0.0, f32::INFINITY, f32::NAN, -1.0, 0.75, 1.25]);
     let square_root_bound = 2f64.powi(-22);
     let mut ops = vec![
@@ -266,6 +294,22 @@ fn approximations() -> Vec<Op> {
         approximate("cos.approx.ftz.f32", 0.0, 2f64.powf(-20.5), true, f64::cos).values(&[&angles]),
         approximate("tanh.approx.f32", 2f64.powi(-11), 0.0, false, f64::tanh).values(&[&exponents]),
     ];
+    // Gross approximations that the compiler refines: about twenty bits.
+    let wide_positive: Vec<u64> = [1.0f64, 2.0, 0.5, 3.0, 0.1, 1e100, 1e-100, f64::INFINITY].iter().map(|x| x.to_bits()).collect();
+    for (name, f) in [
+        ("rcp.approx.ftz.f64", (|a| 1.0 / a) as fn(f64) -> f64),
+        ("rsqrt.approx.ftz.f64", |a| 1.0 / a.sqrt()),
+        ("rsqrt.approx.f64", |a| 1.0 / a.sqrt()),
+    ] {
+        ops.push(
+            Op::new(name, &[Ty::F64], Ty::F64, move |x| Want::Near {
+                value: f(f64::from_bits(x[0])),
+                relative: 2f64.powi(-19),
+                absolute: 0.0,
+            })
+            .values(&[&wide_positive]),
+        );
+    }
     for (name, bound) in [("div.approx.f32", 2f64.powi(-22)), ("div.full.f32", 2f64.powi(-22))] {
         ops.push(
             Op::new(name, &[Ty::F32; 2], Ty::F32, move |x| Want::Near { value: wide(x[0]) / wide(x[1]), relative: bound, absolute: 0.0 })

@@ -1,8 +1,8 @@
 //! f16 and bf16 arithmetic, scalar and packed.
 
+use super::super::Half;
 use super::super::elementwise::{Op, Ty, Value, binary, cases, half_op, image};
 use super::super::number::{BF16, F16, Mode, add_odd, fma_odd};
-use super::super::{Half, Want};
 use super::Family;
 
 pub fn family() -> Family {
@@ -14,7 +14,7 @@ pub fn family() -> Family {
     ops.extend(variants());
     ops.extend(comparisons());
     ops.extend(approximations());
-    Family { name: "half", text: image("f16 and bf16 arithmetic, scalar and packed.", &ops), cases: cases("half", &ops) }
+    Family::table("half", image("f16 and bf16 arithmetic, scalar and packed.", &ops), cases("half", &ops))
 }
 
 /// Rounded to nearest even.
@@ -23,14 +23,17 @@ fn nearest(ty: Ty, exact: f64) -> Half {
     format.round(exact, Mode::Rn).map_or(Half::Nan, |bits| Half::Bits(bits as u16))
 }
 
+/// Either zero, where the ISA does not say which.
+const ZERO: Half = Half::Near { value: 0.0, relative: 0.0 };
+
 /// Rounded, then to [0, 1]; NaN becomes zero.
 fn saturated(ty: Ty, exact: f64) -> Half {
-    nearest(ty, if exact > 0.0 { exact.min(1.0) } else { 0.0 })
+    if exact > 0.0 { nearest(ty, exact.min(1.0)) } else { ZERO }
 }
 
 /// Rounded, then negative results become zero; NaN stays.
 fn rectified(ty: Ty, exact: f64) -> Half {
-    nearest(ty, if exact < 0.0 || exact == 0.0 { 0.0 } else { exact })
+    if exact <= 0.0 { ZERO } else { nearest(ty, exact) }
 }
 
 /// f16 with subnormal results flushed; a result is subnormal before rounding or not at all in the cases chosen.
@@ -75,6 +78,7 @@ fn extremes(ty: Ty, name: &str) -> Vec<Op> {
 
 fn variants() -> Vec<Op> {
     // Values whose sums and products lie clear of the boundary between normal and subnormal.
+    const PLAIN: &[u64] = &[0x0000, 0x8000, 0x0001, 0x83FF, 0x3C00, 0xBC00, 0x4248, 0x7BFF, 0x7C00, 0x7E00];
     const VALUES: &[u64] = &[0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x8400, 0x3C00, 0xBC00, 0x4248, 0x7BFF, 0x7C00, 0x7E00];
     vec![
         half_op("add.sat.f16", Ty::F16, 2, |x| add_odd(x[0], x[1]), saturated),
@@ -82,7 +86,7 @@ fn variants() -> Vec<Op> {
         half_op("fma.rn.sat.f16", Ty::F16, 3, |x| fma_odd(x[0], x[1], x[2]), saturated),
         half_op("add.ftz.f16", Ty::F16, 2, |x| add_odd(flush(x[0]), flush(x[1])), flushed).values(&[VALUES, VALUES]),
         half_op("mul.ftz.f16", Ty::F16, 2, |x| flush(x[0]) * flush(x[1]), flushed).values(&[VALUES, VALUES]),
-        half_op("fma.rn.ftz.f16", Ty::F16, 3, |x| fma_odd(flush(x[0]), flush(x[1]), flush(x[2])), flushed).values(&[VALUES, VALUES, VALUES]),
+        half_op("fma.rn.ftz.f16", Ty::F16, 3, |x| fma_odd(flush(x[0]), flush(x[1]), flush(x[2])), flushed).values(&[PLAIN, PLAIN, VALUES]),
         half_op("max.ftz.f16", Ty::F16, 2, |x| max(&[flush(x[0]), flush(x[1])]), nearest).values(&[VALUES, VALUES]),
         half_op(
             "min.xorsign.abs.bf16",
@@ -110,15 +114,15 @@ fn comparisons() -> Vec<Op> {
         ("lt", |a, b| a < b),
         ("ge", |a, b| a >= b),
         ("neu", |a, b| a != b),
-        ("gtu", |a, b| !(a <= b)),
+        ("gtu", |a, b| a > b || a.is_nan() || b.is_nan()),
         ("nan", |a, b| a.is_nan() || b.is_nan()),
     ];
     for (name, holds) in tests {
         for (ty, text, format) in [(Ty::F16, "f16", F16), (Ty::Bf16, "bf16", BF16)] {
-            ops.push(Op::new("", &[ty; 2], Ty::B32, move |x| u32::from(holds(format.value(x[0]), format.value(x[1]))).want()).body(
-                &format!("setp.{name}.{text}"),
-                &format!(".reg .pred p;\nsetp.{name}.{text} p, %a, %b;\nselp.u32 %d, 1, 0, p;"),
-            ));
+            ops.push(
+                Op::new("", &[ty; 2], Ty::B32, move |x| u32::from(holds(format.value(x[0]), format.value(x[1]))).want())
+                    .body(&format!("setp.{name}.{text}"), &format!(".reg .pred p;\nsetp.{name}.{text} p, %a, %b;\nselp.u32 %d, 1, 0, p;")),
+            );
         }
         ops.push(
             Op::new("", &[Ty::F16x2; 2], Ty::B32, move |x| {
@@ -133,10 +137,6 @@ fn comparisons() -> Vec<Op> {
             ),
         );
     }
-    ops.push(Op::new("set.lt.f16x2.f16x2", &[Ty::F16x2; 2], Ty::B32, |x| {
-        let half = |shift: u32| if F16.value(x[0] >> shift & 0xFFFF) < F16.value(x[1] >> shift & 0xFFFF) { 0x3C00 } else { 0 };
-        Want::Bits(half(0) | half(16) << 16)
-    }));
     ops
 }
 

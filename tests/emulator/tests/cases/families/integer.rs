@@ -5,7 +5,7 @@ use super::Family;
 
 pub fn family() -> Family {
     let ops = ops();
-    Family { name: "integer", text: image("Integer arithmetic, logic, shifts, bit fields and comparisons.", &ops), cases: cases("integer", &ops) }
+    Family::table("integer", image("Integer arithmetic, logic, shifts, bit fields and comparisons.", &ops), cases("integer", &ops))
 }
 
 const NONZERO32: &[u64] = &[1, 2, 3, 7, 10, 31, 0x7FFF_FFFF, 0x8000_0000, 0x8000_0001, 0xFFFF_FF9C, 0xFFFF_FFFE, 12345];
@@ -179,10 +179,26 @@ fn shifts() -> Vec<Op> {
         binary("shr.s32", |a: i32, n: u32| a >> n.min(31)).values(&[&[1, 0xFFFF_FFFF, 0x8765_4321], COUNTS]),
         binary("shr.u64", |a: u64, n: u32| if n < 64 { a >> n } else { 0 }).values(&[&[1, u64::MAX, 0xFEDC_BA98_7654_3210], COUNTS]),
         binary("shr.s64", |a: i64, n: u32| a >> n.min(63)).values(&[&[1, u64::MAX, 0xFEDC_BA98_7654_3210], COUNTS]),
-        ternary("shf.l.clamp.b32", |a: u32, b: u32, n: u32| (pair(a, b) << n.min(32) >> 32) as u32).values(&[&[0x8000_0001, 0x1234_5678], &[0xF000_000F, 0x9ABC_DEF0], COUNTS]),
-        ternary("shf.l.wrap.b32", |a: u32, b: u32, n: u32| (pair(a, b) << (n & 31) >> 32) as u32).values(&[&[0x8000_0001, 0x1234_5678], &[0xF000_000F, 0x9ABC_DEF0], COUNTS]),
-        ternary("shf.r.clamp.b32", |a: u32, b: u32, n: u32| (pair(a, b) >> n.min(32)) as u32).values(&[&[0x8000_0001, 0x1234_5678], &[0xF000_000F, 0x9ABC_DEF0], COUNTS]),
-        ternary("shf.r.wrap.b32", |a: u32, b: u32, n: u32| (pair(a, b) >> (n & 31)) as u32).values(&[&[0x8000_0001, 0x1234_5678], &[0xF000_000F, 0x9ABC_DEF0], COUNTS]),
+        ternary("shf.l.clamp.b32", |a: u32, b: u32, n: u32| (pair(a, b) << n.min(32) >> 32) as u32).values(&[
+            &[0x8000_0001, 0x1234_5678],
+            &[0xF000_000F, 0x9ABC_DEF0],
+            COUNTS,
+        ]),
+        ternary("shf.l.wrap.b32", |a: u32, b: u32, n: u32| (pair(a, b) << (n & 31) >> 32) as u32).values(&[
+            &[0x8000_0001, 0x1234_5678],
+            &[0xF000_000F, 0x9ABC_DEF0],
+            COUNTS,
+        ]),
+        ternary("shf.r.clamp.b32", |a: u32, b: u32, n: u32| (pair(a, b) >> n.min(32)) as u32).values(&[
+            &[0x8000_0001, 0x1234_5678],
+            &[0xF000_000F, 0x9ABC_DEF0],
+            COUNTS,
+        ]),
+        ternary("shf.r.wrap.b32", |a: u32, b: u32, n: u32| (pair(a, b) >> (n & 31)) as u32).values(&[
+            &[0x8000_0001, 0x1234_5678],
+            &[0xF000_000F, 0x9ABC_DEF0],
+            COUNTS,
+        ]),
     ]
 }
 
@@ -200,10 +216,26 @@ fn fields() -> Vec<Op> {
         unary("bfind.s32", |a: i32| (if a < 0 { !a } else { a } as u32).checked_ilog2().unwrap_or(u32::MAX)),
         unary("bfind.shiftamt.u32", |a: u32| a.checked_ilog2().map_or(u32::MAX, |bit| 31 - bit)),
         unary("bfind.u64", |a: u64| a.checked_ilog2().unwrap_or(u32::MAX)),
-        ternary("bfe.u32", |a: u32, at: u32, len: u32| extract(u64::from(a), 32, at, len, false) as u32).values(&[&[0x89AB_CDEF, 0x7654_3210], POSITIONS, LENGTHS]),
-        ternary("bfe.s32", |a: u32, at: u32, len: u32| extract(u64::from(a), 32, at, len, true) as u32).values(&[&[0x89AB_CDEF, 0x7654_3210], POSITIONS, LENGTHS]),
-        ternary("bfe.u64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, false)).values(&[&[0xFEDC_BA98_7654_3210], POSITIONS, LENGTHS]),
-        ternary("bfe.s64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, true)).values(&[&[0xFEDC_BA98_7654_3210], POSITIONS, LENGTHS]),
+        ternary("bfe.u32", |a: u32, at: u32, len: u32| extract(u64::from(a), 32, at, len, false) as u32).values(&[
+            &[0x89AB_CDEF, 0x7654_3210],
+            POSITIONS,
+            LENGTHS,
+        ]),
+        ternary("bfe.s32", |a: u32, at: u32, len: u32| extract(u64::from(a), 32, at, len, true) as u32).values(&[
+            &[0x89AB_CDEF, 0x7654_3210],
+            POSITIONS,
+            LENGTHS,
+        ]),
+        ternary("bfe.u64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, false)).values(&[
+            &[0xFEDC_BA98_7654_3210],
+            POSITIONS,
+            LENGTHS,
+        ]),
+        ternary("bfe.s64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, true)).values(&[
+            &[0xFEDC_BA98_7654_3210],
+            POSITIONS,
+            LENGTHS,
+        ]),
         ternary("bfi.b32", |a: u32, b: u32, at: u32| insert(u64::from(a), u64::from(b), 32, at, 7) as u32)
             .values(&[&[0x89AB_CDEF, 0], &[0xFFFF_FFFF, 0x1234_5678], POSITIONS])
             .body("bfi.b32 length 7", "bfi.b32 %d, %a, %b, %c, 7;"),
@@ -213,8 +245,11 @@ fn fields() -> Vec<Op> {
         ternary("bfi.b64", |a: u64, b: u64, at: u32| insert(a, b, 64, at, 20))
             .values(&[&[0xFEDC_BA98_7654_3210], &[0, u64::MAX], POSITIONS])
             .body("bfi.b64 length 20", "bfi.b64 %d, %a, %b, %c, 20;"),
-        ternary("prmt.b32", permute).values(&[&[0x8765_4321, 0x00FF_7F80], &[0xFEDC_BA98], &[0x3210, 0x7654, 0x0000, 0x5410, 0xFB73, 0x89AB, 0x4321, 0xFFFF_8888]]),
-        unary("fns.b32", |a: u32| (0..32).find(|i| a >> i & 1 == 1).unwrap_or(u32::MAX)).body("fns.b32", "fns.b32 %d, %a, 0, 1;"),
+        ternary("prmt.b32", permute).values(&[
+            &[0x8765_4321, 0x00FF_7F80],
+            &[0xFEDC_BA98],
+            &[0x3210, 0x7654, 0x0000, 0x5410, 0xFB73, 0x89AB, 0x4321, 0xFFFF_8888],
+        ]),
     ];
     // The modes of prmt take one selector, of which two bits count.
     let modes: [(&str, fn(u32) -> u32); 6] = [
@@ -227,8 +262,10 @@ fn fields() -> Vec<Op> {
     ];
     for (mode, selector) in modes {
         ops.push(
-            Op::new(&format!("prmt.b32.{mode}"), &[Ty::B32; 3], Ty::B32, move |x| permute(x[0] as u32, x[1] as u32, selector(x[2] as u32 & 3)).want())
-                .values(&[&[0x8765_4321], &[0xFEDC_BA98], &[0, 1, 2, 3, 7]]),
+            Op::new(&format!("prmt.b32.{mode}"), &[Ty::B32; 3], Ty::B32, move |x| {
+                permute(x[0] as u32, x[1] as u32, selector(x[2] as u32 & 3)).want()
+            })
+            .values(&[&[0x8765_4321], &[0xFEDC_BA98], &[0, 1, 2, 3, 7]]),
         );
     }
     ops
@@ -236,13 +273,15 @@ fn fields() -> Vec<Op> {
 
 fn comparisons() -> Vec<Op> {
     let mut ops = Vec::new();
-    let signed: [(&str, fn(&i64, &i64) -> bool); 6] = [("eq", i64::eq), ("ne", i64::ne), ("lt", i64::lt), ("le", i64::le), ("gt", i64::gt), ("ge", i64::ge)];
+    let signed: [(&str, fn(&i64, &i64) -> bool); 6] =
+        [("eq", i64::eq), ("ne", i64::ne), ("lt", i64::lt), ("le", i64::le), ("gt", i64::gt), ("ge", i64::ge)];
     for (name, holds) in signed {
         for (ty, bits, code) in [("s16", 16, Ty::B16), ("s32", 32, Ty::B32), ("s64", 64, Ty::B64)] {
             ops.push(compare(&format!("setp.{name}.{ty}"), code, move |a, b| holds(&sign_extend(a, bits), &sign_extend(b, bits))));
         }
     }
-    let unsigned: [(&str, fn(&u64, &u64) -> bool); 6] = [("lt", u64::lt), ("le", u64::le), ("gt", u64::gt), ("ge", u64::ge), ("lo", u64::lt), ("hs", u64::ge)];
+    let unsigned: [(&str, fn(&u64, &u64) -> bool); 6] =
+        [("lt", u64::lt), ("le", u64::le), ("gt", u64::gt), ("ge", u64::ge), ("lo", u64::lt), ("hs", u64::ge)];
     for (name, holds) in unsigned {
         for (ty, code) in [("u16", Ty::B16), ("u32", Ty::B32), ("u64", Ty::B64)] {
             ops.push(compare(&format!("setp.{name}.{ty}"), code, move |a, b| holds(&a, &b)));
@@ -273,7 +312,8 @@ fn comparisons() -> Vec<Op> {
 }
 
 fn compare(name: &str, ty: Ty, holds: impl Fn(u64, u64) -> bool + Send + Sync + 'static) -> Op {
-    Op::new(name, &[ty; 2], Ty::B32, move |x| u32::from(holds(x[0], x[1])).want()).body(name, &format!(".reg .pred p;\n{name} p, %a, %b;\nselp.u32 %d, 1, 0, p;"))
+    Op::new(name, &[ty; 2], Ty::B32, move |x| u32::from(holds(x[0], x[1])).want())
+        .body(name, &format!(".reg .pred p;\n{name} p, %a, %b;\nselp.u32 %d, 1, 0, p;"))
 }
 
 fn sign_extend(bits: u64, width: u32) -> i64 {
@@ -294,7 +334,8 @@ fn per_half_unsigned(a: u32, b: u32, f: fn(u16, u16) -> u16) -> u32 {
 }
 
 fn dot4(a: u32, b: u32, a_signed: bool, b_signed: bool, c: i32) -> i32 {
-    let byte = |word: u32, i: u32, signed: bool| if signed { i64::from((word >> (8 * i)) as i8) } else { i64::from((word >> (8 * i)) as u8) };
+    let byte =
+        |word: u32, i: u32, signed: bool| if signed { i64::from((word >> (8 * i)) as i8) } else { i64::from((word >> (8 * i)) as u8) };
     (0..4).fold(i64::from(c), |sum, i| sum + byte(a, i, a_signed) * byte(b, i, b_signed)) as i32
 }
 
@@ -322,7 +363,13 @@ fn permute(a: u32, b: u32, selector: u32) -> u32 {
         let nibble = selector >> (4 * i) & 0xF;
         let byte = bytes[nibble as usize & 7];
         // Bit 3 of a selector replicates the sign of the byte.
-        let byte = if nibble & 8 == 0 { byte } else if byte & 0x80 != 0 { 0xFF } else { 0 };
+        let byte = if nibble & 8 == 0 {
+            byte
+        } else if byte & 0x80 != 0 {
+            0xFF
+        } else {
+            0
+        };
         word | u32::from(byte) << (8 * i)
     })
 }

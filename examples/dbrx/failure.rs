@@ -1,0 +1,77 @@
+//! The one error of the example: its class is the exit code, its text is a sentence with numbers.
+
+use std::fmt;
+use std::path::Path;
+
+/// Why a run ended early.
+#[derive(Debug)]
+pub enum Failure {
+    /// The results are not what they should be.
+    Differs(String),
+    /// The input or the environment was refused, before anything was written.
+    Refused(String),
+    /// The device failed.
+    Device(String),
+}
+
+impl Failure {
+    /// 1: results differ; 2: refused; 3: the device failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Differs(_) => 1,
+            Failure::Refused(_) => 2,
+            Failure::Device(_) => 3,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Differs(text) => write!(f, "results differ: {text}"),
+            Failure::Refused(text) => write!(f, "refused: {text}"),
+            Failure::Device(text) => write!(f, "device failed: {text}"),
+        }
+    }
+}
+
+impl From<dropless::Error> for Failure {
+    fn from(error: dropless::Error) -> Failure {
+        if error.is_fatal() { Failure::Device(error.to_string()) } else { Failure::Refused(error.to_string()) }
+    }
+}
+
+/// A refusal.
+pub fn refuse<T>(text: impl Into<String>) -> Result<T, Failure> {
+    Err(Failure::Refused(text.into()))
+}
+
+/// A refusal that begins with the file at fault.
+pub fn refuse_file<T>(file: &Path, text: impl fmt::Display) -> Result<T, Failure> {
+    refuse(format!("{}: {text}", file.display()))
+}
+
+/// What the operating system said about a file, without the number it adds.
+pub fn io_text(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "not found".into(),
+        std::io::ErrorKind::PermissionDenied => "permission denied".into(),
+        std::io::ErrorKind::IsADirectory => "is a directory".into(),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dropless::{Error, Op};
+
+    #[test]
+    fn classes_have_their_exit_codes() {
+        let lost = Failure::from(Error::DeviceLost { code: 700, first_op: Op::Moe });
+        assert_eq!(lost.exit_code(), 3);
+        assert_eq!(lost.to_string(), "device failed: device lost in moe (CUDA 700); this process cannot use the device again");
+        assert_eq!(Failure::from(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }).exit_code(), 2);
+        assert_eq!(Failure::Differs("all".into()).exit_code(), 1);
+    }
+}

@@ -1,0 +1,139 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
+use dropless::DType;
+
+/// What a run was asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub source: Source,
+    pub prompt: Prompt,
+    pub generate: Option<usize>,
+    pub activations: Option<DType>,
+    pub layers: Option<usize>,
+    pub context: Option<usize>,
+    pub batch: usize,
+    pub chunk: usize,
+    pub threads: Option<usize>,
+    pub memory_limit: Option<u64>,
+    pub dump: Option<PathBuf>,
+    pub dump_layers: bool,
+    pub check: Option<PathBuf>,
+    pub json: bool,
+}
+
+/// Where the weights come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The small checkpoint of the repository, compared with its reference results.
+    Default,
+    /// A folder.
+    Folder(PathBuf),
+    /// Seeded random numbers in the shape of a configuration.
+    Random { config: PathBuf, weights: Option<DType> },
+}
+
+/// Where the prompt comes from.
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Nothing was said.
+    Default,
+    Text(String),
+    Tokens(String),
+    File(PathBuf),
+    /// As many seeded random tokens.
+    Random(usize),
+}
+
+const AFTER_HELP: &str = "\
+Without --model, --random or --check, a small checkpoint of the repository runs and is compared with reference results.
+Exit codes: 0 fine, 1 results differ, 2 the input or the environment was refused, 3 the device failed.";
+
+fn command() -> Command {
+    let path = |name: &'static str, value| Arg::new(name).long(name).value_name(value).value_parser(value_parser!(PathBuf));
+    let number = |name: &'static str, least: u64| {
+        let parser = RangedU64ValueParser::<usize>::new().range(least..1 << 31);
+        Arg::new(name).long(name).value_name("N").value_parser(parser)
+    };
+    let word = |name: &'static str, value: &'static str| {
+        Arg::new(name).long(name).value_name(value).value_parser(value.split('|').collect::<Vec<_>>()).hide_possible_values(true)
+    };
+    let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
+
+    Command::new("dbrx")
+        .about("The full forward pass of a DBRX checkpoint")
+        .after_help(AFTER_HELP)
+        .args([
+            path("model", "DIR").help("config.json with model.safetensors, or with shards and their index; tokenizer.json if present"),
+            path("random", "CONFIG").help("No checkpoint: seeded random weights in the shape of that config.json, for timing"),
+            word("weights", "f32|bf16").help("With --random: type of the weights [default: as the config says]").requires("random"),
+            number("layers", 1).help("Only the first N layers"),
+            Arg::new("prompt").long("prompt").value_name("TEXT").help("Needs tokenizer.json and the feature `text`"),
+            Arg::new("tokens").long("tokens").value_name("1,2,3").help("The prompt as token ids"),
+            path("tokens-file", "FILE").help("The prompt as token ids between white space"),
+            number("random-tokens", 1).help("A prompt of N seeded random tokens [default with --random: 512]"),
+            number("generate", 0).help("Tokens to generate, greedily [default: 16]"),
+            number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
+            number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
+            number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
+            word("device", "auto|cpu").help("Where to run; auto takes the best there is"),
+            word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU"),
+            number("threads", 1).help("Worker threads [default: all]"),
+            Arg::new("memory-limit")
+                .long("memory-limit")
+                .value_name("BYTES")
+                .value_parser(value_parser!(u64))
+                .help("Refuse to need more than this [default: what the machine has]"),
+            path("dump", "FILE")
+                .help("Write the prompt's logits to a safetensors file; with --generate also `tokens` and `step_logits`")
+                .conflicts_with("check"),
+            flag("dump-layers").help("With --dump: every intermediate result as well").requires("dump"),
+            path("check", "FILE").help("Run the prompts of a file of reference results and compare"),
+            flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is looked at every 10 ms"),
+        ])
+        .group(ArgGroup::new("source").args(["model", "random"]))
+        .group(ArgGroup::new("input").args(["prompt", "tokens", "tokens-file", "random-tokens", "check"]))
+}
+
+/// Reads the command line. An error is clap's own: it knows its text, where it belongs and its exit code.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::Error> {
+    let matches = command().try_get_matches_from(args)?;
+    let number = |name: &str| matches.get_one::<usize>(name).copied();
+    let path = |name: &str| matches.get_one::<PathBuf>(name).cloned();
+    Ok(Options {
+        source: match (path("model"), path("random")) {
+            (Some(dir), _) => Source::Folder(dir),
+            (None, Some(config)) => Source::Random { config, weights: dtype(&matches, "weights") },
+            (None, None) => Source::Default,
+        },
+        prompt: match (matches.get_one::<String>("prompt"), matches.get_one::<String>("tokens")) {
+            (Some(text), _) => Prompt::Text(text.clone()),
+            (_, Some(ids)) => Prompt::Tokens(ids.clone()),
+            _ => path("tokens-file").map(Prompt::File).or(number("random-tokens").map(Prompt::Random)).unwrap_or(Prompt::Default),
+        },
+        generate: number("generate"),
+        activations: dtype(&matches, "activations"),
+        layers: number("layers"),
+        context: number("context"),
+        batch: number("batch").unwrap_or(1),
+        chunk: number("chunk").unwrap_or(512),
+        threads: number("threads"),
+        memory_limit: matches.get_one::<u64>("memory-limit").copied(),
+        dump: path("dump"),
+        dump_layers: matches.get_flag("dump-layers"),
+        check: path("check"),
+        json: matches.get_flag("json"),
+    })
+}
+
+fn dtype(matches: &ArgMatches, name: &str) -> Option<DType> {
+    match matches.get_one::<String>(name)?.as_str() {
+        "f32" => Some(DType::F32),
+        "bf16" => Some(DType::Bf16),
+        _ => None,
+    }
+}

@@ -1,0 +1,234 @@
+//! Everything that is settled before memory is taken: the model, the prompts, the sizes, and whether they fit.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use dropless::{Bf16, DType, Device};
+
+use super::checkpoint::Checkpoint;
+use super::config::Config;
+use super::failure::{Failure, refuse, refuse_file};
+use super::memory::{self, Need, Sizes};
+use super::model;
+use super::options::{Options, Prompt, Source};
+use super::progress::Progress;
+use super::prompt::{self, Ids};
+use super::reference::{Case, Reference};
+use super::report::{Console, Table, bytes_text, count_text};
+use super::trace::{self, Detail};
+
+/// Tokens of a random prompt where none was asked for.
+const RANDOM_PROMPT_TOKENS: usize = 512;
+/// Tokens generated where nothing was said.
+const GENERATE_TOKENS: usize = 16;
+
+/// A run, ready to begin.
+pub struct Setup {
+    pub config: Config,
+    pub weights: WeightSource,
+    pub folder: Option<PathBuf>,
+    pub jobs: Vec<Job>,
+    pub device: Device,
+    pub activations: DType,
+    pub sizes: Sizes,
+    pub chunk: usize,
+    pub need: Need,
+    pub available: Option<u64>,
+    label: String,
+}
+
+/// Where the weights are.
+pub enum WeightSource {
+    Mapped(Checkpoint),
+    Random(DType),
+}
+
+impl WeightSource {
+    pub fn dtype(&self) -> DType {
+        match self {
+            WeightSource::Mapped(checkpoint) => checkpoint.dtype(),
+            WeightSource::Random(dtype) => *dtype,
+        }
+    }
+}
+
+/// A prompt to run, what to generate and what to keep.
+pub struct Job {
+    pub prompt: Ids,
+    pub generate: usize,
+    pub detail: Detail,
+    /// What the results are compared with.
+    pub reference: Option<(Rc<Reference>, Case)>,
+}
+
+impl Setup {
+    /// Settles a run. Nothing is allocated that grows with the model.
+    pub fn read(options: &Options, progress: &Progress) -> Result<Setup, Failure> {
+        let (config_file, folder, label) = match &options.source {
+            Source::Default => {
+                let folder = default_folder();
+                if !folder.is_dir() {
+                    return refuse_file(&folder, "not found; run this in the repository, or give --model DIR");
+                }
+                (folder.join("config.json"), Some(folder), DEFAULT_MODEL.to_owned())
+            }
+            Source::Folder(dir) => (dir.join("config.json"), Some(dir.clone()), dir.display().to_string()),
+            Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
+        };
+        let config = Config::read(&config_file)?;
+        if let Some(file) = &options.dump {
+            // Found out now rather than after the run.
+            let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                return refuse_file(file, format_args!("cannot be written: {} is not a folder", folder.display()));
+            }
+        }
+        let config = match options.layers {
+            Some(layers) if layers > config.num_layers => {
+                return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
+            }
+            Some(layers) => config.with_layers(layers),
+            None => config,
+        };
+        let jobs = jobs(options, &config, folder.as_deref())?;
+        // The last token is not fed back.
+        let need_tokens = |job: &Job| job.prompt.len() + job.generate.saturating_sub(1);
+        let context = options.context.unwrap_or_else(|| jobs.iter().map(need_tokens).max().unwrap_or(1));
+        for job in &jobs {
+            job.prompt.check(&config)?;
+            prompt::check_fits(job.prompt.len(), job.generate, context)?;
+        }
+        let weights = match (&folder, &options.source) {
+            (Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
+            (None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
+            (None, _) => WeightSource::Random(if config.dtype.as_deref() == Some("bfloat16") { DType::Bf16 } else { DType::F32 }),
+        };
+        let activations = options.activations.unwrap_or(DType::F32);
+        let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
+        let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
+        let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
+        let sizes = Sizes {
+            batch: options.batch,
+            context,
+            prompt: longest,
+            step_tokens,
+            logits_rows: if all_logits { step_tokens } else { options.batch },
+            activation_bytes: activations.size_bytes(),
+        };
+        let dump = jobs
+            .iter()
+            .map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail))
+            .try_fold(0, |most, bytes| Some(bytes?.max(most)));
+        let random_bytes = match &weights {
+            WeightSource::Mapped(_) => Some(0),
+            WeightSource::Random(dtype) => memory::product(&[config.parameters() as usize, dtype.size_bytes()]),
+        };
+        let scratch = match activations {
+            DType::Bf16 => model::scratch_bytes::<Bf16>(&config, &sizes),
+            _ => model::scratch_bytes::<f32>(&config, &sizes),
+        };
+        let need = match (scratch, random_bytes, dump) {
+            (Ok(scratch), Some(random), Some(dump)) => Need::of(&config, &sizes, scratch, random, dump),
+            (Err(dropless::Error::TooLarge { .. }), ..) | (_, None, _) | (.., None) => None,
+            (Err(error), ..) => return Err(error.into()),
+        };
+        let available = options.memory_limit.or_else(memory::available_bytes);
+        let need = Need::check(need, available)?;
+        let device = match options.threads {
+            Some(threads) => Device::cpu_with_threads(threads)?,
+            None => Device::cpu(),
+        };
+        Ok(Setup { config, weights, folder, jobs, device, activations, sizes, chunk: options.chunk, need, available, label })
+    }
+
+    /// The table of parameters, how the run is set up, and the memory it needs.
+    pub fn print(&self, console: &mut Console<'_>) -> Result<(), Failure> {
+        let config = &self.config;
+        let dtype = self.weights.dtype();
+        let title = console.strong("DBRX");
+        let label = console.dim(&self.label);
+        console.line(format!("{title}  {label}\n"))?;
+        let mut table = Table::new(&["", " each", "number", "parameters", "active", "bytes"]);
+        let (mut total, mut active) = (0, 0);
+        let bytes = |count: u64| bytes_text(count.saturating_mul(dtype.size_bytes() as u64));
+        for part in config.parts() {
+            let cells =
+                [part.name.into(), part.shape, part.copies.to_string(), count_text(part.total), count_text(part.active), bytes(part.total)];
+            table.row(cells);
+            (total, active) = (total + part.total, active + part.active);
+        }
+        table.row(["all".into(), String::new(), String::new(), count_text(total), count_text(active), bytes(total)]);
+        table.print(console)?;
+        console.line("")?;
+
+        let heads = config.heads;
+        let (layers, width, count, top_k) = (config.num_layers, config.d_model, config.num_experts, config.top_k);
+        let plural = if layers == 1 { "" } else { "s" };
+        console.item("layers", format!("{layers} layer{plural} of width {width}, vocabulary of {}", config.vocab))?;
+        let clip = config.clip.map_or("no clip".into(), |clip| format!("clip {clip}"));
+        let (queries, keys, dim) = (heads.num_heads(), heads.num_kv_heads(), heads.head_dim());
+        console.item("attention", format!("{queries} heads over {keys} KV heads of {dim}, {clip}, rope theta {}", config.rope_theta))?;
+        let norm = config.weight_norm.map_or("weights not normalised".into(), |p| format!("weights of p-norm {p} = 1"));
+        console.item("experts", format!("{count} of width {}, {top_k} for each token, {norm}", config.d_ffn))?;
+        let threads = self.device.threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        let kind = if matches!(self.weights, WeightSource::Mapped(_)) { "mapped" } else { "random" };
+        let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
+        console.item(
+            "run",
+            format!(
+                "{} with {threads} thread{plural}; weights {} ({kind}), activations {}; context {}{batch}",
+                self.device.place(),
+                dtype.name(),
+                self.activations.name(),
+                self.sizes.context
+            ),
+        )?;
+        let total = self.need.total().unwrap_or(u64::MAX);
+        let available = self.available.map_or(String::new(), |bytes| format!("; {} available", bytes_text(bytes)));
+        console.item("memory", format!("{} needed: {}{available}", bytes_text(total), self.need.parts_text()))
+    }
+}
+
+/// The checkpoint of a run without arguments, in the repository.
+const DEFAULT_MODEL: &str = "tests/data/dbrx/tiny-dbrx-f32";
+
+/// Found at run time, so that the executable can be copied elsewhere and run in a copy of the repository.
+fn default_folder() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from).join(DEFAULT_MODEL)
+}
+
+fn jobs(options: &Options, config: &Config, folder: Option<&Path>) -> Result<Vec<Job>, Failure> {
+    if let Some(file) = &options.check {
+        return reference_jobs(file, Detail::Layers);
+    }
+    let untouched = matches!(options.source, Source::Default) && matches!(options.prompt, Prompt::Default);
+    if let (true, Some(folder)) = (untouched && options.generate.is_none() && options.layers.is_none(), folder) {
+        let (course, prompts) = (folder.join("decode.safetensors"), folder.join("goldens.safetensors"));
+        let mut jobs = reference_jobs(&course, dump_detail(options).max(Detail::Logits))?;
+        jobs.extend(reference_jobs(&prompts, Detail::Logits)?);
+        return Ok(jobs);
+    }
+    let default_random = matches!(options.source, Source::Random { .. }).then_some(RANDOM_PROMPT_TOKENS);
+    let prompt = prompt::read(&options.prompt, folder, config, default_random)?;
+    let generate = options.generate.unwrap_or(GENERATE_TOKENS);
+    Ok(vec![Job { prompt, generate, detail: dump_detail(options), reference: None }])
+}
+
+/// What a dump needs to be kept.
+fn dump_detail(options: &Options) -> Detail {
+    match (&options.dump, options.dump_layers) {
+        (None, _) => Detail::LastLogits,
+        (Some(_), false) => Detail::Logits,
+        (Some(_), true) => Detail::Layers,
+    }
+}
+
+fn reference_jobs(file: &Path, detail: Detail) -> Result<Vec<Job>, Failure> {
+    let reference = Rc::new(Reference::open(file)?);
+    let job = |case: Case| {
+        let (prompt, generate) = (Ids::Given(case.prompt.clone()), case.tokens.len());
+        Job { prompt, generate, detail, reference: Some((reference.clone(), case)) }
+    };
+    Ok(reference.cases()?.into_iter().map(job).collect())
+}

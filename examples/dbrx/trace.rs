@@ -1,0 +1,258 @@
+//! What a run keeps of its intermediate results, for a dump or a comparison. Only the first sequence is kept.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dropless::layout::KvLayer;
+use dropless::{Buffer, Element, Float, HeadLayout, Routing, Rows, Stream, router};
+use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
+
+use super::config::Config;
+use super::failure::{Failure, refuse, refuse_file};
+use super::memory::product;
+use super::model::Phase;
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Detail {
+    /// Nothing; only the prompt's last logits are computed.
+    LastLogits,
+    /// The logits of all tokens of the prompt, and of every generated one.
+    Logits,
+    /// And every intermediate result of the prompt, and the final cache.
+    Layers,
+}
+
+/// Bytes that a run of one prompt keeps. None: beyond 2^63.
+pub fn need_bytes(config: &Config, prompt: usize, generate: usize, detail: Detail) -> Option<u64> {
+    let Config { d_model, num_layers, num_experts, top_k, vocab, heads, .. } = *config;
+    let layer = 6 * d_model + 2 * heads.qkv_cols() + 2 * heads.q_cols() + heads.kv_cols() + num_experts + 3 * top_k + 1;
+    let logits = product(&[prompt.checked_add(generate)?, vocab, 4])?;
+    let layers = product(&[prompt, num_layers, layer, 4])?.checked_add(product(&[prompt, 2 * d_model, 4])?)?;
+    let cache = product(&[prompt.checked_add(generate)?, num_layers, 2 * heads.kv_cols(), 4])?;
+    match detail {
+        Detail::LastLogits => Some(0),
+        Detail::Logits => Some(logits),
+        Detail::Layers => logits.checked_add(layers)?.checked_add(cache),
+    }
+}
+
+/// A view's elements, where the host can read them.
+pub fn host<T: Element>(rows: Rows<'_, T>) -> Result<&[T], Failure> {
+    match rows.as_slice() {
+        Some(values) => Ok(values),
+        None => refuse(format!("results on {} cannot be read in place", rows.place())),
+    }
+}
+
+/// Tensors by name, filled as the steps run.
+pub struct Trace {
+    detail: Detail,
+    generates: bool,
+    /// Rows of the current step to keep, and the position of the first; none of a decoding step.
+    rows: usize,
+    position: usize,
+    tensors: BTreeMap<String, Kept>,
+}
+
+/// A tensor that grows row by row.
+struct Kept {
+    bytes: Vec<u8>, // little-endian f32 or i64
+    dtype: Dtype,
+    form: Form,
+}
+
+/// What the rows of a tensor are.
+#[derive(Clone, Copy)]
+enum Form {
+    /// `[T, cols]`.
+    Matrix(usize),
+    /// `[T]`, or `[E]`: one element a row.
+    Vector,
+    /// Rows of `heads` times `dim` elements; written as `[heads, T, dim]`.
+    Heads(usize, usize),
+}
+
+impl Trace {
+    /// For a run that `generates` tokens, or none.
+    pub fn new(detail: Detail, generates: bool) -> Trace {
+        Trace { detail, generates, rows: 0, position: 0, tensors: BTreeMap::new() }
+    }
+
+    /// What is kept.
+    pub fn detail(&self) -> Detail {
+        self.detail
+    }
+
+    /// A step begins that feeds `rows` tokens to the first sequence, which has `len` then.
+    pub fn begin(&mut self, phase: Phase, rows: usize, len: usize) {
+        self.rows = if phase == Phase::Prefill && self.detail == Detail::Layers { rows } else { 0 };
+        self.position = len - rows;
+    }
+
+    /// A result of the whole model, `[T, cols]`.
+    pub fn model<A: Float>(&mut self, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
+        self.step_rows(rows, |trace, values, cols| trace.floats(name.to_owned(), Form::Matrix(cols), values))
+    }
+
+    /// A result of one layer, `[T, cols]`.
+    pub fn layer<A: Float>(&mut self, layer: usize, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
+        self.step_rows(rows, |trace, values, cols| trace.floats(format!("L{layer}.{name}"), Form::Matrix(cols), values))
+    }
+
+    /// The fused projection before and after the clip, which the model leaves to the rotation.
+    pub fn qkv<A: Float>(&mut self, layer: usize, qkv: Rows<'_, A>, clip: Option<f32>) -> Result<(), Failure> {
+        self.layer(layer, "qkv_preclip", qkv)?;
+        self.step_rows(qkv, |trace, values, cols| {
+            let clip = clip.unwrap_or(f32::INFINITY);
+            let clipped: Vec<f32> = values.iter().map(|value| value.to_f32().clamp(-clip, clip)).collect();
+            trace.floats(format!("L{layer}.qkv"), Form::Matrix(cols), &clipped);
+        })
+    }
+
+    /// The rotated queries, and the step's keys as they lie in the cache.
+    pub fn rotated<A: Float>(&mut self, layer: usize, q: Rows<'_, A>, cache: &KvLayer<'_, A>, heads: HeadLayout) -> Result<(), Failure> {
+        let dim = heads.head_dim();
+        // The first sequence has the first page, and a page holds a whole sequence.
+        let keys = cache.keys().row_range(self.position..self.position + self.rows)?;
+        self.step_rows(q, |trace, values, _| trace.floats(format!("L{layer}.q_rope"), Form::Heads(heads.num_heads(), dim), values))?;
+        self.step_rows(keys, |trace, values, _| trace.floats(format!("L{layer}.k_rope"), Form::Heads(heads.num_kv_heads(), dim), values))
+    }
+
+    /// The router's results; its logits are computed again, since the model does not keep them.
+    pub fn routing<A: Float, W: Float>(
+        &mut self,
+        layer: usize,
+        stream: &Stream,
+        x: Rows<'_, A>,
+        weight: Rows<'_, W>,
+        routing: &Routing<'_>,
+    ) -> Result<(), Failure> {
+        if self.rows == 0 {
+            return Ok(());
+        }
+        let (experts, top_k) = (routing.num_experts(), routing.top_k());
+        let mut logits = Buffer::zeros(stream, x.rows() * experts)?;
+        router::logits(stream, x, weight, &mut logits.rows_mut(x.rows(), experts)?)?;
+        self.layer(layer, "router_logits", logits.rows(x.rows(), experts)?)?;
+        self.layer(layer, "router_weights", routing.weights())?;
+        self.step_rows(logits.rows(x.rows(), experts)?, |trace, values, _| {
+            let gap = |row: &[f32]| {
+                let mut row = row.to_vec();
+                row.sort_unstable_by(|a, b| b.total_cmp(a));
+                row.get(top_k).map_or(f32::INFINITY, |next| row[top_k - 1] - next)
+            };
+            let gaps: Vec<f32> = values.chunks_exact(experts).map(gap).collect();
+            trace.floats(format!("L{layer}.router_gap"), Form::Vector, &gaps);
+        })?;
+        self.step_rows(routing.expert_ids(), |trace, ids, _| {
+            trace.integers(format!("L{layer}.expert_indices"), Form::Matrix(top_k), ids.iter().map(|id| i64::from(*id)));
+            let name = format!("L{layer}.expert_counts");
+            let mut counts = trace.tensors.get(&name).map_or(vec![0; experts], |kept| kept.integers());
+            ids.iter().for_each(|id| counts[*id as usize] += 1);
+            trace.tensors.remove(&name);
+            trace.integers(name, Form::Vector, counts);
+        })
+    }
+
+    /// Logits of the prompt's next tokens.
+    pub fn logits(&mut self, logits: Rows<'_, f32>) -> Result<(), Failure> {
+        self.floats("logits".into(), Form::Matrix(logits.cols()), host(logits)?);
+        Ok(())
+    }
+
+    /// The logits that decide a generated token.
+    pub fn step_logits(&mut self, logits: Rows<'_, f32>) -> Result<(), Failure> {
+        if self.generates && self.detail > Detail::LastLogits {
+            self.floats("step_logits".into(), Form::Matrix(logits.cols()), host(logits)?);
+        }
+        Ok(())
+    }
+
+    /// The ids of the prompt and of what was generated.
+    pub fn tokens(&mut self, prompt: &[u32], generated: &[u32]) {
+        if self.detail > Detail::LastLogits {
+            self.integers("input_ids".into(), Form::Vector, prompt.iter().map(|id| i64::from(*id)));
+            if !generated.is_empty() {
+                self.integers("tokens".into(), Form::Vector, generated.iter().map(|id| i64::from(*id)));
+            }
+        }
+    }
+
+    /// The first sequence's keys and values of one layer, `len` tokens.
+    pub fn cache<A: Float>(&mut self, layer: usize, cache: &KvLayer<'_, A>, heads: HeadLayout, len: usize) -> Result<(), Failure> {
+        if self.detail == Detail::Layers {
+            let form = Form::Heads(heads.num_kv_heads(), heads.head_dim());
+            self.floats(format!("cache.L{layer}.k"), form, host(cache.keys().row_range(0..len)?)?);
+            self.floats(format!("cache.L{layer}.v"), form, host(cache.values().row_range(0..len)?)?);
+        }
+        Ok(())
+    }
+
+    /// Hands the first sequence's rows of a step's result to `keep`, if any are to be kept.
+    fn step_rows<T: Element>(&mut self, rows: Rows<'_, T>, keep: impl FnOnce(&mut Trace, &[T], usize)) -> Result<(), Failure> {
+        if self.rows > 0 {
+            keep(self, host(rows.row_range(0..self.rows)?)?, rows.cols());
+        }
+        Ok(())
+    }
+
+    fn floats<A: Float>(&mut self, name: String, form: Form, values: &[A]) {
+        let kept = self.tensors.entry(name).or_insert(Kept { bytes: Vec::new(), dtype: Dtype::F32, form });
+        kept.bytes.extend(values.iter().flat_map(|value| value.to_f32().to_le_bytes()));
+    }
+
+    fn integers(&mut self, name: String, form: Form, values: impl IntoIterator<Item = i64>) {
+        let kept = self.tensors.entry(name).or_insert(Kept { bytes: Vec::new(), dtype: Dtype::I64, form });
+        kept.bytes.extend(values.into_iter().flat_map(i64::to_le_bytes));
+    }
+
+    /// A tensor's shape and values, widened.
+    pub fn values(&self, name: &str) -> Option<(Vec<usize>, Vec<f64>)> {
+        let kept = self.tensors.get(name)?;
+        let bytes = kept.in_order();
+        let values = match kept.dtype {
+            Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
+            _ => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
+        };
+        Some((kept.shape(), values))
+    }
+
+    /// Writes everything to a safetensors file, which appears whole or not at all.
+    pub fn write(&self, file: &Path) -> Result<(), Failure> {
+        let tensors: Vec<(&String, &Kept, Cow<'_, [u8]>)> = self.tensors.iter().map(|(name, kept)| (name, kept, kept.in_order())).collect();
+        let view = |name, kept: &Kept, bytes| Ok((name, TensorView::new(kept.dtype, kept.shape(), bytes)?));
+        let views: Result<Vec<_>, SafeTensorError> = tensors.iter().map(|(name, kept, bytes)| view(*name, kept, bytes)).collect();
+        views.and_then(|views| safetensors::serialize_to_file(views, None, file)).or_else(|error| refuse_file(file, error))
+    }
+}
+
+impl Kept {
+    fn integers(&self) -> Vec<i64> {
+        self.bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect()
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len() / if self.dtype == Dtype::I64 { 8 } else { 4 }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        match self.form {
+            Form::Matrix(cols) => vec![self.len() / cols, cols],
+            Form::Vector => vec![self.len()],
+            Form::Heads(heads, dim) => vec![heads, self.len() / (heads * dim), dim],
+        }
+    }
+
+    /// The bytes in the order of `shape`.
+    fn in_order(&self) -> Cow<'_, [u8]> {
+        let Form::Heads(heads, dim) = self.form else { return Cow::Borrowed(&self.bytes) };
+        let head_bytes = 4 * dim;
+        let of_head = |head: usize| {
+            let rows = self.bytes.chunks_exact(heads * head_bytes);
+            rows.flat_map(move |row| &row[head * head_bytes..(head + 1) * head_bytes])
+        };
+        (0..heads).flat_map(of_head).copied().collect()
+    }
+}

@@ -1,0 +1,115 @@
+//! The weights by role: views of a mapped checkpoint, or of seeded random numbers.
+
+use dropless::{Element, ExpertWeights, Float, Rows, moe};
+
+use super::checkpoint::Checkpoint;
+use super::config::{Config, LayerTensor, TensorSpec};
+use super::failure::{Failure, refuse};
+use super::progress::Progress;
+use super::random::Random;
+
+/// All weights of a model.
+pub struct Weights<'a, W> {
+    pub embedding: Rows<'a, W>, // [V, D]
+    pub layers: Vec<LayerWeights<'a, W>>,
+    pub final_norm: Rows<'a, W>,    // [1, D]
+    pub head: ExpertWeights<'a, W>, // [V, D]
+}
+
+/// One layer's.
+pub struct LayerWeights<'a, W> {
+    pub norm_1: Rows<'a, W>,            // [1, D]
+    pub wqkv: ExpertWeights<'a, W>,     // [(H + 2 Hkv) d, D]
+    pub out_proj: ExpertWeights<'a, W>, // [D, D]
+    pub norm_2: Rows<'a, W>,            // [1, D]
+    pub moe: moe::Weights<'a, W>,       // w1, v1, w2: [E F, D]
+}
+
+impl<'a, W: Element> Weights<'a, W> {
+    /// Views of a checkpoint that was checked against `config`.
+    pub fn mapped(checkpoint: &'a Checkpoint, config: &Config) -> Result<Weights<'a, W>, Failure> {
+        Weights::gather(config, |spec| checkpoint.rows(&spec))
+    }
+
+    /// Views of random numbers.
+    pub fn random(tensors: &'a RandomTensors<W>, config: &Config) -> Result<Weights<'a, W>, Failure> {
+        let mut tensors = tensors.0.iter();
+        Weights::gather(config, |spec| {
+            let [rows, cols] = spec.dims();
+            let values = tensors.next().map_or(&[][..], Vec::as_slice);
+            Ok(Rows::from_slice(values, rows, cols)?)
+        })
+    }
+
+    /// Asks for each tensor once, in the order of [`Config::tensors`].
+    fn gather(config: &Config, mut rows: impl FnMut(TensorSpec) -> Result<Rows<'a, W>, Failure>) -> Result<Weights<'a, W>, Failure> {
+        let experts = config.num_experts;
+        let embedding = rows(config.model_tensor(Config::EMBEDDING))?;
+        let final_norm = rows(config.model_tensor(Config::FINAL_NORM))?;
+        let head = ExpertWeights::nk(rows(config.model_tensor(Config::HEAD))?, 1)?;
+        let layer = |layer| {
+            let mut rows = |tensor| rows(config.layer_tensor(layer, tensor));
+            Ok(LayerWeights {
+                norm_1: rows(LayerTensor::Norm1)?,
+                wqkv: ExpertWeights::nk(rows(LayerTensor::Wqkv)?, 1)?,
+                out_proj: ExpertWeights::nk(rows(LayerTensor::OutProj)?, 1)?,
+                norm_2: rows(LayerTensor::Norm2)?,
+                moe: moe::Weights {
+                    router: rows(LayerTensor::Router)?,
+                    w1: ExpertWeights::nk(rows(LayerTensor::W1)?, experts)?,
+                    v1: ExpertWeights::nk(rows(LayerTensor::V1)?, experts)?,
+                    w2: ExpertWeights::kn(rows(LayerTensor::W2)?, experts)?,
+                },
+            })
+        };
+        let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;
+        Ok(Weights { embedding, layers, final_norm, head })
+    }
+}
+
+/// Random numbers for every tensor of a model, in the order of [`Config::tensors`].
+pub struct RandomTensors<W>(Vec<Vec<W>>);
+
+impl<W: Float> RandomTensors<W> {
+    /// Uniform numbers of variance 1 / inputs, so that activations keep their size; ones for the norms. The same for any `threads`.
+    pub fn new(config: &Config, threads: usize, progress: &Progress) -> Result<RandomTensors<W>, Failure> {
+        let bar = progress.bytes("weights", config.parameters().saturating_mul(size_of::<W>() as u64));
+        let mut tensors = Vec::new();
+        for (seed, spec) in config.tensors().enumerate() {
+            let [rows, cols] = spec.dims();
+            let mut values = Vec::new();
+            if values.try_reserve_exact(rows * cols).is_err() {
+                return refuse(format!("out of memory: random weights `{}` need {} bytes", spec.name, rows * cols * size_of::<W>()));
+            }
+            values.resize(rows * cols, W::from_f32(1.0));
+            // An embedding is looked up, not multiplied; the rows of w2 are its inputs.
+            let inputs = match spec.name.as_str() {
+                Config::EMBEDDING => 1,
+                name if name.ends_with(".w2") => config.d_ffn,
+                _ => cols,
+            };
+            if spec.shape.len() > 1 {
+                fill(&mut values, seed as u64, (3.0 / inputs as f32).sqrt(), threads);
+            }
+            bar.inc(size_of_val(values.as_slice()) as u64);
+            tensors.push(values);
+        }
+        Ok(RandomTensors(tensors))
+    }
+}
+
+/// Uniform in [-scale, scale).
+fn fill<W: Float>(values: &mut [W], seed: u64, scale: f32, threads: usize) {
+    let seed = Random::new(seed).bits();
+    let share = values.len().div_ceil(threads.max(1)).next_multiple_of(1 << 16);
+    std::thread::scope(|scope| {
+        for (thread, values) in values.chunks_mut(share).enumerate() {
+            scope.spawn(move || {
+                let mut random = Random::at(seed, (thread * share / 4) as u64);
+                for four in values.chunks_mut(4) {
+                    four.iter_mut().zip(random.signed()).for_each(|(value, number)| *value = W::from_f32(scale * number));
+                }
+            });
+        }
+    });
+}

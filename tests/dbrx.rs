@@ -1,0 +1,14 @@
+//! The DBRX example, called as a function: its results against reference results, and everything it refuses.
+//!
+//! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of the full set, all of
+//! them run.
+
+#[allow(dead_code)]
+#[path = "../examples/dbrx/main.rs"]
+mod example;
+#[path = "dbrx/fixture.rs"]
+mod fixture;
+#[path = "dbrx/refusals.rs"]
+mod refusals;
+#[path = "dbrx/results.rs"]
+mod results;
