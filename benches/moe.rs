@@ -52,7 +52,7 @@ fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usiz
     group.finish();
     // The last token, with the routing that was chosen; the bound is that of two bf16 roundings where there are any.
     let last = num_tokens - 1;
-    let oracle_shape = oracle::Shape { d_model, d_ffn, num_experts: shape.num_experts, top_k: shape.top_k };
+    let oracle_shape = oracle::Shape { d_model, d_ffn, top_k: shape.top_k };
     let of_last = last * shape.top_k..num_tokens * shape.top_k;
     let [w1, v1, w2] = stacks.each_ref().map(|w| to_f64(w));
     let want =

@@ -79,9 +79,14 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 
 /// `sums[i, j] += sum_k a[i, k] * panel[k, j]`, each sum a chain over ascending k that begins at 0.
 ///
-/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`. `ahead(i, n)` is called before the i-th
-/// of n tiles, to ask for a part of what is needed next while the arithmetic goes on.
-pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: impl Fn(usize, usize)) {
+/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`.
+pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
+    add_product_ahead(a, panel, sums, sum_stride, |_, _| ());
+}
+
+/// [`add_product`], with `ahead(i, n)` called before the i-th of n tiles of rows: to ask for a part of what is needed next while
+/// the arithmetic goes on.
+pub(crate) fn add_product_ahead(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: impl Fn(usize, usize)) {
     super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
 }
 

@@ -8,7 +8,9 @@ use crate::dtype::{Bf16, F16, Float};
 fn samples<T: Float>(n: usize, seed: u32) -> Vec<T> {
     let mut bits = seed.wrapping_mul(0x9e37_79b9) | 1;
     let mut next = || {
-        (bits ^= bits << 13, bits ^= bits >> 17, bits ^= bits << 5);
+        bits ^= bits << 13;
+        bits ^= bits >> 17;
+        bits ^= bits << 5;
         bits
     };
     let special = [0.0, -0.0, 1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-41, 3.4e38, 65520.0, 6e-8, 1.0 + 1.0 / 256.0];

@@ -99,8 +99,7 @@ fn bounds<A: Bits>(shape: &Shape, x: &[f64], ids: &[u32], weights: &[f64], [w1, 
 }
 
 fn oracle_shape(shape: &Shape) -> oracle::moe::Shape {
-    let Shape { d_model, d_ffn, num_experts, top_k, .. } = *shape;
-    oracle::moe::Shape { d_model, d_ffn, num_experts, top_k }
+    oracle::moe::Shape { d_model: shape.d_model, d_ffn: shape.d_ffn, top_k: shape.top_k }
 }
 
 fn against_oracle<A: Float + Bits, W: Float>() {

@@ -20,7 +20,7 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, add_rows, dots, pack_kn, pack_nk};
+use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, add_rows, dots, pack_kn, pack_nk};
 use crate::simd::{LANES, narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
@@ -176,7 +176,7 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             let next = panels.peek();
             let ahead = |part, parts| next.into_iter().for_each(|next| self.prefetch(next, part, parts));
             let at = panel.product * sums.len + panel.cols.start - self.out_cols.start;
-            add_product(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
+            add_product_ahead(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
         }
     }
 

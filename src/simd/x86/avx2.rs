@@ -173,6 +173,7 @@ fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
 /// Every row has 32 bytes at element `k`; at `to` there is room for that many columns, `stride` apart.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
+#[allow(clippy::needless_range_loop)] // iterators over arrays by value would put registers into memory
 unsafe fn transpose_block<T: Float>(rows: &[&[T]; 8], k: usize, to: *mut f32, stride: usize) {
     // A closure, so that it has this function's instructions.
     let column = |i: usize, words: __m256| {
@@ -205,9 +206,8 @@ unsafe fn transpose_block<T: Float>(rows: &[&[T]; 8], k: usize, to: *mut f32, st
         quads[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
         quads[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
     }
-    let [upper, lower] = quads;
-    for (c, (upper, lower)) in upper.into_iter().zip(lower).enumerate() {
-        column(c, _mm256_permute2f128_ps::<0x20>(upper, lower));
-        column(4 + c, _mm256_permute2f128_ps::<0x31>(upper, lower));
+    for c in 0..4 {
+        column(c, _mm256_permute2f128_ps::<0x20>(quads[0][c], quads[1][c]));
+        column(4 + c, _mm256_permute2f128_ps::<0x31>(quads[0][c], quads[1][c]));
     }
 }

@@ -147,6 +147,7 @@ fn widen_halves(words: __m512, bf16: bool) -> [__m512; 2] {
 /// Every row has 64 bytes at element `k`; at `to` there is room for that many columns, `stride` apart.
 #[inline]
 #[target_feature(enable = "avx512f")]
+#[allow(clippy::needless_range_loop)] // iterators over arrays by value would put registers into memory
 unsafe fn transpose_block<T: Float>(rows: &[&[T]; LANES], k: usize, to: *mut f32, stride: usize) {
     // A closure, so that it has this function's instructions.
     let column = |i: usize, words: __m512| {
