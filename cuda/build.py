@@ -1,57 +1,117 @@
 #!/usr/bin/env python3
-"""Rebuilds ptx/ from cuda/*.cu with NVRTC 12.4, whose PTX (ISA 8.4) loads on drivers from R550 on.
+"""Rebuilds ptx/ and its MANIFEST from cuda/*.cu with NVRTC 12.4, whose PTX (ISA 8.4) loads on drivers from R550 on.
 
     pip install nvidia-cuda-nvrtc-cu12==12.4.127
     NVRTC_12_4=path/to/libnvrtc.so.12 python3 cuda/build.py
 
-Images carry line info; file names in it are relative to the repository, so that the output depends on the sources alone.
+`ptxas` on PATH (any version from 12.4 on) assembles each image for the MANIFEST's figures: registers, stack, spills and static
+shared memory of every entry. A kernel with a stack frame or a spill fails the build. Images carry line info; file names in
+it are relative to the repository, so that the output depends on the sources and the compiler alone.
 """
+
 import ctypes
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ["--gpu-architecture=compute_90a", "--std=c++17", "--generate-line-info", "--device-as-default-execution-space", f"--include-path={ROOT / 'cuda'}"]
+FLAGS = ["--gpu-architecture=compute_90a", "--std=c++17", "--generate-line-info"]
+MAX_ISA = (8, 4)
+HEADER = """\
+# The images of this folder; written by cuda/build.py, read by tests/manifest.rs.
+# Per image: PTX ISA, hash of its sources (cuda/<stem>.cu and all of cuda/common), hash of the image; hashes are FNV-1a, 64 bits.
+# Per entry: bytes of parameters; registers, stack bytes, spilled bytes and static shared bytes as ptxas counts them.
+"""
 
 
-def check(nvrtc, code, what):
-    if code:
-        raise SystemExit(f"{what}: {nvrtc.nvrtcGetErrorString(code).decode()}")
+class Nvrtc:
+    """libnvrtc, as far as it is needed to turn a source text into PTX."""
 
+    def __init__(self, library):
+        self.lib = ctypes.CDLL(library)
+        self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self.check(self.lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+        self.version = f"{major.value}.{minor.value}"
 
-def compile_ptx(nvrtc, source):
-    """The PTX text of one file; compiler messages go to stderr and a failure ends the run."""
-    program = ctypes.c_void_p()
-    text = source.read_text().encode()
-    check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None), source.name)
-    options = (ctypes.c_char_p * len(OPTIONS))(*(option.encode() for option in OPTIONS))
-    code = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), options)
+    def check(self, code, what):
+        if code:
+            sys.exit(f"{what}: {self.lib.nvrtcGetErrorString(code).decode()}")
 
-    def fetch(size, get):
-        length = ctypes.c_size_t()
-        size(program, ctypes.byref(length))
-        buffer = ctypes.create_string_buffer(length.value)
+    def text(self, program, get_size, get):
+        size = ctypes.c_size_t()
+        get_size(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
         get(program, buffer)
         return buffer.value.decode()
 
-    log = fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-    if log.strip():
-        print(log, file=sys.stderr)
-    check(nvrtc, code, source.name)
-    ptx = fetch(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return re.sub(rf'(?m)^(\s*\.file\s+\d+ )"{re.escape(str(ROOT))}/', r'\1"', ptx)
+    def compile(self, source):
+        """The PTX of one file; the compiler's messages go to stderr and a failure ends the run."""
+        program = ctypes.c_void_p()
+        self.check(self.lib.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, None, None), source.name)
+        flags = [flag.encode() for flag in [*FLAGS, f"--include-path={ROOT / 'cuda'}"]]
+        code = self.lib.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+        if log := self.text(program, self.lib.nvrtcGetProgramLogSize, self.lib.nvrtcGetProgramLog).strip():
+            print(log, file=sys.stderr)
+        self.check(code, source.name)
+        ptx = self.text(program, self.lib.nvrtcGetPTXSize, self.lib.nvrtcGetPTX)
+        self.lib.nvrtcDestroyProgram(ctypes.byref(program))
+        ptx = ptx[ptx.index(".version") :].rstrip() + "\n"  # without the compiler's banner
+        return re.sub(rf'(?m)^(\s*\.file\s+\d+ )"{re.escape(str(ROOT))}/', r'\1"', ptx)
+
+
+def fnv(*texts):
+    """FNV-1a over the texts, 64 bits: enough to notice a change, and three lines in any language."""
+    value = 0xCBF29CE484222325
+    for byte in b"".join(texts):
+        value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return f"{value:016x}"
+
+
+def assembled(ptxas, ptx):
+    """Per entry: registers, stack, spills, shared bytes; `-` for all of them without ptxas."""
+    if not ptxas:
+        return {}
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        run = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "-o", os.devnull, file.name], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    figures = {}
+    for entry in re.split(r"Compiling entry function '", run.stderr)[1:]:
+        number = lambda pattern: int(found[1]) if (found := re.search(pattern, entry)) else 0
+        stack, spills = number(r"(\d+) bytes stack"), number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        figures[entry.split("'")[0]] = (number(r"Used (\d+) registers"), stack, spills, number(r"(\d+) bytes smem"))
+    return figures
 
 
 def main():
-    nvrtc = ctypes.CDLL(os.environ.get("NVRTC_12_4", "libnvrtc.so.12"))
-    nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+    nvrtc, ptxas = Nvrtc(os.environ.get("NVRTC_12_4", "libnvrtc.so.12")), shutil.which("ptxas")
+    common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").iterdir())]
+    manifest, bad = HEADER + f"compiler NVRTC {nvrtc.version}\nflags {' '.join(FLAGS)}\n", []
     for source in sorted((ROOT / "cuda").glob("*.cu")):
+        ptx = nvrtc.compile(source)
+        isa = re.search(r"\.version (\S+)", ptx)[1]
+        if tuple(map(int, isa.split("."))) > MAX_ISA:
+            sys.exit(f"this NVRTC emits PTX ISA {isa}; use NVRTC 12.4")
         target = ROOT / "ptx" / f"{source.stem}.sm_90a.ptx"
-        target.write_text(compile_ptx(nvrtc, source))
+        target.write_text(ptx)
+        manifest += f"\nimage {target.name} isa {isa} sources {fnv(source.read_bytes(), *common)} image {fnv(ptx.encode())}\n"
+        figures = assembled(ptxas, ptx)
+        for entry, bytes_of_params in re.findall(r"\.entry (\w+)\(\s*\.param [^\[]*\[(\d+)\]", ptx):
+            registers, stack, spills, shared = figures.get(entry, ("-",) * 4)
+            manifest += f"entry {entry} params {bytes_of_params} registers {registers} stack {stack} spills {spills} shared {shared}\n"
+            if stack not in (0, "-") or spills not in (0, "-"):
+                bad.append(f"{entry}: {stack} bytes of stack, {spills} bytes spilled")
         print(target.relative_to(ROOT))
+    (ROOT / "ptx/MANIFEST").write_text(manifest)
+    if bad:
+        sys.exit("\n".join(bad))
 
 
 if __name__ == "__main__":

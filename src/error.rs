@@ -4,6 +4,9 @@
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+use crate::dtype::Element;
+
 /// The operation that speaks in an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -161,6 +164,15 @@ impl Error {
 /// Compares an argument's dimensions with the wanted ones.
 pub(crate) fn check_shape(op: Op, arg: &'static str, want: &'static str, want_dims: &[usize], got_dims: &[usize]) -> Result<(), Error> {
     if want_dims == got_dims { Ok(()) } else { Err(Error::shape(op, arg, want, want_dims, got_dims)) }
+}
+
+/// Kernels read all their float arguments as one type, that of `A`; the CPU mixes them. `what` is of type `W`.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_one_type<A: Element, W: Element>(op: Op, what: &'static str) -> Result<(), Error> {
+    if A::DTYPE == W::DTYPE {
+        return Ok(());
+    }
+    Err(Error::Unsupported { op, what, got: W::DTYPE.name(), supported: A::DTYPE.name() })
 }
 
 impl fmt::Display for Error {

@@ -14,7 +14,9 @@ use std::marker::PhantomData;
 
 use crate::device::{Stream, Workspace};
 use crate::dtype::Float;
-use crate::error::{Error, Op, Place, check_shape};
+use crate::error::{Error, Op, check_shape};
+#[cfg(feature = "cuda")]
+use crate::error::{Place, check_one_type};
 use crate::layout::{ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers, WeightOrder};
 use crate::ops::router::Normalize;
 use crate::ops::{grouped_gemm, permute, router};
@@ -60,8 +62,8 @@ impl<A: Float> Plan<A> {
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         let parts = [
             Workspace::bytes_for::<f32>(Op::Moe, max_tokens, num_experts)?,
-            Workspace::bytes_for::<A>(Op::Moe, rows, d_ffn)?,
-            Workspace::bytes_for::<A>(Op::Moe, rows, d_model)?,
+            Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_ffn))?,
+            Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_model))?,
         ];
         let total = parts.iter().map(|bytes| *bytes as u128).sum::<u128>();
         let limit = isize::MAX as u128;
@@ -121,8 +123,9 @@ pub struct Weights<'a, W> {
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or `routing` holds, or a
-/// smaller workspace; [`Error::Unsupported`] for weights of the other order, or on a GPU; [`Error::Place`],
-/// [`Error::NotJoined`]. Nothing is written.
+/// smaller workspace; [`Error::Unsupported`] for weights of the other order; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes, [`Error::Unsupported`] for weights of
+/// another type than `x`. Nothing is written.
 pub fn forward<'r, A: Float, W: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -137,8 +140,8 @@ pub fn forward<'r, A: Float, W: Float>(
 
     let mut carver = workspace.carve(Op::Moe);
     let mut logits = carver.rows::<f32>(num_tokens, num_experts)?;
-    let mut hidden = carver.rows::<A>(num_tokens * top_k, d_ffn)?;
-    let mut outputs = carver.rows::<A>(num_tokens * top_k, d_model)?;
+    let mut hidden = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_ffn))?.col_range(0..d_ffn)?;
+    let mut outputs = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_model))?.col_range(0..d_model)?;
 
     router::logits(stream, x, weights.router, &mut logits)?;
     let routing = router::route(stream, logits.as_rows(), normalize, routing)?;
@@ -146,6 +149,11 @@ pub fn forward<'r, A: Float, W: Float>(
     grouped_gemm::nn(stream, hidden.as_rows(), weights.w2, routing.expert_rows(), &mut outputs)?;
     permute::combine(stream, outputs.as_rows(), &routing, y)?;
     Ok(routing)
+}
+
+/// Columns of a workspace matrix with at least `cols`, whose rows begin on 16 bytes.
+fn aligned<A>(cols: usize) -> usize {
+    cols.next_multiple_of(16 / size_of::<A>())
 }
 
 /// Everything that any step would refuse, before the first one writes. Gives T.
@@ -181,8 +189,12 @@ fn check<A: Float, W: Float>(
         let (need, have) = (plan.workspace_bytes, workspace.bytes());
         return Err(Error::Capacity { op: Op::Moe, what: "workspace bytes", need, have });
     }
+    #[cfg(feature = "cuda")]
     if stream.place() != Place::Host {
-        return Err(Error::Unsupported { op: Op::Moe, what: "device", got: "cuda", supported: "cpu" });
+        check_one_type::<A, W>(Op::Moe, "weights of type")?;
+        x.vectors(Op::Moe, "x")?;
+        weights.router.vectors(Op::Moe, "router")?;
+        y.vectors(Op::Moe, "y")?;
     }
     let parts = routing.parts_mut(Op::Moe, num_tokens)?;
     let [ids, chosen, offsets, row_to_slot, slot_to_row] = parts.accesses();

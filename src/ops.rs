@@ -23,6 +23,18 @@ macro_rules! dispatch {
     };
 }
 
+/// The entry of a family that serves an element type: `entry!("glu", Bf16)` is `"glu_bf16"`.
+#[cfg(feature = "cuda")]
+macro_rules! entry {
+    ($stem:literal, $T:ty) => {
+        match <$T as $crate::Element>::DTYPE {
+            $crate::DType::Bf16 => concat!($stem, "_bf16"),
+            $crate::DType::F16 => concat!($stem, "_f16"),
+            _ => concat!($stem, "_f32"),
+        }
+    };
+}
+
 pub mod attention;
 pub mod embedding;
 pub mod glu;

@@ -167,10 +167,51 @@ impl<'a, T: Element> Rows<'a, T> {
         packed.then(|| unsafe { std::slice::from_raw_parts(self.first, self.rows * self.cols) })
     }
 
+    /// The elements, packed, on the host; waits for the stream's work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Place`], [`Error::NotJoined`]; [`Error::OutOfMemory`]; [`Error::DeviceLost`] if earlier work failed.
+    pub fn to_vec(&self, stream: &Stream) -> Result<Vec<T>, Error> {
+        stream.admit(Op::View, &[("self", self.access())])?;
+        let len = self.rows * self.cols;
+        let mut values = Vec::new();
+        values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { op: Op::View, need_bytes: (len * size_of::<T>()) as u64 })?;
+        match self.place {
+            Place::Host => (0..self.rows).for_each(|row| values.extend_from_slice(self.host().row(row))),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(_) => {
+                values.resize(len, T::default());
+                let (runs, run) = if self.stride == self.cols { (1, len) } else { (self.rows, self.cols) };
+                for (at, values) in (0..runs).zip(values.chunks_exact_mut(run.max(1))) {
+                    let address = self.address() + (at * self.stride * size_of::<T>()) as u64;
+                    // SAFETY: rows of this view, which its constructor checked or was promised.
+                    unsafe { stream.cuda().read(Op::View, address, values)? };
+                }
+            }
+            #[cfg(not(feature = "cuda"))]
+            Place::Cuda(_) => unreachable!("a CUDA view without the feature `cuda`"),
+        }
+        Ok(values)
+    }
+
     /// The device address of the first element.
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
+    }
+
+    /// The device address of the first element, if every row begins on 16 bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
+        let (misfit, stride_bytes) = (self.address() as usize % 16, self.stride * size_of::<T>());
+        if misfit != 0 {
+            return Err(Error::Layout { op, arg, need: "a first address that is a multiple of 16 bytes, remainder 0", got: misfit });
+        }
+        if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
+            return Err(Error::Layout { op, arg, need: "a row stride that is a multiple of 16 bytes", got: stride_bytes });
+        }
+        Ok(self.address())
     }
 
     pub(crate) fn access(&self) -> Access<'a> {
@@ -285,6 +326,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
+    }
+
+    /// The device address of the first element, if every row begins on 16 bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
+        self.as_rows().vectors(op, arg)
     }
 
     pub(crate) fn access(&self) -> Access<'a> {

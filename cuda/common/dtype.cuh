@@ -1,5 +1,6 @@
-// Element types and their conversions, without any header of the toolkit.
+// Element types, their conversions and vectors, without any header of the toolkit.
 #pragma once
+#include "params.h"
 
 struct bf16 {
     unsigned short bits;
@@ -30,8 +31,29 @@ template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
     return y;
 }
 
-// 16 bytes of elements: one load or store.
-template <typename T> struct alignas(16) Vec {
-    static constexpr int SIZE = 16 / sizeof(T);
-    T                    at[SIZE];
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
+
+// N elements, 16 bytes of them unless said otherwise: one load or store.
+template <typename T, int N = 16 / sizeof(T)> struct alignas(N * sizeof(T)) Vec {
+    enum : int { SIZE = N };
+    T at[N];
 };
+
+template <int N, typename T> __device__ __forceinline__ Vec<T, N> load_n(const T* at) { return *reinterpret_cast<const Vec<T, N>*>(at); }
+template <typename T, int N> __device__ __forceinline__ void store(T* at, const Vec<T, N>& v) { *reinterpret_cast<Vec<T, N>*>(at) = v; }
+
+// The first `n` elements of 16 bytes, zeros behind them; all of them in one load.
+template <typename T> __device__ __forceinline__ Vec<T> load_first(const T* at, int64_t n) {
+    if (n >= Vec<T>::SIZE) return load_n<Vec<T>::SIZE>(at);
+    Vec<T> v;
+#pragma unroll
+    for (int j = 0; j < Vec<T>::SIZE; j++) v.at[j] = j < n ? at[j] : from_f32<T>(0.0f);
+    return v;
+}
+
+template <typename T> __device__ __forceinline__ void store_first(T* at, int64_t n, const Vec<T>& v) {
+    if (n >= Vec<T>::SIZE) return store(at, v);
+#pragma unroll
+    for (int j = 0; j < Vec<T>::SIZE; j++)
+        if (j < n) at[j] = v.at[j];
+}

@@ -1,20 +1,194 @@
 // The ABI between `src/ops/*/cuda.rs` and the kernels: one plain struct per kernel, passed by value.
-// A shape beside every pointer; sizes and strides are int64_t everywhere and count elements.
+//
+// The shape stands beside every address. Sizes and strides are int64_t and count elements; nothing is padded, so that every
+// byte of a struct is a byte of a field. The Rust side is generated from this file (`src/device/params.rs`).
 #pragma once
 
 #ifdef __CUDACC_RTC__
-typedef long long int64_t;
+typedef int                int32_t;
+typedef unsigned           uint32_t;
+typedef long long          int64_t;
+typedef unsigned long long uint64_t;
 #else
 #include <stdint.h>
 #endif
 
+#ifdef __CUDACC__ // kernels see pointers
+typedef const void*     In;
+typedef const uint32_t* InU32;
+typedef const float*    InF32;
+typedef void*           Out;
+typedef uint32_t*       OutU32;
+typedef float*          OutF32;
+#else // the host sees device addresses
+typedef uint64_t In, InU32, InF32, Out, OutU32, OutF32;
+#endif
+
+struct EmbeddingParams {
+    InU32   ids;   // [T]
+    In      table; // [V, D]
+    Out     y;     // [T, D]
+    int64_t num_tokens;
+    int64_t d_model;
+    int64_t table_stride;
+    int64_t y_stride;
+};
+
+struct NormParams {
+    In       x;        // [T, D]
+    Out      residual; // [T, D]; not read by the forms that add nothing
+    In       weight;   // [D]
+    Out      y;        // [T, D]
+    int64_t  num_tokens;
+    int64_t  d_model;
+    int64_t  x_stride;
+    int64_t  residual_stride;
+    int64_t  y_stride;
+    float    eps;
+    uint32_t unused;
+};
+
+struct GatherParams {
+    In      x;           // [T, D]
+    InU32   row_to_slot; // [R]
+    Out     y;           // [R, D]
+    int64_t rows;
+    int64_t d_model;
+    int64_t top_k;
+    int64_t x_stride;
+    int64_t y_stride;
+};
+
+struct CombineParams {
+    In      x;           // [R, D]
+    InU32   slot_to_row; // [T, k]
+    InF32   weights;     // [T, k]
+    Out     y;           // [T, D]
+    int64_t num_tokens;
+    int64_t d_model;
+    int64_t top_k;
+    int64_t x_stride;
+    int64_t y_stride;
+};
+
 struct GluParams {
-    const void* gate;     // [R, F]
-    const void* up;       // [R, F]
-    void*       y;        // [R, F]
-    int64_t     rows;     // R
-    int64_t     d_ffn;    // F
-    int64_t     gate_stride;
-    int64_t     up_stride;
-    int64_t     y_stride;
+    In      gate; // [R, F]
+    In      up;   // [R, F]
+    Out     y;    // [R, F]
+    int64_t rows;
+    int64_t d_ffn;
+    int64_t gate_stride;
+    int64_t up_stride;
+    int64_t y_stride;
+};
+
+struct ArgmaxParams {
+    InF32   logits; // [T, V]
+    OutU32  ids;    // [T]
+    int64_t num_tokens;
+    int64_t vocab;
+    int64_t logits_stride;
+};
+
+struct LogitsParams {
+    In      x;      // [T, D]
+    In      weight; // [E, D]
+    OutF32  logits; // [T, E]
+    int64_t num_tokens;
+    int64_t num_experts;
+    int64_t d_model;
+    int64_t x_stride;
+    int64_t weight_stride;
+    int64_t logits_stride;
+};
+
+struct ChooseParams {
+    InF32    logits;     // [T, E]
+    OutU32   expert_ids; // [T, k]
+    OutF32   weights;    // [T, k]
+    int64_t  num_tokens;
+    int64_t  num_experts;
+    int64_t  top_k;
+    int64_t  logits_stride;
+    float    norm_p; // where `normalize` is 1
+    uint32_t normalize;
+};
+
+struct IndexParams {
+    InU32   expert_ids;  // [R]
+    OutU32  offsets;     // [E + 1]
+    OutU32  row_to_slot; // [R]
+    OutU32  slot_to_row; // [R]
+    int64_t rows;
+    int64_t num_experts;
+};
+
+// Which page holds which token: sequence b keeps position p in slot p % page_tokens of page block_table[b][p / page_tokens].
+struct PageParams {
+    InU32   block_table;   // [B, max_pages]
+    InU32   seq_lens;      // [B], this step's tokens included
+    InU32   query_offsets; // [B + 1]
+    int64_t num_sequences;
+    int64_t table_stride;
+    int64_t page_tokens;
+    int64_t page_stride; // rows of a pool from one page to the next
+};
+
+struct RopeParams {
+    In         qkv;    // [T, (H + 2 Hkv) d]
+    InF32      cos;    // [positions, rotary_dim / 2]
+    InF32      sin;    // [positions, rotary_dim / 2]
+    Out        q;      // [T, H d]
+    Out        keys;   // [pool rows, Hkv d]
+    Out        values; // [pool rows, Hkv d]
+    PageParams pages;
+    int64_t    num_tokens;
+    int64_t    num_heads;
+    int64_t    num_kv_heads;
+    int64_t    head_dim;
+    int64_t    rotary_dim;
+    int64_t    qkv_stride;
+    int64_t    q_stride;
+    int64_t    keys_stride;
+    int64_t    values_stride;
+    float      clip; // infinity for none
+    uint32_t   unused;
+};
+
+struct AttentionParams {
+    In         q;      // [T, H d]
+    In         keys;   // [pool rows, Hkv d]
+    In         values; // [pool rows, Hkv d]
+    Out        out;    // [T, H d]
+    PageParams pages;
+    int64_t    num_tokens;
+    int64_t    num_heads;
+    int64_t    group; // query heads per KV head
+    int64_t    head_dim;
+    int64_t    q_stride;
+    int64_t    keys_stride;
+    int64_t    values_stride;
+    int64_t    out_stride;
+    float      scale;
+    uint32_t   unused;
+};
+
+struct ProductParams {
+    In      x;           // [input rows, K]
+    In      w;           // [E, N, K], or [E, K, N] for nn
+    In      v;           // as w; the second product of glu_nt
+    InU32   offsets;     // [E + 1]; null: one expert owns all rows
+    InU32   row_to_slot; // [R]; null: row r is computed from input row r
+    Out     y;           // [R, N]
+    int64_t rows;        // R
+    int64_t num_experts;
+    int64_t n;
+    int64_t k;
+    int64_t top_k;
+    int64_t x_stride;
+    int64_t w_stride;
+    int64_t v_stride;
+    int64_t w_expert; // elements from one expert's matrix to the next
+    int64_t v_expert;
+    int64_t y_stride;
 };

@@ -51,6 +51,12 @@ impl CudaDevice {
         })
     }
 
+    /// Gives something back, on a lost device too. Nobody can be told if that fails.
+    fn release(&self, release: impl FnOnce(&dyn Driver) -> DriverResult<()>) {
+        let _ = self.driver.make_current(self.ordinal);
+        let _ = release(&*self.driver);
+    }
+
     /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
     fn function(&self, image: &'static Image, entry: &'static str) -> Result<Handle, Error> {
         if let Some(error) = self.lost.get() {
@@ -81,6 +87,10 @@ pub(crate) struct RawStream {
     handle: Handle,
 }
 
+/// Blocks per SM of a launch over many small items: enough to hide latency. Such kernels are grid-stride, so that any number
+/// of blocks is correct.
+const BLOCKS_PER_SM: u32 = 8;
+
 /// The shape of a launch, apart from its parameters.
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
@@ -98,6 +108,12 @@ impl RawStream {
         &self.device.attributes
     }
 
+    /// A grid of `threads` per block for `items`, of which a block takes `per_block` at a time.
+    pub(crate) fn grid(&self, items: u64, per_block: u64, threads: u32) -> Grid {
+        let most = u64::from(self.device.attributes.sm_count * BLOCKS_PER_SM);
+        Grid { blocks: [items.div_ceil(per_block).clamp(1, most) as u32, 1, 1], threads, shared_bytes: 0 }
+    }
+
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
         self.device.call(Op::Stream, 0, |driver| driver.synchronize(self.handle))
     }
@@ -109,6 +125,35 @@ impl RawStream {
             let waited = driver.record(event, other.handle).and_then(|()| driver.wait(self.handle, event));
             driver.destroy_event(event).and(waited) // the driver keeps it until the wait is over
         })
+    }
+
+    /// Copies device memory to `values`, waiting for the stream's work.
+    ///
+    /// # Safety
+    ///
+    /// `address` is valid for reading that many elements.
+    pub(crate) unsafe fn read<T: Element>(&self, op: Op, address: u64, values: &mut [T]) -> Result<(), Error> {
+        let (target, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
+        // SAFETY: `target` is a slice of that size, and every bit pattern is a value of `T`.
+        self.device.call(op, 0, |driver| unsafe { driver.copy_to_host(self.handle, target, address, bytes) })
+    }
+
+    /// Starts recording work instead of running it.
+    pub(crate) fn begin_capture(&self) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))
+    }
+
+    /// Ends recording, whatever became of it; gives the graph.
+    pub(crate) fn end_capture(&self) -> Result<Handle, Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.end_capture(self.handle))
+    }
+
+    pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
+        self.device.call(Op::Stream, 0, |driver| driver.launch_graph(graph, self.handle))
+    }
+
+    pub(crate) fn destroy_graph(&self, graph: Handle) {
+        self.device.release(|driver| driver.destroy_graph(graph));
     }
 
     /// Queues one kernel.
@@ -126,7 +171,7 @@ impl RawStream {
         params: &P,
     ) -> Result<(), Error> {
         let function = self.device.function(image, entry)?;
-        // SAFETY: `P` is a `repr(C)` struct without padding (asserted beside it), so all of its bytes are initialised.
+        // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes } = grid;
         let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [1, 1, 1], shared_bytes, params };
@@ -137,7 +182,7 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        let _ = self.device.call(Op::Stream, 0, |driver| driver.destroy_stream(self.handle));
+        self.device.release(|driver| driver.destroy_stream(self.handle));
     }
 }
 
@@ -164,7 +209,7 @@ impl CudaMemory {
 
     pub(crate) fn free(&mut self, stream: &RawStream) {
         if self.address != 0 {
-            let _ = self.device.call(Op::Buffer, 0, |driver| driver.free(stream.handle, self.address));
+            self.device.release(|driver| driver.free(stream.handle, self.address));
             self.address = 0;
         }
     }

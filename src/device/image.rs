@@ -11,12 +11,24 @@ pub(crate) struct Image {
 
 macro_rules! image {
     ($name:ident, $file:literal) => {
+        #[cfg(not(feature = "build-kernels"))]
         pub(crate) static $name: Image =
             Image { file: concat!("ptx/", $file), text: concat!(include_str!(concat!("../../ptx/", $file)), "\0") };
+        #[cfg(feature = "build-kernels")]
+        pub(crate) static $name: Image =
+            Image { file: concat!("ptx/", $file), text: concat!(include_str!(concat!(env!("OUT_DIR"), "/", $file)), "\0") };
     };
 }
 
+image!(ATTENTION, "attention.sm_90a.ptx");
+image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
+image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
+image!(NORM, "norm.sm_90a.ptx");
+image!(PERMUTE, "permute.sm_90a.ptx");
+image!(ROPE, "rope.sm_90a.ptx");
+image!(ROUTER, "router.sm_90a.ptx");
+image!(SAMPLE, "sample.sm_90a.ptx");
 
 /// The architecture all images are built for; `a` images run on no other.
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);

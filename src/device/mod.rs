@@ -12,6 +12,10 @@ pub(crate) mod cuda;
 pub mod driver;
 #[cfg(feature = "cuda")]
 pub(crate) mod image;
+#[cfg(feature = "cuda")]
+#[rustfmt::skip] // as it is generated
+pub(crate) mod params;
+mod graph;
 mod stream;
 mod workspace;
 
@@ -19,6 +23,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use self::buffer::Buffer;
+pub use self::graph::Graph;
 pub use self::stream::Stream;
 pub(crate) use self::stream::{Access, Mark};
 pub use self::workspace::Workspace;

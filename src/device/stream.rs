@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Backend, Device};
+use super::{Backend, Device, Graph};
 use crate::error::{Error, Op, Place};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -20,7 +20,7 @@ pub struct Stream {
 
 /// The part of a stream that buffers remember.
 pub(super) struct Timeline {
-    id: u64,
+    pub(super) id: u64,
     operations: AtomicU64,
     /// For each stream joined: up to which of its operations this one has waited.
     joined: Mutex<Vec<(u64, u64)>>,
@@ -84,6 +84,25 @@ impl Stream {
             None => joined.push((other.timeline.id, upto)),
         }
         Ok(())
+    }
+
+    /// Records the operations that `work` queues on this stream, instead of running them, as a graph that can be launched many
+    /// times. Nothing is computed here. Run `work` once beforehand: a kernel's image is loaded when it is first needed, which a
+    /// graph cannot do. Buffers cannot be made, freed or copied to the host meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] on the CPU; the first error of `work`; what the driver reports.
+    pub fn capture(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.timeline.cuda {
+            cuda.begin_capture()?;
+            let worked = work();
+            let graph = cuda.end_capture().map(|handle| Graph::new(self.timeline.clone(), handle));
+            return worked.and(graph);
+        }
+        let _ = work;
+        Err(Error::Unsupported { op: Op::Stream, what: "capture on", got: "cpu", supported: "cuda" })
     }
 
     /// Blocks the host until all work queued on this stream is done.

@@ -191,6 +191,13 @@ impl<'a> ExpertRows<'a> {
         [("offsets", offsets), ("row_to_slot", self.gather.map_or(absent, |gather| gather.row_to_slot.access()))]
     }
 
+    /// The device addresses of `offsets` and `row_to_slot`, 0 where there is none, and the slots of a token.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn addresses(&self) -> (u64, u64, usize) {
+        let (row_to_slot, top_k) = self.gather.map_or((0, 1), |gather| (gather.row_to_slot.address(), gather.top_k));
+        (self.offsets.map_or(0, |offsets| offsets.address()), row_to_slot, top_k)
+    }
+
     /// The host's view of the offsets. Only CPU backends call this, after dispatch.
     pub(crate) fn with_offsets<R>(&self, f: impl FnOnce(&[u32]) -> R) -> R {
         match &self.offsets {

@@ -8,6 +8,8 @@
 //! of the batch, and the last of them is at position `seq_lens[b] - 1`.
 #![allow(unsafe_code)] // the raw constructors
 
+#[cfg(feature = "cuda")]
+use crate::device::params::PageParams;
 use crate::device::{Access, Buffer, Stream};
 use crate::dtype::Element;
 use crate::error::{Error, Op, check_shape};
@@ -336,6 +338,20 @@ impl<'a> KvPages<'a> {
         [("block_table", self.block_table.access()), ("seq_lens", self.seq_lens.access()), ("query_offsets", self.query_offsets.access())]
     }
 
+    /// As a kernel takes them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn params(&self) -> PageParams {
+        PageParams {
+            block_table: self.block_table.address(),
+            seq_lens: self.seq_lens.address(),
+            query_offsets: self.query_offsets.address(),
+            num_sequences: self.num_sequences() as i64,
+            table_stride: self.block_table.stride() as i64,
+            page_tokens: self.page_tokens as i64,
+            page_stride: self.page_stride as i64,
+        }
+    }
+
     /// As seen from the host. Only CPU backends call this, after dispatch.
     pub(crate) fn host(&self) -> HostPages<'a> {
         HostPages {
@@ -419,6 +435,12 @@ impl<'a, T: Element> KvLayerMut<'a, T> {
     pub(crate) fn accesses(&self) -> [(&'static str, Access<'a>); 5] {
         let [table, lens, offsets] = self.pages.accesses();
         [("keys", self.keys.access()), ("values", self.values.access()), table, lens, offsets]
+    }
+
+    /// Keys and values. Only CUDA backends call this, after dispatch.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pools(&mut self) -> [&mut RowsMut<'a, T>; 2] {
+        [&mut self.keys, &mut self.values]
     }
 
     /// The places of the step's tokens as seen from the host. Only CPU backends call this, after dispatch.

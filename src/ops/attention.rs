@@ -5,9 +5,11 @@
 //!
 //! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
 //! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face transformers.
-//! Oracle: `tests/oracle/attention.rs`. Bench: `benches/attention.rs`.
+//! Kernel: `cuda/attention.cu`. Oracle: `tests/oracle/attention.rs`. Bench: `benches/attention.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::{Stream, Workspace};
 use crate::dtype::Float;
@@ -46,7 +48,7 @@ const SPLIT_KEYS: usize = 256;
 /// # Errors
 ///
 /// [`Error::Shape`] if the shapes disagree with `heads` or with the cache's step; [`Error::Value`] if `scale` is not finite;
-/// [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing is written.
 pub fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
@@ -56,7 +58,7 @@ pub fn prefill<A: Float>(
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(q, heads, scale, cache, out)?;
-    let run = dispatch!(stream, Op::Attention, cpu::prefill);
+    let run = dispatch!(stream, Op::Attention, cpu::prefill, cuda::prefill);
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access) = (("q", q.access()), ("out", out.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, out_access])?;
@@ -88,7 +90,7 @@ pub fn decode<A: Float>(
     check(q, heads, scale, cache, out)?;
     let [rows, cols] = partial_dims(heads, q.rows(), cache.pages().max_len())?;
     let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
-    let run = dispatch!(stream, Op::Attention, cpu::decode);
+    let run = dispatch!(stream, Op::Attention, cpu::decode, cuda::decode);
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access, workspace) = (("q", q.access()), ("out", out.access()), ("workspace", partials.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, workspace, out_access])?;

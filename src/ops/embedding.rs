@@ -1,9 +1,11 @@
 //! Embedding: `y[t] = table[ids[t]]`, the first operation of a model.
 //!
 //! Source: `DbrxModel.forward` in Hugging Face transformers (`wte`); no scaling, no position embedding.
-//! Oracle: `tests/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
+//! Kernel: `cuda/embedding.cu`. Oracle: `tests/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -27,11 +29,12 @@ use crate::view::{Rows, RowsMut};
 /// # Errors
 ///
 /// [`Error::TooLarge`] if `ids.bound()` passes V, so that an id might be no row of the table; [`Error::Shape`] if `y` is not
-/// `[T, D]`; [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// `[T, D]`; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes,
+/// [`Error::Unsupported`] for two types. Nothing is written.
 pub fn lookup<A: Float, W: Float>(stream: &Stream, ids: TokenIds<'_>, table: Rows<'_, W>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Embedding, cpu::lookup);
+    let run = dispatch!(stream, Op::Embedding, cpu::lookup, cuda::lookup);
     stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.access()), ("y", y.access())])?;
     run(stream, ids, table, y)
 }

@@ -4,9 +4,11 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernel: `cuda/grouped_gemm.cu`. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -33,8 +35,9 @@ use crate::view::{Rows, RowsMut};
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, or on a GPU;
-/// [`Error::Place`], [`Error::NotJoined`]. Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, and on a GPU for
+/// weights of another type than `x` or outputs that are neither of that type nor `f32`; [`Error::Place`], [`Error::NotJoined`].
+/// Nothing is written.
 pub fn nt<A: Float, W: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -44,7 +47,7 @@ pub fn nt<A: Float, W: Float, O: Float>(
 ) -> Result<(), Error> {
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Nk, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -72,7 +75,7 @@ pub fn nn<A: Float, W: Float, O: Float>(
 ) -> Result<(), Error> {
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Kn, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -103,7 +106,7 @@ pub fn glu_nt<A: Float, W: Float>(
     check_rows(&x, &rows, "h", "[R, N]", h)?;
     check_weights("w1", WeightOrder::Nk, &w1, &x, &rows, h)?;
     check_weights("v1", WeightOrder::Nk, &v1, &x, &rows, h)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product);
+    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
     admit(stream, &x, &[("w1", &w1), ("v1", &v1)], &rows, ("h", h))?;
     run(stream, x, [w1, v1], rows, h)
 }

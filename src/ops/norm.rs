@@ -4,9 +4,11 @@
 //!
 //! Source: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 3 and 4; Zhang and Sennrich 2019, "Root Mean Square Layer
 //! Normalization", eq. 4; `DbrxNormAttentionNorm` in Hugging Face transformers, which has no bias.
-//! Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
+//! Kernel: `cuda/norm.cu`. Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -41,7 +43,8 @@ enum Kind {
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not as above; [`Error::Value`] for an `eps` out of range; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes, [`Error::Unsupported`] for a weight of
+/// another type or more than 16384 columns. Nothing is written.
 pub fn layer_norm<A: Float, W: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -134,7 +137,7 @@ fn norm<A: Float, W: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::norm);
+    let run = dispatch!(stream, Op::Norm, cpu::norm, cuda::norm);
     stream.admit(Op::Norm, &[("x", x.access()), ("weight", weight.access()), ("y", y.access())])?;
     run(stream, kind, x, weight, eps, y)
 }
@@ -150,7 +153,7 @@ fn add_norm<A: Float, W: Float>(
 ) -> Result<(), Error> {
     check_shape(Op::Norm, "residual", "[T, D]", &x.dims(), &residual.dims())?;
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::add_norm);
+    let run = dispatch!(stream, Op::Norm, cpu::add_norm, cuda::add_norm);
     let arguments = [("x", x.access()), ("residual", residual.access()), ("weight", weight.access()), ("y", y.access())];
     stream.admit(Op::Norm, &arguments)?;
     run(stream, kind, x, residual, weight, eps, y)

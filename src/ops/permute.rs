@@ -7,9 +7,11 @@
 //! ```
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 5.2 (padded gather and scatter; here without the padding).
-//! Oracle: `tests/oracle/permute.rs`. Bench: `benches/permute.rs`.
+//! Kernel: `cuda/permute.cu`. Oracle: `tests/oracle/permute.rs`. Bench: `benches/permute.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -30,11 +32,11 @@ use crate::view::{Rows, RowsMut};
 /// # Errors
 ///
 /// [`Error::Shape`] if `x` or `y` do not have the rows of the routing, or differ in columns; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes. Nothing is written.
 pub fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     check_shape(Op::Permute, "x", "[T, D]", &[routing.num_tokens(), x.cols()], &x.dims())?;
     check_shape(Op::Permute, "y", "[R, D]", &[routing.rows(), x.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Permute, cpu::gather);
+    let run = dispatch!(stream, Op::Permute, cpu::gather, cuda::gather);
     let arguments = [("x", x.access()), ("routing", routing.row_to_slot().access()), ("y", y.access())];
     stream.admit(Op::Permute, &arguments)?;
     run(stream, x, routing, y)
@@ -56,11 +58,11 @@ pub fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, 
 /// # Errors
 ///
 /// [`Error::Shape`] if `x` or `y` do not have the rows of the routing, or differ in columns; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes. Nothing is written.
 pub fn combine<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     check_shape(Op::Permute, "x", "[R, D]", &[routing.rows(), x.cols()], &x.dims())?;
     check_shape(Op::Permute, "y", "[T, D]", &[routing.num_tokens(), x.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Permute, cpu::combine);
+    let run = dispatch!(stream, Op::Permute, cpu::combine, cuda::combine);
     let routed = [("routing", routing.weights().access()), ("routing", routing.slot_to_row().access())];
     stream.admit(Op::Permute, &[("x", x.access()), routed[0], routed[1], ("y", y.access())])?;
     run(stream, x, routing, y)

@@ -3,9 +3,11 @@
 //!
 //! Source: Su et al. 2021, "RoFormer", eq. 34, in the half-split pairing of GPT-NeoX; `DbrxAttention.forward` in Hugging Face
 //! transformers, which clips before it rotates.
-//! Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
+//! Kernel: `cuda/rope.cu`. Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -43,7 +45,7 @@ use crate::view::{Rows, RowsMut};
 ///
 /// [`Error::Shape`] if the shapes disagree with `heads` or with the cache's step; [`Error::Value`] if `clip` is not positive;
 /// [`Error::TooLarge`] if `rotary_dim > d`; [`Error::Capacity`] if a sequence is longer than the table; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]. Nothing is written.
 pub fn clip_rotate_append<A: Float>(
     stream: &Stream,
     qkv: Rows<'_, A>,
@@ -69,7 +71,7 @@ pub fn clip_rotate_append<A: Float>(
     if max_len > table.max_positions() {
         return Err(Error::Capacity { op: Op::Rope, what: "positions of `table`", need: max_len, have: table.max_positions() });
     }
-    let run = dispatch!(stream, Op::Rope, cpu::clip_rotate_append);
+    let run = dispatch!(stream, Op::Rope, cpu::clip_rotate_append, cuda::clip_rotate_append);
     let (cos, sin) = (table.cos()?, table.sin()?);
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     stream.admit(

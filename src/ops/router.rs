@@ -2,9 +2,11 @@
 //!
 //! Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 2-5 without noise; `DbrxRouter.forward` in
 //! Hugging Face transformers.
-//! Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
+//! Kernel: `cuda/router.cu`. Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -49,7 +51,8 @@ impl Normalize {
 /// # Errors
 ///
 /// [`Error::Shape`] if the shapes disagree; [`Error::TooLarge`] beyond 2^31 - 1 tokens; [`Error::Place`],
-/// [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row of `x` or `weight` does not begin on 16 bytes,
+/// [`Error::Unsupported`] for two types. Nothing is written.
 pub fn logits<A: Float, W: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -60,7 +63,7 @@ pub fn logits<A: Float, W: Float>(
     checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
-    let run = dispatch!(stream, Op::Router, cpu::logits);
+    let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
     stream.admit(Op::Router, &[("x", x.access()), ("weight", weight.access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
 }
@@ -97,8 +100,8 @@ pub fn logits<A: Float, W: Float>(
 /// # Errors
 ///
 /// [`Error::Shape`] if `logits` does not have the E columns of `buffers`; [`Error::Capacity`] if they hold fewer than T
-/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`];
-/// [`Error::Unsupported`] on a GPU. Nothing is written.
+/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`].
+/// Nothing is written.
 pub fn route<'a>(
     stream: &Stream,
     logits: Rows<'_, f32>,
@@ -109,7 +112,7 @@ pub fn route<'a>(
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
     normalize.check(Op::Router)?;
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
-    let run = dispatch!(stream, Op::Router, cpu::route);
+    let run = dispatch!(stream, Op::Router, cpu::route, cuda::route);
     let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();
     stream.admit(Op::Router, &[("logits", logits.access()), ids, weights, offsets, row_to_slot, slot_to_row])?;
     run(stream, logits, normalize, parts)?;

@@ -1,9 +1,11 @@
 //! Sampling: `id[t] = argmax over v of logits[t, v]`, the greedy choice.
 //!
 //! Source: greedy decoding in Hugging Face transformers (`GenerationMixin`, `do_sample = False`).
-//! Oracle: `tests/oracle/sample.rs`. Bench: `benches/sample.rs`.
+//! Kernel: `cuda/sample.cu`. Oracle: `tests/oracle/sample.rs`. Bench: `benches/sample.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};
@@ -25,7 +27,8 @@ use crate::view::Rows;
 /// # Errors
 ///
 /// [`Error::Value`] if V is 0, for then there is no id to give; [`Error::TooLarge`] if V passes 2^32 - 1; [`Error::Shape`] if
-/// `out` has fewer than T elements; [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] on a GPU. Nothing is written.
+/// `out` has fewer than T elements; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on
+/// 16 bytes. Nothing is written.
 pub fn argmax<'a>(stream: &Stream, logits: Rows<'_, f32>, out: &'a mut Buffer<u32>) -> Result<TokenIds<'a>, Error> {
     let [tokens, vocabulary] = logits.dims();
     if vocabulary == 0 {
@@ -33,7 +36,7 @@ pub fn argmax<'a>(stream: &Stream, logits: Rows<'_, f32>, out: &'a mut Buffer<u3
     }
     checked_product(Op::Sample, "columns of `logits`", &[vocabulary], u32::MAX as usize)?;
     out.check_len(Op::Sample, "out", "[>= T]", tokens)?;
-    let run = dispatch!(stream, Op::Sample, cpu::argmax);
+    let run = dispatch!(stream, Op::Sample, cpu::argmax, cuda::argmax);
     stream.admit(Op::Sample, &[("logits", logits.access()), ("out", out.access(true))])?;
     run(stream, logits, &mut out.rows_mut(tokens, 1)?)?;
     Ok(TokenIds::trusted(out.rows(1, tokens)?, vocabulary))

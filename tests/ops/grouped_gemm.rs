@@ -1,7 +1,10 @@
 //! `grouped_gemm` against its oracle, its goldens, and what it must refuse.
 
 use dropless::layout::WeightOrder;
-use dropless::{Bf16, Error, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, grouped_gemm};
+use dropless::{
+    Bf16, Buffer, DType, Element, Error, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream,
+    grouped_gemm,
+};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{Random, integers, normal, to_f64};
@@ -64,6 +67,22 @@ fn want(order: WeightOrder, x: &[f64], w: &[f64], input: &[usize], owner: &[usiz
     [run(x, w, input, owner, n, k), run(&abs(x), &abs(w), input, owner, n, k)]
 }
 
+/// Offsets on the stream's device.
+fn placed(stream: &Stream, offsets: &[u32]) -> Buffer<u32> {
+    Buffer::from_slice(stream, offsets).unwrap()
+}
+
+/// Rows as `placed` offsets say.
+fn owned(offsets: &Buffer<u32>, rows: usize) -> ExpertRows<'_> {
+    // SAFETY: the tests' offsets begin with 0, do not decrease and end with `rows`.
+    unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), rows).unwrap() }
+}
+
+/// Whether a GPU has a kernel for these types.
+fn serves<A: Element, W: Element, O: Element>(stream: &Stream) -> bool {
+    device::mixes::<A, W>(stream) && (device::mixes::<A, O>(stream) || O::DTYPE == DType::F32)
+}
+
 fn against_oracle<A: Float + Bits, W: Float + Bits, O: Float + Bits>() {
     for order in [Nk, Kn] {
         for sizes in GROUPS {
@@ -74,12 +93,15 @@ fn against_oracle<A: Float + Bits, W: Float + Bits, O: Float + Bits>() {
                 let all: Vec<usize> = (0..rows).collect();
                 let [want, magnitudes] = want(order, &to_f64(&x), &to_f64(&w), &all, &owner, n, k);
                 device::each_device(|stream| {
+                    if !serves::<A, W, O>(stream) || !device::affords((rows + 8) * n * k / 8) {
+                        return;
+                    }
                     for gap in guard::GAPS {
                         let x = Guarded::with(stream, &x, rows, k, gap);
                         let [w_rows, w_cols] = stacked(order, experts, n, k);
                         let w = Guarded::with(stream, &w, w_rows, w_cols, gap);
-                        let (w, owned) = (ordered(order, w.view(), experts), ExpertRows::from_host(&offsets).unwrap());
-                        let got = guard::run::<O>(stream, rows, n, |y| product(stream, x.view(), w, owned, y).unwrap());
+                        let (w, offsets) = (ordered(order, w.view(), experts), placed(stream, &offsets));
+                        let got = guard::run::<O>(stream, rows, n, |y| product(stream, x.view(), w, owned(&offsets, rows), y).unwrap());
                         within(&got, &want, n, |i| sum_bound::<O>(want[i], k, magnitudes[i]));
                     }
                 });
@@ -140,11 +162,13 @@ fn goldens_of_torch() {
             let all: Vec<usize> = (0..rows).collect();
             let [_, magnitudes] = want(order, &to_f64(&x), &to_f64(&w), &all, &owners(&offsets), n, k);
             device::each_device(|stream| {
-                let x = Rows::from_slice(&x, rows, k).unwrap();
-                let experts_rows = ExpertRows::from_host(&offsets).unwrap();
-                let got = guard::run::<T>(stream, rows, n, |y| {
-                    product(stream, x, weights(order, &w, experts, n, k), experts_rows, y).unwrap();
-                });
+                if !device::affords(rows * n * k / 8) {
+                    return;
+                }
+                let [w_rows, w_cols] = stacked(order, experts, n, k);
+                let (x, w) = (Guarded::with(stream, &x, rows, k, 0), Guarded::with(stream, &w, w_rows, w_cols, 0));
+                let (w, offsets) = (ordered(order, w.view(), experts), placed(stream, &offsets));
+                let got = guard::run::<T>(stream, rows, n, |y| product(stream, x.view(), w, owned(&offsets, rows), y).unwrap());
                 within(&got, &want_rows, n, |i| sum_bound::<T>(want_rows[i], k, magnitudes[i]));
             });
         }
@@ -171,15 +195,19 @@ fn glu_against_oracle<A: Float + Bits, W: Float + Bits>() {
         let scale = (k as f64).sqrt().recip();
         let (x, w1, v1) = (normal::<A>(4, tokens * k, 2.0), normal::<W>(5, experts * n * k, scale), normal::<W>(6, experts * n * k, scale));
         device::each_device(|stream| {
+            if !serves::<A, W, A>(stream) || !device::affords(tokens * top_k * n * k / 4) {
+                return;
+            }
             let mut buffers = RoutingBuffers::new(stream, tokens, top_k, experts).unwrap();
             let routing = Routing::from_host(stream, &ids, &vec![0.5; ids.len()], &mut buffers).unwrap();
-            let owner = owners(routing.offsets().as_slice().unwrap());
-            let input: Vec<usize> = routing.row_to_slot().as_slice().unwrap().iter().map(|slot| *slot as usize / top_k).collect();
+            let owner = owners(&routing.offsets().to_vec(stream).unwrap());
+            let input: Vec<usize> = routing.row_to_slot().to_vec(stream).unwrap().iter().map(|slot| *slot as usize / top_k).collect();
             let [gate, gate_magnitudes] = want(Nk, &to_f64(&x), &to_f64(&w1), &input, &owner, n, k);
             let [up, up_magnitudes] = want(Nk, &to_f64(&x), &to_f64(&v1), &input, &owner, n, k);
             let want = oracle::grouped_gemm::glu(&gate, &up);
             let x = Guarded::with(stream, &x, tokens, k, 8);
-            let [w1, v1] = [&w1, &v1].map(|w| weights(Nk, w, experts, n, k));
+            let [w1, v1] = [&w1, &v1].map(|w| Guarded::with(stream, w, experts * n, k, 0));
+            let [w1, v1] = [&w1, &v1].map(|w| ordered(Nk, w.view(), experts));
             let got = guard::run::<A>(stream, tokens * top_k, n, |h| {
                 grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), h).unwrap();
             });

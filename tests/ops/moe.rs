@@ -3,11 +3,11 @@
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{Bf16, Error, ExpertWeights, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm, permute};
-use dropless_kit::compare::{rounding, same_bits, sum_bound, within};
+use dropless_kit::compare::{relative_l2, rounding, same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::goldens::Goldens;
-use dropless_kit::guard::{self, Bits};
+use dropless_kit::guard::{self, Bits, Guarded};
 use proptest::prelude::*;
 
 use crate::oracle;
@@ -26,7 +26,26 @@ struct Layer<W> {
     experts: [Vec<W>; 3],
 }
 
-impl<W: Float> Layer<W> {
+/// A layer's weights on a device.
+struct Placed<W> {
+    num_experts: usize,
+    router: Guarded<W>,
+    experts: [Guarded<W>; 3],
+}
+
+impl<W: Bits> Placed<W> {
+    fn weights(&self) -> Weights<'_, W> {
+        let [w1, v1, w2] = self.experts.each_ref().map(|w| w.view());
+        Weights {
+            router: self.router.view(),
+            w1: ExpertWeights::nk(w1, self.num_experts).unwrap(),
+            v1: ExpertWeights::nk(v1, self.num_experts).unwrap(),
+            w2: ExpertWeights::kn(w2, self.num_experts).unwrap(),
+        }
+    }
+}
+
+impl<W: Float + Bits> Layer<W> {
     /// Weights of a size that keeps every intermediate near 1.
     fn random(shape: Shape, seed: u64) -> Layer<W> {
         let (d, f, e) = (shape.d_model, shape.d_ffn, shape.num_experts);
@@ -35,14 +54,13 @@ impl<W: Float> Layer<W> {
         Layer { shape, router, experts: [matrix(1, d), matrix(2, d), matrix(3, f)] }
     }
 
-    fn weights(&self) -> Weights<'_, W> {
+    /// On the stream's device.
+    fn placed(&self, stream: &Stream) -> Placed<W> {
         let Shape { d_model, d_ffn, num_experts, .. } = self.shape;
-        let [w1, v1, w2] = self.experts.each_ref().map(|w| Rows::from_slice(w, num_experts * d_ffn, d_model).unwrap());
-        Weights {
-            router: Rows::from_slice(&self.router, num_experts, d_model).unwrap(),
-            w1: ExpertWeights::nk(w1, num_experts).unwrap(),
-            v1: ExpertWeights::nk(v1, num_experts).unwrap(),
-            w2: ExpertWeights::kn(w2, num_experts).unwrap(),
+        Placed {
+            num_experts,
+            router: Guarded::with(stream, &self.router, num_experts, d_model, 0),
+            experts: self.experts.each_ref().map(|w| Guarded::with(stream, w, num_experts * d_ffn, d_model, 0)),
         }
     }
 
@@ -51,16 +69,21 @@ impl<W: Float> Layer<W> {
     }
 }
 
-fn forward<A: Float + Bits, W: Float>(stream: &Stream, layer: &Layer<W>, x: &[A], num_tokens: usize) -> (Vec<A>, Vec<u32>, Vec<f32>) {
+fn forward<A: Float + Bits, W: Float + Bits>(
+    stream: &Stream,
+    layer: &Layer<W>,
+    x: &[A],
+    num_tokens: usize,
+) -> (Vec<A>, Vec<u32>, Vec<f32>) {
     let shape = layer.shape;
     let plan = Plan::<A>::new(shape, num_tokens + 3).unwrap();
     let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
     let mut buffers = RoutingBuffers::new(stream, num_tokens + 3, shape.top_k, shape.num_experts).unwrap();
-    let x = Rows::from_slice(x, num_tokens, shape.d_model).unwrap();
+    let (x, layer) = (Guarded::with(stream, x, num_tokens, shape.d_model, 0), layer.placed(stream));
     let mut routed = (vec![], vec![]);
     let y = guard::run(stream, num_tokens, shape.d_model, |y| {
-        let routing = moe::forward(stream, &plan, x, &layer.weights(), &mut buffers, &mut workspace, y).unwrap();
-        routed = (routing.expert_ids().as_slice().unwrap().to_vec(), routing.weights().as_slice().unwrap().to_vec());
+        let routing = moe::forward(stream, &plan, x.view(), &layer.weights(), &mut buffers, &mut workspace, y).unwrap();
+        routed = (routing.expert_ids().to_vec(stream).unwrap(), routing.weights().to_vec(stream).unwrap());
     });
     (y, routed.0, routed.1)
 }
@@ -102,7 +125,7 @@ fn oracle_shape(shape: &Shape) -> oracle::moe::Shape {
     oracle::moe::Shape { d_model: shape.d_model, d_ffn: shape.d_ffn, top_k: shape.top_k }
 }
 
-fn against_oracle<A: Float + Bits, W: Float>() {
+fn against_oracle<A: Float + Bits, W: Float + Bits>() {
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         for num_tokens in [1, 2, 19, 70] {
             let layer = Layer::<W>::random(shape, seed as u64 + 1);
@@ -124,6 +147,9 @@ fn against_oracle<A: Float + Bits, W: Float>() {
                 (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
             let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
             device::each_device(|stream| {
+                if !device::mixes::<A, W>(stream) || !device::affords(num_tokens * shape.top_k * shape.d_model * shape.d_ffn / 2) {
+                    return;
+                }
                 let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
                 assert_eq!(got_ids, ids);
                 within(&got, &want, shape.d_model, |i| bounds[i]);
@@ -155,26 +181,28 @@ fn goldens_of_transformers() {
         let shape = Shape { d_model, d_ffn: w_shape[0] / num_experts, num_experts, top_k, normalize: Normalize::None };
         let experts = ["w1", "v1", "w2"].map(|part| file.float::<T>(&name(part)));
         let (x, ids, route_weights) = (file.float::<T>(&name("x")), file.u32(&name("indices")), file.float::<f32>(&name("weights_f32")));
-        let (layer, want) = (Layer { shape, router: vec![], experts }, file.f64(&name("out")));
+        let (layer, want) = (Layer { shape, router: vec![T::default(); num_experts * d_model], experts }, file.f64(&name("out")));
         let [w1, v1, w2] = layer.experts_f64();
         let bounds = bounds::<T>(&shape, &to_f64(&x), &ids, &to_f64(&route_weights), [&w1, &v1, &w2], 0.0);
-        let stacked = layer.experts.each_ref().map(|w| Rows::from_slice(w, w_shape[0], d_model).unwrap());
-        let [w1, v1] = [stacked[0], stacked[1]].map(|w| ExpertWeights::nk(w, num_experts).unwrap());
-        let w2 = ExpertWeights::kn(stacked[2], num_experts).unwrap();
         device::each_device(|stream| {
+            if !device::affords(num_tokens * top_k * d_model * shape.d_ffn / 2) {
+                return;
+            }
+            let placed = layer.placed(stream);
+            let Weights { w1, v1, w2, .. } = placed.weights();
             let mut buffers = RoutingBuffers::new(stream, num_tokens, top_k, num_experts).unwrap();
             let routing = Routing::from_host(stream, &ids, &route_weights, &mut buffers).unwrap();
-            let x = Rows::from_slice(&x, num_tokens, d_model).unwrap();
+            let x = Guarded::with(stream, &x, num_tokens, d_model, 0);
             let rows = routing.rows();
             let hidden = guard::run::<T>(stream, rows, shape.d_ffn, |h| {
-                grouped_gemm::glu_nt(stream, x, w1, v1, routing.gathered_rows(), h).unwrap();
+                grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), h).unwrap();
             });
-            let hidden = Rows::from_slice(&hidden, rows, shape.d_ffn).unwrap();
+            let hidden = Guarded::with(stream, &hidden, rows, shape.d_ffn, 0);
             let outputs = guard::run::<T>(stream, rows, d_model, |y| {
-                grouped_gemm::nn(stream, hidden, w2, routing.expert_rows(), y).unwrap();
+                grouped_gemm::nn(stream, hidden.view(), w2, routing.expert_rows(), y).unwrap();
             });
-            let outputs = Rows::from_slice(&outputs, rows, d_model).unwrap();
-            let got = guard::run::<T>(stream, num_tokens, d_model, |y| permute::combine(stream, outputs, &routing, y).unwrap());
+            let outputs = Guarded::with(stream, &outputs, rows, d_model, 0);
+            let got = guard::run::<T>(stream, num_tokens, d_model, |y| permute::combine(stream, outputs.view(), &routing, y).unwrap());
             within(&got, &want, d_model, |i| bounds[i]);
         });
     }
@@ -182,6 +210,20 @@ fn goldens_of_transformers() {
         check::<f32>(&file, case);
     }
     check::<Bf16>(&file, "e16k4_bf16");
+}
+
+/// The layer on the emulated GPU and on the CPU are the same function.
+#[test]
+fn devices_agree_in_f32() {
+    let shape = Shape { d_model: 64, d_ffn: 96, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let (layer, x) = (Layer::<f32>::random(shape, 9), normal::<f32>(10, 33 * 64, 1.0));
+    let (want, want_ids, _) = forward(&device::cpu(1), &layer, &x, 33);
+    device::each_schedule(|stream| {
+        let (got, got_ids, _) = forward(stream, &layer, &x, 33);
+        assert_eq!(got_ids, want_ids);
+        let error = relative_l2(&to_f64(&got), &to_f64(&want));
+        assert!(error <= 5e-6, "relative L2 {error:e}");
+    });
 }
 
 #[test]
@@ -260,7 +302,8 @@ fn refusals_write_nothing() {
         assert_eq!(untouched, 0);
         text
     };
-    let (good, fits) = (layer.weights(), [5, 2, 4]);
+    let placed = layer.placed(&stream);
+    let (good, fits) = (placed.weights(), [5, 2, 4]);
     assert_eq!(refused(5, 23, 5, good, fits, 0), "moe: `x` must be [T, D] = [5, 24], got [5, 23]");
     assert_eq!(refused(5, 24, 4, good, fits, 0), "moe: `y` must be [T, D] = [5, 24], got [4, 24]");
     assert_eq!(refused(6, 24, 6, good, [6, 2, 4], 0), "moe: needs 6 tokens of the plan, has 5");

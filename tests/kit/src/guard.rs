@@ -4,7 +4,7 @@
 //! altogether before the call. [`run`] calls twice with different poison and wants the same bits, so that nothing can be read
 //! before it is written, nor written outside.
 
-use dropless::{Bf16, Buffer, Element, F16, Rows, RowsMut, Stream};
+use dropless::{Bf16, Buffer, Element, F16, Place, Rows, RowsMut, Stream};
 
 /// An element as its bits.
 pub trait Bits: Element {
@@ -66,7 +66,11 @@ pub struct Guarded<T> {
 impl<T: Bits> Guarded<T> {
     /// All poison.
     pub fn new(stream: &Stream, rows: usize, cols: usize, gap: usize, poison: u32) -> Guarded<T> {
-        let (stride, poison) = (cols + gap, T::from_bits(poison));
+        let stride = match stream.place() {
+            Place::Host => cols + gap,
+            Place::Cuda(_) => (cols + gap).next_multiple_of(16 / size_of::<T>()), // rows begin on 16 bytes
+        };
+        let poison = T::from_bits(poison);
         let guard_rows = GUARD_BYTES.div_ceil((stride * size_of::<T>()).max(1)).min(GUARD_BYTES);
         let buffer = Buffer::from_slice(stream, &vec![poison; (rows + 2 * guard_rows) * stride]).expect("memory for a test");
         Guarded { buffer, rows, cols, stride, guard_rows, poison }

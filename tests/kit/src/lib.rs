@@ -3,6 +3,8 @@
 //! | module | holds |
 //! |---|---|
 //! | [`device`] | every device a test runs on |
+//! | [`emulated`] | the PTX emulator as a driver |
+//! | [`faulty`] | a driver that lets one call fail, and knows what was not released |
 //! | [`fill`] | seeded inputs: uniform, normal, small integers |
 //! | [`guard`] | inputs and outputs between canaries, poisoned twice |
 //! | [`compare`] | element-wise bounds, exact bits, relative L2; none of them passes on zeros |
@@ -14,6 +16,8 @@
 pub mod bench;
 pub mod compare;
 pub mod device;
+pub mod emulated;
+pub mod faulty;
 pub mod fill;
 pub mod goldens;
 pub mod guard;

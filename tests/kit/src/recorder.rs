@@ -22,6 +22,7 @@ pub enum Call {
 /// A device with made-up addresses. Everything succeeds, unless told otherwise; nothing is computed.
 #[derive(Default)]
 pub struct Recorder {
+    compute_capability: Option<(u8, u8)>,
     calls: Mutex<Vec<Call>>,
     entries: Mutex<Vec<String>>,
     next: AtomicU64,
@@ -30,6 +31,11 @@ pub struct Recorder {
 }
 
 impl Recorder {
+    /// A device of another architecture.
+    pub fn with_capability(major: u8, minor: u8) -> Recorder {
+        Recorder { compute_capability: Some((major, minor)), ..Recorder::default() }
+    }
+
     /// The calls so far.
     pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().expect("no panic while recording").clone()
@@ -67,7 +73,8 @@ unsafe impl Driver for Recorder {
         Ok(())
     }
     fn attributes(&self, _: u32) -> DriverResult<Attributes> {
-        Ok(Attributes { compute_capability: (9, 0), sm_count: 4, max_shared_bytes: 232_448, name: "recorder".into() })
+        let compute_capability = self.compute_capability.unwrap_or((9, 0));
+        Ok(Attributes { compute_capability, sm_count: 4, max_shared_bytes: 232_448, name: "recorder".into() })
     }
     fn memory_info(&self, _: u32) -> DriverResult<(u64, u64)> {
         Ok((1 << 30, 1 << 30))

@@ -1,0 +1,191 @@
+// router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert
+//
+// Contract  src/ops/router.rs has checked shapes, dtypes, E <= 256 for choose and index, router/cuda.rs that rows of x and weight begin on 16 bytes.
+// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index: one block, each warp a range of slots.
+// Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R. R = T * k.
+// Order     every sum's order follows from D or E alone; index is a stable counting sort without atomics: same ids, same maps.
+#include "common/dtype.cuh"
+#include "common/reduce.cuh"
+
+// ---- logits
+
+enum : int { LOGITS_WARPS = 8, TOKENS = 4, EXPERTS = 8 };
+static_assert(TOKENS * EXPERTS == 32, "one sum per lane");
+
+template <typename T> __device__ void logits(const LogitsParams& p) {
+    constexpr int    SIZE = Vec<T>::SIZE;
+    __shared__ float partial[LOGITS_WARPS][32];
+    const int64_t    expert_tiles = (p.num_experts + EXPERTS - 1) / EXPERTS;
+    const int64_t    tiles = (p.num_tokens + TOKENS - 1) / TOKENS * expert_tiles;
+
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int64_t first_token = tile / expert_tiles * TOKENS, first_expert = tile % expert_tiles * EXPERTS;
+        const T*      x[TOKENS];
+        const T*      weight[EXPERTS];
+        // Rows beyond the last read the last one again; their sums are not stored.
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+            x[t] = static_cast<const T*>(p.x) + min(first_token + t, p.num_tokens - 1) * p.x_stride;
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++)
+            weight[e] = static_cast<const T*>(p.weight) + min(first_expert + e, p.num_experts - 1) * p.weight_stride;
+
+        float sum[TOKENS][EXPERTS] = {};
+        for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_model; col += LOGITS_WARPS * 32 * SIZE) {
+            const int64_t left = p.d_model - col;
+            Vec<T>        xs[TOKENS];
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) xs[t] = load_first(x[t] + col, left);
+#pragma unroll
+            for (int e = 0; e < EXPERTS; e++) {
+                const Vec<T> w = load_first(weight[e] + col, left);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                    for (int j = 0; j < SIZE; j++) sum[t][e] += to_f32(xs[t].at[j]) * to_f32(w.at[j]);
+            }
+        }
+
+        // Lane i keeps the warp's sum i; then warp 0 adds those of all warps.
+        float mine = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            const float total = warp_sum(sum[i / EXPERTS][i % EXPERTS]);
+            if (lane() == i) mine = total;
+        }
+        partial[warp()][lane()] = mine;
+        __syncthreads();
+        const int64_t token = first_token + threadIdx.x / EXPERTS, expert = first_expert + threadIdx.x % EXPERTS;
+        if (warp() == 0 && token < p.num_tokens && expert < p.num_experts) {
+            float total = partial[0][lane()];
+            for (int w = 1; w < LOGITS_WARPS; w++) total += partial[w][lane()];
+            p.logits[token * p.logits_stride + expert] = total;
+        }
+        __syncthreads();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f32(const __grid_constant__ LogitsParams p) { logits<float>(p); }
+extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_bf16(const __grid_constant__ LogitsParams p) { logits<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f16(const __grid_constant__ LogitsParams p) { logits<f16>(p); }
+
+// ---- choose
+
+enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, CHOOSE_WARPS = 4 };
+
+extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) {
+    for (int64_t token = int64_t(blockIdx.x) * CHOOSE_WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * CHOOSE_WARPS) {
+        const float* logits = p.logits + token * p.logits_stride;
+        uint32_t*    ids = p.expert_ids + token * p.top_k;
+        float*       weights = p.weights + token * p.top_k;
+
+        uint64_t ranks[EXPERTS_PER_LANE]; // 0 where there is no expert, or one already chosen
+#pragma unroll
+        for (int j = 0; j < EXPERTS_PER_LANE; j++) {
+            const uint32_t expert = j * 32 + lane();
+            ranks[j] = expert < p.num_experts ? rank(logits[expert], expert) : 0;
+        }
+
+        float largest_logit = 0.0f, sum = 0.0f, largest_weight = 0.0f, norm = 0.0f;
+        for (int s = 0; s < p.top_k; s++) {
+            uint64_t best = 0;
+#pragma unroll
+            for (int j = 0; j < EXPERTS_PER_LANE; j++) best = max(best, ranks[j]);
+            best = warp_max(best);
+#pragma unroll
+            for (int j = 0; j < EXPERTS_PER_LANE; j++)
+                if (ranks[j] == best) ranks[j] = 0;
+            const uint32_t id = index_of(best);
+
+            // Softmax needs the largest logit, which is that of the first choice.
+            if (s == 0) {
+                largest_logit = logits[id];
+                for (uint32_t expert = lane(); expert < p.num_experts; expert += 32) sum += expf(logits[expert] - largest_logit);
+                sum = warp_sum(sum);
+            }
+            const float weight = expf(logits[id] - largest_logit) / sum;
+            if (s == 0) largest_weight = weight;
+            if (p.norm_p == 1.0f) norm += weight;
+            else if (p.norm_p == 2.0f) norm += weight * weight;
+            else norm += powf(weight / largest_weight, p.norm_p); // the largest taken out, so that no power underflows to a norm of 0
+            if (lane() == s % 32) {
+                ids[s] = id;
+                weights[s] = weight;
+            }
+        }
+
+        if (p.normalize) {
+            if (p.norm_p == 2.0f) norm = sqrtf(norm);
+            else if (p.norm_p != 1.0f) norm = largest_weight * powf(norm, 1.0f / p.norm_p);
+            for (int64_t s = lane(); s < p.top_k; s += 32) weights[s] /= norm; // each lane what it wrote
+        }
+    }
+}
+
+// ---- index
+
+enum : int { INDEX_WARPS = 32 };
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) {
+    __shared__ uint32_t next[INDEX_WARPS][MAX_EXPERTS]; // first a warp's count of each expert, then the next row it gives out
+    __shared__ uint32_t count[MAX_EXPERTS];
+    const uint32_t      num_experts = uint32_t(p.num_experts), rows = uint32_t(p.rows);
+    const uint32_t      share = ((rows + INDEX_WARPS - 1) / INDEX_WARPS + 31) / 32 * 32; // slots of a warp
+    const uint32_t      begin = min(rows, warp() * share), end = min(rows, begin + share);
+    const uint32_t      lanes_before = (1u << lane()) - 1;
+
+    for (uint32_t e = lane(); e < num_experts; e += 32) next[warp()][e] = 0;
+    __syncwarp();
+    for (uint32_t base = begin; base < end; base += 32) {
+        const bool     inside = base + lane() < end;
+        const uint32_t id = inside ? p.expert_ids[base + lane()] : ~0u;
+        const uint32_t alike = __match_any_sync(FULL_WARP, id); // lanes with the same expert; the first of them counts
+        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        __syncwarp();
+    }
+    __syncthreads();
+
+    for (uint32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
+        uint32_t rows_before = 0;
+        for (int w = 0; w < INDEX_WARPS; w++) {
+            const uint32_t of_warp = next[w][e];
+            next[w][e] = rows_before;
+            rows_before += of_warp;
+        }
+        count[e] = rows_before;
+    }
+    __syncthreads();
+
+    // Each expert's first row: an exclusive prefix sum over counts, 32 at a time.
+    if (warp() == 0) {
+        uint32_t rows_before = 0;
+        for (uint32_t base = 0; base < num_experts; base += 32) {
+            const uint32_t e = base + lane(), mine = e < num_experts ? count[e] : 0;
+            uint32_t       upto = mine;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const uint32_t lower = __shfl_up_sync(FULL_WARP, upto, step);
+                if (lane() >= step) upto += lower;
+            }
+            if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - mine;
+            rows_before += __shfl_sync(FULL_WARP, upto, 31);
+        }
+        if (lane() == 0) p.offsets[num_experts] = rows_before;
+    }
+    __syncthreads();
+
+    for (uint32_t base = begin; base < end; base += 32) {
+        const uint32_t slot = base + lane();
+        const bool     inside = slot < end;
+        const uint32_t id = inside ? p.expert_ids[slot] : ~0u;
+        const uint32_t alike = __match_any_sync(FULL_WARP, id);
+        if (inside) {
+            const uint32_t row = count[id] + next[warp()][id] + __popc(alike & lanes_before);
+            p.row_to_slot[row] = slot;
+            p.slot_to_row[slot] = row;
+        }
+        __syncwarp();
+        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        __syncwarp();
+    }
+}

@@ -1,0 +1,238 @@
+//! What this machine has for dropless, and whether every kernel computes what the CPU computes.
+//!
+//! ```text
+//! cargo run --release --example doctor                 the GPU of this machine
+//! cargo run --release --example doctor -- --emulated   the PTX emulator, anywhere
+//! ```
+//!
+//! Always prints a whole report. Exit codes: 0 fine, 1 something is wrong, 2 the arguments were refused.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::device::driver::{Driver, hardware::Hardware};
+use dropless::layout::KvShape;
+use dropless::router::{Normalize, logits, route};
+use dropless::{
+    Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
+    Workspace, embedding, glu, grouped_gemm, norm, permute, rope, sample,
+};
+use dropless_kit::compare::relative_l2;
+use dropless_kit::emulated::{Emulated, Options};
+use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::guard::{Bits, Guarded, POISONS};
+
+const MANIFEST: &str = include_str!("../ptx/MANIFEST");
+const TOKENS: usize = 5;
+const D: usize = 64;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let emulated = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => false,
+        ["--emulated"] => true,
+        _ => {
+            eprintln!("usage: doctor [--emulated]");
+            return ExitCode::from(2);
+        }
+    };
+    println!("dropless {}", env!("CARGO_PKG_VERSION"));
+    println!("cpu      {} threads", Device::cpu().threads());
+    images();
+    let found: Result<Arc<dyn Driver>, Error> =
+        if emulated { Ok(Arc::new(Emulated::new(Options::default()))) } else { Hardware::shared().map(|driver| driver as Arc<dyn Driver>) };
+    let fine = match found.and_then(|driver| describe(&*driver).and(Device::with_driver(driver, 0))) {
+        Ok(device) => kernels(&device),
+        Err(error) => {
+            println!("gpu      none: {error}");
+            println!("works    everything on the CPU (Device::cpu()), and the kernels themselves with --emulated");
+            false
+        }
+    };
+    println!("{}", if fine { "all is well" } else { "something is missing or wrong" });
+    if fine { ExitCode::SUCCESS } else { ExitCode::from(1) }
+}
+
+/// What ships, and the least that a driver must read.
+fn images() {
+    let words = |line: &'static str| line.split(' ').collect::<Vec<_>>();
+    let images: Vec<_> = MANIFEST.lines().filter(|line| line.starts_with("image ")).map(words).collect();
+    let entries = MANIFEST.lines().filter(|line| line.starts_with("entry ")).count();
+    println!("images   {}, {entries} kernels, PTX ISA {} for sm_90a; drivers from R550 (CUDA 12.4)", images.len(), images[0][3]);
+}
+
+fn describe(driver: &dyn Driver) -> Result<(), Error> {
+    let lost = |error: dropless::device::driver::DriverError| Error::DeviceLost { code: error.0, first_op: dropless::Op::Device };
+    let version = driver.version().map_err(lost)?;
+    let count = driver.device_count().map_err(lost)?;
+    println!("driver   CUDA {}.{}, {count} device(s)", version / 1000, version % 1000 / 10);
+    if count == 0 {
+        return Err(Error::NoDevice { ordinal: 0, count });
+    }
+    let about = driver.attributes(0).map_err(lost)?;
+    let (free, total) = driver.memory_info(0).map_err(lost)?;
+    let (major, minor) = about.compute_capability;
+    println!("device   {}, sm_{major}{minor}, {} multiprocessors, {} of {} MiB free", about.name, about.sm_count, free >> 20, total >> 20);
+    Ok(())
+}
+
+/// Every kernel once, against the CPU.
+fn kernels(device: &Device) -> bool {
+    let stream = match device.stream() {
+        Ok(stream) => stream,
+        Err(error) => {
+            println!("stream   {error}");
+            return false;
+        }
+    };
+    println!("{:38} {:>12} {:>12}", "kernel", "relative L2", "allowed");
+    let mut report = Report { stream, cpu: Device::cpu().stream().ok(), fine: true };
+    of_type::<f32>(&mut report, "f32", 5e-6);
+    of_type::<Bf16>(&mut report, "bf16", 2f64.powi(-7));
+    of_type::<F16>(&mut report, "f16", 2f64.powi(-10));
+    report.check("router_choose, router_index", 1e-6, |stream| {
+        let logits = Guarded::with(stream, &normal::<f32>(1, TOKENS * 16, 1.0), TOKENS, 16, 0);
+        let mut buffers = RoutingBuffers::new(stream, TOKENS, 4, 16)?;
+        let routing = route(stream, logits.view(), Normalize::P(1.0), &mut buffers)?;
+        let maps = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
+        let mut all: Vec<f64> = routing.weights().to_vec(stream)?.into_iter().map(f64::from).collect();
+        for map in maps {
+            all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
+        }
+        Ok(all)
+    });
+    report.check("sample_argmax", 0.0, |stream| {
+        let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
+        let mut out = Buffer::zeros(stream, TOKENS)?;
+        Ok(sample::argmax(stream, logits.view(), &mut out)?.ids().to_vec(stream)?.into_iter().map(f64::from).collect())
+    });
+    report.fine
+}
+
+struct Report {
+    stream: Stream,
+    cpu: Option<Stream>,
+    fine: bool,
+}
+
+impl Report {
+    /// Runs the same on both devices and prints how far they are apart.
+    fn check(&mut self, name: &str, allowed: f64, run: impl Fn(&Stream) -> Result<Vec<f64>, Error>) {
+        let Some(cpu) = &self.cpu else { return self.fine = false };
+        let line = match (run(&self.stream), run(cpu)) {
+            (Ok(got), Ok(want)) => {
+                let error = relative_l2(&got, &want);
+                let passed = error <= allowed;
+                self.fine &= passed;
+                format!("{error:>12.2e} {allowed:>12.2e}{}", if passed { "" } else { "   WRONG" })
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                self.fine = false;
+                format!("{error}")
+            }
+        };
+        println!("{name:38} {line}");
+    }
+}
+
+/// The kernels that exist once per element type.
+fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
+    let input = |stream: &Stream, seed: u64, rows: usize, cols: usize, size: f64| {
+        Guarded::with(stream, &normal::<T>(seed, rows * cols, size), rows, cols, 0)
+    };
+    let output = |stream: &Stream, rows: usize, cols: usize| Guarded::<T>::new(stream, rows, cols, 0, POISONS[0]);
+    let mut check = |name: &str, run: &dyn Fn(&Stream) -> Result<Vec<f64>, Error>| report.check(&format!("{name}_{dtype}"), allowed, run);
+
+    check("embedding", &|stream| {
+        let (table, mut y, mut ids) = (input(stream, 1, 9, D, 1.0), output(stream, TOKENS, D), Buffer::zeros(stream, TOKENS)?);
+        let ids = TokenIds::from_host(stream, &[0, 8, 3, 3, 7], 9, &mut ids)?;
+        embedding::lookup(stream, ids, table.view(), &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
+    type Norm<T> = fn(&Stream, dropless::Rows<'_, T>, dropless::Rows<'_, T>, f32, &mut dropless::RowsMut<'_, T>) -> Result<(), Error>;
+    for (name, norm) in [("norm_layer", norm::layer_norm as Norm<T>), ("norm_rms", norm::rms_norm)] {
+        check(name, &|stream| {
+            let (x, weight, mut y) = (input(stream, 2, TOKENS, D, 1.0), input(stream, 3, 1, D, 1.0), output(stream, TOKENS, D));
+            norm(stream, x.view(), weight.view(), 1e-5, &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        });
+    }
+    for (name, layer) in [("norm_add_layer", true), ("norm_add_rms", false)] {
+        check(name, &|stream| {
+            let (x, weight, mut y) = (input(stream, 2, TOKENS, D, 1.0), input(stream, 3, 1, D, 1.0), output(stream, TOKENS, D));
+            let mut residual = input(stream, 4, TOKENS, D, 1.0);
+            let add_norm = if layer { norm::add_layer_norm } else { norm::add_rms_norm };
+            add_norm(stream, x.view(), &mut residual.view_mut(), weight.view(), 1e-5, &mut y.view_mut())?;
+            Ok([to_f64(&y.take(stream)), to_f64(&residual.take(stream))].concat())
+        });
+    }
+    check("glu", &|stream| {
+        let (gate, up, mut y) = (input(stream, 5, TOKENS, D, 1.0), input(stream, 6, TOKENS, D, 1.0), output(stream, TOKENS, D));
+        glu::glu(stream, gate.view(), up.view(), &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
+    check("router_logits", &|stream| {
+        let (x, weight) = (input(stream, 7, TOKENS, D, 1.0), input(stream, 8, 16, D, 1.0));
+        let mut y = Guarded::<f32>::new(stream, TOKENS, 16, 0, POISONS[0]);
+        logits(stream, x.view(), weight.view(), &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
+    let routed = |stream: &Stream, run: &dyn Fn(&Routing<'_>) -> Result<Vec<f64>, Error>| {
+        let mut buffers = RoutingBuffers::new(stream, TOKENS, 2, 3)?;
+        run(&Routing::from_host(stream, &[2, 0, 0, 2, 2, 0, 0, 2, 2, 0], &[0.5; 2 * TOKENS], &mut buffers)?)
+    };
+    check("permute_gather", &|stream| {
+        routed(stream, &|routing| {
+            let (x, mut y) = (input(stream, 9, TOKENS, D, 1.0), output(stream, 2 * TOKENS, D));
+            permute::gather(stream, x.view(), routing, &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    check("permute_combine", &|stream| {
+        routed(stream, &|routing| {
+            let (x, mut y) = (input(stream, 10, 2 * TOKENS, D, 1.0), output(stream, TOKENS, D));
+            permute::combine(stream, x.view(), routing, &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    check("grouped_gemm_glu_nt", &|stream| {
+        routed(stream, &|routing| {
+            let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, 2 * TOKENS, 40));
+            let [w1, v1] = [12, 13].map(|seed| input(stream, seed, 3 * 40, D, 0.1));
+            let [w1, v1] = [ExpertWeights::nk(w1.view(), 3)?, ExpertWeights::nk(v1.view(), 3)?];
+            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), &mut h.view_mut())?;
+            Ok(to_f64(&h.take(stream)))
+        })
+    });
+    check("grouped_gemm_nt", &|stream| {
+        routed(stream, &|routing| {
+            let (x, w, mut y) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * 40, D, 0.1), output(stream, 2 * TOKENS, 40));
+            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    check("grouped_gemm_nn", &|stream| {
+        routed(stream, &|routing| {
+            let (x, w, mut y) = (input(stream, 16, 2 * TOKENS, 40, 1.0), input(stream, 17, 3 * 40, D, 0.1), output(stream, 2 * TOKENS, D));
+            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    for head_dim in [16, 6] {
+        let name = if head_dim == 16 { "rope, attention" } else { "rope_single, attention" };
+        check(name, &|stream| {
+            let heads = HeadLayout::new(4, 2, head_dim)?;
+            let table = RopeTable::new(stream, 1e4, head_dim, 8)?;
+            let mut cache = KvCache::<T>::new(stream, 1, KvShape::contiguous(heads, 2, 4))?;
+            cache.append(stream, &[2, 3])?;
+            let qkv = input(stream, 18, TOKENS, heads.qkv_cols(), 1.0);
+            let [mut q, mut out, mut again] = [(); 3].map(|()| output(stream, TOKENS, heads.q_cols()));
+            rope::clip_rotate_append(stream, qkv.view(), heads, Some(1.5), &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
+            prefill(stream, q.view(), heads, 0.25, &cache.layer(0)?, &mut out.view_mut())?;
+            let mut workspace = Workspace::new(stream, decode_workspace_bytes(heads, TOKENS, 4)?)?;
+            decode(stream, q.view(), heads, 0.25, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;
+            Ok([q, out, again].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
+        });
+    }
+}

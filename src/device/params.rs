@@ -1,0 +1,387 @@
+//! The parameter structs of the kernels, generated from `cuda/common/params.h`; do not edit. To regenerate:
+//! `LIBCLANG_PATH=... cargo check --features regenerate-bindings`
+#![allow(missing_docs)]
+
+// Device addresses, by what lies there.
+pub(crate) type In = u64;
+pub(crate) type InU32 = u64;
+pub(crate) type InF32 = u64;
+pub(crate) type Out = u64;
+pub(crate) type OutU32 = u64;
+pub(crate) type OutF32 = u64;
+
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct EmbeddingParams {
+    pub(crate) ids: InU32,
+    pub(crate) table: In,
+    pub(crate) y: Out,
+    pub(crate) num_tokens: i64,
+    pub(crate) d_model: i64,
+    pub(crate) table_stride: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbeddingParams"][::std::mem::size_of::<EmbeddingParams>() - 56usize];
+    ["Alignment of EmbeddingParams"][::std::mem::align_of::<EmbeddingParams>() - 8usize];
+    ["Offset of field: EmbeddingParams::ids"][::std::mem::offset_of!(EmbeddingParams, ids) - 0usize];
+    ["Offset of field: EmbeddingParams::table"][::std::mem::offset_of!(EmbeddingParams, table) - 8usize];
+    ["Offset of field: EmbeddingParams::y"][::std::mem::offset_of!(EmbeddingParams, y) - 16usize];
+    ["Offset of field: EmbeddingParams::num_tokens"][::std::mem::offset_of!(EmbeddingParams, num_tokens) - 24usize];
+    ["Offset of field: EmbeddingParams::d_model"][::std::mem::offset_of!(EmbeddingParams, d_model) - 32usize];
+    ["Offset of field: EmbeddingParams::table_stride"][::std::mem::offset_of!(EmbeddingParams, table_stride) - 40usize];
+    ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct NormParams {
+    pub(crate) x: In,
+    pub(crate) residual: Out,
+    pub(crate) weight: In,
+    pub(crate) y: Out,
+    pub(crate) num_tokens: i64,
+    pub(crate) d_model: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) residual_stride: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) eps: f32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NormParams"][::std::mem::size_of::<NormParams>() - 80usize];
+    ["Alignment of NormParams"][::std::mem::align_of::<NormParams>() - 8usize];
+    ["Offset of field: NormParams::x"][::std::mem::offset_of!(NormParams, x) - 0usize];
+    ["Offset of field: NormParams::residual"][::std::mem::offset_of!(NormParams, residual) - 8usize];
+    ["Offset of field: NormParams::weight"][::std::mem::offset_of!(NormParams, weight) - 16usize];
+    ["Offset of field: NormParams::y"][::std::mem::offset_of!(NormParams, y) - 24usize];
+    ["Offset of field: NormParams::num_tokens"][::std::mem::offset_of!(NormParams, num_tokens) - 32usize];
+    ["Offset of field: NormParams::d_model"][::std::mem::offset_of!(NormParams, d_model) - 40usize];
+    ["Offset of field: NormParams::x_stride"][::std::mem::offset_of!(NormParams, x_stride) - 48usize];
+    ["Offset of field: NormParams::residual_stride"][::std::mem::offset_of!(NormParams, residual_stride) - 56usize];
+    ["Offset of field: NormParams::y_stride"][::std::mem::offset_of!(NormParams, y_stride) - 64usize];
+    ["Offset of field: NormParams::eps"][::std::mem::offset_of!(NormParams, eps) - 72usize];
+    ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct GatherParams {
+    pub(crate) x: In,
+    pub(crate) row_to_slot: InU32,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) d_model: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatherParams"][::std::mem::size_of::<GatherParams>() - 64usize];
+    ["Alignment of GatherParams"][::std::mem::align_of::<GatherParams>() - 8usize];
+    ["Offset of field: GatherParams::x"][::std::mem::offset_of!(GatherParams, x) - 0usize];
+    ["Offset of field: GatherParams::row_to_slot"][::std::mem::offset_of!(GatherParams, row_to_slot) - 8usize];
+    ["Offset of field: GatherParams::y"][::std::mem::offset_of!(GatherParams, y) - 16usize];
+    ["Offset of field: GatherParams::rows"][::std::mem::offset_of!(GatherParams, rows) - 24usize];
+    ["Offset of field: GatherParams::d_model"][::std::mem::offset_of!(GatherParams, d_model) - 32usize];
+    ["Offset of field: GatherParams::top_k"][::std::mem::offset_of!(GatherParams, top_k) - 40usize];
+    ["Offset of field: GatherParams::x_stride"][::std::mem::offset_of!(GatherParams, x_stride) - 48usize];
+    ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 56usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct CombineParams {
+    pub(crate) x: In,
+    pub(crate) slot_to_row: InU32,
+    pub(crate) weights: InF32,
+    pub(crate) y: Out,
+    pub(crate) num_tokens: i64,
+    pub(crate) d_model: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CombineParams"][::std::mem::size_of::<CombineParams>() - 72usize];
+    ["Alignment of CombineParams"][::std::mem::align_of::<CombineParams>() - 8usize];
+    ["Offset of field: CombineParams::x"][::std::mem::offset_of!(CombineParams, x) - 0usize];
+    ["Offset of field: CombineParams::slot_to_row"][::std::mem::offset_of!(CombineParams, slot_to_row) - 8usize];
+    ["Offset of field: CombineParams::weights"][::std::mem::offset_of!(CombineParams, weights) - 16usize];
+    ["Offset of field: CombineParams::y"][::std::mem::offset_of!(CombineParams, y) - 24usize];
+    ["Offset of field: CombineParams::num_tokens"][::std::mem::offset_of!(CombineParams, num_tokens) - 32usize];
+    ["Offset of field: CombineParams::d_model"][::std::mem::offset_of!(CombineParams, d_model) - 40usize];
+    ["Offset of field: CombineParams::top_k"][::std::mem::offset_of!(CombineParams, top_k) - 48usize];
+    ["Offset of field: CombineParams::x_stride"][::std::mem::offset_of!(CombineParams, x_stride) - 56usize];
+    ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct GluParams {
+    pub(crate) gate: In,
+    pub(crate) up: In,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) d_ffn: i64,
+    pub(crate) gate_stride: i64,
+    pub(crate) up_stride: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GluParams"][::std::mem::size_of::<GluParams>() - 64usize];
+    ["Alignment of GluParams"][::std::mem::align_of::<GluParams>() - 8usize];
+    ["Offset of field: GluParams::gate"][::std::mem::offset_of!(GluParams, gate) - 0usize];
+    ["Offset of field: GluParams::up"][::std::mem::offset_of!(GluParams, up) - 8usize];
+    ["Offset of field: GluParams::y"][::std::mem::offset_of!(GluParams, y) - 16usize];
+    ["Offset of field: GluParams::rows"][::std::mem::offset_of!(GluParams, rows) - 24usize];
+    ["Offset of field: GluParams::d_ffn"][::std::mem::offset_of!(GluParams, d_ffn) - 32usize];
+    ["Offset of field: GluParams::gate_stride"][::std::mem::offset_of!(GluParams, gate_stride) - 40usize];
+    ["Offset of field: GluParams::up_stride"][::std::mem::offset_of!(GluParams, up_stride) - 48usize];
+    ["Offset of field: GluParams::y_stride"][::std::mem::offset_of!(GluParams, y_stride) - 56usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct ArgmaxParams {
+    pub(crate) logits: InF32,
+    pub(crate) ids: OutU32,
+    pub(crate) num_tokens: i64,
+    pub(crate) vocab: i64,
+    pub(crate) logits_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ArgmaxParams"][::std::mem::size_of::<ArgmaxParams>() - 40usize];
+    ["Alignment of ArgmaxParams"][::std::mem::align_of::<ArgmaxParams>() - 8usize];
+    ["Offset of field: ArgmaxParams::logits"][::std::mem::offset_of!(ArgmaxParams, logits) - 0usize];
+    ["Offset of field: ArgmaxParams::ids"][::std::mem::offset_of!(ArgmaxParams, ids) - 8usize];
+    ["Offset of field: ArgmaxParams::num_tokens"][::std::mem::offset_of!(ArgmaxParams, num_tokens) - 16usize];
+    ["Offset of field: ArgmaxParams::vocab"][::std::mem::offset_of!(ArgmaxParams, vocab) - 24usize];
+    ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct LogitsParams {
+    pub(crate) x: In,
+    pub(crate) weight: In,
+    pub(crate) logits: OutF32,
+    pub(crate) num_tokens: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) d_model: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) weight_stride: i64,
+    pub(crate) logits_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LogitsParams"][::std::mem::size_of::<LogitsParams>() - 72usize];
+    ["Alignment of LogitsParams"][::std::mem::align_of::<LogitsParams>() - 8usize];
+    ["Offset of field: LogitsParams::x"][::std::mem::offset_of!(LogitsParams, x) - 0usize];
+    ["Offset of field: LogitsParams::weight"][::std::mem::offset_of!(LogitsParams, weight) - 8usize];
+    ["Offset of field: LogitsParams::logits"][::std::mem::offset_of!(LogitsParams, logits) - 16usize];
+    ["Offset of field: LogitsParams::num_tokens"][::std::mem::offset_of!(LogitsParams, num_tokens) - 24usize];
+    ["Offset of field: LogitsParams::num_experts"][::std::mem::offset_of!(LogitsParams, num_experts) - 32usize];
+    ["Offset of field: LogitsParams::d_model"][::std::mem::offset_of!(LogitsParams, d_model) - 40usize];
+    ["Offset of field: LogitsParams::x_stride"][::std::mem::offset_of!(LogitsParams, x_stride) - 48usize];
+    ["Offset of field: LogitsParams::weight_stride"][::std::mem::offset_of!(LogitsParams, weight_stride) - 56usize];
+    ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct ChooseParams {
+    pub(crate) logits: InF32,
+    pub(crate) expert_ids: OutU32,
+    pub(crate) weights: OutF32,
+    pub(crate) num_tokens: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) top_k: i64,
+    pub(crate) logits_stride: i64,
+    pub(crate) norm_p: f32,
+    pub(crate) normalize: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ChooseParams"][::std::mem::size_of::<ChooseParams>() - 64usize];
+    ["Alignment of ChooseParams"][::std::mem::align_of::<ChooseParams>() - 8usize];
+    ["Offset of field: ChooseParams::logits"][::std::mem::offset_of!(ChooseParams, logits) - 0usize];
+    ["Offset of field: ChooseParams::expert_ids"][::std::mem::offset_of!(ChooseParams, expert_ids) - 8usize];
+    ["Offset of field: ChooseParams::weights"][::std::mem::offset_of!(ChooseParams, weights) - 16usize];
+    ["Offset of field: ChooseParams::num_tokens"][::std::mem::offset_of!(ChooseParams, num_tokens) - 24usize];
+    ["Offset of field: ChooseParams::num_experts"][::std::mem::offset_of!(ChooseParams, num_experts) - 32usize];
+    ["Offset of field: ChooseParams::top_k"][::std::mem::offset_of!(ChooseParams, top_k) - 40usize];
+    ["Offset of field: ChooseParams::logits_stride"][::std::mem::offset_of!(ChooseParams, logits_stride) - 48usize];
+    ["Offset of field: ChooseParams::norm_p"][::std::mem::offset_of!(ChooseParams, norm_p) - 56usize];
+    ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct IndexParams {
+    pub(crate) expert_ids: InU32,
+    pub(crate) offsets: OutU32,
+    pub(crate) row_to_slot: OutU32,
+    pub(crate) slot_to_row: OutU32,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of IndexParams"][::std::mem::size_of::<IndexParams>() - 48usize];
+    ["Alignment of IndexParams"][::std::mem::align_of::<IndexParams>() - 8usize];
+    ["Offset of field: IndexParams::expert_ids"][::std::mem::offset_of!(IndexParams, expert_ids) - 0usize];
+    ["Offset of field: IndexParams::offsets"][::std::mem::offset_of!(IndexParams, offsets) - 8usize];
+    ["Offset of field: IndexParams::row_to_slot"][::std::mem::offset_of!(IndexParams, row_to_slot) - 16usize];
+    ["Offset of field: IndexParams::slot_to_row"][::std::mem::offset_of!(IndexParams, slot_to_row) - 24usize];
+    ["Offset of field: IndexParams::rows"][::std::mem::offset_of!(IndexParams, rows) - 32usize];
+    ["Offset of field: IndexParams::num_experts"][::std::mem::offset_of!(IndexParams, num_experts) - 40usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct PageParams {
+    pub(crate) block_table: InU32,
+    pub(crate) seq_lens: InU32,
+    pub(crate) query_offsets: InU32,
+    pub(crate) num_sequences: i64,
+    pub(crate) table_stride: i64,
+    pub(crate) page_tokens: i64,
+    pub(crate) page_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PageParams"][::std::mem::size_of::<PageParams>() - 56usize];
+    ["Alignment of PageParams"][::std::mem::align_of::<PageParams>() - 8usize];
+    ["Offset of field: PageParams::block_table"][::std::mem::offset_of!(PageParams, block_table) - 0usize];
+    ["Offset of field: PageParams::seq_lens"][::std::mem::offset_of!(PageParams, seq_lens) - 8usize];
+    ["Offset of field: PageParams::query_offsets"][::std::mem::offset_of!(PageParams, query_offsets) - 16usize];
+    ["Offset of field: PageParams::num_sequences"][::std::mem::offset_of!(PageParams, num_sequences) - 24usize];
+    ["Offset of field: PageParams::table_stride"][::std::mem::offset_of!(PageParams, table_stride) - 32usize];
+    ["Offset of field: PageParams::page_tokens"][::std::mem::offset_of!(PageParams, page_tokens) - 40usize];
+    ["Offset of field: PageParams::page_stride"][::std::mem::offset_of!(PageParams, page_stride) - 48usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct RopeParams {
+    pub(crate) qkv: In,
+    pub(crate) cos: InF32,
+    pub(crate) sin: InF32,
+    pub(crate) q: Out,
+    pub(crate) keys: Out,
+    pub(crate) values: Out,
+    pub(crate) pages: PageParams,
+    pub(crate) num_tokens: i64,
+    pub(crate) num_heads: i64,
+    pub(crate) num_kv_heads: i64,
+    pub(crate) head_dim: i64,
+    pub(crate) rotary_dim: i64,
+    pub(crate) qkv_stride: i64,
+    pub(crate) q_stride: i64,
+    pub(crate) keys_stride: i64,
+    pub(crate) values_stride: i64,
+    pub(crate) clip: f32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeParams"][::std::mem::size_of::<RopeParams>() - 184usize];
+    ["Alignment of RopeParams"][::std::mem::align_of::<RopeParams>() - 8usize];
+    ["Offset of field: RopeParams::qkv"][::std::mem::offset_of!(RopeParams, qkv) - 0usize];
+    ["Offset of field: RopeParams::cos"][::std::mem::offset_of!(RopeParams, cos) - 8usize];
+    ["Offset of field: RopeParams::sin"][::std::mem::offset_of!(RopeParams, sin) - 16usize];
+    ["Offset of field: RopeParams::q"][::std::mem::offset_of!(RopeParams, q) - 24usize];
+    ["Offset of field: RopeParams::keys"][::std::mem::offset_of!(RopeParams, keys) - 32usize];
+    ["Offset of field: RopeParams::values"][::std::mem::offset_of!(RopeParams, values) - 40usize];
+    ["Offset of field: RopeParams::pages"][::std::mem::offset_of!(RopeParams, pages) - 48usize];
+    ["Offset of field: RopeParams::num_tokens"][::std::mem::offset_of!(RopeParams, num_tokens) - 104usize];
+    ["Offset of field: RopeParams::num_heads"][::std::mem::offset_of!(RopeParams, num_heads) - 112usize];
+    ["Offset of field: RopeParams::num_kv_heads"][::std::mem::offset_of!(RopeParams, num_kv_heads) - 120usize];
+    ["Offset of field: RopeParams::head_dim"][::std::mem::offset_of!(RopeParams, head_dim) - 128usize];
+    ["Offset of field: RopeParams::rotary_dim"][::std::mem::offset_of!(RopeParams, rotary_dim) - 136usize];
+    ["Offset of field: RopeParams::qkv_stride"][::std::mem::offset_of!(RopeParams, qkv_stride) - 144usize];
+    ["Offset of field: RopeParams::q_stride"][::std::mem::offset_of!(RopeParams, q_stride) - 152usize];
+    ["Offset of field: RopeParams::keys_stride"][::std::mem::offset_of!(RopeParams, keys_stride) - 160usize];
+    ["Offset of field: RopeParams::values_stride"][::std::mem::offset_of!(RopeParams, values_stride) - 168usize];
+    ["Offset of field: RopeParams::clip"][::std::mem::offset_of!(RopeParams, clip) - 176usize];
+    ["Offset of field: RopeParams::unused"][::std::mem::offset_of!(RopeParams, unused) - 180usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct AttentionParams {
+    pub(crate) q: In,
+    pub(crate) keys: In,
+    pub(crate) values: In,
+    pub(crate) out: Out,
+    pub(crate) pages: PageParams,
+    pub(crate) num_tokens: i64,
+    pub(crate) num_heads: i64,
+    pub(crate) group: i64,
+    pub(crate) head_dim: i64,
+    pub(crate) q_stride: i64,
+    pub(crate) keys_stride: i64,
+    pub(crate) values_stride: i64,
+    pub(crate) out_stride: i64,
+    pub(crate) scale: f32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 160usize];
+    ["Alignment of AttentionParams"][::std::mem::align_of::<AttentionParams>() - 8usize];
+    ["Offset of field: AttentionParams::q"][::std::mem::offset_of!(AttentionParams, q) - 0usize];
+    ["Offset of field: AttentionParams::keys"][::std::mem::offset_of!(AttentionParams, keys) - 8usize];
+    ["Offset of field: AttentionParams::values"][::std::mem::offset_of!(AttentionParams, values) - 16usize];
+    ["Offset of field: AttentionParams::out"][::std::mem::offset_of!(AttentionParams, out) - 24usize];
+    ["Offset of field: AttentionParams::pages"][::std::mem::offset_of!(AttentionParams, pages) - 32usize];
+    ["Offset of field: AttentionParams::num_tokens"][::std::mem::offset_of!(AttentionParams, num_tokens) - 88usize];
+    ["Offset of field: AttentionParams::num_heads"][::std::mem::offset_of!(AttentionParams, num_heads) - 96usize];
+    ["Offset of field: AttentionParams::group"][::std::mem::offset_of!(AttentionParams, group) - 104usize];
+    ["Offset of field: AttentionParams::head_dim"][::std::mem::offset_of!(AttentionParams, head_dim) - 112usize];
+    ["Offset of field: AttentionParams::q_stride"][::std::mem::offset_of!(AttentionParams, q_stride) - 120usize];
+    ["Offset of field: AttentionParams::keys_stride"][::std::mem::offset_of!(AttentionParams, keys_stride) - 128usize];
+    ["Offset of field: AttentionParams::values_stride"][::std::mem::offset_of!(AttentionParams, values_stride) - 136usize];
+    ["Offset of field: AttentionParams::out_stride"][::std::mem::offset_of!(AttentionParams, out_stride) - 144usize];
+    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 152usize];
+    ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct ProductParams {
+    pub(crate) x: In,
+    pub(crate) w: In,
+    pub(crate) v: In,
+    pub(crate) offsets: InU32,
+    pub(crate) row_to_slot: InU32,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) w_stride: i64,
+    pub(crate) v_stride: i64,
+    pub(crate) w_expert: i64,
+    pub(crate) v_expert: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProductParams"][::std::mem::size_of::<ProductParams>() - 136usize];
+    ["Alignment of ProductParams"][::std::mem::align_of::<ProductParams>() - 8usize];
+    ["Offset of field: ProductParams::x"][::std::mem::offset_of!(ProductParams, x) - 0usize];
+    ["Offset of field: ProductParams::w"][::std::mem::offset_of!(ProductParams, w) - 8usize];
+    ["Offset of field: ProductParams::v"][::std::mem::offset_of!(ProductParams, v) - 16usize];
+    ["Offset of field: ProductParams::offsets"][::std::mem::offset_of!(ProductParams, offsets) - 24usize];
+    ["Offset of field: ProductParams::row_to_slot"][::std::mem::offset_of!(ProductParams, row_to_slot) - 32usize];
+    ["Offset of field: ProductParams::y"][::std::mem::offset_of!(ProductParams, y) - 40usize];
+    ["Offset of field: ProductParams::rows"][::std::mem::offset_of!(ProductParams, rows) - 48usize];
+    ["Offset of field: ProductParams::num_experts"][::std::mem::offset_of!(ProductParams, num_experts) - 56usize];
+    ["Offset of field: ProductParams::n"][::std::mem::offset_of!(ProductParams, n) - 64usize];
+    ["Offset of field: ProductParams::k"][::std::mem::offset_of!(ProductParams, k) - 72usize];
+    ["Offset of field: ProductParams::top_k"][::std::mem::offset_of!(ProductParams, top_k) - 80usize];
+    ["Offset of field: ProductParams::x_stride"][::std::mem::offset_of!(ProductParams, x_stride) - 88usize];
+    ["Offset of field: ProductParams::w_stride"][::std::mem::offset_of!(ProductParams, w_stride) - 96usize];
+    ["Offset of field: ProductParams::v_stride"][::std::mem::offset_of!(ProductParams, v_stride) - 104usize];
+    ["Offset of field: ProductParams::w_expert"][::std::mem::offset_of!(ProductParams, w_expert) - 112usize];
+    ["Offset of field: ProductParams::v_expert"][::std::mem::offset_of!(ProductParams, v_expert) - 120usize];
+    ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
+};

@@ -1,0 +1,40 @@
+//! CUDA launch of `embedding`. Callers have checked the shapes; types and alignment are this backend's own needs.
+#![allow(unsafe_code)] // the launch
+
+use crate::device::params::EmbeddingParams;
+use crate::device::{Stream, image};
+use crate::dtype::Float;
+use crate::error::{Error, Op, check_one_type};
+use crate::layout::TokenIds;
+use crate::view::{Rows, RowsMut};
+
+const THREADS: u32 = 256;
+
+pub(super) fn lookup<A: Float, W: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: Rows<'_, W>,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    check_one_type::<A, W>(Op::Embedding, "`table` of type")?;
+    let [num_tokens, d_model] = y.dims();
+    if num_tokens == 0 || d_model == 0 {
+        return Ok(());
+    }
+    let params = EmbeddingParams {
+        ids: ids.ids().address(),
+        table: table.vectors(Op::Embedding, "table")?,
+        y: y.vectors(Op::Embedding, "y")?,
+        num_tokens: num_tokens as i64,
+        d_model: d_model as i64,
+        table_stride: table.stride() as i64,
+        y_stride: y.stride() as i64,
+    };
+    let cuda = stream.cuda();
+    let vectors = num_tokens as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
+    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    // SAFETY: `EmbeddingParams` is the struct of these entries; the ids are below the rows of `table`, which has the columns of
+    // `y`; all three are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
+    // raw views promise it.
+    unsafe { cuda.launch(Op::Embedding, &image::EMBEDDING, entry!("embedding", A), grid, &params) }
+}

@@ -1,0 +1,58 @@
+//! CUDA launches of `permute`. Callers have checked the shapes; alignment is this backend's own need.
+#![allow(unsafe_code)] // the launches
+
+use crate::device::params::{CombineParams, GatherParams};
+use crate::device::{Stream, image};
+use crate::dtype::Float;
+use crate::error::{Error, Op};
+use crate::layout::Routing;
+use crate::view::{Rows, RowsMut};
+
+const THREADS: u32 = 256;
+
+pub(super) fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+    let [rows, d_model] = y.dims();
+    if rows == 0 || d_model == 0 {
+        return Ok(());
+    }
+    let params = GatherParams {
+        x: x.vectors(Op::Permute, "x")?,
+        row_to_slot: routing.row_to_slot().address(),
+        y: y.vectors(Op::Permute, "y")?,
+        rows: rows as i64,
+        d_model: d_model as i64,
+        top_k: routing.top_k() as i64,
+        x_stride: x.stride() as i64,
+        y_stride: y.stride() as i64,
+    };
+    let cuda = stream.cuda();
+    let vectors = rows as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
+    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    // SAFETY: `GatherParams` is the struct of these entries; a routing's `row_to_slot` holds `rows` slots of `x`'s tokens; all are
+    // on this stream's device and stay valid until the work completes: buffers are freed in stream order, raw views promise it.
+    unsafe { cuda.launch(Op::Permute, &image::PERMUTE, entry!("permute_gather", A), grid, &params) }
+}
+
+pub(super) fn combine<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+    let [num_tokens, d_model] = y.dims();
+    if num_tokens == 0 || d_model == 0 {
+        return Ok(());
+    }
+    let params = CombineParams {
+        x: x.vectors(Op::Permute, "x")?,
+        slot_to_row: routing.slot_to_row().address(),
+        weights: routing.weights().address(),
+        y: y.vectors(Op::Permute, "y")?,
+        num_tokens: num_tokens as i64,
+        d_model: d_model as i64,
+        top_k: routing.top_k() as i64,
+        x_stride: x.stride() as i64,
+        y_stride: y.stride() as i64,
+    };
+    let cuda = stream.cuda();
+    let vectors = num_tokens as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
+    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    // SAFETY: `CombineParams` is the struct of these entries; a routing's `slot_to_row` and `weights` are packed `[T, k]`, its
+    // rows are those of `x`; all are on this stream's device and stay valid until the work completes, as in `gather`.
+    unsafe { cuda.launch(Op::Permute, &image::PERMUTE, entry!("permute_combine", A), grid, &params) }
+}

@@ -1,0 +1,299 @@
+//! What goes wrong below: each driver call fails once, and every time it is a typed error, with nothing left behind.
+
+#![cfg(feature = "cuda")]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::device::driver::{Driver, DriverError};
+use dropless::layout::KvShape;
+use dropless::moe::{self, Plan, Shape, Weights};
+use dropless::router::{Normalize, logits};
+use dropless::{
+    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, TokenIds,
+    Workspace, embedding, grouped_gemm, norm, rope, sample,
+};
+use dropless_kit::compare::same_bits;
+use dropless_kit::device;
+use dropless_kit::emulated::{Emulated, Options};
+use dropless_kit::faulty::Faulty;
+use dropless_kit::fill::normal;
+use dropless_kit::recorder::Recorder;
+
+const D: usize = 16;
+const TOKENS: usize = 3;
+const VOCABULARY: usize = 8;
+const SHAPE: Shape = Shape { d_model: D, d_ffn: 24, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
+
+/// Buffers of a small model of one layer; every operation once.
+struct Model {
+    heads: HeadLayout,
+    logits: Buffer<f32>,
+    table: Buffer<f32>,
+    weight: Buffer<f32>,
+    qkv: Buffer<f32>,
+    router: Buffer<f32>,
+    experts: [Buffer<f32>; 3],
+    rope: RopeTable,
+    cache: KvCache<f32>,
+    routing: RoutingBuffers,
+    workspace: Workspace,
+    ids: Buffer<u32>,
+    x: Buffer<f32>,
+    residual: Buffer<f32>,
+    y: Buffer<f32>,
+}
+
+impl Model {
+    fn new(stream: &Stream) -> Result<Model, Error> {
+        let fill = |seed: u64, len: usize| Buffer::from_slice(stream, &normal::<f32>(seed, len, 0.5));
+        let heads = HeadLayout::new(4, 2, 4)?;
+        let plan = Plan::<f32>::new(SHAPE, TOKENS)?;
+        let bytes = plan.workspace_bytes().max(decode_workspace_bytes(heads, TOKENS, TOKENS)?);
+        Ok(Model {
+            heads,
+            logits: Buffer::zeros(stream, TOKENS * VOCABULARY)?,
+            table: fill(1, VOCABULARY * D)?,
+            weight: fill(2, D)?,
+            qkv: fill(3, TOKENS * heads.qkv_cols())?,
+            router: fill(4, 4 * D)?,
+            experts: [fill(5, 4 * 24 * D)?, fill(6, 4 * 24 * D)?, fill(7, 4 * 24 * D)?],
+            rope: RopeTable::new(stream, 1e4, 4, 8)?,
+            cache: KvCache::new(stream, 1, KvShape::contiguous(heads, 1, 8))?,
+            routing: RoutingBuffers::new(stream, TOKENS, 2, 4)?,
+            workspace: Workspace::new(stream, bytes)?,
+            ids: Buffer::zeros(stream, TOKENS)?,
+            x: Buffer::zeros(stream, TOKENS * D)?,
+            residual: Buffer::zeros(stream, TOKENS * D)?,
+            y: Buffer::zeros(stream, TOKENS * D)?,
+        })
+    }
+
+    /// One step on fixed inputs.
+    fn step(&mut self, stream: &Stream) -> Result<(), Error> {
+        self.cache.clear(stream, 0)?;
+        self.cache.append(stream, &[TOKENS])?;
+        self.logits.copy_from_slice(stream, &normal::<f32>(8, TOKENS * VOCABULARY, 1.0))?;
+        self.operations(stream)
+    }
+
+    /// What a graph may hold: no copy from or to the host.
+    fn operations(&mut self, stream: &Stream) -> Result<(), Error> {
+        let plan = Plan::<f32>::new(SHAPE, TOKENS)?;
+        let Model { heads, ref mut cache, .. } = *self;
+        let ids = sample::argmax(stream, self.logits.rows(TOKENS, VOCABULARY)?, &mut self.ids)?;
+        embedding::lookup(stream, ids, self.table.rows(VOCABULARY, D)?, &mut self.x.rows_mut(TOKENS, D)?)?;
+        let weight = self.weight.rows(1, D)?;
+        norm::add_layer_norm(
+            stream,
+            self.x.rows(TOKENS, D)?,
+            &mut self.residual.rows_mut(TOKENS, D)?,
+            weight,
+            1e-5,
+            &mut self.y.rows_mut(TOKENS, D)?,
+        )?;
+        let qkv = self.qkv.rows(TOKENS, heads.qkv_cols())?;
+        rope::clip_rotate_append(stream, qkv, heads, Some(8.0), &self.rope, &mut cache.layer_mut(0)?, &mut self.x.rows_mut(TOKENS, D)?)?;
+        prefill(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.y.rows_mut(TOKENS, D)?)?;
+        decode(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.workspace, &mut self.y.rows_mut(TOKENS, D)?)?;
+        let [w1, v1, w2] = self.experts.each_ref().map(|w| w.rows(4 * 24, D));
+        let weights = Weights {
+            router: self.router.rows(4, D)?,
+            w1: ExpertWeights::nk(w1?, 4)?,
+            v1: ExpertWeights::nk(v1?, 4)?,
+            w2: ExpertWeights::kn(w2?, 4)?,
+        };
+        let (y, x) = (self.y.rows(TOKENS, D)?, &mut self.x.rows_mut(TOKENS, D)?);
+        moe::forward(stream, &plan, y, &weights, &mut self.routing, &mut self.workspace, x).map(|_| ())
+    }
+}
+
+/// Opens the device, runs a step, joins another stream and lets it read, and drops everything.
+fn scenario(driver: Arc<dyn Driver>) -> Result<(), Error> {
+    let device = Device::with_driver(driver, 0)?;
+    let (stream, other) = (device.stream()?, device.stream()?);
+    let mut model = Model::new(&stream)?;
+    model.step(&stream)?;
+    other.join(&stream)?;
+    model.y.to_vec(&other)?;
+    stream.synchronize()
+}
+
+#[test]
+fn every_call_may_fail() {
+    for code in [DriverError::OUT_OF_MEMORY, DriverError(719)] {
+        let (mut failing, mut reported) = (0, BTreeMap::<&str, u32>::new());
+        loop {
+            let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), failing, code));
+            let result = scenario(driver.clone());
+            let Some(call) = driver.failed() else {
+                result.unwrap();
+                break;
+            };
+            // While buffers are dropped nobody can be told; a failed wait there is made good by waiting on the host.
+            let dropping = ["free", "destroy_stream", "destroy_event", "make_current", "create_event", "record", "wait"];
+            match result {
+                Ok(()) => assert!(dropping.contains(&call), "call {failing}, {call}: the failure was lost"),
+                Err(error) => {
+                    *reported.entry(call).or_default() += 1;
+                    let typed = matches!(error, Error::OutOfMemory { .. } | Error::DeviceLost { .. } | Error::Image { .. });
+                    assert!(typed, "call {failing}, {call}: {error}");
+                    assert_eq!(error.is_fatal(), matches!(error, Error::DeviceLost { .. }));
+                }
+            }
+            // On a lost device nothing can wait for the other stream, so the one buffer it used is not given back.
+            let (live, lost) = (driver.live(), code != DriverError::OUT_OF_MEMORY);
+            let only_that = lost && live.len() == 1 && live[0].0 == "memory";
+            assert!(live.is_empty() || only_that, "call {failing}, {call}: not given back: {live:?}");
+            failing += 1;
+        }
+        let calls = ["device_count", "attributes", "make_current", "create_stream", "alloc", "fill", "copy_to_device", "copy_to_host"];
+        for call in calls.into_iter().chain(["load_image", "function", "launch", "create_event", "record", "wait", "synchronize"]) {
+            assert!(reported.contains_key(call), "{call} never failed aloud: {reported:?}");
+        }
+        assert!(failing > 150, "only {failing} calls");
+    }
+}
+
+/// After a refused allocation the device goes on; after an error of the context every later call repeats it.
+#[test]
+fn one_error_passes_another_stays() {
+    let open = |failing, code| {
+        let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), failing, code));
+        Device::with_driver(driver, 0).unwrap().stream().unwrap()
+    };
+    let calls_so_far = (0..).find(|n| scenario_fails_in_alloc(*n)).unwrap();
+    let stream = open(calls_so_far, DriverError::OUT_OF_MEMORY);
+    let text = Buffer::<f32>::zeros(&stream, 25).unwrap_err().to_string();
+    assert_eq!(text, "out of memory: buffer needs 100 bytes");
+    Buffer::<f32>::zeros(&stream, 25).unwrap();
+
+    let stream = open(calls_so_far, DriverError(719));
+    let lost = Error::DeviceLost { code: 719, first_op: Op::Buffer };
+    assert_eq!(Buffer::<f32>::zeros(&stream, 25).unwrap_err(), lost);
+    assert_eq!(Buffer::<f32>::zeros(&stream, 25).unwrap_err(), lost);
+    assert_eq!(stream.synchronize().unwrap_err(), lost);
+    assert_eq!(lost.to_string(), "device lost in buffer (CUDA 719); this process cannot use the device again");
+}
+
+/// Whether the call number `n` of opening a device, a stream and a buffer is the allocation.
+fn scenario_fails_in_alloc(n: usize) -> bool {
+    let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), n, DriverError(719)));
+    let _ = Device::with_driver(driver.clone(), 0).and_then(|device| device.stream()).and_then(|stream| Buffer::<f32>::zeros(&stream, 25));
+    driver.failed() == Some("alloc")
+}
+
+#[test]
+fn the_wrong_device_is_refused() {
+    let text = |driver: Recorder, ordinal| Device::with_driver(Arc::new(driver), ordinal).unwrap_err().to_string();
+    assert_eq!(text(Recorder::with_capability(8, 0), 0), "the GPU is sm_80; these kernels need sm_90a (H100, H200)");
+    assert_eq!(text(Recorder::with_capability(10, 0), 0), "the GPU is sm_100; these kernels need sm_90a (H100, H200)");
+    assert_eq!(text(Recorder::default(), 3), "no CUDA device 3; this machine has 1");
+}
+
+/// An image that the driver refuses: an error that names file and entry; nothing is launched and the device goes on.
+#[test]
+fn a_refused_image_names_itself() {
+    let recorder = Arc::new(Recorder::default());
+    let failing = (0..).find(|n| {
+        let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError(222)));
+        let _ = argmax_once(driver.clone());
+        driver.failed() == Some("load_image")
+    });
+    let before = recorder.launches().len();
+    let error = argmax_once(Arc::new(Faulty::new(recorder.clone(), failing.unwrap(), DriverError(222)))).unwrap_err();
+    assert_eq!(error.to_string(), "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax` (CUDA 222)");
+    assert!(error.is_refusal() && recorder.launches().len() == before);
+}
+
+fn argmax_once(driver: Arc<dyn Driver>) -> Result<(), Error> {
+    let stream = Device::with_driver(driver, 0)?.stream()?;
+    let (logits, mut ids) = (Buffer::<f32>::zeros(&stream, 8)?, Buffer::zeros(&stream, 2)?);
+    sample::argmax(&stream, logits.rows(2, 4)?, &mut ids).map(|_| ())
+}
+
+/// What the CPU serves and a GPU does not: types side by side, rows off 16 bytes, rows too long. Nothing is launched.
+#[test]
+fn limits_of_the_kernels_are_refusals() {
+    let recorder = Arc::new(Recorder::default());
+    let stream = Device::with_driver(recorder.clone(), 0).unwrap().stream().unwrap();
+    let single = Buffer::<f32>::zeros(&stream, 1 << 15).unwrap();
+    let half = Buffer::<Bf16>::zeros(&stream, 1 << 15).unwrap();
+    let mut out = Buffer::<f32>::zeros(&stream, 1 << 15).unwrap();
+    let mut id = Buffer::zeros(&stream, 2).unwrap();
+    let ids = TokenIds::from_host(&stream, &[1, 2], 4, &mut id).unwrap();
+    let (x, odd) = (|rows, cols| single.rows(rows, cols).unwrap(), |rows| single.rows(rows, 7).unwrap());
+    let narrow = |rows, cols| half.rows(rows, cols).unwrap();
+    let mut texts = Vec::new();
+    let mut refused = |result: Result<(), Error>| texts.push(result.unwrap_err().to_string());
+
+    refused(embedding::lookup(&stream, ids, narrow(4, 8), &mut out.rows_mut(2, 8).unwrap()));
+    refused(embedding::lookup(&stream, ids, odd(4), &mut out.rows_mut(2, 7).unwrap()));
+    refused(norm::layer_norm(&stream, x(2, 8), narrow(1, 8), 1e-5, &mut out.rows_mut(2, 8).unwrap()));
+    refused(norm::rms_norm(&stream, odd(2), x(1, 7), 1e-5, &mut out.rows_mut(2, 7).unwrap()));
+    refused(norm::rms_norm(&stream, x(1, 16385), x(1, 16385), 1e-5, &mut out.rows_mut(1, 16385).unwrap()));
+    refused(logits(&stream, x(2, 8), narrow(3, 8), &mut out.rows_mut(2, 3).unwrap()));
+    refused(logits(&stream, odd(2), odd(3), &mut out.rows_mut(2, 3).unwrap()));
+    refused(sample::argmax(&stream, odd(2), &mut Buffer::zeros(&stream, 2).unwrap()).map(|_| ()));
+    let (dense, w) = (ExpertRows::dense(2).unwrap(), ExpertWeights::nk(narrow(3, 8), 1).unwrap());
+    refused(grouped_gemm::nt(&stream, x(2, 8), w, dense, &mut out.rows_mut(2, 3).unwrap()));
+    let mut small = Buffer::<Bf16>::zeros(&stream, 6).unwrap();
+    let w = ExpertWeights::nk(x(3, 8), 1).unwrap();
+    refused(grouped_gemm::nt(&stream, x(2, 8), w, dense, &mut small.rows_mut(2, 3).unwrap()));
+    let heads = HeadLayout::new(1, 1, 1281).unwrap();
+    let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 1, 1)).unwrap();
+    cache.append(&stream, &[1]).unwrap();
+    refused(prefill(&stream, x(1, 1281), heads, 1.0, &cache.layer(0).unwrap(), &mut out.rows_mut(1, 1281).unwrap()));
+
+    let want = [
+        "embedding: `table` of type bf16 is not supported here; supported: f32",
+        "embedding: `table` must have a row stride that is a multiple of 16 bytes, got 28",
+        "norm: `weight` of type bf16 is not supported here; supported: f32",
+        "norm: `x` must have a row stride that is a multiple of 16 bytes, got 28",
+        "norm: D beyond 16384 is not supported here; supported: up to 16384",
+        "router: `weight` of type bf16 is not supported here; supported: f32",
+        "router: `x` must have a row stride that is a multiple of 16 bytes, got 28",
+        "sample: `logits` must have a row stride that is a multiple of 16 bytes, got 28",
+        "grouped_gemm: weights of type bf16 is not supported here; supported: f32",
+        "grouped_gemm: `y` of type bf16 is not supported here; supported: f32",
+        "attention: head_dim beyond 1280 is not supported here; supported: up to 1280",
+    ];
+    assert_eq!(texts, want);
+    assert_eq!(recorder.launches(), []);
+}
+
+/// The device's memory runs out at the n-th allocation: every earlier one is given back.
+#[test]
+fn a_full_device_refuses_with_numbers() {
+    let driver = Arc::new(Emulated::new(Options { memory_limit: 4096, ..Options::default() }));
+    let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
+    for _ in 0..3 {
+        let kept: Vec<_> = (0..3).map(|_| Buffer::<f32>::zeros(&stream, 256).unwrap()).collect();
+        assert_eq!(Buffer::<f32>::zeros(&stream, 1024).unwrap_err(), Error::OutOfMemory { op: Op::Buffer, need_bytes: 4096 });
+        drop(kept);
+    }
+    assert!(driver.reports().is_empty());
+}
+
+/// A step captured as a graph and launched again computes what it computed at once: no operation talks to the host.
+#[test]
+fn a_step_is_capturable() {
+    let (driver, stream) = device::emulated();
+    let mut model = Model::new(&stream).unwrap();
+    model.step(&stream).unwrap();
+    let (want_x, want_y) = (model.x.to_vec(&stream).unwrap(), model.y.to_vec(&stream).unwrap());
+    assert!(want_x.iter().any(|x| *x != 0.0));
+
+    let graph = stream.capture(|| model.operations(&stream)).unwrap();
+    for buffer in [&mut model.x, &mut model.y] {
+        buffer.copy_from_slice(&stream, &[f32::NAN; TOKENS * D]).unwrap();
+    }
+    model.residual.copy_from_slice(&stream, &[0.0; TOKENS * D]).unwrap();
+    // SAFETY: the model still has every buffer that was recorded.
+    unsafe { graph.launch().unwrap() };
+    same_bits(&model.x.to_vec(&stream).unwrap(), &want_x);
+    same_bits(&model.y.to_vec(&stream).unwrap(), &want_y);
+    assert!(driver.reports().is_empty());
+    assert!(device::cpu(1).capture(|| Ok(())).is_err());
+}

@@ -1,0 +1,303 @@
+//! The PTX emulator as a driver: the images that ship, run without a GPU.
+//!
+//! Every call runs at once, so that streams and events have nothing to do. What a launch was refused for, or which detector fired, is
+//! printed and kept as a report; the caller above sees a driver error.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, TensorMap};
+use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Stats, Swizzle, TensorMapDesc};
+pub use ptx_emulator::{Options, Schedule};
+
+const INVALID_VALUE: DriverError = DriverError(1);
+const INVALID_PTX: DriverError = DriverError(218);
+const INVALID_HANDLE: DriverError = DriverError(400);
+const LAUNCH_FAILED: DriverError = DriverError(719);
+const CAPTURE_UNSUPPORTED: DriverError = DriverError(900);
+
+/// One emulated device.
+pub struct Emulated(Mutex<State>);
+
+struct State {
+    gpu: Gpu,
+    modules: Vec<Module>,
+    kernels: Vec<Kernel>,
+    pinned: HashMap<usize, Layout>,
+    graphs: Vec<Vec<Recorded>>,
+    capturing: Option<Vec<Recorded>>,
+    next: Handle,
+    reports: Vec<String>,
+    launches: Vec<(String, Stats)>,
+}
+
+/// What a graph replays.
+#[derive(Clone)]
+enum Recorded {
+    Launch { kernel: usize, grid: [u32; 3], block: [u32; 3], cluster: [u32; 3], shared_bytes: u32, params: Vec<u8> },
+    Fill { address: u64, value: u8, bytes: usize },
+    Copy { target: u64, source: u64, bytes: usize },
+}
+
+impl Emulated {
+    /// A device that behaves as `options` say.
+    pub fn new(options: Options) -> Emulated {
+        Emulated(Mutex::new(State {
+            gpu: Gpu::new(options),
+            modules: Vec::new(),
+            kernels: Vec::new(),
+            pinned: HashMap::new(),
+            graphs: Vec::new(),
+            capturing: None,
+            next: 0,
+            reports: Vec::new(),
+            launches: Vec::new(),
+        }))
+    }
+
+    /// From now on another schedule, completion or set of detectors; memory and images stay.
+    pub fn set_options(&self, options: Options) {
+        self.state().gpu.set_options(options);
+    }
+
+    /// What went wrong so far.
+    pub fn reports(&self) -> Vec<String> {
+        self.state().reports.clone()
+    }
+
+    /// Every launch so far, by entry, with what it did.
+    pub fn launches(&self) -> Vec<(String, Stats)> {
+        self.state().launches.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn handle(&mut self) -> Handle {
+        self.next += 1;
+        self.next
+    }
+
+    /// Keeps why something failed, and gives the code for it.
+    fn report<T>(&mut self, error: &dyn std::fmt::Display, code: DriverError) -> DriverResult<T> {
+        eprintln!("emulated device: {error}");
+        self.reports.push(error.to_string());
+        Err(code)
+    }
+
+    /// Runs it, or records it while a graph is captured.
+    fn enqueue(&mut self, work: Recorded) -> DriverResult<()> {
+        match &mut self.capturing {
+            Some(recorded) => recorded.push(work),
+            None => self.run(&work)?,
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, work: &Recorded) -> DriverResult<()> {
+        match work {
+            Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params } => {
+                let kernel = self.kernels.get(*kernel).cloned().ok_or(INVALID_HANDLE)?;
+                let cluster = (*cluster != [1, 1, 1]).then_some(*cluster);
+                let launch = Launch { grid: *grid, block: *block, cluster, shared_bytes: *shared_bytes, params };
+                match self.gpu.launch(&kernel, &launch) {
+                    Ok(stats) => self.launches.push((kernel.name().to_owned(), stats)),
+                    Err(report) => return self.report(&report, LAUNCH_FAILED),
+                }
+            }
+            Recorded::Fill { address, value, bytes } => {
+                if let Err(error) = self.gpu.fill(*address, *value, *bytes as u64) {
+                    return self.report(&error, INVALID_VALUE);
+                }
+            }
+            Recorded::Copy { target, source, bytes } => {
+                if let Err(error) = self.gpu.copy(*target, *source, *bytes as u64) {
+                    return self.report(&error, INVALID_VALUE);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory calls of the host are no part of a graph.
+    fn not_capturing(&self) -> DriverResult<()> {
+        if self.capturing.is_none() { Ok(()) } else { Err(CAPTURE_UNSUPPORTED) }
+    }
+}
+
+// SAFETY: addresses are the emulator's own, valid until freed, and every access to them is checked; calls run at once, which is an
+// order that streams allow. Host memory is touched only as far as the callers of the unsafe methods vouch for it.
+unsafe impl Driver for Emulated {
+    fn version(&self) -> DriverResult<u32> {
+        Ok(12040)
+    }
+    fn device_count(&self) -> DriverResult<u32> {
+        Ok(1)
+    }
+    fn make_current(&self, _: u32) -> DriverResult<()> {
+        Ok(())
+    }
+    fn attributes(&self, _: u32) -> DriverResult<Attributes> {
+        let sm_count = self.state().gpu.options().sm_count;
+        Ok(Attributes { compute_capability: (9, 0), sm_count, max_shared_bytes: 232_448, name: "PTX emulator".into() })
+    }
+    fn memory_info(&self, _: u32) -> DriverResult<(u64, u64)> {
+        Ok(self.state().gpu.memory_info())
+    }
+
+    fn alloc(&self, _: Handle, bytes: usize) -> DriverResult<u64> {
+        let mut state = self.state();
+        state.not_capturing()?;
+        state.gpu.alloc(bytes as u64).map_err(|_| DriverError::OUT_OF_MEMORY)
+    }
+    fn free(&self, _: Handle, address: u64) -> DriverResult<()> {
+        let mut state = self.state();
+        state.not_capturing()?;
+        let freed = state.gpu.free(address);
+        freed.or_else(|error| state.report(&error, INVALID_VALUE))
+    }
+    fn fill(&self, _: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()> {
+        self.state().enqueue(Recorded::Fill { address, value, bytes })
+    }
+    unsafe fn copy_to_device(&self, _: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
+        let mut state = self.state();
+        state.not_capturing()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's duty.
+        let written = state.gpu.write(address, unsafe { std::slice::from_raw_parts(source, bytes) });
+        written.or_else(|error| state.report(&error, INVALID_VALUE))
+    }
+    unsafe fn copy_to_host(&self, _: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
+        let mut state = self.state();
+        state.not_capturing()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's duty.
+        let read = state.gpu.read(address, unsafe { std::slice::from_raw_parts_mut(target, bytes) });
+        read.or_else(|error| state.report(&error, INVALID_VALUE))
+    }
+    fn copy_on_device(&self, _: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()> {
+        self.state().enqueue(Recorded::Copy { target, source, bytes })
+    }
+    fn alloc_pinned(&self, _: u32, bytes: usize) -> DriverResult<*mut u8> {
+        let layout = Layout::from_size_align(bytes.max(1), 4096).map_err(|_| DriverError::OUT_OF_MEMORY)?;
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(layout) };
+        if memory.is_null() {
+            return Err(DriverError::OUT_OF_MEMORY);
+        }
+        self.state().pinned.insert(memory.addr(), layout);
+        Ok(memory)
+    }
+    unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
+        let layout = self.state().pinned.remove(&memory.addr()).ok_or(INVALID_VALUE)?;
+        // SAFETY: it was allocated with this layout, and is forgotten now.
+        unsafe { dealloc(memory, layout) };
+        Ok(())
+    }
+
+    fn create_stream(&self, _: u32) -> DriverResult<Handle> {
+        Ok(self.state().handle())
+    }
+    fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn synchronize(&self, _: Handle) -> DriverResult<()> {
+        self.state().not_capturing()
+    }
+    fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
+        Ok(self.state().handle())
+    }
+    fn destroy_event(&self, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn record(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn wait(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        Ok(())
+    }
+    fn elapsed_ms(&self, _: Handle, _: Handle) -> DriverResult<f32> {
+        Ok(0.0)
+    }
+
+    fn begin_capture(&self, _: Handle) -> DriverResult<()> {
+        let mut state = self.state();
+        state.not_capturing()?;
+        state.capturing = Some(Vec::new());
+        Ok(())
+    }
+    fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
+        let mut state = self.state();
+        let recorded = state.capturing.take().ok_or(INVALID_VALUE)?;
+        state.graphs.push(recorded);
+        Ok(state.graphs.len() as Handle)
+    }
+    fn launch_graph(&self, graph: Handle, _: Handle) -> DriverResult<()> {
+        let mut state = self.state();
+        let work = state.graphs.get((graph as usize).wrapping_sub(1)).cloned().ok_or(INVALID_HANDLE)?;
+        work.iter().try_for_each(|work| state.run(work))
+    }
+    fn destroy_graph(&self, graph: Handle) -> DriverResult<()> {
+        self.state().graphs.get_mut((graph as usize).wrapping_sub(1)).ok_or(INVALID_HANDLE)?.clear();
+        Ok(())
+    }
+
+    fn load_image(&self, _: u32, image: &CStr) -> DriverResult<Handle> {
+        let mut state = self.state();
+        match state.gpu.load("image", image.to_bytes()) {
+            Ok(module) => state.modules.push(module),
+            Err(error) => return state.report(&error, INVALID_PTX),
+        }
+        Ok(state.modules.len() as Handle)
+    }
+    fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle> {
+        let mut state = self.state();
+        let module = state.modules.get((image as usize).wrapping_sub(1)).ok_or(INVALID_HANDLE)?;
+        let kernel = module.kernel(&entry.to_string_lossy()).map_err(|_| DriverError::NOT_FOUND)?;
+        state.kernels.push(kernel);
+        Ok(state.kernels.len() as Handle)
+    }
+    fn set_shared_limit(&self, function: Handle, bytes: u32) -> DriverResult<()> {
+        let mut state = self.state();
+        let kernel = state.kernels.get_mut((function as usize).wrapping_sub(1)).ok_or(INVALID_HANDLE)?;
+        kernel.set_max_dynamic_shared(bytes).map_err(|_| INVALID_VALUE)
+    }
+    unsafe fn launch(&self, _: Handle, launch: &driver::Launch<'_>) -> DriverResult<()> {
+        let driver::Launch { function, grid, block, cluster, shared_bytes, params } = *launch;
+        let kernel = (function as usize).wrapping_sub(1);
+        self.state().enqueue(Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params: params.to_vec() })
+    }
+    fn encode_tensor_map(&self, _: u32, desc: &driver::TensorMapDesc) -> DriverResult<TensorMap> {
+        let mut state = self.state();
+        let rank = desc.rank as usize;
+        let (Some(element), Some(swizzle), 1..=5) = (ElementType::from_driver(desc.data_type), Swizzle::from_driver(desc.swizzle), rank)
+        else {
+            return Err(INVALID_VALUE);
+        };
+        let encoded = state.gpu.encode_tensor_map(&TensorMapDesc {
+            element,
+            address: desc.address,
+            dims: &desc.dims[..rank],
+            strides: &desc.strides_bytes[..rank - 1],
+            box_dims: &desc.tile[..rank],
+            element_strides: &[],
+            interleave: Interleave::None,
+            swizzle,
+            l2_promotion: L2Promotion::None, // no effect here
+            oob_fill: OobFill::Zeros,
+        });
+        match encoded {
+            Ok(map) => Ok(TensorMap(std::array::from_fn(|i| u64::from_le_bytes(std::array::from_fn(|j| map.0[8 * i + j]))))),
+            Err(error) => state.report(&error, INVALID_VALUE),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The images that ship are the images of these sources: read from `ptx/MANIFEST`, without a compiler.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use dropless_kit::goldens::root;
+
+/// One line of the manifest: its first word, and the values of the others by their names.
+struct Line<'a> {
+    kind: &'a str,
+    name: &'a str,
+    fields: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a str) -> Line<'a> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let fields = words[2..].chunks(2).map(|pair| (pair[0], pair.get(1).copied().unwrap_or(""))).collect();
+        Line { kind: words[0], name: words[1], fields }
+    }
+
+    fn field(&self, name: &str) -> &'a str {
+        self.fields.iter().find(|field| field.0 == name).unwrap_or_else(|| panic!("{} has no `{name}`", self.name)).1
+    }
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+fn names(folder: &str, suffix: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(root().join(folder)).unwrap_or_else(|error| panic!("{folder}: {error}"));
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter_map(|name| name.strip_suffix(suffix).map(str::to_owned)).collect()
+}
+
+/// FNV-1a, 64 bits, as `cuda/build.py` computes it.
+fn fnv(texts: &[String]) -> String {
+    let bytes = texts.iter().flat_map(|text| text.bytes());
+    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)))
+}
+
+#[test]
+fn images_are_those_of_the_sources() {
+    let manifest = read("ptx/MANIFEST");
+    let images: Vec<Line<'_>> = manifest.lines().filter(|line| line.starts_with("image ")).map(Line::parse).collect();
+    let listed: BTreeSet<String> = images.iter().map(|image| image.name.replace(".sm_90a.ptx", "")).collect();
+    assert_eq!(listed, names("cuda", ".cu"), "ptx/MANIFEST and cuda/*.cu: run cuda/build.py");
+    assert_eq!(listed, names("ptx", ".sm_90a.ptx"), "ptx/MANIFEST and ptx/*.ptx: run cuda/build.py");
+
+    let common: Vec<String> = names("cuda/common", "").into_iter().map(|name| read(&format!("cuda/common/{name}"))).collect();
+    for image in &images {
+        let stem = image.name.strip_suffix(".sm_90a.ptx").unwrap();
+        let sources: Vec<String> = std::iter::once(read(&format!("cuda/{stem}.cu"))).chain(common.iter().cloned()).collect();
+        assert_eq!(fnv(&sources), image.field("sources"), "ptx/{} is older than its sources: run cuda/build.py", image.name);
+        let ptx = read(&format!("ptx/{}", image.name));
+        assert_eq!(fnv(std::slice::from_ref(&ptx)), image.field("image"), "ptx/{} was edited by hand", image.name);
+
+        // What the oldest driver served can load, with file names that are nobody's.
+        let isa: Vec<u32> = image.field("isa").split('.').map(|part| part.parse().unwrap()).collect();
+        assert!(ptx.starts_with(&format!(".version {}\n", image.field("isa"))) && isa <= vec![8, 4], "{}: PTX ISA {isa:?}", image.name);
+        assert!(ptx.contains("\n.target sm_90a\n") && ptx.ends_with("}\n") && !ptx.contains('\0'));
+        for line in ptx.lines().filter(|line| line.trim_start().starts_with(".file")) {
+            let file = line.split('"').nth(1).unwrap();
+            assert!(Path::new(file).is_relative() && root().join(file).is_file(), "{}: {line}", image.name);
+        }
+    }
+}
+
+#[test]
+fn no_kernel_spills_or_has_a_stack() {
+    let manifest = read("ptx/MANIFEST");
+    let entries: Vec<Line<'_>> = manifest.lines().map(str::trim_end).filter(|line| line.starts_with("entry ")).map(Line::parse).collect();
+    assert!(entries.len() > 40, "only {} entries", entries.len());
+    for entry in &entries {
+        let number =
+            |name| entry.field(name).parse::<u32>().unwrap_or_else(|_| panic!("{}: run cuda/build.py with ptxas on PATH", entry.name));
+        assert_eq!((number("stack"), number("spills")), (0, 0), "{}: {}", entry.kind, entry.name);
+        assert!(number("registers") <= 255 && number("shared") <= 48 << 10 && number("params") <= 4096, "{}", entry.name);
+    }
+    let distinct: BTreeSet<&str> = entries.iter().map(|entry| entry.name).collect();
+    assert_eq!(distinct.len(), entries.len(), "an entry point in two images");
+}
