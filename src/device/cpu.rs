@@ -9,6 +9,9 @@ use crate::error::{Error, Op};
 /// Host allocations begin on this boundary, as device allocations do.
 pub(crate) const ALIGN_BYTES: usize = 256;
 
+/// More threads than any machine has processors; far more of them would stall it before they did any work.
+const MAX_THREADS: usize = 1024;
+
 /// The threads that share an operation's tasks.
 pub(crate) struct Workers {
     #[cfg(feature = "rayon")]
@@ -24,8 +27,8 @@ impl Workers {
     }
 
     pub(crate) fn new(threads: usize) -> Result<Workers, Error> {
-        if threads == 0 {
-            return Err(Error::Value { op: Op::Device, arg: "threads", need: "at least 1", got: 0.0 });
+        if threads == 0 || threads > MAX_THREADS {
+            return Err(Error::Value { op: Op::Device, arg: "threads", need: "between 1 and 1024", got: threads as f64 });
         }
         Ok(Workers {
             #[cfg(feature = "rayon")]
@@ -118,7 +121,7 @@ mod tests {
 
     #[test]
     fn no_threads_and_no_memory_are_refused() {
-        assert!(matches!(Workers::new(0), Err(Error::Value { .. })));
+        assert!([0, 1025, usize::MAX].iter().all(|&threads| matches!(Workers::new(threads), Err(Error::Value { .. }))));
         assert!(matches!(HostMemory::zeroed(isize::MAX as usize), Err(Error::OutOfMemory { .. })));
     }
 }

@@ -51,7 +51,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if `threads` is 0; [`Error::OutOfMemory`] if the threads cannot be started.
+    /// [`Error::Value`] unless `threads` is between 1 and 1024; [`Error::OutOfMemory`] if the threads cannot be started.
     pub fn cpu_with_threads(threads: usize) -> Result<Device, Error> {
         Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
     }
