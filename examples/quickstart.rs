@@ -10,7 +10,7 @@ fn main() -> Result<(), Error> {
     let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
     let mut buffers = RoutingBuffers::new(&stream, tokens, shape.top_k, e)?;
 
-    let noise = |rows: usize, seed: f32| (0..rows * d).map(|i| 0.1 * (seed * (i + 1) as f32).sin()).collect::<Vec<f32>>();
+    let noise = |rows: usize, seed: f32| (0..rows * d).map(|i| 0.3 * (seed * (i + 1) as f32).sin()).collect::<Vec<f32>>();
     let (x, router, w1, v1, w2) = (noise(tokens, 12.9), noise(e, 78.2), noise(e * f, 43.7), noise(e * f, 91.3), noise(e * f, 37.7));
     let stack = |w| Rows::from_slice(w, e * f, d);
     let (w1, v1, w2) = (ExpertWeights::nk(stack(&w1)?, e)?, ExpertWeights::nk(stack(&v1)?, e)?, ExpertWeights::kn(stack(&w2)?, e)?);

@@ -96,6 +96,11 @@ impl Checkpoint {
         self.dtype
     }
 
+    /// The files that hold the tensors.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     /// Size of all files.
     pub fn len_bytes(&self) -> u64 {
         self.files.iter().map(TensorFile::len_bytes).sum()

@@ -89,10 +89,15 @@ impl TensorFile {
 
 #[allow(unsafe_code)]
 fn map(path: &Path) -> std::io::Result<Mmap> {
-    let file = File::open(path)?;
-    if file.metadata()?.is_dir() {
+    // Asked before it is opened: opening a pipe would wait for somebody to write to it.
+    let kind = std::fs::metadata(path)?;
+    if kind.is_dir() {
         return Err(std::io::ErrorKind::IsADirectory.into());
     }
+    if !kind.is_file() {
+        return Err(std::io::Error::other("is a device or a pipe, not a file"));
+    }
+    let file = File::open(path)?;
     // SAFETY: the mapping is private to this process and only read. Whoever changes the file under a running model changes its
     // weights, and whoever truncates it ends the process: the price of using weights in place.
     unsafe { Mmap::map(&file) }

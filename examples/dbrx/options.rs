@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
@@ -49,16 +50,20 @@ pub enum Prompt {
     Random(usize),
 }
 
+/// More threads than machines have: tens of thousands would take minutes to start and to stop.
+const MAX_THREADS: u64 = 1024;
+
 const AFTER_HELP: &str = "\
 Without --model, --random or --check, a small checkpoint of the repository runs and is compared with reference results.
 Exit codes: 0 fine, 1 results differ, 2 the input or the environment was refused, 3 the device failed.";
 
 fn command() -> Command {
     let path = |name: &'static str, value| Arg::new(name).long(name).value_name(value).value_parser(value_parser!(PathBuf));
-    let number = |name: &'static str, least: u64| {
-        let parser = RangedU64ValueParser::<usize>::new().range(least..1 << 31);
+    let within = |name: &'static str, range: RangeInclusive<u64>| {
+        let parser = RangedU64ValueParser::<usize>::new().range(range);
         Arg::new(name).long(name).value_name("N").value_parser(parser)
     };
+    let number = |name, least: u64| within(name, least..=(1 << 31) - 1);
     let word = |name: &'static str, value: &'static str| {
         Arg::new(name).long(name).value_name(value).value_parser(value.split('|').collect::<Vec<_>>()).hide_possible_values(true)
     };
@@ -76,13 +81,13 @@ fn command() -> Command {
             Arg::new("tokens").long("tokens").value_name("1,2,3").help("The prompt as token ids"),
             path("tokens-file", "FILE").help("The prompt as token ids between white space"),
             number("random-tokens", 1).help("A prompt of N seeded random tokens [default with --random: 512]"),
-            number("generate", 0).help("Tokens to generate, greedily [default: 16]"),
+            number("generate", 0).help("Tokens to generate, greedily [default: 16]").conflicts_with("check"),
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
             word("device", "auto|cpu").help("Where to run; auto takes the best there is"),
             word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU"),
-            number("threads", 1).help("Worker threads [default: all]"),
+            within("threads", 1..=MAX_THREADS).help("Worker threads [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")
                 .value_name("BYTES")

@@ -76,13 +76,6 @@ impl Setup {
             Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
         };
         let config = Config::read(&config_file)?;
-        if let Some(file) = &options.dump {
-            // Found out now rather than after the run.
-            let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if !folder.is_dir() {
-                return refuse_file(file, format_args!("cannot be written: {} is not a folder", folder.display()));
-            }
-        }
         let config = match options.layers {
             Some(layers) if layers > config.num_layers => {
                 return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
@@ -103,6 +96,16 @@ impl Setup {
             (None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
             (None, _) => WeightSource::Random(if config.dtype.as_deref() == Some("bfloat16") { DType::Bf16 } else { DType::F32 }),
         };
+        if let Some(file) = &options.dump {
+            let mut inputs = vec![config_file.as_path()];
+            if let Prompt::File(prompt) = &options.prompt {
+                inputs.push(prompt);
+            }
+            if let WeightSource::Mapped(checkpoint) = &weights {
+                inputs.extend(checkpoint.paths());
+            }
+            check_dump(file, &inputs)?;
+        }
         let activations = options.activations.unwrap_or(DType::F32);
         let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
         let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
@@ -196,6 +199,25 @@ const DEFAULT_MODEL: &str = "tests/data/dbrx/tiny-dbrx-f32";
 /// Found at run time, so that the executable can be copied elsewhere and run in a copy of the repository.
 fn default_folder() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from).join(DEFAULT_MODEL)
+}
+
+/// Refuses a dump that could not be written, or would take the place of something that is no dump. Found out before the run.
+fn check_dump(file: &Path, inputs: &[&Path]) -> Result<(), Failure> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return refuse_file(file, format_args!("cannot be written: {} is not a folder", folder.display()));
+    }
+    match file.metadata() {
+        Ok(found) if found.is_dir() => return refuse_file(file, "cannot be written: is a directory"),
+        Ok(found) if !found.is_file() => return refuse_file(file, "cannot be written: is a device or a pipe, not a file"),
+        _ => {}
+    }
+    match file.canonicalize() {
+        Ok(real) if inputs.iter().any(|input| input.canonicalize().is_ok_and(|input| input == real)) => {
+            refuse_file(file, "cannot be written: the run reads this file")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn jobs(options: &Options, config: &Config, folder: Option<&Path>) -> Result<Vec<Job>, Failure> {

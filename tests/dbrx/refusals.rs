@@ -176,6 +176,18 @@ fn a_tensor_in_two_shards() {
     assert_eq!(folder.refused(), "model-00007.safetensors: tensor `lm_head.weight` lies in model-00001-of-00006.safetensors as well");
 }
 
+#[cfg(unix)]
+#[test]
+fn weights_that_are_no_file() {
+    let folder = Folder::copy_of(TINY);
+    std::fs::remove_file(folder.file(MODEL)).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", folder.file(MODEL)).unwrap();
+    assert_eq!(folder.refused(), "model.safetensors: is a device or a pipe, not a file");
+    std::fs::remove_file(folder.file(MODEL)).unwrap();
+    std::fs::create_dir(folder.file(MODEL)).unwrap();
+    assert_eq!(folder.refused(), "model.safetensors: is a directory");
+}
+
 #[test]
 fn header_lengths() {
     let folder = Folder::copy_of(TINY);
@@ -364,6 +376,8 @@ fn options_that_make_no_sense() {
         &["--batch", "0"],
         &["--generate", "-1"],
         &["--threads", "many"],
+        &["--threads", "1025"],
+        &["--check", "a", "--generate", "2"],
         &["--dump-layers"],
         &["--weights", "f32"],
         &["--device", "tpu"],
@@ -401,6 +415,28 @@ fn a_refused_run_writes_no_dump() {
     refusal_of(&["--tokens", "1,256", "--dump", dump.to_str().unwrap()]);
     refusal_of(&["--tokens", "1", "--memory-limit", "1000", "--dump", dump.to_str().unwrap()]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn dumps_that_would_replace_something_else() {
+    let folder = Folder::copy_of(TINY);
+    let ids = folder.file("ids");
+    std::fs::write(&ids, "1 2 3").unwrap();
+    let dump_to = |name: &str| {
+        let (model, file) = (folder.path().display().to_string(), folder.file(name).display().to_string());
+        let text = refused(&run(&["--model", &model, "--tokens-file", ids.to_str().unwrap(), "--dump", &file]));
+        text.strip_prefix(&file).unwrap_or_else(|| panic!("{text}")).to_owned()
+    };
+    for name in [MODEL, "config.json", "ids", "./ids"] {
+        let before = std::fs::read(folder.file(name)).unwrap();
+        assert_eq!(dump_to(name), ": cannot be written: the run reads this file");
+        assert_eq!(std::fs::read(folder.file(name)).unwrap(), before);
+    }
+    assert_eq!(dump_to("."), ": cannot be written: is a directory");
+    if cfg!(unix) {
+        let text = refusal_of(&["--tokens", "1", "--dump", "/dev/null"]);
+        assert_eq!(text, "/dev/null: cannot be written: is a device or a pipe, not a file");
+    }
 }
 
 /// Files with a few damaged bytes are refused, or happen to be valid still; nothing panics.

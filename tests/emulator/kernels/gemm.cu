@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
         if (threadIdx.x == 0) mbarrier_arrive(empty + 8 * s);
         wgmma_wait<0>();
 #else
-        wgmma_wait<0>();
+        wgmma_wait<0>();  // report 7
         pin(acc);
         if (threadIdx.x == 0) mbarrier_arrive(empty + 8 * s);
 #endif

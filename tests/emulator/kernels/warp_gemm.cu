@@ -3,6 +3,7 @@
 // Work    four warps of 16 rows; two buffers of 32 k filled by cp.async, read by ldmatrix. Rows of 64 bytes, whose four chunks are
 //         exchanged by (row / 2) % 4 so that eight rows touch all banks.
 // Order   the next step's copies are in flight while this step's are waited for; the block meets before and after each step.
+// Bug 36  the last step waits for all copies but its own, and multiplies what the buffer held two steps before.
 #include "common.cuh"
 
 struct WarpGemmParams {
@@ -37,18 +38,22 @@ extern "C" __global__ void __launch_bounds__(128) warp_gemm(const __grid_constan
             load(p, shared_address(buffers[(step + 1) % 2]), step + 1);
             cp_async_wait<1>();
         } else {
+#ifdef BUG_36
+            cp_async_wait<1>();
+#else
             cp_async_wait<0>();
+#endif
         }
         __syncthreads();
         const u32 buffer = shared_address(buffers[step % 2]);
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
             u32 a[4], b[4];
-            ldmatrix_x4(a, buffer + chunk_at(16 * warp + lane % 16, 2 * j + lane / 16));
+            ldmatrix_x4(a, buffer + chunk_at(16 * warp + lane % 16, 2 * j + lane / 16));  // report 36
 #pragma unroll
             for (u32 pair = 0; pair < 2; ++pair) {
                 // Columns 16 * pair.. : both halves of k for eight columns, then for the next eight.
-                ldmatrix_x4(b, buffer + chunk_at(64 + 16 * pair + lane % 8 + lane / 16 * 8, 2 * j + lane / 8 % 2));
+                ldmatrix_x4(b, buffer + chunk_at(64 + 16 * pair + lane % 8 + lane / 16 * 8, 2 * j + lane / 8 % 2));  // report 36
                 mma_16x8x16(acc[2 * pair], a, b[0], b[1]);
                 mma_16x8x16(acc[2 * pair + 1], a, b[2], b[3]);
             }

@@ -54,12 +54,12 @@ fn operand() -> impl Strategy<Value = u64> {
 
 const THREADS: usize = 128;
 
-/// Launches each operation 48 times on random inputs.
+/// Launches each operation 400 times on random inputs.
 fn hold(image: &'static str, ops: Vec<Op>) {
     let text = fs::read_to_string(runner::kernels().join(format!("instructions/{image}.ptx"))).expect("the image is committed");
     let options = Options { detectors: Detectors::none(), ..Options::default() };
     let session = std::cell::RefCell::new(Session::new(image, &text, options).expect("the image loads"));
-    let mut runner = TestRunner::new(Config { cases: 48, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config { cases: 400, failure_persistence: None, ..Config::default() });
     for op in ops {
         let tuple = proptest::collection::vec(operand(), op.inputs.len());
         runner

@@ -44,10 +44,10 @@ pub(crate) enum From {
 
 pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
     let reduce = match ctx.name() {
-        "cp" if ctx.has("bulk") => ctx.take("reduce"),
+        "cp" if ctx.has("bulk") && !ctx.has("prefetch") => ctx.take("reduce"),
         _ => return Ok(None),
     };
-    if !ctx.take("async") || !ctx.take("bulk") || ctx.has("prefetch") {
+    if !ctx.take("async") || !ctx.take("bulk") {
         return ctx.unimplemented();
     }
     let bulk = if ctx.take("commit_group") {

@@ -60,7 +60,7 @@ pub(crate) enum Compare {
     Set {
         test: Test,
         combine: Option<(Bool, PSrc)>,
-        float: bool,
+        to: Ty,
         d: Reg,
         a: Src,
         b: Src,
@@ -155,14 +155,20 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         }
         "set" => {
             let (mut test, combine) = test(ctx)?;
-            let dty = ctx.ty_of(&[Ty::U32, Ty::S32, Ty::F32])?;
+            let to = ctx.ty_of(&[Ty::U16, Ty::S16, Ty::U32, Ty::S32, Ty::F32, Ty::F16, Ty::BF16, Ty::F16x2, Ty::BF16x2])?;
             test.ty = comparable(ctx)?;
-            let (d, a, b) = (ctx.dst(32)?, ctx.src(test.ty.bits())?, ctx.src(test.ty.bits())?);
+            let half = |ty: Ty| matches!(ty, Ty::F16 | Ty::BF16 | Ty::F16x2 | Ty::BF16x2);
+            // Half results compare halves; only packed ones have two answers.
+            let packed = |ty: Ty| matches!(ty, Ty::F16x2 | Ty::BF16x2);
+            if (half(to) || to.bits() == 16) && !half(test.ty) || packed(to) && !packed(test.ty) || packed(test.ty) && to.bits() == 16 {
+                return ctx.unimplemented();
+            }
+            let (d, a, b) = (ctx.dst(to.bits())?, ctx.src(test.ty.bits())?, ctx.src(test.ty.bits())?);
             let combine = match combine {
                 Some(how) => Some((how, ctx.pred_src()?)),
                 None => None,
             };
-            Compare::Set { test, combine, float: dty == Ty::F32, d, a, b }
+            Compare::Set { test, combine, to, d, a, b }
         }
         "selp" => {
             let ty = ctx.ty()?;
@@ -310,21 +316,19 @@ pub(crate) fn exec(w: &mut Warp, inst: &Compare, mask: u32) -> Exec {
             w.set_pred(p, mask, first);
             w.set_pred(q, mask, second);
         }
-        Compare::Set { test, combine, float, d, a, b } => {
+        Compare::Set { test, combine, to, d, a, b } => {
             let (low, high) = run(w, test, a, b);
-            let hit = combined(w, combine, low);
-            let one = if float { 0x3f80_0000 } else { u32::MAX };
-            let out = std::array::from_fn(|l| match high {
-                // Packed forms put a mask in each half.
-                Some(high) => (if hit >> l & 1 != 0 { 0xffff } else { 0 }) | if high >> l & 1 != 0 { 0xffff_0000 } else { 0 },
-                None => {
-                    if hit >> l & 1 != 0 {
-                        one
-                    } else {
-                        0
-                    }
-                }
-            });
+            let (low, high) = (combined(w, combine, low), high.map(|h| combined(w, combine, h)));
+            let one = match to {
+                Ty::F32 => 0x3f80_0000,
+                Ty::F16 | Ty::F16x2 => 0x3c00,
+                Ty::BF16 | Ty::BF16x2 => 0x3f80,
+                // Packed comparisons put a mask in each half.
+                _ if high.is_some() => 0xffff,
+                _ => u32::MAX,
+            };
+            let pick = |hit: u32, l: usize| if hit >> l & 1 != 0 { one } else { 0 };
+            let out = std::array::from_fn(|l| pick(low, l) | high.map_or(0, |h| pick(h, l) << 16));
             w.put32(d, mask, &out);
         }
         Compare::Selp { d, a, b, p, wide } => {

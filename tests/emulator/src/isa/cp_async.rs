@@ -11,7 +11,7 @@ use crate::front::{Ctx, FrontError, ast::Arg};
 use crate::machine::access::{Bytes, Load, Store, granule_mask};
 use crate::machine::warp::{L64, Warp, lanes};
 use crate::machine::{Machine, Trouble, trouble};
-use crate::race::{self, WRITE};
+use crate::race::{self, Access, PENDING, WRITE};
 use crate::report::Fault;
 use std::collections::VecDeque;
 
@@ -55,6 +55,14 @@ struct LaneCopies {
 pub(crate) struct WarpCpAsync(Vec<LaneCopies>);
 
 impl WarpCpAsync {
+    /// A copy of the lane's own that is under way and writes one of these bytes.
+    #[inline]
+    pub fn overlapping(&self, lane: usize, address: u64, n: u32) -> Option<u32> {
+        let copies = self.0.get(lane)?;
+        let hit = |c: &&Copy| address < c.dst + u64::from(c.bytes) && c.dst < address + u64::from(n);
+        copies.open.iter().chain(copies.groups.iter().flatten()).find(hit).map(|c| c.site)
+    }
+
     fn lane(&mut self, lane: usize) -> &mut LaneCopies {
         if self.0.is_empty() {
             self.0 = vec![LaneCopies::default(); 32];
@@ -64,7 +72,7 @@ impl WarpCpAsync {
 }
 
 pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
-    if ctx.name() != "cp" || !ctx.take("async") {
+    if ctx.name() != "cp" || ctx.has("prefetch") || !ctx.take("async") {
         return Ok(None);
     }
     let op = if ctx.take("commit_group") {
@@ -177,7 +185,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &CpAsync, mask: u32)
     }
 }
 
-/// Enters the coming write in the race cells.
+/// Enters the coming write in the race cells, as one that no access before the wait is ordered after.
 fn issue_check(m: &mut Machine<'_>, w: &Warp, lane: usize, address: u64, bytes: u32) -> Result<(), Trouble> {
     if !m.clocks.on() {
         return Ok(());
@@ -188,7 +196,7 @@ fn issue_check(m: &mut Machine<'_>, w: &Warp, lane: usize, address: u64, bytes: 
     let me = w.thread0 as usize + lane;
     let (watch, site) = (m.clocks.watch, m.site);
     for g in (0..bytes as usize).step_by(4) {
-        let access = m.clocks.thread_access(me, WRITE, site);
+        let access = Access { clock: PENDING, ..m.clocks.thread_access(me, WRITE, site) };
         let cells = m.ctas[rank].shared.cells(offset + g);
         if let Some(c) = race::check(cells, &access, granule_mask(offset, 4), watch, &mut 1) {
             let name = m.shared_name(rank, offset + g);

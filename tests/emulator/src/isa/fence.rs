@@ -11,6 +11,8 @@ pub(crate) enum Fence {
     Memory,
     /// `fence.proxy.async`, for shared, global or all memory.
     ProxyAsync,
+    /// `fence.proxy.alias`: nothing to do, because no two virtual addresses name one byte here.
+    ProxyAlias,
     /// `fence.mbarrier_init.release.cluster`.
     MbarrierInit,
 }
@@ -23,6 +25,10 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
             }
             ctx.one_of(&[("cta", ()), ("gl", ()), ("sys", ()), ("gpu", ()), ("cluster", ())])?;
             Fence::Memory
+        }
+        "fence" if ctx.has("proxy") && ctx.take("alias") => {
+            ctx.take("proxy");
+            Fence::ProxyAlias
         }
         "fence" if ctx.take("proxy") => {
             if !ctx.take("async") {
@@ -52,6 +58,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Fence, mask: u32) -
     match inst {
         // That of `mbarrier.init` is modelled as a whole fence, so that a relaxed arrival behind it publishes the initialisation.
         Fence::Memory | Fence::MbarrierInit => m.fence(w, mask),
+        Fence::ProxyAlias => {}
         Fence::ProxyAsync => m.clocks.fence_proxy(w.thread0 as usize, mask),
     }
     Ok(Flow::Next)

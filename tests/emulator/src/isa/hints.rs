@@ -1,6 +1,7 @@
 //! Instructions without an effect here. This list is complete: what is not on it is either modelled or refused.
 //!
-//! * `prefetch`, `prefetchu`, `prefetch.tensormap`, `applypriority`, `discard` of caches: performance only.
+//! * `prefetch`, `prefetchu`, `prefetch.tensormap`: performance only.
+//! * `cp.async.bulk.prefetch`, of ranges and of tensor boxes: performance only.
 //! * `createpolicy`: the policy it makes is read by nobody.
 //! * `griddepcontrol`: launches run one after another.
 //! * `nanosleep`: lets others run.
@@ -35,6 +36,7 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
             ctx.mem()?;
             Hint::Nothing
         }
+        "cp" if ctx.has("prefetch") => bulk_prefetch(ctx)?,
         "createpolicy" => {
             ctx.one_of(&[("fractional", ())])?;
             while ctx.take_map(|m| m.starts_with("L2::").then_some(())).is_some() {}
@@ -73,6 +75,31 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         _ => return Ok(None),
     };
     Ok(Some(Op::Hint(hint)))
+}
+
+fn bulk_prefetch(ctx: &mut Ctx<'_, '_>) -> Result<Hint, FrontError> {
+    if !["async", "bulk", "prefetch"].iter().all(|m| ctx.take(m)) {
+        return ctx.unimplemented();
+    }
+    let tensor = ctx.take("tensor");
+    if !ctx.take("L2") || !ctx.take("global") {
+        return ctx.unimplemented();
+    }
+    let policy = ctx.take("L2::cache_hint");
+    if tensor {
+        let rank = ctx.one_of(&[("1d", 1), ("2d", 2), ("3d", 3), ("4d", 4), ("5d", 5)])?;
+        ctx.take("tile");
+        if ctx.tensor_mem()?.1.len() != rank {
+            return ctx.unimplemented();
+        }
+    } else {
+        ctx.mem()?;
+        ctx.src(32)?;
+    }
+    if policy {
+        ctx.src(64)?;
+    }
+    Ok(Hint::Nothing)
 }
 
 pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Hint, mask: u32) -> Exec {

@@ -48,6 +48,8 @@ pub(crate) enum Fun {
     Brev,
     /// Byte permute and its mode.
     Prmt(Prmt),
+    /// The n-th set bit from a position.
+    Fns,
     Szext(bool),
     Bmsk(bool),
     /// Dot products of bytes: sign of a, sign of b.
@@ -220,6 +222,10 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
                 })
             });
             fun3(ctx, Fun::Prmt(mode.unwrap_or(Prmt::Index)), Ty::B32)?
+        }
+        "fns" => {
+            ctx.ty_of(&[Ty::B32])?;
+            fun3(ctx, Fun::Fns, Ty::B32)?
         }
         "brev" => {
             let ty = ctx.ty_of(&[Ty::B32, Ty::B64])?;

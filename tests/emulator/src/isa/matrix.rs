@@ -1,4 +1,4 @@
-//! `ldmatrix` and `stmatrix`: 8x8 matrices of 16-bit elements, rows addressed by lanes.
+//! `ldmatrix`, `stmatrix` and `movmatrix`: 8x8 matrices of 16-bit elements, rows addressed by lanes.
 
 use super::memory::shared_addresses;
 use super::moves::Space;
@@ -14,12 +14,14 @@ use crate::machine::warp::{L32, Warp};
 pub(crate) enum Matrix {
     Load { d: Vec<Reg>, mem: Mem, generic: bool, trans: bool },
     Store { a: Vec<Src>, mem: Mem, generic: bool, trans: bool },
+    Transpose { d: Reg, a: Src },
 }
 
 pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
     let load = match ctx.name() {
         "ldmatrix" => true,
         "stmatrix" => false,
+        "movmatrix" => return transpose(ctx).map(Some),
         _ => return Ok(None),
     };
     if !ctx.take("sync") || !ctx.take("aligned") || !ctx.take("m8n8") {
@@ -37,6 +39,14 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         Matrix::Store { a: ctx.src_vector(n, 32)?, mem, generic, trans }
     };
     Ok(Some(Op::Matrix(Box::new(matrix))))
+}
+
+fn transpose(ctx: &mut Ctx<'_, '_>) -> Result<Op, FrontError> {
+    if !ctx.take("sync") || !ctx.take("aligned") || !ctx.take("m8n8") || !ctx.take("trans") {
+        return ctx.unimplemented();
+    }
+    ctx.ty_of(&[Ty::B16])?;
+    Ok(Op::Matrix(Box::new(Matrix::Transpose { d: ctx.dst(32)?, a: ctx.src(32)? })))
 }
 
 /// Lanes whose addresses `n` matrices use.
@@ -83,6 +93,15 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Matrix, mask: u32) 
                 }
             }
             m.access(w, Space::Shared, &at, used, 16, false, &mut Store(&bytes))?;
+        }
+        Matrix::Transpose { d, a } => {
+            let v = w.get32(*a);
+            let half = |l: usize, h: usize| {
+                let (row, col) = element(l, h, true);
+                v[4 * row + col / 2] >> (16 * (col % 2)) & 0xffff
+            };
+            let out: L32 = std::array::from_fn(|l| half(l, 0) | half(l, 1) << 16);
+            w.put32(*d, mask, &out);
         }
     }
     Ok(Flow::Next)

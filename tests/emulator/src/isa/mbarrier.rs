@@ -181,6 +181,20 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Mbarrier, mask: u32
     }
 }
 
+/// Whether a `try_wait` that finds its phase running blocks. It may return false at any time, and does so the first time lanes come
+/// to it, so that code that ignores the answer is found out; with a random schedule also later.
+fn waits(m: &mut Machine<'_>, w: &mut Warp, mask: u32) -> bool {
+    let attempt = (m.site, mask);
+    if !w.tried.contains(&attempt) {
+        if w.tried.len() == 64 {
+            w.tried.clear();
+        }
+        w.tried.push(attempt);
+        return false;
+    }
+    !(m.random && m.rng.below(3) == 0)
+}
+
 fn wait(
     m: &mut Machine<'_>,
     w: &mut Warp,
@@ -213,7 +227,11 @@ fn wait(
         match over {
             Some(clock) => {
                 done |= 1 << lane;
-                let Some(clock) = clock.filter(|_| acquire) else { continue };
+                let Some(clock) = clock else { continue };
+                if !acquire {
+                    m.see(w.thread0 as usize + lane, m.index, &clock, false);
+                    continue;
+                }
                 match &mut learnt {
                     Some((have, lanes)) if std::sync::Arc::ptr_eq(have, &clock) => *lanes |= 1 << lane,
                     _ => {
@@ -232,10 +250,9 @@ fn wait(
     if done == 0
         && block
         && let Some((rank, offset, want)) = blocked
-        && !(m.random && m.rng.below(3) == 0)
+        && waits(m, w, mask)
     {
-        // All lanes wait; every barrier they name may wake them. `try_wait` may return false at any time, and with a random schedule
-        // sometimes does.
+        // All lanes wait; every barrier they name may wake them.
         for lane in lanes(mask) {
             let (rank, offset) = m.mbar_offset(at[lane])?;
             let bar = m.mbar(rank, offset)?;
@@ -244,6 +261,10 @@ fn wait(
             }
         }
         return Ok(Flow::Wait(State::Mbarrier { rank: rank as u32, offset, parity: want }));
+    }
+    if done == mask {
+        let site = m.site;
+        w.tried.retain(|t| *t != (site, mask));
     }
     w.set_pred(p, mask, done);
     Ok(if done == mask { Flow::Yield } else { Flow::Pause })

@@ -181,6 +181,11 @@ impl<'g> Machine<'g> {
             if !address.is_multiple_of(u64::from(n)) {
                 return Err(misaligned(kind, n, self.shared_name(rank, offset)).at_lane(lane));
             }
+            if watch && let Some(site) = w.cp_async.overlapping(lane, address, n) {
+                let (name, me) = (self.shared_name(rank, offset), self.actor_name((w.thread0 as usize + lane) as u16));
+                let text = format!("data race on {name}: {} by {me} unordered with its own cp.async that is under way", verb(kind));
+                return Err(trouble(Fault::DataRace, text).at_lane(lane).other(site));
+            }
             let shared = &mut self.ctas[rank].shared;
             let len = n as usize;
             if check_init && let Some(byte) = shared.uninitialised(offset, len) {

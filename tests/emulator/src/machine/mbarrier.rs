@@ -153,6 +153,8 @@ impl Machine<'_> {
         let mut clock = std::mem::take(&mut self.mbar(rank, offset)?.clock);
         if release {
             self.clocks.release(w.thread0 as usize + lane, 1, &mut clock);
+        } else {
+            self.clocks.release_fenced(w.thread0 as usize + lane, 1, &mut clock);
         }
         let name = self.shared_name(rank, offset as usize);
         let bar = self.mbar(rank, offset)?;

@@ -120,7 +120,8 @@ impl Machine<'_> {
         }
     }
 
-    fn see(&mut self, thread: usize, cluster: u32, clock: &Arc<Clock>, acquire: bool) {
+    /// A thread saw a released clock.
+    pub fn see(&mut self, thread: usize, cluster: u32, clock: &Arc<Clock>, acquire: bool) {
         if acquire {
             return self.clocks.acquire_from(thread, 1, cluster, clock);
         }

@@ -99,6 +99,8 @@ pub(crate) struct Warp {
     /// Lanes that have arrived at the cluster barrier and not yet waited, and the generation they arrived in.
     pub cluster_arrived: u32,
     pub cluster_generation: u64,
+    /// `try_wait`s that have returned false once: PC and lanes.
+    pub tried: Vec<(u32, u32)>,
     /// `setmaxnreg` instructions executed.
     pub setmaxnreg: u32,
     pub collectives: Vec<crate::isa::collective::Rendezvous>,

@@ -19,6 +19,9 @@ pub(crate) const ATOMIC: u8 = 4;
 /// Through the async proxy.
 pub(crate) const ASYNC: u8 = 8;
 
+/// The step of a write that has been issued and not waited for: nobody knows it, not even the thread that issued it.
+pub(crate) const PENDING: u32 = u32::MAX;
+
 /// One remembered access.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cell {
@@ -76,7 +79,8 @@ pub(crate) fn check(cells: &mut Granule, a: &Access<'_>, mask: u8, watch: Watch,
         if mine && cell.kind == a.kind && cell.clock == a.clock && mask & !cell.mask == 0 {
             return None;
         }
-        let before = mine || a.known.knows(a.cluster, cell.cluster, cell.actor, cell.clock);
+        let known = || a.known.knows(a.cluster, cell.cluster, cell.actor, cell.clock);
+        let before = if mine { write || cell.clock != PENDING } else { known() };
         if cell.mask & mask != 0 {
             let both_read = !write && cell.kind & WRITE == 0;
             let both_atomic = cell.kind & a.kind & ATOMIC != 0;

@@ -11,6 +11,11 @@ pub fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels")
 }
 
+/// How many random schedules to run: `EMULATOR_SEEDS`, or this.
+pub fn seeds(default: u64) -> u64 {
+    std::env::var("EMULATOR_SEEDS").map_or(default, |n| n.parse().expect("EMULATOR_SEEDS is a number"))
+}
+
 /// Why a case did not run to its end.
 #[derive(Debug)]
 pub enum Failure {

@@ -64,6 +64,24 @@ pub(crate) fn prmt(mode: Prmt, a: u32, b: u32, c: u32) -> u32 {
     (0..4).fold(0, |out, i| out | byte(pick[i as usize]) << (8 * i))
 }
 
+/// Position of the `offset`-th set bit of `mask` from `base`: upwards for positive offsets, downwards for negative ones.
+fn fns(mask: u32, base: u32, offset: u32) -> u32 {
+    let (offset, mut at) = (offset as i32, i64::from(base));
+    let step = if offset < 0 { -1 } else { 1 };
+    if offset == 0 {
+        return if base < 32 && mask >> base & 1 != 0 { base } else { u32::MAX };
+    }
+    let mut left = offset.unsigned_abs();
+    while (0..32).contains(&at) {
+        left -= mask >> at & 1;
+        if left == 0 {
+            return at as u32;
+        }
+        at += step;
+    }
+    u32::MAX
+}
+
 fn dp4a(sa: bool, sb: bool, a: u32, b: u32, c: u32) -> u32 {
     let byte = |v: u32, i: u32, signed: bool| {
         let v = (v >> (8 * i)) as u8;
@@ -150,6 +168,7 @@ fn fun_32(w: &mut Warp, fun: Fun, signed: bool, d: Reg, mask: u32, a: Src, b: Sr
             ((u64::from(b) << 32 | u64::from(a)) >> n) as u32
         }),
         Fun::Brev => each32(w, d, mask, |l| x[l].reverse_bits()),
+        Fun::Fns => three!(fns),
         Fun::Prmt(mode) => three!(|a, b, c| prmt(mode, a, b, c)),
         Fun::Szext(wrap) => two!(|a: u32, b: u32| {
             let n = if wrap { b & 31 } else { b.min(32) };

@@ -61,6 +61,22 @@ fn ops() -> Vec<Op> {
             values(128),
             |x, i| x[i ^ 63][0],
         ),
+        whole(
+            "barrier.cluster relaxed",
+            "fence.acq_rel.cluster;\nbarrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\nfence.acq_rel.cluster;",
+        ),
+        // Each half of a warp meets on its own.
+        Op::across(
+            "bar.warp.sync in halves",
+            &exchange(
+                ".reg .pred p;\n.reg .b32 side;\nand.b32 side, %i, 16;\nsetp.eq.u32 p, side, 0;\n@p bra low;\nbar.warp.sync 0xFFFF0000;\nbra met;\nlow:\nbar.warp.sync 0x0000FFFF;\nmet:",
+                "xor.b32 %d, %i, 15;",
+            ),
+            [Ty::B32],
+            Ty::B32,
+            values(128),
+            |x, i| x[i ^ 15][0],
+        ),
         Op::across("bar.warp.sync", &exchange("bar.warp.sync -1;", "xor.b32 %d, %i, 31;"), [Ty::B32], Ty::B32, values(128), |x, i| {
             x[i ^ 31][0]
         }),

@@ -64,6 +64,15 @@ fn ops() -> Vec<Op> {
                 ),
                 |x, i, _| before(x, i),
             ),
+            // Barriers made, published by a relaxed arrival, and used by the neighbour.
+            op(
+                "relaxed arrive behind an init",
+                format!(
+                    "@first mbarrier.init.shared::cta.b64 [bar], {PER_CTA};\n@first fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;\n\
+                     mapa.shared::cluster.u32 far, at, next;\nst.shared::cluster.u32 [far], %a;\nmapa.shared::cluster.u32 far, bar, next;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [far];\n{WAIT}ld.shared.u32 %d, [at];\n{SYNC}"
+                ),
+                |x, i, _| before(x, i),
+            ),
             op(
                 "cp.async.bulk to a peer",
                 format!(

@@ -213,6 +213,13 @@ fn modifiers() -> Vec<Op> {
             |a| a,
         ),
         own(
+            "streaming forms",
+            ".reg .b64 at, to, policy;\n.reg .b32 p, q, r, s, first;\nld.param.u64 at, [in0];\nld.param.u64 to, [out];\nand.b32 first, %i, 0x3C;\nmad.wide.u32 at, first, 4, at;\n\
+             createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 policy, 0f3F000000;\nld.global.nc.L1::no_allocate.L2::256B.v4.u32 {p, q, r, s}, [at];\nmad.wide.u32 to, %i, 4, to;\n\
+             st.global.L2::cache_hint.u32 [to], %a, policy;\nld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {p, q}, [at], policy;\nst.global.cg.u32 [to], %a;\nmov.u32 %d, %a;",
+            |a| a,
+        ),
+        own(
             "pause",
             ".reg .b32 t;\n.reg .b64 u;\nmov.u32 t, %clock;\nmov.u64 u, %clock64;\nmov.u64 u, %globaltimer;\nnanosleep.u32 20;\ngriddepcontrol.launch_dependents;\ngriddepcontrol.wait;\nmov.u32 %d, %a;",
             |a| a,

@@ -24,6 +24,7 @@ fn image() -> String {
         text += &load(rank);
         text += &store(&format!("store_{rank}d"), rank, &format!("cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group"));
     }
+    text += &hinted(2);
     for op in ["add", "min", "max", "and", "or", "xor"] {
         text += &store(&format!("reduce_{op}"), 2, &format!("cp.reduce.async.bulk.tensor.2d.global.shared::cta.{op}.tile.bulk_group"));
     }
@@ -52,6 +53,15 @@ fn load(rank: usize) -> String {
          \tcp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [base], [desc, {{{list}}}], [bar];\n\
          begun:\n\tbar.sync 0;\nwait:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [bar], 0;\n\t@!p bra wait;\n{DUMP}\tret;\n}}\n"
     )
+}
+
+/// A load with a cache policy, which changes nothing that can be seen.
+fn hinted(rank: usize) -> String {
+    load(rank)
+        .replace(&format!("load_{rank}d"), &format!("load_{rank}d_hint"))
+        .replace(".mbarrier::complete_tx::bytes [base]", ".mbarrier::complete_tx::bytes.L2::cache_hint [base]")
+        .replace("}], [bar];", "}], [bar], at;")
+        .replace("\tmov.b64 desc, map;", "\tcreatepolicy.fractional.L2::evict_first.b64 at, 0f3F800000;\n\tmov.b64 desc, map;")
 }
 
 fn store(entry: &str, rank: usize, opcode: &str) -> String {
@@ -246,6 +256,13 @@ fn loads() -> Vec<Case> {
             cases.push(Case { params: 3 + rank, ..case }.shared(size as u32 + 16));
         }
     }
+    let mut hint = tensor(5, Element::Bf16, &[128, 40], &[64, 32], Swizzle::B128, 0);
+    hint.map.of = 5;
+    let size = hint.map.box_bytes();
+    let mut args = vec![Arg::Map(hint.map.clone()), Arg::output(picture(&hint, &[64, 20])), Arg::U32(size as u32)];
+    args.extend(corner_args(&[64, 20]));
+    args.push(Arg::input(hint.bytes.clone()));
+    cases.push(Case { params: 5, ..Case::new("load with a cache hint", "tensor", "load_2d_hint", THREADS, args) }.shared(size as u32 + 16));
     // The map may lead to the same memory through a smaller outer stride than an inner one.
     let mut panels = tensor(5, Element::Bf16, &[64, 8, 2], &[64, 8, 2], Swizzle::B128, 0);
     panels.map.of = 6;
