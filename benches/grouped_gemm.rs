@@ -1,2 +1,92 @@
-//! Bench of `grouped_gemm`: not here yet.
-fn main() {}
+//! Bench of `grouped_gemm` at DBRX's widths, scaled to the machine: D = 6144 / s, F = 10752 / s, 16 experts, s = 6 or
+//! `DROPLESS_BENCH_SCALE`. Verifies some columns, then times. A product is 2 R N K FLOP; it reads its rows and the weights of the
+//! experts that have any, and writes its output, each once.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dropless::{Bf16, Device, ExpertRows, ExpertWeights, Float, Rows, RowsMut, Stream, grouped_gemm};
+use dropless_kit::bench::Cost;
+use dropless_kit::compare::{sum_bound, within};
+use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::guard::Bits;
+
+#[path = "../tests/oracle/grouped_gemm.rs"]
+#[allow(dead_code)]
+mod oracle;
+
+const EXPERTS: usize = 16;
+const TOP_K: usize = 4;
+/// Elements of each row that the oracle recomputes.
+const CHECKED: usize = 3;
+
+/// The rows of each expert when `num_tokens` choose four neighbours each: as even as can be.
+fn offsets(num_tokens: usize) -> Vec<u32> {
+    let mut sizes = [0u32; EXPERTS];
+    (0..num_tokens).for_each(|t| (0..TOP_K).for_each(|choice| sizes[(t * TOP_K + choice) % EXPERTS] += 1));
+    let mut offsets = vec![0];
+    sizes.iter().for_each(|size| offsets.push(offsets[offsets.len() - 1] + size));
+    offsets
+}
+
+/// Compares the first columns of an output with the oracle on the weights of just these columns.
+fn verify<O: Float + Bits>(y: &[O], x: &[f64], owner: &[usize], n: usize, k: usize, weight: impl Fn(usize, usize, usize) -> f64) {
+    let w: Vec<f64> = (0..EXPERTS * CHECKED * k).map(|i| weight(i / (CHECKED * k), i / k % CHECKED, i % k)).collect();
+    let rows: Vec<usize> = (0..owner.len()).collect();
+    let abs = |values: &[f64]| values.iter().map(|value| value.abs()).collect::<Vec<_>>();
+    let want = oracle::nt(x, &w, &rows, owner, CHECKED, k);
+    let sizes = oracle::nt(&abs(x), &abs(&w), &rows, owner, CHECKED, k);
+    let got: Vec<O> = y.chunks(n).flat_map(|row| row[..CHECKED].to_vec()).collect();
+    within(&got, &want, CHECKED, |i| sum_bound::<O>(want[i], k, sizes[i]));
+}
+
+fn case<A: Float + Bits, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, d: usize, f: usize) {
+    let offsets = offsets(num_tokens);
+    let owner: Vec<usize> = (0..EXPERTS).flat_map(|e| (offsets[e]..offsets[e + 1]).map(move |_| e)).collect();
+    let rows = owner.len();
+    let used = (0..EXPERTS).filter(|e| offsets[*e] < offsets[e + 1]).count();
+    let experts_rows = ExpertRows::from_host(&offsets).unwrap();
+    let [w1, v1, w2] = [1, 2, 3].map(|seed| normal::<W>(seed, EXPERTS * f * d, (d as f64).sqrt().recip()));
+    let stacked = |w| Rows::from_slice(w, EXPERTS * f, d).unwrap();
+    let [w1_view, v1_view] = [&w1, &v1].map(|w| ExpertWeights::nk(stacked(w), EXPERTS).unwrap());
+    let w2_view = ExpertWeights::kn(stacked(&w2), EXPERTS).unwrap();
+    let (x, h) = (normal::<A>(4, rows * d, 1.0), normal::<A>(5, rows * f, 1.0));
+    let [x_view, h_view] = [(&x, d), (&h, f)].map(|(data, cols)| Rows::from_slice(data, rows, cols).unwrap());
+    let (mut hidden, mut y) = (vec![A::default(); rows * f], vec![A::default(); rows * d]);
+    let mut group = c.benchmark_group(format!("grouped_gemm/{}x{}", A::DTYPE.name(), W::DTYPE.name()));
+    // `products` matrices [F, D] of each expert in use.
+    let cost = |products: usize| Cost {
+        flop: (2 * products * rows * d * f) as u64,
+        bytes: (products * used * d * f * size_of::<W>() + rows * (d + f) * size_of::<A>()) as u64,
+    };
+    let mut time = |name: &str, cost: Cost, run: &mut dyn FnMut()| {
+        let few = num_tokens <= 8;
+        group.throughput(if few { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
+        group.bench_function(cost.label(format!("{name} T={num_tokens} D={d} F={f}")), |b| b.iter(&mut *run));
+    };
+    time("nt", cost(1), &mut || {
+        grouped_gemm::nt(stream, x_view, w1_view, experts_rows, &mut RowsMut::from_slice(&mut hidden, rows, f).unwrap()).unwrap();
+    });
+    verify(&hidden, &to_f64(&x), &owner, f, d, |e, j, k| f64::from(w1[(e * f + j) * d + k].to_f32()));
+    time("glu_nt", cost(2), &mut || {
+        let h = &mut RowsMut::from_slice(&mut hidden, rows, f).unwrap();
+        grouped_gemm::glu_nt(stream, x_view, w1_view, v1_view, experts_rows, h).unwrap();
+    });
+    time("nn", cost(1), &mut || {
+        grouped_gemm::nn(stream, h_view, w2_view, experts_rows, &mut RowsMut::from_slice(&mut y, rows, d).unwrap()).unwrap();
+    });
+    verify(&y, &to_f64(&h), &owner, d, f, |e, j, k| f64::from(w2[(e * f + k) * d + j].to_f32()));
+    group.finish();
+}
+
+fn benches(c: &mut Criterion) {
+    let stream = Device::cpu().stream().unwrap();
+    let scale = std::env::var("DROPLESS_BENCH_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(6);
+    let (d, f) = (6144 / scale, 10752 / scale);
+    for num_tokens in [1, 8, 32, 512] {
+        case::<f32, f32>(c, &stream, num_tokens, d, f);
+        case::<f32, Bf16>(c, &stream, num_tokens, d, f);
+        case::<Bf16, Bf16>(c, &stream, num_tokens, d, f);
+    }
+}
+
+criterion_group!(all, benches);
+criterion_main!(all);

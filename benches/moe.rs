@@ -1,2 +1,75 @@
-//! Bench of `moe`: not here yet.
-fn main() {}
+//! Bench of the MoE layer at DBRX's widths, scaled to the machine: D = 6144 / s, F = 10752 / s, 16 experts, 4 for each token,
+//! s = 6 or `DROPLESS_BENCH_SCALE`. Verifies a token, then times. 2 T D E FLOP of the router and 6 R D F of the experts; the weights
+//! of every expert in use are read once.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dropless::moe::{self, Plan, Shape, Weights};
+use dropless::router::Normalize;
+use dropless::{Bf16, Device, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace};
+use dropless_kit::bench::Cost;
+use dropless_kit::compare::relative_l2;
+use dropless_kit::fill::{normal, to_f64};
+
+#[path = "../tests/oracle/moe.rs"]
+mod oracle;
+
+fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, d_model: usize, d_ffn: usize) {
+    let shape = Shape { d_model, d_ffn, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let elements = shape.num_experts * d_ffn * d_model;
+    let scale = (d_model as f64).sqrt().recip();
+    let router = normal::<W>(1, shape.num_experts * d_model, scale);
+    let stacks = [2, 3, 4].map(|seed| normal::<W>(seed, elements, scale));
+    let [w1, v1, w2] = stacks.each_ref().map(|w| Rows::from_slice(w, shape.num_experts * d_ffn, d_model).unwrap());
+    let weights = Weights {
+        router: Rows::from_slice(&router, shape.num_experts, d_model).unwrap(),
+        w1: ExpertWeights::nk(w1, shape.num_experts).unwrap(),
+        v1: ExpertWeights::nk(v1, shape.num_experts).unwrap(),
+        w2: ExpertWeights::kn(w2, shape.num_experts).unwrap(),
+    };
+    let x = normal::<A>(5, num_tokens * d_model, 1.0);
+    let mut y = vec![A::default(); x.len()];
+    let plan = Plan::<A>::new(shape, num_tokens).unwrap();
+    let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(stream, num_tokens, shape.top_k, shape.num_experts).unwrap();
+    let x_view = Rows::from_slice(&x, num_tokens, d_model).unwrap();
+    let mut run = |y: &mut [A]| {
+        let mut y = RowsMut::from_slice(y, num_tokens, d_model).unwrap();
+        let routing = moe::forward(stream, &plan, x_view, &weights, &mut buffers, &mut workspace, &mut y).unwrap();
+        let used = routing.offsets().as_slice().unwrap().windows(2).filter(|pair| pair[0] < pair[1]).count();
+        (routing.expert_ids().as_slice().unwrap().to_vec(), routing.weights().as_slice().unwrap().to_vec(), used)
+    };
+    let (ids, chosen, used) = run(&mut y);
+    let rows = num_tokens * shape.top_k;
+    let cost = Cost {
+        flop: (2 * num_tokens * d_model * shape.num_experts + 6 * rows * d_model * d_ffn) as u64,
+        bytes: (3 * used * d_ffn * d_model * size_of::<W>()) as u64,
+    };
+    let mut group = c.benchmark_group(format!("moe/{}x{}", A::DTYPE.name(), W::DTYPE.name()));
+    group.throughput(if num_tokens <= 8 { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
+    group.bench_function(cost.label(format!("T={num_tokens} D={d_model} F={d_ffn}")), |b| {
+        b.iter(|| run(&mut y));
+    });
+    group.finish();
+    // The last token, with the routing that was chosen; the bound is that of two bf16 roundings where there are any.
+    let last = num_tokens - 1;
+    let oracle_shape = oracle::Shape { d_model, d_ffn, top_k: shape.top_k };
+    let of_last = last * shape.top_k..num_tokens * shape.top_k;
+    let [w1, v1, w2] = stacks.each_ref().map(|w| to_f64(w));
+    let want =
+        oracle::experts(&oracle_shape, &to_f64(&x[last * d_model..]), &ids[of_last.clone()], &to_f64(&chosen[of_last]), [&w1, &v1, &w2]);
+    let error = relative_l2(&to_f64(&y[last * d_model..]), &want);
+    assert!(error <= if size_of::<A>() == 2 { 2f64.powi(-7) } else { 5e-6 }, "relative L2 {error:e}");
+}
+
+fn benches(c: &mut Criterion) {
+    let stream = Device::cpu().stream().unwrap();
+    let scale = std::env::var("DROPLESS_BENCH_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(6);
+    for num_tokens in [1, 8, 32, 512] {
+        case::<f32, f32>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
+        case::<f32, Bf16>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
+        case::<Bf16, Bf16>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
+    }
+}
+
+criterion_group!(all, benches);
+criterion_main!(all);

@@ -555,7 +555,8 @@ pub(crate) struct Tile {
 }
 
 impl<'a> Tiling<'a> {
-    /// `offsets` as in `ExpertRows`: group `g` owns the rows `offsets[g]..offsets[g + 1]`.
+    /// `offsets` as in `ExpertRows`: group `g` owns the rows `offsets[g]..offsets[g + 1]`. A tile has at most `row_block` rows and
+    /// `col_block` columns.
     pub(crate) fn new(offsets: &'a [u32], cols: usize, row_block: usize, col_block: usize) -> Tiling<'a> {
         assert!(row_block > 0 && col_block > 0 && !offsets.is_empty());
         assert!(offsets.is_sorted(), "offsets decrease"); // what makes the tiles disjoint
@@ -587,9 +588,11 @@ impl<'a> Tiling<'a> {
             group += 1;
         }
         let all = self.group(group);
+        // Rows are cut evenly: a block of one row would cost almost as much as a full one.
         let row_blocks = all.len().div_ceil(self.row_block);
-        let (row, col) = (all.start + index % row_blocks * self.row_block, index / row_blocks * self.col_block);
-        Tile { group, rows: row..all.end.min(row + self.row_block), cols: col..self.cols.min(col + self.col_block) }
+        let cut = |i: usize| all.start + all.len() * i / row_blocks;
+        let (row, col) = (index % row_blocks, index / row_blocks * self.col_block);
+        Tile { group, rows: cut(row)..cut(row + 1), cols: col..self.cols.min(col + self.col_block) }
     }
 }
 

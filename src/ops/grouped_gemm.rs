@@ -29,8 +29,9 @@ use crate::view::{Rows, RowsMut};
 /// An expert may own no row, or all of them; `R = 0` or `N = 0` is a no-op; `K = 0` gives zeros. A NaN in an input row
 /// stays in the rows computed from it.
 ///
-/// The sum runs over k in ascending order, in blocks of fixed length, whatever the number of rows, experts and threads: the
-/// bits of a row depend on that row and the weights alone. They may differ between instruction sets.
+/// The bits of a row depend on that row, the weights and the class of the call: `R <= 8 * E`, where dot products read the weights
+/// as they lie, or more rows, where sums run over k in blocks of fixed length. Neither other rows, nor how many rows an expert
+/// got, nor the number of threads show in them. They may differ between instruction sets.
 ///
 /// # Errors
 ///
@@ -60,7 +61,7 @@ pub fn nt<A: Float, W: Float, O: Float>(
 /// | `rows`   | R rows, E experts | which rows belong to which expert, and which input row each is computed from     |
 /// | `y`      | `[R, N]`          | written in full; what it held before does not matter                            |
 ///
-/// Numerics, edge cases and errors are those of [`nt`].
+/// Numerics, edge cases and errors are those of [`nt`], but there is one class: the number of rows does not show at all.
 ///
 /// # Errors
 ///

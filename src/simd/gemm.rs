@@ -4,6 +4,7 @@
 //! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
+use super::slices::{prefetch, prefetch_line};
 use super::vector::{Columns, Kernel, LANES, Simd};
 use crate::dtype::Float;
 
@@ -21,9 +22,9 @@ pub(crate) fn pack_nk<'a, W: Float>(cols: usize, row: impl Fn(usize) -> &'a [W],
     super::run(PackNk { rows: std::array::from_fn(|j| row(j.min(cols - 1))), panel });
 }
 
-struct PackNk<'a, 'p, W> {
-    rows: [&'a [W]; NR],
-    panel: &'p mut [f32],
+pub(super) struct PackNk<'a, 'p, W> {
+    pub(super) rows: [&'a [W]; NR],
+    pub(super) panel: &'p mut [f32],
 }
 
 impl<W: Float> Kernel for PackNk<'_, '_, W> {
@@ -35,8 +36,9 @@ impl<W: Float> Kernel for PackNk<'_, '_, W> {
         assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
         for k in (0..len / block).map(|i| i * block) {
             for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-                let rows = rows.each_ref().map(|row| &row[k..k + block]);
-                simd.transpose(&rows, Columns { data: &mut panel[k * NR + side * LANES..], stride: NR });
+                let columns = Columns { data: &mut panel[k * NR + side * LANES..], stride: NR };
+                // SAFETY: `k + block <= len`, the length of every row.
+                unsafe { simd.transpose(rows, k, columns) }
             }
         }
         for k in len / block * block..len {
@@ -50,10 +52,10 @@ pub(crate) fn pack_kn<'a, W: Float>(steps: usize, row: impl Fn(usize) -> &'a [W]
     super::run(PackKn { steps, row, panel });
 }
 
-struct PackKn<'p, R> {
-    steps: usize,
-    row: R,
-    panel: &'p mut [f32],
+pub(super) struct PackKn<'p, R> {
+    pub(super) steps: usize,
+    pub(super) row: R,
+    pub(super) panel: &'p mut [f32],
 }
 
 impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
@@ -79,18 +81,25 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 ///
 /// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`.
 pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride });
+    add_product_ahead(a, panel, sums, sum_stride, |_, _| ());
+}
+
+/// [`add_product`], with `ahead(i, n)` called before the i-th of n tiles of rows: to ask for a part of what is needed next while
+/// the arithmetic goes on.
+pub(crate) fn add_product_ahead(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: impl Fn(usize, usize)) {
+    super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
 }
 
 /// The arguments of [`add_product`].
-pub(crate) struct AddProduct<'a> {
+pub(crate) struct AddProduct<'a, F> {
     pub(super) a: &'a [[f32; A_STRIDE]],
     pub(super) panel: &'a [[f32; NR]],
     pub(super) sums: &'a mut [f32],
     pub(super) sum_stride: usize,
+    pub(super) ahead: F,
 }
 
-impl Kernel for AddProduct<'_> {
+impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -98,14 +107,189 @@ impl Kernel for AddProduct<'_> {
     }
 }
 
+/// `sums[i, j] += sum_k a[i, k] * row(k)[j]`, the same chains as [`add_product`], on weights where they lie: one row per k.
+///
+/// For few rows, where packing costs more than it saves. `chains` is scratch of the length of `sums`.
+pub(crate) fn add_rows<'a, W: Float>(
+    a: &[f32],
+    steps: usize,
+    row: impl Fn(usize) -> &'a [W],
+    chains: &mut [f32],
+    sums: &mut [f32],
+    sum_stride: usize,
+) {
+    super::run(AddRows { a: a.as_chunks().0, steps, row, chains, sums, sum_stride });
+}
+
+pub(super) struct AddRows<'s, R> {
+    pub(super) a: &'s [[f32; A_STRIDE]],
+    pub(super) steps: usize,
+    pub(super) row: R,
+    pub(super) chains: &'s mut [f32],
+    pub(super) sums: &'s mut [f32],
+    pub(super) sum_stride: usize,
+}
+
+impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        const STEPS: usize = 4; // k that are added to a chain between its load and its store
+        let AddRows { a, steps, row, chains, sums, sum_stride } = self;
+        chains.fill(0.0);
+        for k in (0..steps / STEPS).map(|i| i * STEPS) {
+            let rows: [&[W]; STEPS] = [row(k), row(k + 1), row(k + 2), row(k + 3)];
+            // The rows of the step after the next.
+            for i in 0..STEPS {
+                prefetch(row((k + 2 * STEPS + i).min(steps - 1)));
+            }
+            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
+                let a: &[f32; STEPS] = a[k..].first_chunk().expect("a step");
+                add_steps(simd, a, rows, chain);
+            }
+        }
+        for k in steps / STEPS * STEPS..steps {
+            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
+                add_steps(simd, &[a[k]], [row(k)], chain);
+            }
+        }
+        for (sums, chain) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(chains.as_chunks::<LANES>().0) {
+            simd.store(simd.add(simd.load(sums), simd.load(chain)), sums);
+        }
+    }
+}
+
+/// `chain[j] = a[N - 1] * rows[N - 1][j] + (.. + (a[0] * rows[0][j] + chain[j]))`.
+#[inline(always)]
+fn add_steps<S: Simd, W: Float, const N: usize>(simd: S, a: &[f32; N], rows: [&[W]; N], chain: &mut [f32]) {
+    let mut factors = [simd.splat(0.0); N];
+    for (factor, a) in factors.iter_mut().zip(a) {
+        *factor = simd.splat(*a);
+    }
+    let whole = rows[0].len() / LANES;
+    let mut vectors = [rows[0].as_chunks::<LANES>().0; N];
+    for (vectors, row) in vectors.iter_mut().zip(rows) {
+        *vectors = &row.as_chunks::<LANES>().0[..whole];
+    }
+    let chain = chain.as_chunks_mut::<LANES>().0;
+    for (j, chain) in chain[..whole].iter_mut().enumerate() {
+        let mut sum = simd.load(chain);
+        for i in 0..N {
+            sum = simd.mul_add(factors[i], simd.load(&vectors[i][j]), sum);
+        }
+        simd.store(sum, chain);
+    }
+    if whole * LANES < rows[0].len() {
+        let mut sum = simd.load(&chain[whole]);
+        for i in 0..N {
+            sum = simd.mul_add(factors[i], simd.load_part(&rows[i][whole * LANES..]), sum);
+        }
+        simd.store(sum, &mut chain[whole]);
+    }
+}
+
+/// `sums[i, j] = sum_k x[i, k] * row(j)[k]` for `j < cols`, on weights where they lie: one row per column.
+///
+/// For few rows, where reading the weights is what takes time: they are read once, [`DOT_COLS`] rows side by side. Each sum is
+/// a chain of vectors along k, whose lanes are added at the end. Rows of `x` are `x_stride` apart.
+pub(crate) fn dots<'a, W: Float>(
+    x: &[f32],
+    x_stride: usize,
+    cols: usize,
+    row: impl Fn(usize) -> &'a [W],
+    sums: &mut [f32],
+    sum_stride: usize,
+) {
+    super::run(Dots { x, x_stride, cols, row, sums, sum_stride });
+}
+
+/// Rows of weights that are read side by side.
+const DOT_COLS: usize = 4;
+
+pub(super) struct Dots<'s, R> {
+    pub(super) x: &'s [f32],
+    pub(super) x_stride: usize,
+    pub(super) cols: usize,
+    pub(super) row: R,
+    pub(super) sums: &'s mut [f32],
+    pub(super) sum_stride: usize,
+}
+
+impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Dots { x, x_stride, cols, row, sums, sum_stride } = self;
+        for col in (0..cols).step_by(DOT_COLS) {
+            // Beyond the last column its weights again, not stored.
+            let in_range = DOT_COLS.min(cols - col);
+            let mut w = [row(col); DOT_COLS];
+            for (i, w) in w.iter_mut().enumerate().take(in_range).skip(1) {
+                *w = row(col + i);
+            }
+            let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_exact_mut(sum_stride));
+            if S::DOT_ROWS >= 4 {
+                while rows.len() >= 4 {
+                    let four = std::array::from_fn(|_| rows.next().expect("four rows"));
+                    dot_tile::<S, W, 4>(simd, four, w, col, in_range);
+                }
+            }
+            for one in rows {
+                dot_tile::<S, W, 1>(simd, [one], w, col, in_range);
+            }
+        }
+    }
+}
+
+/// `M` rows of the input times [`DOT_COLS`] rows of weights.
+#[inline(always)]
+fn dot_tile<S: Simd, W: Float, const M: usize>(simd: S, rows: [(&[f32], &mut [f32]); M], w: [&[W]; DOT_COLS], col: usize, in_range: usize) {
+    let vectors = w[0].len() / LANES;
+    let mut chains = [[simd.splat(0.0); DOT_COLS]; M];
+    let mut x = [rows[0].0.as_chunks::<LANES>().0; M];
+    for (x, row) in x.iter_mut().zip(&rows) {
+        *x = &row.0.as_chunks::<LANES>().0[..vectors];
+    }
+    let mut w_vectors = [w[0].as_chunks::<LANES>().0; DOT_COLS];
+    for (vectors_of, w) in w_vectors.iter_mut().zip(w) {
+        *vectors_of = &w.as_chunks::<LANES>().0[..vectors];
+    }
+    for k in 0..vectors {
+        let mut weights = [simd.splat(0.0); DOT_COLS];
+        for (weights, w) in weights.iter_mut().zip(w_vectors) {
+            // What lies behind these rows comes next; where rows are short, no hardware would have guessed it.
+            prefetch_line(w[k].as_ptr().wrapping_add(DOT_COLS * vectors * LANES));
+            *weights = simd.load(&w[k]);
+        }
+        for (chains, x) in chains.iter_mut().zip(x) {
+            let x = simd.load(&x[k]);
+            for (chain, weights) in chains.iter_mut().zip(weights) {
+                *chain = simd.mul_add(x, weights, *chain);
+            }
+        }
+    }
+    let rest = vectors * LANES..w[0].len();
+    for (chains, (x, sums)) in chains.into_iter().zip(rows) {
+        for (i, (chain, w)) in chains.into_iter().zip(w).enumerate().take(in_range) {
+            let last = if rest.is_empty() {
+                chain
+            } else {
+                simd.mul_add(simd.load_part(&x[rest.clone()]), simd.load_part(&w[rest.clone()]), chain)
+            };
+            sums[col + i] = simd.sum(last);
+        }
+    }
+}
+
 /// Cuts the rows of a product into nearly equal tiles of at most the last number of rows listed, and computes each.
 macro_rules! add_tiles {
     ($simd:expr, $product:expr, vectors: $vectors:literal, rows: $($rows:literal)+) => {{
         const MAX_ROWS: usize = [$($rows),+].len();
-        let product: AddProduct<'_> = $product;
+        let product: AddProduct<'_, _> = $product;
         let all = product.a.len();
         let tiles = all.div_ceil(MAX_ROWS);
         for tile in 0..tiles {
+            (product.ahead)(tile, tiles);
             let rows = all * tile / tiles..all * (tile + 1) / tiles;
             let (a, sums) = (&product.a[rows.clone()], &mut product.sums[rows.start * product.sum_stride..]);
             match a.len() {

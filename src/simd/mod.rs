@@ -26,7 +26,7 @@ use std::sync::OnceLock;
 
 pub(crate) use self::scratch::with_scratch;
 #[allow(unused_imports)]
-pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, silu_mul, widen};
+pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, prefetch, scale, silu_mul, widen};
 #[allow(unused_imports)]
 pub(crate) use self::vector::{Kernel, LANES, Simd};
 
@@ -77,3 +77,6 @@ pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     LEVEL.get_or_init(|| Level::choose(std::env::var("DROPLESS_SIMD").ok().as_deref())).run(kernel)
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,7 @@ fn each(f: impl Fn(usize) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
+    const DOT_ROWS: usize = 1;
 
     #[inline(always)]
     fn splat(self, value: f32) -> V {
@@ -71,13 +72,14 @@ impl Simd for Portable {
         each(|i| f32::from_bits((((a[i] as i32) + 127) as u32) << 23))
     }
     #[inline(always)]
-    fn transpose<T: Float>(self, rows: &[&[T]; LANES], mut columns: Columns<'_>) {
-        (0..64 / size_of::<T>()).for_each(|k| *columns.row(k) = each(|j| rows[j][k].to_f32()));
+    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
+        let columns = columns.data.chunks_mut(columns.stride);
+        for (i, column) in columns.take(64 / size_of::<T>()).enumerate() {
+            column[..LANES].copy_from_slice(&each(|j| rows[j][k + i].to_f32()));
+        }
     }
     #[inline(always)]
-    fn add_product(self, product: AddProduct<'_>) {
+    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4);
     }
-    #[inline(always)]
-    fn prefetch<T>(self, _: &T) {}
 }

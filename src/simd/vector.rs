@@ -12,8 +12,8 @@
 //! }
 //! ```
 //!
-//! `super::run(Sum(..))` then picks the token. Since every set computes with sixteen lanes and fused multiply-adds, they all
-//! give the same bits, the portable one included where the compiler's target has a fused multiply-add.
+//! `super::run(Sum(..))` then picks the token. Since every set computes in sixteen lanes and with fused multiply-adds, they all
+//! give the same bits, but for the portable one where the compiler's target lacks a fused multiply-add.
 //! Everything on the way from `run` to an instruction must be `#[inline(always)]`, lest it be compiled without the set.
 
 use crate::dtype::Float;
@@ -25,6 +25,9 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Simd: Copy {
     /// Sixteen floats.
     type V: Copy;
+
+    /// Rows of input that `gemm::dots` multiplies by four rows of weights at once, as registers allow: 4 or 1.
+    const DOT_ROWS: usize;
 
     /// Sixteen times the same.
     fn splat(self, value: f32) -> Self::V;
@@ -47,19 +50,20 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`, which is `b` where either is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The nearest integers, ties to even.
+    /// The nearest integers, ties to even; of zeros the sign is unspecified. For `|a| < 2^22`.
     fn round(self, a: Self::V) -> Self::V;
     /// `2^a` for integers in `-126..=127`.
     fn pow2(self, a: Self::V) -> Self::V;
 
-    /// `columns[k][j] = rows[j][k]`, widened, for 64 bytes of each row.
-    fn transpose<T: Float>(self, rows: &[&[T]; LANES], columns: Columns<'_>);
+    /// `columns[i][j] = rows[j][k + i]`, widened, for 64 bytes of each row.
+    ///
+    /// # Safety
+    ///
+    /// Every row has 64 bytes at element `k`.
+    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>);
 
     /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
-    fn add_product(self, product: super::gemm::AddProduct<'_>);
-
-    /// Asks for a cache line that will be read soon.
-    fn prefetch<T>(self, at: &T);
+    fn add_product<F: Fn(usize, usize)>(self, product: super::gemm::AddProduct<'_, F>);
 
     /// All lanes as an array.
     #[inline(always)]
@@ -130,17 +134,10 @@ fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[0]
 }
 
-/// Where a transposed block goes: row `k` begins at `k * stride`.
+/// Where a transposed block goes: column `i` begins at `i * stride`.
 pub(crate) struct Columns<'a> {
     pub(crate) data: &'a mut [f32],
     pub(crate) stride: usize,
-}
-
-impl Columns<'_> {
-    #[inline(always)]
-    pub(crate) fn row(&mut self, k: usize) -> &mut [f32; LANES] {
-        self.data[k * self.stride..].first_chunk_mut().expect("room for a row")
-    }
 }
 
 /// Work that is the same for every instruction set.

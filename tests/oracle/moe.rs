@@ -4,7 +4,6 @@
 pub struct Shape {
     pub d_model: usize,
     pub d_ffn: usize,
-    pub num_experts: usize,
     pub top_k: usize,
 }
 

@@ -1,11 +1,17 @@
 //! CPU backend of `grouped_gemm`. Callers have checked the shapes.
 //!
-//! Work is cut into tiles: some rows of one expert times some columns of its weights. A task widens its input rows to
-//! `f32`, one block of k at a time, packs the weights of that block into panels of [`NR`] columns, and lets the
-//! micro-kernel add the products to sums that stay in scratch until the last block; then they are stored, once.
+//! Work is cut into tiles: some rows of one expert times some columns of its weights. A task computes its tile's sums in
+//! scratch, in `f32`, and stores them once. There are three ways to the sums:
 //!
-//! Every sum is a chain over the k of a block, and blocks are added in order. Only [`KC`] decides that, so rows, columns
-//! and threads may be cut in any way without changing a bit.
+//! | way | when | how |
+//! |---|---|---|
+//! | `packed` | otherwise | widen a block of k of the rows, pack the same block of some columns of weights, multiply |
+//! | `by_rows` | order `Kn`, few rows in the tile | weights are read once, row after row, and added to all sums at once |
+//! | `by_dots` | order `Nk`, few rows in the call | weights are read once, some rows side by side, as dot products |
+//!
+//! `packed` and `by_rows` give the same bits: each sum is a chain over the k of a block, and blocks are added in order; only
+//! [`KC`] shows. `by_dots` has another order, so it is chosen by what the caller knows: at most [`FEW_ROWS`] rows for each expert
+//! there is, on average. How rows, columns and threads are cut shows in no bit.
 
 use std::ops::Range;
 
@@ -14,14 +20,18 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, pack_kn, pack_nk};
-use crate::simd::{narrow, silu_mul, widen, with_scratch};
+use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, add_rows, dots, pack_kn, pack_nk};
+use crate::simd::{LANES, narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
+/// Up to this many rows of an expert, reading its weights is what takes time.
+const FEW_ROWS: usize = 8;
 /// The most rows of a tile: a block of k of them stays in the second-level cache.
 const ROW_BLOCK: usize = 256;
-/// Columns of a tile.
-const COL_BLOCK: usize = 128;
+/// The most columns of a tile, where experts have many rows and where they have few.
+const COL_BLOCKS: [usize; 2] = [512, 4096];
+/// Tiles that every thread should get, so that none waits long for the last.
+const TILES_PER_THREAD: usize = 4;
 
 /// One product per weight argument, stored as it is, or two, stored as `silu(first) * second`.
 pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
@@ -33,65 +43,171 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
 ) -> Result<(), Error> {
     const { assert!(P == 1 || P == 2) };
     let (x, cols) = (x.host(), y.cols());
+    let few = rows.rows() <= FEW_ROWS * rows.num_experts();
     rows.with_offsets(|offsets| {
-        let tiling = Tiling::new(offsets, cols, ROW_BLOCK, COL_BLOCK);
+        let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        let cuts = (TILES_PER_THREAD * stream.workers().threads()).div_ceil(groups.max(1));
+        let col_block = round_up(cols.div_ceil(cuts), NR).clamp(2 * NR, COL_BLOCKS[usize::from(few)]);
+        let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block);
         y.host().for_each_tile(stream, &tiling, |tile| {
-            let weights = weights.map(|w| Weights { of_expert: w.expert(tile.group).host(), order: w.order() });
-            compute_tile(x, &rows, weights, tile);
+            let product = Product {
+                x,
+                rows: &rows,
+                weights: weights.map(|w| w.expert(tile.group).host()),
+                order: weights[0].order(),
+                out_rows: tile.rows.clone(),
+                out_cols: tile.cols.clone(),
+            };
+            product.compute(few, tile);
         });
     });
     Ok(())
 }
 
-/// One expert's matrix.
-struct Weights<'a, W> {
-    of_expert: HostRows<'a, W>,
+/// What a tile is computed from.
+struct Product<'a, A, W, const P: usize> {
+    x: HostRows<'a, A>,
+    rows: &'a ExpertRows<'a>,
+    /// One expert's matrices, all in the same order.
+    weights: [HostRows<'a, W>; P],
     order: WeightOrder,
+    /// The tile's place in the output.
+    out_rows: Range<usize>,
+    out_cols: Range<usize>,
 }
 
-impl<W: Float> Weights<'_, W> {
-    /// The weights of some columns of the output at some k, as a panel `[k, NR]`. Columns beyond `cols` keep what was there.
-    fn pack(&self, cols: Range<usize>, k: Range<usize>, panel: &mut [f32]) {
-        match self.order {
-            WeightOrder::Nk => pack_nk(cols.len(), |col| &self.of_expert.row(cols.start + col)[k.clone()], panel),
-            WeightOrder::Kn => pack_kn(k.len(), |step| &self.of_expert.row(k.start + step)[cols.clone()], panel),
+/// Sums of one tile: `P` matrices of as many rows, whose rows are `stride` apart.
+struct Sums<'a> {
+    data: &'a mut [f32],
+    /// Elements of one matrix.
+    len: usize,
+    stride: usize,
+}
+
+/// Some columns of the output, and some of the k that are summed over.
+struct Panel {
+    product: usize,
+    cols: Range<usize>,
+    k: Range<usize>,
+}
+
+impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
+    fn compute<O: Float>(&self, few: bool, mut tile: TileMut<'_, O>) {
+        let (num_rows, num_cols) = (self.out_rows.len(), self.out_cols.len());
+        let stride = round_up(num_cols, NR);
+        let len = num_rows * stride;
+        let way = match self.order {
+            WeightOrder::Nk if few => Self::by_dots,
+            WeightOrder::Kn if num_rows <= FEW_ROWS => Self::by_rows,
+            _ => Self::packed,
+        };
+        let blocks = self.x.cols().div_ceil(KC);
+        // What the greediest way needs: all k of a few rows, or a block of k of many; a panel, or chains.
+        let inputs = num_rows * if few || num_rows <= FEW_ROWS { blocks * A_STRIDE } else { A_STRIDE };
+        with_scratch(P * len + inputs + len.max(KC * NR), |scratch| {
+            let (data, scratch) = scratch.split_at_mut(P * len);
+            data.fill(0.0);
+            way(self, Sums { data, len, stride }, scratch);
+            let (first, second) = data.split_at_mut(len);
+            for row in 0..num_rows {
+                let at = row * stride..row * stride + num_cols;
+                let sums = &mut first[at.clone()];
+                if P == 2 {
+                    silu_mul(sums, &second[at]);
+                }
+                narrow(tile.row_mut(row), sums);
+            }
+        });
+    }
+
+    /// A block of k of an input row.
+    fn input(&self, row: usize, k: Range<usize>) -> &[A] {
+        &self.x.row(self.rows.input_row(row))[k]
+    }
+
+    /// The blocks of k.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<A, W, P> {
+        let num_k = self.x.cols();
+        (0..num_k).step_by(KC).map(move |k| k..num_k.min(k + KC))
+    }
+
+    /// Widens a block of k of the tile's rows.
+    fn widen_block(&self, k: &Range<usize>, a: &mut [f32]) {
+        for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(self.out_rows.clone()) {
+            widen(&mut a[..k.len()], self.input(row, k.clone()));
         }
     }
-}
 
-fn compute_tile<A: Float, W: Float, O: Float, const P: usize>(
-    x: HostRows<'_, A>,
-    rows: &ExpertRows<'_>,
-    weights: [Weights<'_, W>; P],
-    mut tile: TileMut<'_, O>,
-) {
-    let (num_rows, num_cols) = (tile.rows.len(), tile.cols.len());
-    let sum_stride = round_up(num_cols, NR);
-    let (a_len, sums_len) = (num_rows * A_STRIDE, num_rows * sum_stride);
-    with_scratch(a_len + KC * NR + P * sums_len, |scratch| {
-        let (a, scratch) = scratch.split_at_mut(a_len);
-        let (panel, sums) = scratch.split_at_mut(KC * NR);
-        sums.fill(0.0);
-        for k in (0..x.cols()).step_by(KC).map(|k| k..x.cols().min(k + KC)) {
-            for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(tile.rows.clone()) {
-                widen(&mut a[..k.len()], &x.row(rows.input_row(row))[k.clone()]);
-            }
-            for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(sums_len)) {
-                for col in (0..num_cols).step_by(NR) {
-                    let cols = tile.cols.start + col..tile.cols.end.min(tile.cols.start + col + NR);
-                    weights.pack(cols, k.clone(), panel);
-                    add_product(a, &panel[..k.len() * NR], &mut sums[col..], sum_stride);
-                }
+    fn by_dots(&self, sums: Sums<'_>, scratch: &mut [f32]) {
+        let (num_k, cols) = (self.x.cols(), self.out_cols.len());
+        let x_stride = round_up(num_k, LANES);
+        let x = &mut scratch[..self.out_rows.len() * x_stride];
+        if x.is_empty() {
+            return; // no k: the sums are zeros
+        }
+        for (x, row) in x.chunks_exact_mut(x_stride).zip(self.out_rows.clone()) {
+            widen(&mut x[..num_k], self.input(row, 0..num_k));
+        }
+        for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
+            dots(x, x_stride, cols, |col| weights.row(self.out_cols.start + col), sums_of, sums.stride);
+        }
+    }
+
+    fn by_rows(&self, sums: Sums<'_>, scratch: &mut [f32]) {
+        let (a, chains) = scratch.split_at_mut(self.out_rows.len() * A_STRIDE);
+        for k in self.blocks() {
+            self.widen_block(&k, a);
+            for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
+                let row = |step: usize| &weights.row(k.start + step)[self.out_cols.clone()];
+                add_rows(a, k.len(), row, &mut chains[..sums.len], sums_of, sums.stride);
             }
         }
-        let (sums, up) = sums.split_at_mut(sums_len);
-        for row in 0..num_rows {
-            let at = row * sum_stride..row * sum_stride + num_cols;
-            let sums = &mut sums[at.clone()];
-            if P == 2 {
-                silu_mul(sums, &up[at]);
+    }
+
+    fn packed(&self, sums: Sums<'_>, scratch: &mut [f32]) {
+        let (a, scratch) = scratch.split_at_mut(self.out_rows.len() * A_STRIDE);
+        let packed = &mut scratch[..KC * NR];
+        let mut panels = self.panels().peekable();
+        while let Some(panel) = panels.next() {
+            if panel.product == 0 && panel.cols.start == self.out_cols.start {
+                self.widen_block(&panel.k, a);
             }
-            narrow(tile.row_mut(row), sums);
+            self.pack(&panel, packed);
+            let next = panels.peek();
+            let ahead = |part, parts| next.into_iter().for_each(|next| self.prefetch(next, part, parts));
+            let at = panel.product * sums.len + panel.cols.start - self.out_cols.start;
+            add_product_ahead(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
         }
-    });
+    }
+
+    /// Block of k by block of k, product by product, column by column.
+    fn panels(&self) -> impl Iterator<Item = Panel> {
+        let cols = self.out_cols.clone().step_by(NR).map(|col| col..self.out_cols.end.min(col + NR));
+        self.blocks().flat_map(move |k| {
+            let cols = cols.clone();
+            (0..P).flat_map(move |product| {
+                let k = k.clone();
+                cols.clone().map(move |cols| Panel { product, cols, k: k.clone() })
+            })
+        })
+    }
+
+    /// Writes a panel as `[k, NR]`. Columns beyond its own keep what was there.
+    fn pack(&self, panel: &Panel, to: &mut [f32]) {
+        let (weights, Panel { cols, k, .. }) = (&self.weights[panel.product], panel);
+        match self.order {
+            WeightOrder::Nk => pack_nk(cols.len(), |col| &weights.row(cols.start + col)[k.clone()], to),
+            WeightOrder::Kn => pack_kn(k.len(), |step| &weights.row(k.start + step)[cols.clone()], to),
+        }
+    }
+
+    /// Asks for the i-th of n parts of a panel's weights.
+    fn prefetch(&self, panel: &Panel, i: usize, n: usize) {
+        let part = |all: &Range<usize>| all.start + all.len() * i / n..all.start + all.len() * (i + 1) / n;
+        let (weights, Panel { cols, k, .. }) = (&self.weights[panel.product], panel);
+        match self.order {
+            WeightOrder::Nk => part(cols).for_each(|col| prefetch(&weights.row(col)[k.clone()])),
+            WeightOrder::Kn => part(k).for_each(|k| prefetch(&weights.row(k)[cols.clone()])),
+        }
+    }
 }

@@ -31,18 +31,21 @@ type V = [__m256; 2];
 /// The same on both halves. What touches memory says beside the call why it may.
 macro_rules! both {
     (|$half:ident| $call:expr) => {
-        [0, 1].map(
-            #[inline(always)]
-            |$half| {
-                // SAFETY: the token exists only where the features were detected.
-                unsafe { $call }
-            },
-        )
+        // SAFETY: the token exists only where the features were detected.
+        unsafe {
+            let first = {
+                let $half = 0;
+                $call
+            };
+            let $half = 1;
+            [first, $call]
+        }
     };
 }
 
 impl Simd for Avx2 {
     type V = V;
+    const DOT_ROWS: usize = 1;
 
     #[inline(always)]
     fn splat(self, value: f32) -> V {
@@ -111,43 +114,21 @@ impl Simd for Avx2 {
         both!(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a[half]), _mm256_set1_epi32(127)))))
     }
     #[inline(always)]
-    fn transpose<T: Float>(self, rows: &[&[T]; LANES], mut columns: Columns<'_>) {
-        let elems = 64 / size_of::<T>();
-        // By quarters: 8 rows, 32 bytes of each.
+    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
+        let Columns { data, stride } = columns;
+        let block = 64 / size_of::<T>();
+        assert!(data.len() >= (block - 1) * stride + LANES, "room for the columns");
+        // By quarters: eight rows, 32 bytes of each.
         for (side, rows) in rows.as_chunks::<8>().0.iter().enumerate() {
-            for part in 0..2 {
-                // SAFETY: the slice has 32 bytes of the row; detected features.
-                let words = rows.map(|row| unsafe { _mm256_loadu_ps(row[..elems][part * elems / 2..].as_ptr().cast()) });
-                // SAFETY: detected features.
-                let words = unsafe { transpose_words(words) };
-                for (k, words) in words.into_iter().enumerate() {
-                    let mut put = |k: usize, values: __m256| {
-                        let to: &mut [f32; 8] = &mut columns.row(k).as_chunks_mut().0[side];
-                        // SAFETY: eight floats, exclusively borrowed; detected features.
-                        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), values) }
-                    };
-                    match T::DTYPE {
-                        // A word holds two elements of a row, the first in its lower half.
-                        DType::Bf16 | DType::F16 => {
-                            // SAFETY: detected features.
-                            let [even, odd] = unsafe { widen_halves(words, T::DTYPE == DType::Bf16) };
-                            put(16 * part + 2 * k, even);
-                            put(16 * part + 2 * k + 1, odd);
-                        }
-                        _ => put(8 * part + k, words),
-                    }
-                }
+            for part in [0, block / 2] {
+                // SAFETY: the caller's duty for the rows, the assertion for the columns, detected features.
+                unsafe { transpose_block(rows, k + part, data.as_mut_ptr().add(part * stride + 8 * side), stride) }
             }
         }
     }
     #[inline(always)]
-    fn add_product(self, product: AddProduct<'_>) {
+    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4 5 6);
-    }
-    #[inline(always)]
-    fn prefetch<T>(self, at: &T) {
-        // SAFETY: a hint; it does not fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
     }
 }
 
@@ -177,34 +158,56 @@ fn lower_halves(words: __m256i) -> __m128i {
 fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
     let bits = _mm256_castps_si256(words);
     if bf16 {
-        [_mm256_slli_epi32::<16>(bits), _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32))].map(|b| _mm256_castsi256_ps(b))
+        let upper = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(upper)]
     } else {
-        [_mm256_and_si256(bits, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32::<16>(bits)].map(|b| _mm256_cvtph_ps(lower_halves(b)))
+        let lower = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
+        [_mm256_cvtph_ps(lower_halves(lower)), _mm256_cvtph_ps(lower_halves(_mm256_srli_epi32::<16>(bits)))]
     }
 }
 
-/// Transposes 8 x 8 words: pairs of words, pairs of pairs, then halves of registers.
+/// Transposes 32 bytes of eight rows: pairs of words, pairs of pairs, then halves of registers.
+///
+/// # Safety
+///
+/// Every row has 32 bytes at element `k`; at `to` there is room for that many columns, `stride` apart.
 #[inline]
-#[target_feature(enable = "avx2")]
-fn transpose_words(rows: [__m256; 8]) -> [__m256; 8] {
+#[target_feature(enable = "avx2,f16c")]
+#[allow(clippy::needless_range_loop)] // iterators over arrays by value would put registers into memory
+unsafe fn transpose_block<T: Float>(rows: &[&[T]; 8], k: usize, to: *mut f32, stride: usize) {
+    // A closure, so that it has this function's instructions.
+    let column = |i: usize, words: __m256| {
+        // SAFETY: the caller's duty; a word is one element, or two of which the first is in the lower half.
+        unsafe {
+            match T::DTYPE {
+                DType::Bf16 | DType::F16 => {
+                    let [even, odd] = widen_halves(words, T::DTYPE == DType::Bf16);
+                    _mm256_storeu_ps(to.add(2 * i * stride), even);
+                    _mm256_storeu_ps(to.add((2 * i + 1) * stride), odd);
+                }
+                _ => _mm256_storeu_ps(to.add(i * stride), words),
+            }
+        }
+    };
     let zero = _mm256_setzero_ps();
-    // Within each half h of row group g (rows 4g..4g+4): column 4h + c of the four rows.
-    let mut quads = [[zero; 4]; 2]; // [row group][c]
-    for (group, quad) in quads.iter_mut().enumerate() {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * group + i]);
-        let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-        let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-        let pair = |low, high, second| {
-            let (low, high) = (_mm256_castps_pd(low), _mm256_castps_pd(high));
-            _mm256_castpd_ps(if second { _mm256_unpackhi_pd(low, high) } else { _mm256_unpacklo_pd(low, high) })
-        };
-        *quad = [pair(ab_low, cd_low, false), pair(ab_low, cd_low, true), pair(ab_high, cd_high, false), pair(ab_high, cd_high, true)];
+    // Half h of `quads[g][c]` holds column 4h + c of the rows 4g..4g + 4.
+    let mut quads = [[zero; 4]; 2];
+    for (group, quads) in quads.iter_mut().enumerate() {
+        let mut four = [zero; 4];
+        for (i, words) in four.iter_mut().enumerate() {
+            // SAFETY: the caller's duty.
+            *words = unsafe { _mm256_loadu_ps(rows[4 * group + i].as_ptr().add(k).cast()) };
+        }
+        let [a, b, c, d] = four;
+        let (ab_low, ab_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(a, b)));
+        let (cd_low, cd_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(c, d)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+        quads[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
+        quads[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
+        quads[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
+        quads[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
     }
-    let mut columns = [zero; 8];
     for c in 0..4 {
-        let (upper, lower) = (quads[0][c], quads[1][c]);
-        columns[c] = _mm256_permute2f128_ps::<0x20>(upper, lower);
-        columns[4 + c] = _mm256_permute2f128_ps::<0x31>(upper, lower);
+        column(c, _mm256_permute2f128_ps::<0x20>(quads[0][c], quads[1][c]));
+        column(4 + c, _mm256_permute2f128_ps::<0x31>(quads[0][c], quads[1][c]));
     }
-    columns
 }

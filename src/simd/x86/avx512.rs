@@ -35,6 +35,7 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     type V = __m512;
+    const DOT_ROWS: usize = 4;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -101,32 +102,15 @@ impl Simd for Avx512 {
         op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)))))
     }
     #[inline(always)]
-    fn transpose<T: Float>(self, rows: &[&[T]; LANES], mut columns: Columns<'_>) {
-        let elems = 64 / size_of::<T>();
-        // SAFETY: the slice has 64 bytes of the row; detected features.
-        let words = rows.map(|row| unsafe { _mm512_loadu_ps(row[..elems].as_ptr().cast()) });
-        // SAFETY: detected features.
-        let words = unsafe { transpose_words(words) };
-        for (k, words) in words.into_iter().enumerate() {
-            match T::DTYPE {
-                // A word holds two elements of a row, the first in its lower half.
-                DType::Bf16 | DType::F16 => {
-                    // SAFETY: detected features.
-                    let [even, odd] = unsafe { widen_halves(words, T::DTYPE == DType::Bf16) };
-                    self.store(even, columns.row(2 * k));
-                    self.store(odd, columns.row(2 * k + 1));
-                }
-                _ => self.store(words, columns.row(k)),
-            }
-        }
+    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
+        let Columns { data, stride } = columns;
+        assert!(data.len() >= (64 / size_of::<T>() - 1) * stride + LANES, "room for the columns");
+        // SAFETY: the caller's duty for the rows, the assertion for the columns, detected features.
+        unsafe { transpose_block(rows, k, data.as_mut_ptr(), stride) }
     }
     #[inline(always)]
-    fn add_product(self, product: AddProduct<'_>) {
+    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
         add_tiles!(self, product, vectors: 2, rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-    }
-    #[inline(always)]
-    fn prefetch<T>(self, at: &T) {
-        op!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()))
     }
 }
 
@@ -148,39 +132,62 @@ fn round_to_bf16(values: __m512) -> __m512i {
 fn widen_halves(words: __m512, bf16: bool) -> [__m512; 2] {
     let bits = _mm512_castps_si512(words);
     if bf16 {
-        [_mm512_slli_epi32::<16>(bits), _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000u32 as i32))].map(|b| _mm512_castsi512_ps(b))
+        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000u32 as i32));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(upper)]
     } else {
-        [bits, _mm512_srli_epi32::<16>(bits)].map(|b| _mm512_cvtph_ps(_mm512_cvtepi32_epi16(b)))
+        let upper = _mm512_srli_epi32::<16>(bits);
+        [_mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper))]
     }
 }
 
-/// Transposes 16 x 16 words: pairs of words, pairs of pairs, then quarters of registers.
+/// Transposes 64 bytes of sixteen rows: pairs of words, pairs of pairs, then quarters of registers.
+///
+/// # Safety
+///
+/// Every row has 64 bytes at element `k`; at `to` there is room for that many columns, `stride` apart.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose_words(rows: [__m512; 16]) -> [__m512; 16] {
+#[allow(clippy::needless_range_loop)] // iterators over arrays by value would put registers into memory
+unsafe fn transpose_block<T: Float>(rows: &[&[T]; LANES], k: usize, to: *mut f32, stride: usize) {
+    // A closure, so that it has this function's instructions.
+    let column = |i: usize, words: __m512| {
+        // SAFETY: the caller's duty; a word is one element, or two of which the first is in the lower half.
+        unsafe {
+            match T::DTYPE {
+                DType::Bf16 | DType::F16 => {
+                    let [even, odd] = widen_halves(words, T::DTYPE == DType::Bf16);
+                    _mm512_storeu_ps(to.add(2 * i * stride), even);
+                    _mm512_storeu_ps(to.add((2 * i + 1) * stride), odd);
+                }
+                _ => _mm512_storeu_ps(to.add(i * stride), words),
+            }
+        }
+    };
     let zero = _mm512_setzero_ps();
-    // Within each quarter q of row group g (rows 4g..4g+4): column 4q + c of the four rows.
-    let mut quads = [[zero; 4]; 4]; // [row group][c]
-    for (group, quad) in quads.iter_mut().enumerate() {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * group + i]);
-        let (ab_low, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        let (cd_low, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        let pair = |low, high, second| {
-            let (low, high) = (_mm512_castps_pd(low), _mm512_castps_pd(high));
-            _mm512_castpd_ps(if second { _mm512_unpackhi_pd(low, high) } else { _mm512_unpacklo_pd(low, high) })
-        };
-        *quad = [pair(ab_low, cd_low, false), pair(ab_low, cd_low, true), pair(ab_high, cd_high, false), pair(ab_high, cd_high, true)];
+    // Quarter q of `quads[g][c]` holds column 4q + c of the rows 4g..4g + 4.
+    let mut quads = [[zero; 4]; 4];
+    for (group, quads) in quads.iter_mut().enumerate() {
+        let mut four = [zero; 4];
+        for (i, words) in four.iter_mut().enumerate() {
+            // SAFETY: the caller's duty.
+            *words = unsafe { _mm512_loadu_ps(rows[4 * group + i].as_ptr().add(k).cast()) };
+        }
+        let [a, b, c, d] = four;
+        let (ab_low, ab_high) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b)));
+        let (cd_low, cd_high) = (_mm512_castps_pd(_mm512_unpacklo_ps(c, d)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+        quads[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+        quads[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+        quads[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+        quads[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
     }
-    let mut columns = [zero; 16];
     for c in 0..4 {
-        let [g0, g1, g2, g3] = [0, 1, 2, 3].map(|group| quads[group][c]);
-        // Quarters 0 and 2, then 1 and 3, of two row groups side by side.
+        let (g0, g1, g2, g3) = (quads[0][c], quads[1][c], quads[2][c], quads[3][c]);
+        // Quarters 0 and 2, then 1 and 3, of two groups of rows side by side.
         let (even01, odd01) = (_mm512_shuffle_f32x4::<0b10_00_10_00>(g0, g1), _mm512_shuffle_f32x4::<0b11_01_11_01>(g0, g1));
         let (even23, odd23) = (_mm512_shuffle_f32x4::<0b10_00_10_00>(g2, g3), _mm512_shuffle_f32x4::<0b11_01_11_01>(g2, g3));
-        columns[c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even01, even23);
-        columns[4 + c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd01, odd23);
-        columns[8 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even01, even23);
-        columns[12 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd01, odd23);
+        column(c, _mm512_shuffle_f32x4::<0b10_00_10_00>(even01, even23));
+        column(4 + c, _mm512_shuffle_f32x4::<0b10_00_10_00>(odd01, odd23));
+        column(8 + c, _mm512_shuffle_f32x4::<0b11_01_11_01>(even01, even23));
+        column(12 + c, _mm512_shuffle_f32x4::<0b11_01_11_01>(odd01, odd23));
     }
-    columns
 }

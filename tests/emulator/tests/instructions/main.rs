@@ -72,6 +72,7 @@ fn without_its_order_each_kernel_is_reported() {
         (families::barrier::family(), "bar.arrive", "bar.sync 2, 128;", DataRace),
         (families::barrier::family(), "barrier.cluster relaxed", "fence.acq_rel.cluster;", DataRace),
         (families::mbarrier::family(), "arrive and test_wait", "@!p bra wait;", DataRace),
+        (families::mbarrier::family(), "arrive and try_wait", "@!p bra wait;", DataRace),
         (families::mbarrier::family(), "five phases", "bar.sync 0;\n\tadd.u32 round", DataRace),
         (families::mbarrier::family(), "expect_tx and complete_tx", "mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [bar], 4;", Deadlock),
         (families::async_copy::family(), "cp.async.cg 16", "bar.sync 0;", DataRace),
