@@ -1,19 +1,18 @@
 // embedding: y[t, :] = table[ids[t], :]
 //
 // Contract  src/ops/embedding.rs has checked shapes, dtypes and that every id is below V, embedding/cuda.rs that every row begins on 16 bytes.
-// Work      grid-stride over rows of 16-byte vectors, the last of a row cut to its elements; any grid size is correct.
+// Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: 2 * T * D * sizeof(T) + 4 * T bytes.
 // Order     a copy, bit for bit.
 #include "common/dtype.cuh"
 
 template <typename T> __device__ void lookup(const EmbeddingParams& p) {
     constexpr int SIZE = Vec<T>::SIZE;
-    const int64_t vectors = (p.d_model + SIZE - 1) / SIZE;
-    const int64_t n = p.num_tokens * vectors;
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-        const int64_t token = i / vectors, col = i % vectors * SIZE, left = p.d_model - col;
-        const T*      row = static_cast<const T*>(p.table) + int64_t(p.ids[token]) * p.table_stride;
-        store_first(static_cast<T*>(p.y) + token * p.y_stride + col, left, load_first(row + col, left));
+    for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
+        const T* row = static_cast<const T*>(p.table) + int64_t(p.ids[token]) * p.table_stride;
+        T*       y = static_cast<T*>(p.y) + token * p.y_stride;
+        for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_model; col += blockDim.x * SIZE)
+            store_first(y + col, p.d_model - col, load_first(row + col, p.d_model - col));
     }
 }
 

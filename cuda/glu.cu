@@ -1,7 +1,7 @@
 // glu: y[r, f] = silu(gate[r, f]) * up[r, f]
 //
 // Contract  src/ops/glu.rs has checked shapes and dtypes, glu/cuda.rs that every row begins on 16 bytes; nothing is re-checked here.
-// Work      grid-stride over rows of 16-byte vectors, the last of a row cut to its elements; any grid size is correct.
+// Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: 3 * R * F * sizeof(T) bytes.
 // Order     elementwise, so the bits of a row depend on that row alone.
 #include "common/dtype.cuh"
@@ -10,16 +10,17 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <typename T> __device__ void glu(const GluParams& p) {
     constexpr int SIZE = Vec<T>::SIZE;
-    const int64_t vectors = (p.d_ffn + SIZE - 1) / SIZE;
-    const int64_t n = p.rows * vectors; // 64-bit: R * F passes 2^31 at T = 49,933 for DBRX
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-        const int64_t row = i / vectors, col = i % vectors * SIZE, left = p.d_ffn - col;
-        const Vec<T>  gate = load_first(static_cast<const T*>(p.gate) + row * p.gate_stride + col, left);
-        const Vec<T>  up = load_first(static_cast<const T*>(p.up) + row * p.up_stride + col, left);
-        Vec<T>        y;
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) { // 64-bit: R * F passes 2^31 at T = 49,933 for DBRX
+        const T* gates = static_cast<const T*>(p.gate) + row * p.gate_stride;
+        const T* ups = static_cast<const T*>(p.up) + row * p.up_stride;
+        T*       ys = static_cast<T*>(p.y) + row * p.y_stride;
+        for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_ffn; col += blockDim.x * SIZE) {
+            const Vec<T> gate = load_first(gates + col, p.d_ffn - col), up = load_first(ups + col, p.d_ffn - col);
+            Vec<T>       y;
 #pragma unroll
-        for (int j = 0; j < SIZE; j++) y.at[j] = from_f32<T>(silu(to_f32(gate.at[j])) * to_f32(up.at[j]));
-        store_first(static_cast<T*>(p.y) + row * p.y_stride + col, left, y);
+            for (int j = 0; j < SIZE; j++) y.at[j] = from_f32<T>(silu(to_f32(gate.at[j])) * to_f32(up.at[j]));
+            store_first(ys + col, p.d_ffn - col, y);
+        }
     }
 }
 

@@ -219,6 +219,17 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok(to_f64(&y.take(stream)))
         })
     });
+    if dtype != "f32" {
+        check("grouped_gemm_{nt, nn}_to_f32", &|stream| {
+            routed(stream, &|routing| {
+                let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * D, D, 0.1));
+                let [mut y, mut z] = [(); 2].map(|()| Guarded::<f32>::new(stream, 2 * TOKENS, D, 0, POISONS[0]));
+                grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+                grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut z.view_mut())?;
+                Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
+            })
+        });
+    }
     for head_dim in [16, 6] {
         let name = if head_dim == 16 { "rope, attention" } else { "rope_single, attention" };
         check(name, &|stream| {

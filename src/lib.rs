@@ -56,6 +56,8 @@
 //! | `cuda` | yes | the CUDA backend with its images; nothing is needed at build time |
 //! | `rayon` | yes | worker threads for the CPU backend |
 //! | `text` | no | the DBRX example reads prompts as text |
+//! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
+//! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
 //!
 //! # Rounding
 //!

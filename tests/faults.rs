@@ -14,11 +14,11 @@ use dropless::{
     Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, TokenIds,
     Workspace, embedding, grouped_gemm, norm, rope, sample,
 };
-use dropless_kit::compare::same_bits;
+use dropless_kit::compare::{relative_l2, same_bits};
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
-use dropless_kit::fill::normal;
+use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::recorder::Recorder;
 
 const D: usize = 16;
@@ -26,12 +26,14 @@ const TOKENS: usize = 3;
 const VOCABULARY: usize = 8;
 const SHAPE: Shape = Shape { d_model: D, d_ffn: 24, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
 
-/// Buffers of a small model of one layer; every operation once.
+/// A transformer layer behind an embedding, small; every operation at least once.
 struct Model {
     heads: HeadLayout,
     logits: Buffer<f32>,
     table: Buffer<f32>,
     weight: Buffer<f32>,
+    w_qkv: Buffer<f32>,
+    w_out: Buffer<f32>,
     qkv: Buffer<f32>,
     router: Buffer<f32>,
     experts: [Buffer<f32>; 3],
@@ -56,7 +58,9 @@ impl Model {
             logits: Buffer::zeros(stream, TOKENS * VOCABULARY)?,
             table: fill(1, VOCABULARY * D)?,
             weight: fill(2, D)?,
-            qkv: fill(3, TOKENS * heads.qkv_cols())?,
+            w_qkv: fill(3, heads.qkv_cols() * D)?,
+            w_out: fill(9, D * heads.q_cols())?,
+            qkv: Buffer::zeros(stream, TOKENS * heads.qkv_cols())?,
             router: fill(4, 4 * D)?,
             experts: [fill(5, 4 * 24 * D)?, fill(6, 4 * 24 * D)?, fill(7, 4 * 24 * D)?],
             rope: RopeTable::new(stream, 1e4, 4, 8)?,
@@ -93,10 +97,23 @@ impl Model {
             1e-5,
             &mut self.y.rows_mut(TOKENS, D)?,
         )?;
-        let qkv = self.qkv.rows(TOKENS, heads.qkv_cols())?;
+        let (all, qkv_cols) = (ExpertRows::dense(TOKENS)?, heads.qkv_cols());
+        let w_qkv = ExpertWeights::nk(self.w_qkv.rows(qkv_cols, D)?, 1)?;
+        grouped_gemm::nt(stream, self.y.rows(TOKENS, D)?, w_qkv, all, &mut self.qkv.rows_mut(TOKENS, qkv_cols)?)?;
+        let qkv = self.qkv.rows(TOKENS, qkv_cols)?;
         rope::clip_rotate_append(stream, qkv, heads, Some(8.0), &self.rope, &mut cache.layer_mut(0)?, &mut self.x.rows_mut(TOKENS, D)?)?;
         prefill(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.y.rows_mut(TOKENS, D)?)?;
         decode(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.workspace, &mut self.y.rows_mut(TOKENS, D)?)?;
+        let w_out = ExpertWeights::nk(self.w_out.rows(D, heads.q_cols())?, 1)?;
+        grouped_gemm::nt(stream, self.y.rows(TOKENS, D)?, w_out, all, &mut self.x.rows_mut(TOKENS, D)?)?;
+        norm::add_layer_norm(
+            stream,
+            self.x.rows(TOKENS, D)?,
+            &mut self.residual.rows_mut(TOKENS, D)?,
+            weight,
+            1e-5,
+            &mut self.y.rows_mut(TOKENS, D)?,
+        )?;
         let [w1, v1, w2] = self.experts.each_ref().map(|w| w.rows(4 * 24, D));
         let weights = Weights {
             router: self.router.rows(4, D)?,
@@ -274,6 +291,22 @@ fn a_full_device_refuses_with_numbers() {
         drop(kept);
     }
     assert!(driver.reports().is_empty());
+}
+
+/// The layer on the emulated GPU and on the CPU are the same function.
+#[test]
+fn devices_agree_on_a_layer() {
+    let run = |stream: &Stream| {
+        let mut model = Model::new(stream).unwrap();
+        model.step(stream).unwrap();
+        let [x, residual] = [&model.x, &model.residual].map(|values| to_f64(&values.to_vec(stream).unwrap()));
+        [x, residual].concat()
+    };
+    let want = run(&device::cpu(1));
+    device::each_schedule(|stream| {
+        let error = relative_l2(&run(stream), &want);
+        assert!(error <= 5e-6, "relative L2 {error:e}");
+    });
 }
 
 /// A step captured as a graph and launched again computes what it computed at once: no operation talks to the host.

@@ -90,6 +90,8 @@ pub(crate) struct RawStream {
 /// Blocks per SM of a launch over many small items: enough to hide latency. Such kernels are grid-stride, so that any number
 /// of blocks is correct.
 const BLOCKS_PER_SM: u32 = 8;
+/// Threads of a block that has a row to itself: what the launch bounds of those kernels allow.
+const MAX_ROW_THREADS: usize = 256;
 
 /// The shape of a launch, apart from its parameters.
 pub(crate) struct Grid {
@@ -112,6 +114,12 @@ impl RawStream {
     pub(crate) fn grid(&self, items: u64, per_block: u64, threads: u32) -> Grid {
         let most = u64::from(self.device.attributes.sm_count * BLOCKS_PER_SM);
         Grid { blocks: [items.div_ceil(per_block).clamp(1, most) as u32, 1, 1], threads, shared_bytes: 0 }
+    }
+
+    /// A grid for kernels that give each of `rows` to a block, whose threads share its 16-byte vectors.
+    pub(crate) fn row_grid(&self, rows: usize, row_bytes: usize) -> Grid {
+        let threads = row_bytes.div_ceil(16).next_multiple_of(32).min(MAX_ROW_THREADS) as u32;
+        self.grid(rows as u64, 1, threads)
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {

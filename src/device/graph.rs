@@ -24,7 +24,7 @@ impl Graph {
     /// # Safety
     ///
     /// Everything that the recorded operations were given is still there: the buffers, workspaces and raw memory behind every view.
-    /// No other stream uses them, unless ordered by [`Stream::join`]; a graph's own uses are not remembered.
+    /// No other stream uses them, unless ordered by [`Stream::join`](super::Stream::join); a graph's own uses are not remembered.
     ///
     /// # Errors
     ///

@@ -99,7 +99,7 @@ fn launch_on_a_recording_driver() {
 
     glu(&stream, gate.rows(100, 24).unwrap(), up.rows(100, 24).unwrap(), &mut y.rows_mut(100, 24).unwrap()).unwrap();
     let [Call::Launch { entry, grid, block, params, .. }] = &driver.launches()[..] else { panic!("one launch") };
-    assert_eq!((entry.as_str(), *grid, *block), ("glu_bf16", [2, 1, 1], [256, 1, 1]));
+    assert_eq!((entry.as_str(), *grid, *block), ("glu_bf16", [32, 1, 1], [32, 1, 1]));
     let words: Vec<u64> = params.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
     assert_eq!(words[3..], [100, 24, 24, 24, 24]);
     let addresses: Vec<u64> =

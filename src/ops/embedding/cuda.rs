@@ -8,8 +8,6 @@ use crate::error::{Error, Op, check_one_type};
 use crate::layout::TokenIds;
 use crate::view::{Rows, RowsMut};
 
-const THREADS: u32 = 256;
-
 pub(super) fn lookup<A: Float, W: Float>(
     stream: &Stream,
     ids: TokenIds<'_>,
@@ -31,8 +29,7 @@ pub(super) fn lookup<A: Float, W: Float>(
         y_stride: y.stride() as i64,
     };
     let cuda = stream.cuda();
-    let vectors = num_tokens as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
-    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    let grid = cuda.row_grid(num_tokens, d_model * size_of::<A>());
     // SAFETY: `EmbeddingParams` is the struct of these entries; the ids are below the rows of `table`, which has the columns of
     // `y`; all three are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
     // raw views promise it.

@@ -7,8 +7,6 @@ use crate::dtype::Float;
 use crate::error::{Error, Op};
 use crate::view::{Rows, RowsMut};
 
-const THREADS: u32 = 256;
-
 pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
     let [rows, d_ffn] = gate.dims();
     if rows == 0 || d_ffn == 0 {
@@ -25,9 +23,9 @@ pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>,
         y_stride: y.stride() as i64,
     };
     let cuda = stream.cuda();
-    let vectors = rows as u64 * (d_ffn * size_of::<T>()).div_ceil(16) as u64;
+    let grid = cuda.row_grid(rows, d_ffn * size_of::<T>());
     // SAFETY: `GluParams` is the struct of these entries; the three views hold `rows` rows of `d_ffn` elements at these
     // strides, on this stream's device, and stay valid until the work completes: buffers are freed in stream order, raw
     // views promise it.
-    unsafe { cuda.launch(Op::Glu, &image::GLU, entry!("glu", T), cuda.grid(vectors, THREADS.into(), THREADS), &params) }
+    unsafe { cuda.launch(Op::Glu, &image::GLU, entry!("glu", T), grid, &params) }
 }

@@ -8,8 +8,6 @@ use crate::error::{Error, Op};
 use crate::layout::Routing;
 use crate::view::{Rows, RowsMut};
 
-const THREADS: u32 = 256;
-
 pub(super) fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     let [rows, d_model] = y.dims();
     if rows == 0 || d_model == 0 {
@@ -26,8 +24,7 @@ pub(super) fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routin
         y_stride: y.stride() as i64,
     };
     let cuda = stream.cuda();
-    let vectors = rows as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
-    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    let grid = cuda.row_grid(rows, d_model * size_of::<A>());
     // SAFETY: `GatherParams` is the struct of these entries; a routing's `row_to_slot` holds `rows` slots of `x`'s tokens; all are
     // on this stream's device and stay valid until the work completes: buffers are freed in stream order, raw views promise it.
     unsafe { cuda.launch(Op::Permute, &image::PERMUTE, entry!("permute_gather", A), grid, &params) }
@@ -50,8 +47,7 @@ pub(super) fn combine<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routi
         y_stride: y.stride() as i64,
     };
     let cuda = stream.cuda();
-    let vectors = num_tokens as u64 * (d_model * size_of::<A>()).div_ceil(16) as u64;
-    let grid = cuda.grid(vectors, THREADS.into(), THREADS);
+    let grid = cuda.row_grid(num_tokens, d_model * size_of::<A>());
     // SAFETY: `CombineParams` is the struct of these entries; a routing's `slot_to_row` and `weights` are packed `[T, k]`, its
     // rows are those of `x`; all are on this stream's device and stay valid until the work completes, as in `gather`.
     unsafe { cuda.launch(Op::Permute, &image::PERMUTE, entry!("permute_combine", A), grid, &params) }

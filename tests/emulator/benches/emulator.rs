@@ -193,5 +193,37 @@ fn products(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, speed, products);
+/// Seconds this process has run, where Linux tells.
+fn processor_seconds() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/schedstat").ok()?;
+    Some(text.split_whitespace().next()?.parse::<f64>().ok()? / 1e9)
+}
+
+/// The same cases in processor time, which a busy machine does not stretch.
+fn processor_time(_: &mut Criterion) {
+    for (mode, detectors) in detectors() {
+        for (name, ptx, grid, block, shared) in [
+            ("arithmetic", ARITHMETIC, 8, 256, 0),
+            ("shared_reduction", MEMORY, 8, 256, 0),
+            ("wgmma_m64n128k16", &wgmma(), 1, 128, 24 << 10),
+        ] {
+            let mut case = Case::new(ptx, grid, block, shared, Options { detectors, ..Options::default() });
+            let stats = case.run();
+            const RUNS: u32 = 40;
+            let Some(start) = processor_seconds() else { return };
+            (0..RUNS).for_each(|_| drop(case.run()));
+            let seconds = (processor_seconds().unwrap_or(start) - start) / f64::from(RUNS);
+            if stats.wgmmas > 0 {
+                println!("{name}, {mode}: {:.1} us of processor time per wgmma", seconds * 1e6 / stats.wgmmas as f64);
+            } else {
+                println!(
+                    "{name}, {mode}: {:.0} M thread instructions per second of processor time",
+                    stats.thread_instructions as f64 / seconds / 1e6
+                );
+            }
+        }
+    }
+}
+
+criterion_group!(benches, speed, products, processor_time);
 criterion_main!(benches);

@@ -11,7 +11,7 @@
 //! | [`goldens`] | other implementations' results |
 //! | [`pages`] | a step over a key-value cache with scattered pages |
 //! | [`recorder`] | a driver that only records what it was asked |
-//! | [`bench`] | verify, then time; FLOP and bytes by formula |
+//! | [`mod@bench`] | verify, then time; FLOP and bytes by formula |
 
 pub mod bench;
 pub mod compare;
