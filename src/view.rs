@@ -178,6 +178,7 @@ impl<'a, T: Element> Rows<'a, T> {
         let mut values = Vec::new();
         values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { op: Op::View, need_bytes: (len * size_of::<T>()) as u64 })?;
         match self.place {
+            _ if len == 0 => {} // however many rows there are of nothing
             Place::Host => (0..self.rows).for_each(|row| values.extend_from_slice(self.host().row(row))),
             #[cfg(feature = "cuda")]
             Place::Cuda(_) => {

@@ -73,3 +73,11 @@ fn a_lost_device_is_reported_before_anything_is_loaded() {
     assert!(error.is_fatal(), "{error}");
     assert_eq!(driver.calls().len(), before);
 }
+
+#[test]
+fn devices_are_shared_and_streams_are_sent() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<Device>();
+    sent::<dropless::Stream>();
+}

@@ -4,6 +4,8 @@
 //! use; joining records how far one stream has waited for another. Reads on several streams need no join among
 //! themselves; a write needs every earlier use behind it, a read needs the last write behind it.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,9 +15,18 @@ use crate::error::{Error, Op, Place};
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// An order of work on a device. On the CPU, program order: every call returns when its work is done.
+///
+/// A stream may move to another thread, but is used by one at a time: between the check that an operation's arguments are in
+/// order and its launch, nobody else may add to the stream or join it. Two threads use two streams.
+///
+/// ```compile_fail
+/// fn shared<T: Sync>() {}
+/// shared::<dropless::Stream>();
+/// ```
 pub struct Stream {
     device: Device,
     pub(super) timeline: Arc<Timeline>,
+    _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
 /// The part of a stream that buffers remember.
@@ -51,7 +62,7 @@ impl Timeline {
 
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Stream, Error> {
-        Ok(Stream { device: device.clone(), timeline: Arc::new(Timeline::new(device)?) })
+        Ok(Stream { device: device.clone(), timeline: Arc::new(Timeline::new(device)?), _one_thread_at_a_time: PhantomData })
     }
 
     /// The device this stream belongs to.
