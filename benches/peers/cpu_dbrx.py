@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--batch-prompt-tokens", type=int, default=32)
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--batches", default="8,32", help="further decode batches, f32 and bf16")
     parser.add_argument("--example", type=Path, default=Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/examples/dbrx")
@@ -54,12 +55,10 @@ def main():
     layer_flop, head_flop, decode_weights = costs(config)
     threads = str(args.threads)
     env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-    prompt = ROOT / "target" / "peer-prompt.txt"
-    prompt.parent.mkdir(exist_ok=True)
-    prompt.write_text(" ".join(str(i * 37 % config["vocab_size"]) for i in range(args.prompt_tokens)))
-
     def ours(weights, batch=1):
-        command = [args.example, "--random", args.config, "--weights", weights, "--tokens-file", prompt, "--generate", str(args.decode_tokens)]
+        # Batches decode behind a shorter prompt: their prefill is not what is asked.
+        tokens = args.prompt_tokens if batch == 1 else args.batch_prompt_tokens
+        command = [args.example, "--random", args.config, "--weights", weights, "--random-tokens", tokens, "--generate", args.decode_tokens]
         return last_json([*map(str, command), "--batch", str(batch), "--threads", threads, "--json"], env)
 
     rounds = []
@@ -70,7 +69,7 @@ def main():
             for batch in filter(None, args.batches.split(",")):
                 row[f"{weights} x{batch}"] = ours(weights, int(batch))
         if not args.no_peer:
-            command = [sys.executable, HERE / "hf_dbrx.py", args.config, "--threads", threads, "--prompt-tokens", args.prompt_tokens]
+            command = [sys.executable, HERE / "hf_dbrx.py", args.config, "--threads", threads, "--prompt-tokens", args.prompt_tokens, "--repeats", "2"]
             row["peer"] = last_json([*map(str, command), "--decode-tokens", "16"], env)
         rounds.append(row)
         print(f"round {number + 1} of {args.rounds}: {row['ceilings']}", file=sys.stderr)

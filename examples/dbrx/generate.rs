@@ -36,7 +36,7 @@ pub fn prefill<A: Float, W: Float>(
         let (start, end) = (step * chunk, step * chunk + ids.len());
         // The sequences lie one behind the other; a step may end in the middle of one.
         let new_tokens: Vec<usize> = (0..prompts.len()).map(|b| overlap(start..end, b * length..(b + 1) * length)).collect();
-        model.step(ids, &new_tokens, Phase::Prefill, trace)?;
+        model.device().run(|| model.step(ids, &new_tokens, Phase::Prefill, trace))?;
         if trace.detail() > Detail::LastLogits && new_tokens[0] > 0 {
             trace.logits(model.logits(0..new_tokens[0])?)?;
         }
@@ -63,9 +63,12 @@ pub fn decode<A: Float, W: Float>(
 ) -> Result<(), Failure> {
     let begin = Instant::now();
     let batch = next.len();
-    model.step(next, &vec![1; batch], Phase::Decode, trace)?;
-    trace.step_logits(model.logits(0..batch)?.row_range(0..1)?)?;
-    next.copy_from_slice(model.best(batch)?);
+    model.device().run(|| {
+        model.step(next, &vec![1; batch], Phase::Decode, trace)?;
+        trace.step_logits(model.logits(0..batch)?.row_range(0..1)?)?;
+        next.copy_from_slice(model.best(batch)?);
+        Ok::<(), Failure>(())
+    })?;
     figures.decode += begin.elapsed();
     figures.decode_tokens += batch;
     Ok(())

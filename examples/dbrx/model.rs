@@ -13,8 +13,8 @@ use std::ops::Range;
 use dropless::layout::KvShape;
 use dropless::router::Normalize;
 use dropless::{
-    Buffer, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace, attention,
-    embedding, grouped_gemm, moe, norm, rope, sample,
+    Buffer, Device, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
+    attention, embedding, grouped_gemm, moe, norm, rope, sample,
 };
 
 use super::config::{Config, NORM_EPS};
@@ -166,6 +166,11 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
     pub fn best(&mut self, rows: usize) -> Result<&[u32], Failure> {
         let best = sample::argmax(&self.stream, self.logits.rows(rows)?, &mut self.best)?;
         host(best.ids())
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.stream.device().clone()
     }
 
     /// Forgets all sequences and counts.

@@ -49,6 +49,18 @@ impl Workers {
         1
     }
 
+    /// Calls `f` on one of the threads, from which `run` needs no hand-over.
+    pub(crate) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        #[cfg(feature = "rayon")]
+        return match &self.pool {
+            Some(pool) => pool.install(f),
+            // The process-wide pool has no handle; a scope enters it.
+            None => rayon::scope(|_| f()),
+        };
+        #[cfg(not(feature = "rayon"))]
+        f()
+    }
+
     /// Calls `task(0..tasks)`, each once, on whatever threads are free. Tasks must not depend on each other's order.
     pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         #[cfg(feature = "rayon")]
