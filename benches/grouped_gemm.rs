@@ -10,7 +10,7 @@ use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
 
 #[path = "../tests/oracle/grouped_gemm.rs"]
-#[allow(dead_code)]
+#[allow(dead_code)] // a bench uses a part of the oracle
 mod oracle;
 
 const EXPERTS: usize = 16;

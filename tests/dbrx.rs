@@ -3,7 +3,7 @@
 //! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of the full set, all of
 //! them run.
 
-#[allow(dead_code)]
+#[allow(dead_code)] // what only the example's `main` calls
 #[path = "../examples/dbrx/main.rs"]
 mod example;
 #[path = "dbrx/fixture.rs"]

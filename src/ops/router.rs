@@ -118,3 +118,30 @@ pub fn route<'a>(
     run(stream, logits, normalize, parts)?;
     buffers.routing(num_tokens)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    /// Here rather than beside the other tests, since only the crate can look into buffers that no routing borrows.
+    #[test]
+    fn a_refused_route_writes_nothing() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut buffers = RoutingBuffers::new(&stream, 2, 1, 3).unwrap();
+        let logits = [0.0, 2.0, 1.0, 5.0, 4.0, 3.0, 9.0, 8.0, 7.0];
+        let rows = |tokens, experts| Rows::from_slice(&logits, tokens, experts).unwrap();
+        route(&stream, rows(2, 3), Normalize::P(1.0), &mut buffers).unwrap();
+        let held = |buffers: &RoutingBuffers| {
+            let routing = buffers.routing(2).unwrap();
+            let indices = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
+            (indices.map(|rows| rows.as_slice().unwrap().to_vec()), routing.weights().as_slice().unwrap().to_vec())
+        };
+        let before = held(&buffers);
+        assert_eq!(before.0[0], [1, 0]);
+        for (tokens, experts, normalize) in [(3, 3, Normalize::None), (2, 2, Normalize::None), (1, 3, Normalize::P(0.0))] {
+            assert!(route(&stream, rows(tokens, experts), normalize, &mut buffers).is_err());
+            assert_eq!(held(&buffers), before);
+        }
+    }
+}
