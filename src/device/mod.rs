@@ -16,6 +16,8 @@ pub(crate) mod image;
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;
+#[cfg(feature = "cuda")]
+mod staging;
 mod stream;
 mod workspace;
 
@@ -23,6 +25,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use self::buffer::Buffer;
+pub(crate) use self::buffer::Upload;
 pub use self::graph::Graph;
 pub use self::stream::Stream;
 pub(crate) use self::stream::{Access, Mark};
