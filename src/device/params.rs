@@ -11,7 +11,7 @@ pub(crate) type OutU32 = u64;
 pub(crate) type OutF32 = u64;
 
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct EmbeddingParams {
     pub(crate) ids: InU32,
     pub(crate) table: In,
@@ -34,7 +34,7 @@ const _: () = {
     ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct NormParams {
     pub(crate) x: In,
     pub(crate) residual: Out,
@@ -65,7 +65,7 @@ const _: () = {
     ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GatherParams {
     pub(crate) x: In,
     pub(crate) row_to_slot: InU32,
@@ -90,7 +90,7 @@ const _: () = {
     ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct CombineParams {
     pub(crate) x: In,
     pub(crate) slot_to_row: InU32,
@@ -117,7 +117,7 @@ const _: () = {
     ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GluParams {
     pub(crate) gate: In,
     pub(crate) up: In,
@@ -142,7 +142,7 @@ const _: () = {
     ["Offset of field: GluParams::y_stride"][::std::mem::offset_of!(GluParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ArgmaxParams {
     pub(crate) logits: InF32,
     pub(crate) ids: OutU32,
@@ -161,7 +161,7 @@ const _: () = {
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct LogitsParams {
     pub(crate) x: In,
     pub(crate) weight: In,
@@ -188,7 +188,7 @@ const _: () = {
     ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
     pub(crate) logits: InF32,
     pub(crate) expert_ids: OutU32,
@@ -215,7 +215,7 @@ const _: () = {
     ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct IndexParams {
     pub(crate) expert_ids: InU32,
     pub(crate) offsets: OutU32,
@@ -236,7 +236,7 @@ const _: () = {
     ["Offset of field: IndexParams::num_experts"][::std::mem::offset_of!(IndexParams, num_experts) - 40usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct PageParams {
     pub(crate) block_table: InU32,
     pub(crate) seq_lens: InU32,
@@ -259,7 +259,7 @@ const _: () = {
     ["Offset of field: PageParams::page_stride"][::std::mem::offset_of!(PageParams, page_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct RopeParams {
     pub(crate) qkv: In,
     pub(crate) cos: InF32,
@@ -304,7 +304,7 @@ const _: () = {
     ["Offset of field: RopeParams::unused"][::std::mem::offset_of!(RopeParams, unused) - 180usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct AttentionParams {
     pub(crate) q: In,
     pub(crate) keys: In,
@@ -343,7 +343,7 @@ const _: () = {
     ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ProductParams {
     pub(crate) x: In,
     pub(crate) w: In,

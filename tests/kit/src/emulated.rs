@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, TensorMap};
 use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Stats, Swizzle, TensorMapDesc};
-pub use ptx_emulator::{Options, Schedule};
+pub use ptx_emulator::{Options, Schedule, TmaCompletion};
 
 const INVALID_VALUE: DriverError = DriverError(1);
 const INVALID_PTX: DriverError = DriverError(218);
@@ -36,6 +36,7 @@ struct State {
     next: Handle,
     reports: Vec<String>,
     launches: Vec<(String, Stats)>,
+    bulk_bytes: u64,
 }
 
 /// A copy from the host that is still to happen.
@@ -72,6 +73,7 @@ impl Emulated {
             next: 0,
             reports: Vec::new(),
             launches: Vec::new(),
+            bulk_bytes: 0,
         }))
     }
 
@@ -88,6 +90,11 @@ impl Emulated {
     /// Every launch so far, by entry, with what it did.
     pub fn launches(&self) -> Vec<(String, Stats)> {
         self.state().launches.clone()
+    }
+
+    /// Bytes that bulk copies have moved so far.
+    pub fn bulk_bytes(&self) -> u64 {
+        self.state().bulk_bytes
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -139,7 +146,10 @@ impl State {
                 let cluster = (*cluster != [1, 1, 1]).then_some(*cluster);
                 let launch = Launch { grid: *grid, block: *block, cluster, shared_bytes: *shared_bytes, params };
                 match self.gpu.launch(&kernel, &launch) {
-                    Ok(stats) => self.launches.push((kernel.name().to_owned(), stats)),
+                    Ok(stats) => {
+                        self.bulk_bytes += stats.traffic.iter().map(|traffic| traffic.bulk_loaded + traffic.bulk_stored).sum::<u64>();
+                        self.launches.push((kernel.name().to_owned(), stats));
+                    }
                     Err(report) => return self.report(&report, LAUNCH_FAILED),
                 }
             }
