@@ -40,6 +40,10 @@ impl CudaDevice {
         Ok(Arc::new(CudaDevice { driver, ordinal, attributes, images, functions, lost: OnceLock::new() }))
     }
 
+    pub(crate) fn free_bytes(&self) -> Result<u64, Error> {
+        self.call(Op::Device, 0, |driver| driver.memory_info(self.ordinal)).map(|(free, _)| free)
+    }
+
     /// Runs a driver call unless the device is lost, and remembers the error that loses it.
     fn call<T>(&self, op: Op, need_bytes: usize, call: impl FnOnce(&dyn Driver) -> DriverResult<T>) -> Result<T, Error> {
         if let Some(error) = self.lost.get() {

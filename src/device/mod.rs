@@ -98,6 +98,19 @@ impl Device {
         }
     }
 
+    /// Bytes of a GPU's memory that are free now; `None` on the CPU, whose memory is the machine's.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        match &self.0 {
+            Backend::Cpu(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => device.free_bytes().map(Some),
+        }
+    }
+
     /// Calls `f` on one of the CPU's worker threads; on a GPU, where it stands.
     ///
     /// Operations that are called from there share their work with the other workers at once, while from any other thread each
