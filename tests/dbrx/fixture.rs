@@ -19,7 +19,7 @@ pub struct Ran {
 /// Calls the example with these arguments.
 pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ran {
     let mut out = Vec::new();
-    let ran = run_into(&mut out, args, |args, console| example::run(args, console));
+    let ran = run_into(&mut out, args, example::run);
     Ran { out: String::from_utf8(out).expect("text"), ..ran }
 }
 

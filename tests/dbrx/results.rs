@@ -282,14 +282,9 @@ impl std::io::Write for Closed {
 /// Where nobody reads on, a run ends without a word; one that writes a file goes on.
 #[test]
 fn a_closed_pipe_is_no_failure() {
-    let ran = run_into(&mut Closed, &["--json"], |args, console| crate::example::run(args, console));
+    let ran = run_into(&mut Closed, &["--json"], crate::example::run);
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-    let got = dump_by(
-        |args| run_into(&mut Closed, args, |args, console| crate::example::run(args, console)),
-        "tiny-dbrx-f32",
-        &PROMPT,
-        &["--generate", "2"],
-    );
+    let got = dump_by(|args| run_into(&mut Closed, args, crate::example::run), "tiny-dbrx-f32", &PROMPT, &["--generate", "2"]);
     assert_eq!(got["tokens"].0, [2]);
 }
 
