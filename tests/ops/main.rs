@@ -8,6 +8,7 @@ mod block_sparse;
 mod embedding;
 mod glu;
 mod grouped_gemm;
+mod grouped_gemm_tiles;
 mod moe;
 mod norm;
 mod permute;

@@ -172,5 +172,5 @@ fn entry<A: Float, O: Float>(same: &'static str, [bf16_to_f32, f16_to_f32]: [&'s
 /// Thread blocks that find no tile leave.
 fn grid(stream: &Stream, tiles: u64) -> Grid {
     let most = u64::from(stream.cuda().attributes().sm_count) * BLOCKS_PER_SM;
-    Grid { blocks: [tiles.clamp(1, most) as u32, 1, 1], threads: THREADS, shared_bytes: 0 }
+    Grid { blocks: [tiles.clamp(1, most) as u32, 1, 1], threads: THREADS, cluster: 1, shared_bytes: 0 }
 }
