@@ -13,6 +13,8 @@ typedef unsigned long long uint64_t;
 #include <stdint.h>
 #endif
 
+struct alignas(64) TensorMap { uint64_t words[16]; }; // what the driver encodes and TMA reads; opaque here
+
 #ifdef __CUDACC__ // kernels see pointers
 typedef const void*     In;
 typedef const uint32_t* InU32;
@@ -191,4 +193,29 @@ struct ProductParams {
     int64_t w_expert; // elements from one expert's matrix to the next
     int64_t v_expert;
     int64_t y_stride;
+};
+
+// The tiles of the tensor-core form of grouped_gemm. Columns are those of all products together.
+static const uint32_t TILED_ROWS         = 128;
+static const uint32_t TILED_COLS         = 256;
+static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
+static const uint32_t TILED_THREADS      = 384;
+static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
+
+struct TiledProductParams {
+    TensorMap x_map; // x as {K, input rows}, box {64, 128}; not used where rows are gathered
+    TensorMap w;     // {K, N, E}, box {64, columns, 1}, or {N, K, E}, box {64, 64, 1}, for nn; all in the 128-byte swizzle
+    TensorMap v;     // as w; the second product of glu_nt
+    In        x;           // [input rows, K]; not used unless rows are gathered
+    InU32     offsets;     // [E + 1]; null: one expert owns all rows
+    InU32     row_to_slot; // [R]; null: row r is computed from input row r
+    Out       y;           // [R, N]
+    int64_t   rows;        // R
+    int64_t   num_experts;
+    int64_t   n;
+    int64_t   k;
+    int64_t   top_k;
+    int64_t   x_stride;
+    int64_t   y_stride;
+    int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };

@@ -2,6 +2,8 @@
 //! `LIBCLANG_PATH=... cargo check --features regenerate-bindings`
 #![allow(missing_docs)]
 
+use super::driver::TensorMap;
+
 // Device addresses, by what lies there.
 pub(crate) type In = u64;
 pub(crate) type InU32 = u64;
@@ -384,4 +386,49 @@ const _: () = {
     ["Offset of field: ProductParams::w_expert"][::std::mem::offset_of!(ProductParams, w_expert) - 112usize];
     ["Offset of field: ProductParams::v_expert"][::std::mem::offset_of!(ProductParams, v_expert) - 120usize];
     ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
+};
+pub const TILED_ROWS: u32 = 128;
+pub const TILED_COLS: u32 = 256;
+pub const TILED_DEPTH: u32 = 64;
+pub const TILED_THREADS: u32 = 384;
+pub const TILED_SHARED_BYTES: u32 = 213056;
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Copy, Clone)]
+pub struct TiledProductParams {
+    pub(crate) x_map: TensorMap,
+    pub(crate) w: TensorMap,
+    pub(crate) v: TensorMap,
+    pub(crate) x: In,
+    pub(crate) offsets: InU32,
+    pub(crate) row_to_slot: InU32,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) unused: [i64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TiledProductParams"][::std::mem::size_of::<TiledProductParams>() - 512usize];
+    ["Alignment of TiledProductParams"][::std::mem::align_of::<TiledProductParams>() - 64usize];
+    ["Offset of field: TiledProductParams::x_map"][::std::mem::offset_of!(TiledProductParams, x_map) - 0usize];
+    ["Offset of field: TiledProductParams::w"][::std::mem::offset_of!(TiledProductParams, w) - 128usize];
+    ["Offset of field: TiledProductParams::v"][::std::mem::offset_of!(TiledProductParams, v) - 256usize];
+    ["Offset of field: TiledProductParams::x"][::std::mem::offset_of!(TiledProductParams, x) - 384usize];
+    ["Offset of field: TiledProductParams::offsets"][::std::mem::offset_of!(TiledProductParams, offsets) - 392usize];
+    ["Offset of field: TiledProductParams::row_to_slot"][::std::mem::offset_of!(TiledProductParams, row_to_slot) - 400usize];
+    ["Offset of field: TiledProductParams::y"][::std::mem::offset_of!(TiledProductParams, y) - 408usize];
+    ["Offset of field: TiledProductParams::rows"][::std::mem::offset_of!(TiledProductParams, rows) - 416usize];
+    ["Offset of field: TiledProductParams::num_experts"][::std::mem::offset_of!(TiledProductParams, num_experts) - 424usize];
+    ["Offset of field: TiledProductParams::n"][::std::mem::offset_of!(TiledProductParams, n) - 432usize];
+    ["Offset of field: TiledProductParams::k"][::std::mem::offset_of!(TiledProductParams, k) - 440usize];
+    ["Offset of field: TiledProductParams::top_k"][::std::mem::offset_of!(TiledProductParams, top_k) - 448usize];
+    ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 456usize];
+    ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 464usize];
+    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 472usize];
 };

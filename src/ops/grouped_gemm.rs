@@ -10,6 +10,13 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+/// The tile table of the tensor-core kernels, for tests and benches. Outside the semver promise.
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod tiles {
+    pub use super::cuda::tiled::{FORMS, Form, with_form};
+}
+
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};

@@ -7,6 +7,7 @@ mod attention;
 mod embedding;
 mod glu;
 mod grouped_gemm;
+mod grouped_gemm_tiles;
 mod moe;
 mod norm;
 mod permute;
