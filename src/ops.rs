@@ -46,6 +46,7 @@ macro_rules! entry {
 }
 
 pub mod attention;
+pub mod block_sparse;
 pub mod embedding;
 pub mod glu;
 pub mod grouped_gemm;
