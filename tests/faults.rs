@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::sync::Arc;
 
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
@@ -11,7 +12,7 @@ use dropless::layout::KvShape;
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::{Normalize, logits};
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
+    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, Place, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds,
     Workspace, embedding, grouped_gemm, norm, rope, sample,
 };
 use dropless_kit::compare::{relative_l2, same_bits};
@@ -19,6 +20,7 @@ use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::goldens::root;
 use dropless_kit::recorder::{Call, Recorder};
 
 const D: usize = 16;
@@ -247,10 +249,57 @@ fn a_refused_image_names_itself() {
     assert!(error.is_refusal() && recorder.launches().len() == before);
 }
 
+/// An error of the context that is first noticed while an image is loaded is the device's, and stays; want of memory is neither's fault.
+#[test]
+fn a_device_lost_while_loading_is_lost() {
+    let fail = |at: &str, code| {
+        let recorder = Arc::new(Recorder::default());
+        let nth = (0..).find(|n| {
+            let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError(code)));
+            let _ = argmax_once(driver.clone());
+            driver.failed() == Some(at)
+        });
+        let before = recorder.launches().len();
+        let stream = Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError(code))), 0).unwrap().stream().unwrap();
+        let errors = [(); 2].map(|()| argmax_on(&stream));
+        (errors, recorder.launches().len() - before)
+    };
+    for at in ["load_image", "function"] {
+        for code in [4, 214, 400, 700, 719, 999] {
+            let lost = || Err(Error::DeviceLost { code, first_op: Op::Sample });
+            assert_eq!(fail(at, code), ([lost(), lost()], 0), "{at} {code}");
+        }
+        for code in [200, 209, 218, 222, 500] {
+            let ([first, second], launches) = fail(at, code);
+            assert_eq!(first, Err(Error::Image { file: "ptx/sample.sm_90a.ptx", entry: "sample_argmax", code }));
+            assert_eq!((second, launches), (Ok(()), 1), "{at} {code}: the device goes on");
+        }
+        let ([first, second], _) = fail(at, 2);
+        assert!(matches!(first, Err(Error::OutOfMemory { op: Op::Sample, need_bytes: 1000.. })), "{first:?}");
+        assert_eq!(second, Ok(()));
+    }
+}
+
+/// Images that are none: each is refused as the image's fault.
+#[test]
+fn corrupt_images_are_refused() {
+    let whole = std::fs::read_to_string(root().join("ptx/sample.sm_90a.ptx")).unwrap();
+    let driver = Emulated::new(Options::default());
+    let half = &whole[..whole.len() / 2];
+    for text in ["", "not PTX", half, &whole.replace("sm_90a", "sm_100a"), &whole.replace(".version 8.4", ".version 99.0"), &whole.replace("ld.", "ldd.")] {
+        let error = driver.load_image(0, &CString::new(text).unwrap()).unwrap_err();
+        assert!(error.is_of_image(), "{error}");
+    }
+    driver.load_image(0, &CString::new(whole).unwrap()).unwrap();
+}
+
 fn argmax_once(driver: Arc<dyn Driver>) -> Result<(), Error> {
-    let stream = Device::with_driver(driver, 0)?.stream()?;
-    let (logits, mut ids) = (Buffer::<f32>::zeros(&stream, 8)?, Buffer::zeros(&stream, 2)?);
-    sample::argmax(&stream, logits.rows(2, 4)?, &mut ids).map(|_| ())
+    argmax_on(&Device::with_driver(driver, 0)?.stream()?)
+}
+
+fn argmax_on(stream: &Stream) -> Result<(), Error> {
+    let (logits, mut ids) = (Buffer::<f32>::zeros(stream, 8)?, Buffer::zeros(stream, 2)?);
+    sample::argmax(stream, logits.rows(2, 4)?, &mut ids).map(|_| ())
 }
 
 /// What the CPU serves and a GPU does not: types side by side, rows off 16 bytes, rows too long. Nothing is launched.
@@ -300,6 +349,26 @@ fn limits_of_the_kernels_are_refusals() {
         "attention: head_dim beyond 1280 is not supported here; supported: up to 1280",
     ];
     assert_eq!(texts, want);
+    assert_eq!(recorder.launches(), []);
+}
+
+/// Memory that is not ours, off the 16 bytes that the kernels read at once: refused with the numbers, and so is memory of another place.
+#[test]
+fn misaligned_addresses_are_refused() {
+    let recorder = Arc::new(Recorder::default());
+    let stream = Device::with_driver(recorder.clone(), 0).unwrap().stream().unwrap();
+    let text = |place, address, stride| {
+        // SAFETY: a driver that only records reads and writes nothing.
+        let (x, mut y) = unsafe {
+            let x = Rows::<f32>::from_raw(place, address, 2, 4, stride).unwrap();
+            (x, RowsMut::<f32>::from_raw(Place::Cuda(0), 0x7000, 2, 4, 4).unwrap())
+        };
+        norm::rms_norm(&stream, x, x.row_range(0..1).unwrap(), 1e-5, &mut y).unwrap_err().to_string()
+    };
+    let first = "norm: `x` must have a first address that is a multiple of 16 bytes, remainder 0, got 4";
+    assert_eq!(text(Place::Cuda(0), 0x7004, 4), first);
+    assert_eq!(text(Place::Cuda(0), 0x7000, 5), "norm: `x` must have a row stride that is a multiple of 16 bytes, got 20");
+    assert_eq!(text(Place::Cuda(1), 0x7000, 4), "norm: `x` lives on cuda:1, the stream runs on cuda:0");
     assert_eq!(recorder.launches(), []);
 }
 
