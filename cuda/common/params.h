@@ -202,6 +202,11 @@ static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
 static const uint32_t TILED_THREADS      = 384;
 static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
 
+// The same of its form for few rows, whose operands are swapped: columns of each product.
+static const uint32_t FEW_COLS         = 64;
+static const uint32_t FEW_THREADS      = 256;
+static const uint32_t FEW_SHARED_BYTES = 216 * 1024;
+
 struct TiledProductParams {
     TensorMap x_map; // x as {K, input rows}, box {64, 128}; not used where rows are gathered
     TensorMap w;     // {K, N, E}, box {64, columns, 1}, or {N, K, E}, box {64, 64, 1}, for nn; all in the 128-byte swizzle

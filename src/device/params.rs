@@ -392,6 +392,9 @@ pub const TILED_COLS: u32 = 256;
 pub const TILED_DEPTH: u32 = 64;
 pub const TILED_THREADS: u32 = 384;
 pub const TILED_SHARED_BYTES: u32 = 213056;
+pub const FEW_COLS: u32 = 64;
+pub const FEW_THREADS: u32 = 256;
+pub const FEW_SHARED_BYTES: u32 = 221184;
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Copy, Clone)]
