@@ -125,6 +125,11 @@ struct IndexParams {
     int64_t num_experts;
 };
 
+struct RouteParams {
+    ChooseParams choose;
+    IndexParams  index;
+};
+
 // Which page holds which token: sequence b keeps position p in slot p % page_tokens of page block_table[b][p / page_tokens].
 struct PageParams {
     InU32   block_table;   // [B, max_pages]

@@ -244,11 +244,10 @@ fn devices_agree_in_f32() {
     });
 }
 
-/// Six launches, recorded once and replayed with other tokens and another routing: nothing of the layer asks the host for a count.
-#[test]
-fn one_graph_serves_every_routing() {
+/// Recorded once and replayed with other tokens and another routing: nothing of the layer asks the host for a count.
+fn one_graph_serves_every_routing(tokens: usize, route: &[&str], form: &str) {
     let shape = Shape { d_model: 72, d_ffn: 40, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
-    let (layer, tokens) = (Layer::<Bf16>::random(shape, 11), 37);
+    let layer = Layer::<Bf16>::random(shape, 11);
     let (driver, stream) = device::emulated();
     let stream = &stream;
     let plan = Plan::<Bf16>::new(shape, tokens).unwrap();
@@ -264,15 +263,8 @@ fn one_graph_serves_every_routing() {
     let before = driver.launches().len();
     run(&x, &mut y).unwrap();
     let entries: Vec<String> = driver.launches()[before..].iter().map(|(entry, _)| entry.clone()).collect();
-    let want = [
-        "router_logits_bf16",
-        "router_choose",
-        "router_index",
-        "grouped_gemm_glu_nt_bf16_256",
-        "grouped_gemm_nn_bf16_256",
-        "permute_combine_bf16",
-    ];
-    assert_eq!(entries, want);
+    let (first, second) = (format!("grouped_gemm_glu_nt_bf16_{form}"), format!("grouped_gemm_nn_bf16_{form}"));
+    assert_eq!(entries, [&["router_logits_bf16"], route, &[&first, &second, "permute_combine_bf16"]].concat());
 
     let graph = stream.capture(|| run(&x, &mut y)).unwrap();
     let mut routings = BTreeSet::new();
@@ -288,6 +280,47 @@ fn one_graph_serves_every_routing() {
     }
     assert_eq!(routings.len(), 2);
     assert!(driver.reports().is_empty());
+}
+
+#[test]
+fn graphs_of_every_class() {
+    one_graph_serves_every_routing(3, &["router_route"], "few8");
+    one_graph_serves_every_routing(20, &["router_route"], "few32");
+    one_graph_serves_every_routing(37, &["router_route"], "few64");
+    one_graph_serves_every_routing(128, &["router_route"], "256");
+    one_graph_serves_every_routing(129, &["router_choose", "router_index"], "256");
+}
+
+/// Every T around the classes of few rows, whose kernels take 8, 32 or 64 of an expert's rows at once.
+#[test]
+fn every_small_batch_against_oracle() {
+    let shape = Shape { d_model: 24, d_ffn: 72, num_experts: 5, top_k: 2, normalize: Normalize::P(1.0) };
+    for num_tokens in 0..=70 {
+        case::<Bf16, Bf16>(shape, 7, num_tokens, |stream| stream.place() != dropless::Place::Host);
+    }
+}
+
+/// Up to 64 tokens, each weight of an expert that has any is loaded once, and no other weight.
+#[test]
+fn each_weight_byte_is_loaded_once() {
+    let shape = Shape { d_model: 136, d_ffn: 200, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let layer = Layer::<Bf16>::random(shape, 14);
+    for num_tokens in [1, 2, 4, 8, 9, 32, 33, 64] {
+        let (driver, stream) = device::emulated();
+        let x = normal::<Bf16>(15, num_tokens * shape.d_model, 1.0);
+        let (_, ids, _) = forward(&stream, &layer, &x, num_tokens);
+        let used = ids.iter().collect::<BTreeSet<_>>().len();
+        let weight_bytes = (used * shape.d_ffn * shape.d_model * 2) as u64;
+        let launches = driver.launches();
+        // Bulk copies load the weights, and in the second half the rows between the halves, too.
+        let bulk = |family: &str| {
+            let (_, stats) = launches.iter().find(|(entry, _)| entry.starts_with(family)).unwrap();
+            stats.traffic.iter().map(|buffer| buffer.bulk_loaded).filter(|bytes| *bytes > 0).collect::<Vec<_>>()
+        };
+        assert_eq!(bulk("grouped_gemm_glu_nt_bf16_few"), [weight_bytes; 2], "T={num_tokens}, {used} experts");
+        let second = bulk("grouped_gemm_nn_bf16_few");
+        assert!(second.len() == 2 && second.contains(&weight_bytes), "T={num_tokens}, {used} experts: {second:?}, not {weight_bytes}");
+    }
 }
 
 #[test]
