@@ -24,7 +24,8 @@ MAX_ISA = (8, 4)
 HEADER = """\
 # The images of this folder; written by cuda/build.py, read by tests/manifest.rs.
 # Per image: PTX ISA, hash of its sources (cuda/<stem>.cu and all of cuda/common), hash of the image; hashes are FNV-1a, 64 bits.
-# Per entry: bytes of parameters; registers, stack bytes, spilled bytes and static shared bytes as ptxas counts them.
+# Per entry: bytes of parameters; registers, stack bytes, spilled bytes and static shared bytes as ptxas counts them; and, counted in the
+# machine code, tensor-core products (hgmma), waits for them (depbar) and tensor copies by their rank (tma).
 """
 
 
@@ -61,6 +62,7 @@ class Nvrtc:
         ptx = self.text(program, self.lib.nvrtcGetPTXSize, self.lib.nvrtcGetPTX)
         self.lib.nvrtcDestroyProgram(ctypes.byref(program))
         ptx = ptx[ptx.index(".version") :].rstrip() + "\n"  # without the compiler's banner
+        ptx = re.sub(r"(?m)^\s*// (begin|end) inline asm\n", "", ptx)
         return re.sub(rf'(?m)^(\s*\.file\s+\d+ )"{re.escape(str(ROOT))}/', r'\1"', ptx)
 
 
@@ -72,27 +74,33 @@ def fnv(*texts):
     return f"{value:016x}"
 
 
-def assembled(ptxas, ptx):
-    """Per entry: registers, stack, spills, shared bytes; `-` for all of them without ptxas."""
-    if not ptxas:
+def assembled(ptxas, cuobjdump, ptx):
+    """Per entry: registers, stack, spills, shared bytes, products, waits, tensor copies; nothing without ptxas and cuobjdump."""
+    if not (ptxas and cuobjdump):
         return {}
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        run = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "-o", os.devnull, file.name], capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(run.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        source, code = Path(folder, "image.ptx"), Path(folder, "image.cubin")
+        source.write_text(ptx)
+        run = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "-o", code, source], capture_output=True, text=True)
+        # C7500 to C7519: wgmma serialised, or registers not handed over.
+        if run.returncode or re.search(r"\bC75[01]\d\b", run.stderr):
+            sys.exit(run.stderr)
+        sass = subprocess.run([cuobjdump, "--dump-sass", code], capture_output=True, text=True, check=True).stdout
+    code = {text.split("\n")[0].strip(): text for text in sass.split("Function : ")[1:]}
     figures = {}
     for entry in re.split(r"Compiling entry function '", run.stderr)[1:]:
         number = lambda pattern: int(found[1]) if (found := re.search(pattern, entry)) else 0
+        name, text = entry.split("'")[0], code[entry.split("'")[0]]
         stack, spills = number(r"(\d+) bytes stack"), number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-        figures[entry.split("'")[0]] = (number(r"Used (\d+) registers"), stack, spills, number(r"(\d+) bytes smem"))
+        count = lambda pattern: len(re.findall(pattern, text))
+        copies = sorted(re.findall(r"\bUTMALDG\.(\dD(?:\.MULTICAST)?)", text))
+        figures[name] = (number(r"Used (\d+) registers"), stack, spills, number(r"(\d+) bytes smem"), count(r"\b[HQ]GMMA\."), count(r"WARPGROUP\.DEPBAR"), ",".join(copies).lower() or 0)
     return figures
 
 
 def main():
-    nvrtc, ptxas = Nvrtc(os.environ.get("NVRTC_12_4", "libnvrtc.so.12")), shutil.which("ptxas")
-    common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").iterdir())]
+    nvrtc, tools = Nvrtc(os.environ.get("NVRTC_12_4", "libnvrtc.so.12")), [shutil.which(tool) for tool in ("ptxas", "cuobjdump")]
+    common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").rglob("*.*h"))]
     manifest, bad = HEADER + f"compiler NVRTC {nvrtc.version}\nflags {' '.join(FLAGS)}\n", []
     for source in sorted((ROOT / "cuda").glob("*.cu")):
         ptx = nvrtc.compile(source)
@@ -102,10 +110,10 @@ def main():
         target = ROOT / "ptx" / f"{source.stem}.sm_90a.ptx"
         target.write_text(ptx)
         manifest += f"\nimage {target.name} isa {isa} sources {fnv(source.read_bytes(), *common)} image {fnv(ptx.encode())}\n"
-        figures = assembled(ptxas, ptx)
+        figures = assembled(*tools, ptx)
         for entry, bytes_of_params in re.findall(r"\.entry (\w+)\(\s*\.param [^\[]*\[(\d+)\]", ptx):
-            registers, stack, spills, shared = figures.get(entry, ("-",) * 4)
-            manifest += f"entry {entry} params {bytes_of_params} registers {registers} stack {stack} spills {spills} shared {shared}\n"
+            registers, stack, spills, shared, hgmma, depbar, tma = figures.get(entry, ("-",) * 7)
+            manifest += f"entry {entry} params {bytes_of_params} registers {registers} stack {stack} spills {spills} shared {shared} hgmma {hgmma} depbar {depbar} tma {tma}\n"
             if stack not in (0, "-") or spills not in (0, "-"):
                 bad.append(f"{entry}: {stack} bytes of stack, {spills} bytes spilled")
         print(target.relative_to(ROOT))

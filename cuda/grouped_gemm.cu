@@ -1,111 +1,267 @@
-// grouped_gemm: y[r, :] = x[input(r), :] * w[expert of r], w as [N, K] (nt) or [K, N] (nn); glu_nt: silu(x w^T) * (x v^T)
+// grouped_gemm on the tensor cores: y[r, :] = x[input(r), :] * w[expert of r], w as [N, K] (nt) or [K, N] (nn); glu_nt: silu(x w^T) * (x v^T)
 //
-// Contract  src/ops/grouped_gemm.rs has checked shapes, dtypes and order; offsets and maps come from a Routing, or from a caller who vouches for them.
-// Work      the plain form, for every shape and alignment: a block of 64 threads takes tiles of 32 rows of one expert x 32 columns, 4 x 4 a thread.
-// Cost      2 * R * N * K FLOP (twice that for glu_nt) on the f32 pipes; x is read N / 32 times, w R / 32 times, through the caches.
-// Order     one chain of f32 additions over ascending k per element, rounded once: a row's bits depend on that row and the weights alone.
+// Contract  src/ops/grouped_gemm/cuda.rs takes this form for bf16 and f16 where K and N are multiples of 8 and rows begin on 16 bytes; other
+//           shapes go to grouped_gemm_plain.cu. Offsets and maps come from a Routing, or from a caller who vouches for them.
+// Work      a block per SM takes tile after tile: 128 rows of one expert x 256 columns, or 128 columns of two products at once (glu_nt).
+//           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight threads.
+//           Warpgroups 1 and 2 multiply 64 rows each. In the `x2` forms two blocks take adjacent row tiles and share the weights they load.
+// Cost      2 * R * N * K FLOP (twice that for glu_nt) on the tensor cores. Per tile and stage x moves 16 KB and the weights 32 KB from the L2
+//           cache (half of that in the `x2` forms); from memory, each band of 16 row tiles of an expert reads its weights once.
+// Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: a row's bits depend on
+//           that row and the weights alone.
 #include "common/dtype.cuh"
+#include "common/expert_tiles.cuh"
+#include "common/ring.cuh"
+#include "common/ptx/tma.cuh"
+#include "common/ptx/warp.cuh"
+#include "common/ptx/wgmma.cuh"
 
-enum : int { TILE = 32, THREADS = 64, PITCH = TILE + 4 }; // rows of shared tiles stay on 16 bytes
+enum : int { WARPGROUP = 128, CONSUMERS = 2, THREADS = TILED_THREADS };
+enum : int { PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224 }; // of 168 each at launch
+enum : int { HALF = 64, ROWS = TILED_ROWS, DEPTH = TILED_DEPTH }; // of a tile: rows of a consumer and of all; k of a stage
+enum : int { PITCH = 128 };                                       // bytes of a row in shared memory: DEPTH elements, or 64 columns
+static_assert(THREADS == (1 + CONSUMERS) * WARPGROUP && ROWS == CONSUMERS * HALF && PITCH == 2 * DEPTH, "params.h");
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-// A tile of rows: those of expert `expert` from `begin` to `end`, at most TILE. `expert` is num_experts behind the last tile.
-struct RowTile {
-    int64_t expert, begin, end;
+// A row of the tile table of src/ops/grouped_gemm/cuda.rs. COLS are output columns.
+template <typename T_, typename O_, bool NN_, bool GLU_, int COLS_, int STAGES_, int CLUSTER_> struct Form {
+    using T = T_;
+    using O = O_;
+    enum : bool { NN = NN_, GLU = GLU_ };
+    enum : int { COLS = COLS_, PRODUCTS = GLU ? 2 : 1, STAGES = STAGES_, CLUSTER = CLUSTER_ };
+    enum : int { X_BYTES = ROWS * PITCH, W_BYTES = COLS * PITCH, STAGE_BYTES = X_BYTES + PRODUCTS * W_BYTES };
+    enum : int { SLAB_BYTES = sizeof(O) == 2 ? 16 * PITCH : 0, SLABS = 4 * CONSUMERS }; // a warp's rows on their way out
+    enum : int { SLABS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SLABS_AT + SLABS * SLAB_BYTES, SHARED_BYTES = BARRIERS_AT + Ring<STAGES, CLUSTER_>::BYTES };
+    using Stages = Ring<STAGES, CLUSTER>;
+    static_assert(PRODUCTS * COLS == TILED_COLS && SHARED_BYTES <= TILED_SHARED_BYTES, "params.h");
 };
 
-__device__ __forceinline__ RowTile row_tile(const ProductParams& p, int64_t index) {
-    int64_t begin = 0;
-    for (int64_t expert = 0; expert < p.num_experts; expert++) {
-        const int64_t end = p.offsets ? int64_t(p.offsets[expert + 1]) : p.rows, tiles = (end - begin + TILE - 1) / TILE;
-        if (index < tiles) return {expert, begin + index * TILE, min(end, begin + (index + 1) * TILE)};
-        index -= tiles;
-        begin = end;
+// The tiles of one cluster, by turns.
+template <typename F> struct Walk {
+    ExpertTiles tiles;
+    uint32_t    index, rank;
+
+    __device__ __forceinline__ Walk(const TiledProductParams& p)
+        : tiles(p.offsets, p.rows, p.num_experts, F::CLUSTER * ROWS, uint32_t((p.n + F::COLS - 1) / F::COLS)), index(blockIdx.x / F::CLUSTER),
+          rank(F::CLUSTER > 1 ? cluster_rank() : 0) {}
+
+    // The next tile of this block. Its rows may lie behind the expert's last.
+    __device__ __forceinline__ bool next(ExpertTile& tile) {
+        if (!tiles.find(index, tile)) return false;
+        tile.row += rank * ROWS;
+        tile.col *= F::COLS;
+        index += gridDim.x / F::CLUSTER;
+        return true;
     }
-    return {p.num_experts, 0, 0};
-}
+};
 
-// The weights of TILE columns at TILE steps of k, zeros outside the matrix.
-template <typename T, bool NN>
-__device__ __forceinline__ void load_weights(float (*tile)[PITCH], const T* w, int64_t stride, int64_t first_k, int64_t k, int64_t first_col, int64_t n) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        const int  col = NN ? i % TILE : i / TILE, step = NN ? i / TILE : i % TILE; // neighbours in memory to neighbouring threads
-        const bool inside = first_k + step < k && first_col + col < n;
-        const int64_t at = NN ? (first_k + step) * stride + first_col + col : (first_col + col) * stride + first_k + step;
-        tile[step][col] = inside ? to_f32(w[at]) : 0.0f;
-    }
-}
+// The input rows of a tile that one thread copies 16 bytes of: thread / 8 + 16 i.
+template <typename T> struct GatheredRows {
+    enum : int { COUNT = ROWS / (WARPGROUP / 8) };
+    uint32_t token[COUNT];
+    uint32_t inside; // bit i: row i is one of the expert's
 
-template <typename T, typename O, bool NN, bool GLU> __device__ void product(const ProductParams& p) {
-    __shared__ __align__(16) float xs[TILE][PITCH];          // [k][row]
-    __shared__ __align__(16) float ws[GLU ? 2 : 1][TILE][PITCH]; // [k][column]
-    __shared__ int64_t             input_row[TILE];
-    const int     first_row = threadIdx.x / 8 * 4, first_col = threadIdx.x % 8 * 4; // of this thread, in the tile
-    const int64_t col_tiles = (p.n + TILE - 1) / TILE;
-
-    for (int64_t index = blockIdx.x;; index += gridDim.x) {
-        const RowTile rows = row_tile(p, index / col_tiles);
-        const int64_t col = index % col_tiles * TILE;
-        if (rows.expert == p.num_experts) return;
-        const T* w = static_cast<const T*>(p.w) + rows.expert * p.w_expert;
-        const T* v = static_cast<const T*>(p.v) + rows.expert * p.v_expert;
-        if (threadIdx.x < TILE) {
-            const int64_t row = min(rows.begin + threadIdx.x, rows.end - 1); // rows beyond the last are computed and not stored
-            input_row[threadIdx.x] = p.row_to_slot ? p.row_to_slot[row] / uint32_t(p.top_k) : row;
+    __device__ __forceinline__ void find(const TiledProductParams& p, const ExpertTile& tile) {
+        inside = 0;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const uint32_t row = tile.row + threadIdx.x / 8 + WARPGROUP / 8 * i;
+            token[i] = row < tile.end ? p.row_to_slot[row] / uint32_t(p.top_k) : 0;
+            inside |= uint32_t(row < tile.end) << i;
         }
+    }
+    // Columns first_k and on, zeros behind the last of them and for rows of nobody, in the swizzle that TMA writes.
+    __device__ __forceinline__ void copy(const TiledProductParams& p, uint32_t to, uint32_t first_k) const {
+        const uint32_t chunk = threadIdx.x % 8, row = threadIdx.x / 8, k = first_k + 8 * chunk;
+        const uint32_t copied = k < p.k ? inside : 0;
+        const T* const from = static_cast<const T*>(p.x) + k;
+        to += row * PITCH + (chunk ^ row % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            cp_async_16(to + WARPGROUP / 8 * i * PITCH, from + uint64_t(token[i]) * uint32_t(p.x_stride), copied >> i & 1 ? 16 : 0);
+    }
+};
 
-        float sum[GLU ? 2 : 1][4][4] = {};
-        for (int64_t k = 0; k < p.k; k += TILE) {
-            __syncthreads(); // input_row is written; the tiles of the last step are no longer read
-#pragma unroll 4
-            for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-                const int row = i / TILE, step = i % TILE;
-                xs[step][row] = k + step < p.k ? to_f32(static_cast<const T*>(p.x)[input_row[row] * p.x_stride + k + step]) : 0.0f;
-            }
-            load_weights<T, NN>(ws[0], w, p.w_stride, k, p.k, col, p.n);
-            if (GLU) load_weights<T, NN>(ws[GLU], v, p.v_stride, k, p.k, col, p.n);
-            __syncthreads();
-#pragma unroll 4
-            for (int step = 0; step < TILE; step++) {
-                const Vec<float> x = load_n<4>(&xs[step][first_row]);
+// The weights of one stage: each block of the cluster loads its share, and all receive it.
+template <typename F> __device__ __forceinline__ void load_weights(const TensorMap& w, uint32_t to, uint32_t k, const ExpertTile& tile, uint32_t rank, uint32_t full) {
+    enum : uint32_t { BOX = F::NN ? 64 : F::COLS / F::CLUSTER, BOXES = F::COLS / F::CLUSTER / BOX, BOX_BYTES = BOX * PITCH };
 #pragma unroll
-                for (int which = 0; which < (GLU ? 2 : 1); which++) {
-                    const Vec<float> weight = load_n<4>(&ws[which][step][first_col]);
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) sum[which][i][j] += x.at[i] * weight.at[j];
-                }
-            }
-        }
-
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int64_t row = rows.begin + first_row + i;
-                if (row >= rows.end || col + first_col + j >= p.n) continue;
-                const float value = GLU ? silu(sum[0][i][j]) * sum[GLU][i][j] : sum[0][i][j];
-                static_cast<O*>(p.y)[row * p.y_stride + col + first_col + j] = from_f32<O>(value);
-            }
-        __syncthreads(); // before the next tile overwrites input_row
+    for (uint32_t i = 0; i < BOXES; i++) {
+        const uint32_t at = to + (rank * BOXES + i) * BOX_BYTES, col = tile.col + (rank * BOXES + i) * BOX;
+        const uint32_t x = F::NN ? col : k, y = F::NN ? k : col;
+        if (F::CLUSTER > 1) tma_load_3d_multicast(at, w, x, y, tile.expert, full, (1 << F::CLUSTER) - 1);
+        else tma_load_3d(at, w, x, y, tile.expert, full);
     }
 }
 
-#define ENTRY(NAME, T, O, NN, GLU) \
-    extern "C" __global__ void __launch_bounds__(THREADS) grouped_gemm_##NAME(const __grid_constant__ ProductParams p) { product<T, O, NN, GLU>(p); }
-ENTRY(nt_f32, float, float, false, false)
-ENTRY(nt_bf16, bf16, bf16, false, false)
-ENTRY(nt_f16, f16, f16, false, false)
-ENTRY(nt_bf16_to_f32, bf16, float, false, false)
-ENTRY(nt_f16_to_f32, f16, float, false, false)
-ENTRY(nn_f32, float, float, true, false)
-ENTRY(nn_bf16, bf16, bf16, true, false)
-ENTRY(nn_f16, f16, f16, true, false)
-ENTRY(nn_bf16_to_f32, bf16, float, true, false)
-ENTRY(nn_f16_to_f32, f16, float, true, false)
-ENTRY(glu_nt_f32, float, float, false, true)
-ENTRY(glu_nt_bf16, bf16, bf16, false, true)
-ENTRY(glu_nt_f16, f16, f16, false, true)
+// Warpgroup 0. Where rows are not gathered, one thread does it all.
+template <typename F> __device__ __forceinline__ void produce(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
+    const bool gathered = p.row_to_slot;
+    if (!gathered && threadIdx.x != 0) return;
+    if (threadIdx.x == 0) {
+        if (!gathered) prefetch_tensor_map(p.x_map);
+        prefetch_tensor_map(p.w);
+        if (F::GLU) prefetch_tensor_map(p.v);
+    }
+    Walk<F> walk(p);
+    for (ExpertTile tile; walk.next(tile);) {
+        GatheredRows<typename F::T> rows;
+        if (gathered) rows.find(p, tile);
+        for (uint32_t k = 0; k < p.k; k += DEPTH) {
+            const uint32_t x = shared + ring.stage * F::STAGE_BYTES, w = x + F::X_BYTES;
+            ring.wait_empty();
+            if (threadIdx.x == 0) {
+                mbarrier_arrive_expect(ring.full(), F::PRODUCTS * F::W_BYTES + (gathered ? 0 : F::X_BYTES)); // boxes count in full
+                load_weights<F>(p.w, w, k, tile, walk.rank, ring.full());
+                if (F::GLU) load_weights<F>(p.v, w + F::W_BYTES, k, tile, walk.rank, ring.full());
+                if (!gathered) tma_load_2d(x, p.x_map, k, tile.row, ring.full()); // other experts' rows, too: they are not stored
+            }
+            if (gathered) {
+                rows.copy(p, x, k);
+                cp_async_arrive(ring.full());
+            }
+            ring.advance();
+        }
+    }
+}
+
+// One consumer's products over all of k. The batch of a stage is in flight while the next stage is awaited.
+template <typename F>
+__device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t shared, typename F::Stages& ring, float (&sum)[F::PRODUCTS][F::COLS / 2]) {
+    const uint32_t consumer = threadIdx.x / WARPGROUP - 1;
+    bool accumulate = false;
+    for (uint32_t k = 0; k < p.k; k += DEPTH) {
+        const uint32_t tile = shared + ring.stage * F::STAGE_BYTES;
+        const uint64_t x = k_major(tile + consumer * HALF * PITCH);
+        const uint64_t w = F::NN ? mn_major(tile + F::X_BYTES, DEPTH) : k_major(tile + F::X_BYTES);
+        ring.wait_full();
+        if (p.row_to_slot) fence_proxy_async();
+#pragma unroll
+        for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
+        wgmma_fence();
+#pragma unroll
+        for (uint32_t step = 0; step < DEPTH / 16; step++) {
+#pragma unroll
+            for (int i = 0; i < F::PRODUCTS; i++)
+                wgmma<typename F::T, false, F::NN>(sum[i], x + step * K_MAJOR_STEP, w + (i * F::W_BYTES >> 4) + step * (F::NN ? MN_MAJOR_STEP : K_MAJOR_STEP), accumulate);
+            accumulate = true;
+        }
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
+        wgmma_wait<1>();
+        if (k > 0) ring.release_previous();
+        ring.advance();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
+    ring.release_previous();
+}
+
+// Hands back the stages of a tile of which this consumer has no row.
+template <typename F> __device__ __forceinline__ void skip(const TiledProductParams& p, typename F::Stages& ring) {
+    for (uint32_t k = 0; k < p.k; k += DEPTH) {
+        ring.wait_full();
+        ring.advance();
+        ring.release_previous();
+    }
+}
+
+// 16-bit elements leave through shared memory, 64 columns of a warp's 16 rows at a time, so that eight threads write 128 bytes of a row.
+template <typename F> __device__ __forceinline__ void store_rows(const TiledProductParams& p, uint32_t slab, uint32_t row, const ExpertTile& tile, const float (&sum)[F::COLS / 2]) {
+    using T = typename F::T;
+    const uint32_t lane = threadIdx.x % 32, into = slab + lane % 16 * PITCH, chunk = lane / 16;
+#pragma unroll
+    for (int cols = 0; cols < F::COLS; cols += 64) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* s = sum + cols / 2 + 8 * i; // 16 columns
+            stmatrix_x4(into + ((2 * i + chunk) ^ lane % 8) * 16, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t r = 4 * i + lane / 8, c = lane % 8, col = tile.col + cols + 8 * c;
+            const uint4    values = load_shared_16(slab + r * PITCH + (c ^ r % 8) * 16);
+            if (row + r < tile.end && col < p.n) *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + (row + r) * p.y_stride + col) = values;
+        }
+        __syncwarp(); // before the next columns overwrite these
+    }
+}
+
+// f32 elements leave as they are: four threads write 32 bytes of a row.
+template <typename F> __device__ __forceinline__ void store_floats(const TiledProductParams& p, uint32_t row, const ExpertTile& tile, const float (&sum)[F::COLS / 2]) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t r = row + lane / 4 + 8 * half;
+        float* const   y = static_cast<float*>(p.y) + r * p.y_stride;
+#pragma unroll
+        for (int i = 0; i < F::COLS / 8; i++) {
+            const uint32_t col = tile.col + 8 * i + 2 * (lane % 4);
+            if (r < tile.end && col < p.n) *reinterpret_cast<float2*>(y + col) = make_float2(sum[4 * i + 2 * half], sum[4 * i + 2 * half + 1]);
+        }
+    }
+}
+
+__device__ __forceinline__ float silu(float x) { return x * reciprocal(1.0f + expf(-x)); }
+
+// Warpgroups 1 and 2.
+template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
+    const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - WARPGROUP / 32; // uniform, and the compiler knows it
+    Walk<F> walk(p);
+    for (ExpertTile tile; walk.next(tile);) {
+        const uint32_t row = tile.row + warp * 16;
+        if (tile.row + warp / 4 * HALF >= tile.end) {
+            skip<F>(p, ring);
+            continue;
+        }
+        float sum[F::PRODUCTS][F::COLS / 2];
+        multiply<F>(p, shared, ring, sum);
+        if (F::GLU)
+#pragma unroll
+            for (int i = 0; i < F::COLS / 2; i++) sum[0][i] = silu(sum[0][i]) * sum[F::PRODUCTS - 1][i];
+        if constexpr (sizeof(typename F::O) == 2) store_rows<F>(p, shared + F::SLABS_AT + warp * F::SLAB_BYTES, row, tile, sum[0]);
+        else store_floats<F>(p, row, tile, sum[0]);
+    }
+}
+
+template <typename F> __device__ __forceinline__ void product(const TiledProductParams& p) {
+    extern __shared__ __align__(1024) unsigned char dynamic[];
+    const uint32_t            shared = shared_address(dynamic);
+    const typename F::Stages  ring{shared + F::BARRIERS_AT};
+    if (threadIdx.x == 0) {
+        ring.init(p.row_to_slot ? 1 + WARPGROUP : 1, CONSUMERS * WARPGROUP / 32 * F::CLUSTER);
+        fence_mbarrier_init();
+    }
+    if (F::CLUSTER > 1) cluster_sync();
+    else __syncthreads();
+    if (__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) == 0) {
+        registers_dec<PRODUCER_REGISTERS>();
+        produce<F>(p, shared, ring);
+    } else {
+        registers_inc<CONSUMER_REGISTERS>();
+        consume<F>(p, shared, ring);
+    }
+    __syncwarp();
+    if (F::CLUSTER > 1) cluster_sync(); // others still arrive at this block's barriers
+}
+
+// By columns of all products; `x2`: two blocks share their weights.
+#define ENTRY(NAME, T, O, NN, GLU, COLS, STAGES, CLUSTER)                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_##NAME(const __grid_constant__ TiledProductParams p) { \
+        product<Form<T, O, NN, GLU, COLS, STAGES, CLUSTER>>(p);                                                                  \
+    }
+#define ENTRIES(NAME, T, O, NN, GLU, COLS)        \
+    ENTRY(NAME##_256, T, O, NN, GLU, COLS, 4, 1) \
+    ENTRY(NAME##_256x2, T, O, NN, GLU, COLS, 4, 2)
+ENTRIES(nt_bf16, bf16, bf16, false, false, 256)
+ENTRIES(nt_f16, f16, f16, false, false, 256)
+ENTRIES(nt_bf16_to_f32, bf16, float, false, false, 256)
+ENTRIES(nt_f16_to_f32, f16, float, false, false, 256)
+ENTRIES(nn_bf16, bf16, bf16, true, false, 256)
+ENTRIES(nn_f16, f16, f16, true, false, 256)
+ENTRIES(nn_bf16_to_f32, bf16, float, true, false, 256)
+ENTRIES(nn_f16_to_f32, f16, float, true, false, 256)
+ENTRIES(glu_nt_bf16, bf16, bf16, false, true, 128)
+ENTRIES(glu_nt_f16, f16, f16, false, true, 128)

@@ -36,6 +36,7 @@ macro_rules! entry {
 }
 
 pub mod attention;
+pub mod block_sparse;
 pub mod embedding;
 pub mod glu;
 pub mod grouped_gemm;

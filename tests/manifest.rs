@@ -48,7 +48,11 @@ fn images_are_those_of_the_sources() {
     assert_eq!(listed, names("cuda", ".cu"), "ptx/MANIFEST and cuda/*.cu: run cuda/build.py");
     assert_eq!(listed, names("ptx", ".sm_90a.ptx"), "ptx/MANIFEST and ptx/*.ptx: run cuda/build.py");
 
-    let common: Vec<String> = names("cuda/common", "").into_iter().map(|name| read(&format!("cuda/common/{name}"))).collect();
+    let headers: BTreeSet<String> = ["cuda/common", "cuda/common/ptx"]
+        .iter()
+        .flat_map(|folder| names(folder, "h").into_iter().map(move |name| format!("{folder}/{name}h")))
+        .collect();
+    let common: Vec<String> = headers.iter().map(|path| read(path)).collect();
     for image in &images {
         let stem = image.name.strip_suffix(".sm_90a.ptx").unwrap();
         let sources: Vec<String> = std::iter::once(read(&format!("cuda/{stem}.cu"))).chain(common.iter().cloned()).collect();
@@ -80,4 +84,31 @@ fn no_kernel_spills_or_has_a_stack() {
     }
     let distinct: BTreeSet<&str> = entries.iter().map(|entry| entry.name).collect();
     assert_eq!(distinct.len(), entries.len(), "an entry point in two images");
+}
+
+/// What makes the tensor-core kernels fast can be read from their code: products are not serialised, each stage is one batch, operands
+/// come by tensor copies, and the registers handed from the producer to the consumers are those there are.
+#[test]
+fn tensor_cores_are_used_as_meant() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm.sm_90a.ptx"));
+    let entries: Vec<Line<'_>> = manifest.lines().filter(|line| line.starts_with("entry grouped_gemm_")).map(Line::parse).collect();
+    let tiled: Vec<&Line<'_>> = entries.iter().filter(|entry| ptx.contains(&format!(".entry {}(", entry.name))).collect();
+    assert!(tiled.len() >= 20, "only {} tiled entries", tiled.len());
+    for entry in tiled {
+        let (products, cluster) = (1 + u32::from(entry.name.contains("glu")), entry.name.ends_with("x2"));
+        // A stage is four steps of 16 along k; one wait keeps a batch in flight, one ends the tile.
+        assert_eq!(entry.field("hgmma"), (4 * products).to_string(), "{}", entry.name);
+        assert_eq!(entry.field("depbar"), "2", "{}", entry.name);
+        let copies: Vec<&str> = entry.field("tma").split(',').collect();
+        assert_eq!(copies[0], "2d", "{}: rows", entry.name);
+        assert!(copies.len() > 1 && copies[1..].iter().all(|copy| *copy == if cluster { "3d.multicast" } else { "3d" }), "{}", entry.name);
+
+        let text = ptx.split(&format!(".entry {}(", entry.name)).nth(1).unwrap().split(".entry ").next().unwrap();
+        let number =
+            |name: &str| text.split(name).nth(1).unwrap().split([' ', ',', ';']).find_map(|word| word.parse::<u32>().ok()).unwrap();
+        let threads = number(".maxntid");
+        let handed = 128 * number("setmaxnreg.dec.sync.aligned.u32") + (threads - 128) * number("setmaxnreg.inc.sync.aligned.u32");
+        let launched = threads * entry.field("registers").parse::<u32>().unwrap();
+        assert!(handed <= launched && launched <= 65_536, "{}: {handed} of {launched} registers", entry.name);
+    }
 }

@@ -35,7 +35,7 @@ fn declared() -> Vec<(String, Vec<String>)> {
         } else if let (Some((declaration, _)), Some(last)) = (line.split_once(';'), structs.last_mut())
             && line.starts_with("    ")
         {
-            last.1.push(declaration.rsplit(' ').next().unwrap().to_owned());
+            last.1.push(declaration.rsplit(' ').next().unwrap().split('[').next().unwrap().to_owned());
         }
     }
     structs

@@ -13,6 +13,8 @@ typedef unsigned long long uint64_t;
 #include <stdint.h>
 #endif
 
+struct alignas(64) TensorMap { uint64_t words[16]; }; // what the driver encodes and TMA reads; opaque here
+
 #ifdef __CUDACC__ // kernels see pointers
 typedef const void*     In;
 typedef const uint32_t* InU32;
@@ -191,4 +193,87 @@ struct ProductParams {
     int64_t w_expert; // elements from one expert's matrix to the next
     int64_t v_expert;
     int64_t y_stride;
+};
+
+// One axis of a block-sparse matrix. Place i of it stands for the rows (or columns) starts[i]..starts[i + 1] and has the blocks
+// order[offsets[i]..offsets[i + 1]]; along the other axis block n lies at place other_ids[n].
+struct AxisParams {
+    InU32   starts;       // [places + 1]
+    InU32   offsets;      // [places + 1]
+    InU32   order;        // [blocks]; null: blocks are numbered in this order
+    InU32   other_ids;    // [blocks]
+    InU32   other_starts; // [places of the other axis + 1]
+    int64_t places;
+};
+
+struct SddParams {
+    In         a;       // [M, K]
+    In         b;       // [K, N]
+    Out        y;       // [blocks, block, block]
+    InU32      row_ids; // [blocks]
+    AxisParams rows;
+    int64_t    k;
+    int64_t    block;
+    int64_t    a_row; // elements from one row to the next
+    int64_t    a_k;
+    int64_t    b_k;
+    int64_t    b_col;
+    int64_t    y_stride;
+};
+
+struct DsdParams {
+    In         s; // [blocks, block, block]
+    In         d; // [K, N]
+    Out        y; // [M, N]
+    AxisParams axis;
+    int64_t    n;
+    int64_t    block;
+    int64_t    s_row; // within a block
+    int64_t    s_k;
+    int64_t    s_block; // elements from one block to the next
+    int64_t    d_k;
+    int64_t    d_col;
+    int64_t    y_row;
+    int64_t    y_col;
+};
+
+struct ArrangeParams {
+    InU32   offsets;     // [E + 1]; null: one expert owns all rows
+    InU32   expert_cols; // [E + 1], block columns
+    OutU32  row_starts;  // [block rows + 1]
+    OutU32  row_offsets; // [block rows + 1]
+    OutU32  col_offsets; // [block columns + 1]
+    OutU32  row_ids;     // [blocks]
+    OutU32  col_ids;     // [blocks]
+    OutU32  by_col;      // [blocks]
+    int64_t rows;        // R
+    int64_t num_experts;
+    int64_t block;
+    int64_t block_rows; // there is room for
+    int64_t block_cols;
+};
+
+// The tiles of the tensor-core form of grouped_gemm. Columns are those of all products together.
+static const uint32_t TILED_ROWS         = 128;
+static const uint32_t TILED_COLS         = 256;
+static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
+static const uint32_t TILED_THREADS      = 384;
+static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
+
+struct TiledProductParams {
+    TensorMap x_map; // x as {K, input rows}, box {64, 128}; not used where rows are gathered
+    TensorMap w;     // {K, N, E}, box {64, columns, 1}, or {N, K, E}, box {64, 64, 1}, for nn; all in the 128-byte swizzle
+    TensorMap v;     // as w; the second product of glu_nt
+    In        x;           // [input rows, K]; not used unless rows are gathered
+    InU32     offsets;     // [E + 1]; null: one expert owns all rows
+    InU32     row_to_slot; // [R]; null: row r is computed from input row r
+    Out       y;           // [R, N]
+    int64_t   rows;        // R
+    int64_t   num_experts;
+    int64_t   n;
+    int64_t   k;
+    int64_t   top_k;
+    int64_t   x_stride;
+    int64_t   y_stride;
+    int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch};
+use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
 use super::image::{COMPUTE_CAPABILITY, Image};
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place};
@@ -58,7 +58,7 @@ impl CudaDevice {
     }
 
     /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
-    fn function(&self, image: &'static Image, entry: &'static str) -> Result<Handle, Error> {
+    fn function(&self, image: &'static Image, entry: &'static str, shared_bytes: u32) -> Result<Handle, Error> {
         if let Some(error) = self.lost.get() {
             return Err(error.clone()); // not the image's fault
         }
@@ -76,6 +76,9 @@ impl CudaDevice {
         images.insert(image.file, loaded);
         let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
         let function = self.driver.function(loaded, &name).map_err(refused)?;
+        if shared_bytes > SHARED_BYTES_UNASKED {
+            self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
+        }
         functions.insert(entry, function);
         Ok(function)
     }
@@ -93,11 +96,17 @@ const BLOCKS_PER_SM: u32 = 8;
 /// Threads of a block that has a row to itself: what the launch bounds of those kernels allow.
 const MAX_ROW_THREADS: usize = 256;
 
+/// Dynamic shared memory that a block may have without a function's limit being raised.
+const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+
 /// The shape of a launch, apart from its parameters.
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
     pub(crate) threads: u32,
+    /// Dynamic shared memory of a block; beyond 48 KiB one figure for all launches of an entry.
     pub(crate) shared_bytes: u32,
+    /// Adjacent blocks that share memory; divides the blocks.
+    pub(crate) cluster: u32,
 }
 
 impl RawStream {
@@ -113,7 +122,7 @@ impl RawStream {
     /// A grid of `threads` per block for `items`, of which a block takes `per_block` at a time.
     pub(crate) fn grid(&self, items: u64, per_block: u64, threads: u32) -> Grid {
         let most = u64::from(self.device.attributes.sm_count * BLOCKS_PER_SM);
-        Grid { blocks: [items.div_ceil(per_block).clamp(1, most) as u32, 1, 1], threads, shared_bytes: 0 }
+        Grid { blocks: [items.div_ceil(per_block).clamp(1, most) as u32, 1, 1], threads, shared_bytes: 0, cluster: 1 }
     }
 
     /// A grid for kernels that give each of `rows` to a block, whose threads share its 16-byte vectors.
@@ -164,6 +173,11 @@ impl RawStream {
         self.device.release(|driver| driver.destroy_graph(graph));
     }
 
+    /// Encodes a tensor map, whose address, strides and box the caller has found to be what TMA takes.
+    pub(crate) fn tensor_map(&self, op: Op, desc: &TensorMapDesc) -> Result<TensorMap, Error> {
+        self.device.call(op, 0, |driver| driver.encode_tensor_map(self.device.ordinal, desc))
+    }
+
     /// Queues one kernel.
     ///
     /// # Safety
@@ -178,11 +192,11 @@ impl RawStream {
         grid: Grid,
         params: &P,
     ) -> Result<(), Error> {
-        let function = self.device.function(image, entry)?;
+        let function = self.device.function(image, entry, grid.shared_bytes)?;
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
-        let Grid { blocks, threads, shared_bytes } = grid;
-        let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [1, 1, 1], shared_bytes, params };
+        let Grid { blocks, threads, shared_bytes, cluster } = grid;
+        let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [cluster, 1, 1], shared_bytes, params };
         // SAFETY: the caller's duty.
         self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
     }

@@ -64,7 +64,7 @@ pub struct Launch<'a> {
 
 /// The 128 opaque bytes of a tensor map. Only the driver that made one can read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C, align(128))]
+#[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
 /// The arguments of `cuTensorMapEncodeTiled`; `dims`, `strides_bytes` and `tile` are innermost first.

@@ -21,9 +21,11 @@ macro_rules! image {
 }
 
 image!(ATTENTION, "attention.sm_90a.ptx");
+image!(BLOCK_SPARSE, "block_sparse.sm_90a.ptx");
 image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
 image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
+image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain.sm_90a.ptx");
 image!(NORM, "norm.sm_90a.ptx");
 image!(PERMUTE, "permute.sm_90a.ptx");
 image!(ROPE, "rope.sm_90a.ptx");

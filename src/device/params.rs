@@ -2,6 +2,8 @@
 //! `LIBCLANG_PATH=... cargo check --features regenerate-bindings`
 #![allow(missing_docs)]
 
+use super::driver::TensorMap;
+
 // Device addresses, by what lies there.
 pub(crate) type In = u64;
 pub(crate) type InU32 = u64;
@@ -384,4 +386,173 @@ const _: () = {
     ["Offset of field: ProductParams::w_expert"][::std::mem::offset_of!(ProductParams, w_expert) - 112usize];
     ["Offset of field: ProductParams::v_expert"][::std::mem::offset_of!(ProductParams, v_expert) - 120usize];
     ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct AxisParams {
+    pub(crate) starts: InU32,
+    pub(crate) offsets: InU32,
+    pub(crate) order: InU32,
+    pub(crate) other_ids: InU32,
+    pub(crate) other_starts: InU32,
+    pub(crate) places: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AxisParams"][::std::mem::size_of::<AxisParams>() - 48usize];
+    ["Alignment of AxisParams"][::std::mem::align_of::<AxisParams>() - 8usize];
+    ["Offset of field: AxisParams::starts"][::std::mem::offset_of!(AxisParams, starts) - 0usize];
+    ["Offset of field: AxisParams::offsets"][::std::mem::offset_of!(AxisParams, offsets) - 8usize];
+    ["Offset of field: AxisParams::order"][::std::mem::offset_of!(AxisParams, order) - 16usize];
+    ["Offset of field: AxisParams::other_ids"][::std::mem::offset_of!(AxisParams, other_ids) - 24usize];
+    ["Offset of field: AxisParams::other_starts"][::std::mem::offset_of!(AxisParams, other_starts) - 32usize];
+    ["Offset of field: AxisParams::places"][::std::mem::offset_of!(AxisParams, places) - 40usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct SddParams {
+    pub(crate) a: In,
+    pub(crate) b: In,
+    pub(crate) y: Out,
+    pub(crate) row_ids: InU32,
+    pub(crate) rows: AxisParams,
+    pub(crate) k: i64,
+    pub(crate) block: i64,
+    pub(crate) a_row: i64,
+    pub(crate) a_k: i64,
+    pub(crate) b_k: i64,
+    pub(crate) b_col: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SddParams"][::std::mem::size_of::<SddParams>() - 136usize];
+    ["Alignment of SddParams"][::std::mem::align_of::<SddParams>() - 8usize];
+    ["Offset of field: SddParams::a"][::std::mem::offset_of!(SddParams, a) - 0usize];
+    ["Offset of field: SddParams::b"][::std::mem::offset_of!(SddParams, b) - 8usize];
+    ["Offset of field: SddParams::y"][::std::mem::offset_of!(SddParams, y) - 16usize];
+    ["Offset of field: SddParams::row_ids"][::std::mem::offset_of!(SddParams, row_ids) - 24usize];
+    ["Offset of field: SddParams::rows"][::std::mem::offset_of!(SddParams, rows) - 32usize];
+    ["Offset of field: SddParams::k"][::std::mem::offset_of!(SddParams, k) - 80usize];
+    ["Offset of field: SddParams::block"][::std::mem::offset_of!(SddParams, block) - 88usize];
+    ["Offset of field: SddParams::a_row"][::std::mem::offset_of!(SddParams, a_row) - 96usize];
+    ["Offset of field: SddParams::a_k"][::std::mem::offset_of!(SddParams, a_k) - 104usize];
+    ["Offset of field: SddParams::b_k"][::std::mem::offset_of!(SddParams, b_k) - 112usize];
+    ["Offset of field: SddParams::b_col"][::std::mem::offset_of!(SddParams, b_col) - 120usize];
+    ["Offset of field: SddParams::y_stride"][::std::mem::offset_of!(SddParams, y_stride) - 128usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct DsdParams {
+    pub(crate) s: In,
+    pub(crate) d: In,
+    pub(crate) y: Out,
+    pub(crate) axis: AxisParams,
+    pub(crate) n: i64,
+    pub(crate) block: i64,
+    pub(crate) s_row: i64,
+    pub(crate) s_k: i64,
+    pub(crate) s_block: i64,
+    pub(crate) d_k: i64,
+    pub(crate) d_col: i64,
+    pub(crate) y_row: i64,
+    pub(crate) y_col: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DsdParams"][::std::mem::size_of::<DsdParams>() - 144usize];
+    ["Alignment of DsdParams"][::std::mem::align_of::<DsdParams>() - 8usize];
+    ["Offset of field: DsdParams::s"][::std::mem::offset_of!(DsdParams, s) - 0usize];
+    ["Offset of field: DsdParams::d"][::std::mem::offset_of!(DsdParams, d) - 8usize];
+    ["Offset of field: DsdParams::y"][::std::mem::offset_of!(DsdParams, y) - 16usize];
+    ["Offset of field: DsdParams::axis"][::std::mem::offset_of!(DsdParams, axis) - 24usize];
+    ["Offset of field: DsdParams::n"][::std::mem::offset_of!(DsdParams, n) - 72usize];
+    ["Offset of field: DsdParams::block"][::std::mem::offset_of!(DsdParams, block) - 80usize];
+    ["Offset of field: DsdParams::s_row"][::std::mem::offset_of!(DsdParams, s_row) - 88usize];
+    ["Offset of field: DsdParams::s_k"][::std::mem::offset_of!(DsdParams, s_k) - 96usize];
+    ["Offset of field: DsdParams::s_block"][::std::mem::offset_of!(DsdParams, s_block) - 104usize];
+    ["Offset of field: DsdParams::d_k"][::std::mem::offset_of!(DsdParams, d_k) - 112usize];
+    ["Offset of field: DsdParams::d_col"][::std::mem::offset_of!(DsdParams, d_col) - 120usize];
+    ["Offset of field: DsdParams::y_row"][::std::mem::offset_of!(DsdParams, y_row) - 128usize];
+    ["Offset of field: DsdParams::y_col"][::std::mem::offset_of!(DsdParams, y_col) - 136usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct ArrangeParams {
+    pub(crate) offsets: InU32,
+    pub(crate) expert_cols: InU32,
+    pub(crate) row_starts: OutU32,
+    pub(crate) row_offsets: OutU32,
+    pub(crate) col_offsets: OutU32,
+    pub(crate) row_ids: OutU32,
+    pub(crate) col_ids: OutU32,
+    pub(crate) by_col: OutU32,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) block: i64,
+    pub(crate) block_rows: i64,
+    pub(crate) block_cols: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ArrangeParams"][::std::mem::size_of::<ArrangeParams>() - 104usize];
+    ["Alignment of ArrangeParams"][::std::mem::align_of::<ArrangeParams>() - 8usize];
+    ["Offset of field: ArrangeParams::offsets"][::std::mem::offset_of!(ArrangeParams, offsets) - 0usize];
+    ["Offset of field: ArrangeParams::expert_cols"][::std::mem::offset_of!(ArrangeParams, expert_cols) - 8usize];
+    ["Offset of field: ArrangeParams::row_starts"][::std::mem::offset_of!(ArrangeParams, row_starts) - 16usize];
+    ["Offset of field: ArrangeParams::row_offsets"][::std::mem::offset_of!(ArrangeParams, row_offsets) - 24usize];
+    ["Offset of field: ArrangeParams::col_offsets"][::std::mem::offset_of!(ArrangeParams, col_offsets) - 32usize];
+    ["Offset of field: ArrangeParams::row_ids"][::std::mem::offset_of!(ArrangeParams, row_ids) - 40usize];
+    ["Offset of field: ArrangeParams::col_ids"][::std::mem::offset_of!(ArrangeParams, col_ids) - 48usize];
+    ["Offset of field: ArrangeParams::by_col"][::std::mem::offset_of!(ArrangeParams, by_col) - 56usize];
+    ["Offset of field: ArrangeParams::rows"][::std::mem::offset_of!(ArrangeParams, rows) - 64usize];
+    ["Offset of field: ArrangeParams::num_experts"][::std::mem::offset_of!(ArrangeParams, num_experts) - 72usize];
+    ["Offset of field: ArrangeParams::block"][::std::mem::offset_of!(ArrangeParams, block) - 80usize];
+    ["Offset of field: ArrangeParams::block_rows"][::std::mem::offset_of!(ArrangeParams, block_rows) - 88usize];
+    ["Offset of field: ArrangeParams::block_cols"][::std::mem::offset_of!(ArrangeParams, block_cols) - 96usize];
+};
+pub const TILED_ROWS: u32 = 128;
+pub const TILED_COLS: u32 = 256;
+pub const TILED_DEPTH: u32 = 64;
+pub const TILED_THREADS: u32 = 384;
+pub const TILED_SHARED_BYTES: u32 = 213056;
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Copy, Clone)]
+pub struct TiledProductParams {
+    pub(crate) x_map: TensorMap,
+    pub(crate) w: TensorMap,
+    pub(crate) v: TensorMap,
+    pub(crate) x: In,
+    pub(crate) offsets: InU32,
+    pub(crate) row_to_slot: InU32,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) unused: [i64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TiledProductParams"][::std::mem::size_of::<TiledProductParams>() - 512usize];
+    ["Alignment of TiledProductParams"][::std::mem::align_of::<TiledProductParams>() - 64usize];
+    ["Offset of field: TiledProductParams::x_map"][::std::mem::offset_of!(TiledProductParams, x_map) - 0usize];
+    ["Offset of field: TiledProductParams::w"][::std::mem::offset_of!(TiledProductParams, w) - 128usize];
+    ["Offset of field: TiledProductParams::v"][::std::mem::offset_of!(TiledProductParams, v) - 256usize];
+    ["Offset of field: TiledProductParams::x"][::std::mem::offset_of!(TiledProductParams, x) - 384usize];
+    ["Offset of field: TiledProductParams::offsets"][::std::mem::offset_of!(TiledProductParams, offsets) - 392usize];
+    ["Offset of field: TiledProductParams::row_to_slot"][::std::mem::offset_of!(TiledProductParams, row_to_slot) - 400usize];
+    ["Offset of field: TiledProductParams::y"][::std::mem::offset_of!(TiledProductParams, y) - 408usize];
+    ["Offset of field: TiledProductParams::rows"][::std::mem::offset_of!(TiledProductParams, rows) - 416usize];
+    ["Offset of field: TiledProductParams::num_experts"][::std::mem::offset_of!(TiledProductParams, num_experts) - 424usize];
+    ["Offset of field: TiledProductParams::n"][::std::mem::offset_of!(TiledProductParams, n) - 432usize];
+    ["Offset of field: TiledProductParams::k"][::std::mem::offset_of!(TiledProductParams, k) - 440usize];
+    ["Offset of field: TiledProductParams::top_k"][::std::mem::offset_of!(TiledProductParams, top_k) - 448usize];
+    ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 456usize];
+    ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 464usize];
+    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 472usize];
 };

@@ -10,6 +10,13 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+/// The tile table of the tensor-core kernels, for tests and benches. Outside the semver promise.
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod tiles {
+    pub use super::cuda::tiled::{FORMS, Form, with_form};
+}
+
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};
@@ -29,7 +36,7 @@ use crate::view::{Rows, RowsMut};
 /// An expert may own no row, or all of them; `R = 0` or `N = 0` is a no-op; `K = 0` gives zeros. A NaN in an input row
 /// stays in the rows computed from it.
 ///
-/// The bits of a row depend on that row, the weights and the class of the call: `R <= 8 * E`, where dot products read the weights
+/// The bits of a row depend on that row, the weights and the class of the call: `R <= 16 * E`, where dot products read the weights
 /// as they lie, or more rows, where sums run over k in blocks of fixed length. Neither other rows, nor how many rows an expert
 /// got, nor the number of threads show in them. They may differ between instruction sets.
 ///

@@ -4,9 +4,11 @@
 mod oracle;
 
 mod attention;
+mod block_sparse;
 mod embedding;
 mod glu;
 mod grouped_gemm;
+mod grouped_gemm_tiles;
 mod moe;
 mod norm;
 mod permute;

@@ -260,8 +260,8 @@ proptest! {
         let stream = device::cpu(1);
         for t in (0..num_tokens).step_by(5) {
             let (d, k) = (shape.d_model, shape.top_k);
-            // More than 8 rows for each expert make a class of their own: the token among copies of itself.
-            let copies = if num_tokens * k > 8 * shape.num_experts { 8 * shape.num_experts / k + 1 } else { 1 };
+            // More than 16 rows for each expert make a class of their own: the token among copies of itself.
+            let copies = if num_tokens * k > 16 * shape.num_experts { 16 * shape.num_experts / k + 1 } else { 1 };
             let (alone, alone_ids, alone_weights) = forward(&stream, &layer, &x[t * d..(t + 1) * d].repeat(copies), copies);
             same_bits(&alone[..d], &all[t * d..(t + 1) * d]);
             same_bits(&alone_ids[..k], &ids[t * k..(t + 1) * k]);

@@ -79,7 +79,7 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, normalize: Normalize
         // order, raw views promise it.
         unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_choose", grid, &choose)? };
     }
-    let grid = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0 };
+    let grid = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0, cluster: 1 };
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
     // have an element per id, `offsets` one per expert and one more.
     unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_index", grid, &index) }

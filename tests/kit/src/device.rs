@@ -20,6 +20,11 @@ pub fn each_device(test: impl Fn(&Stream)) {
     for threads in [1, 3] {
         test(&cpu(threads));
     }
+    each_gpu(test);
+}
+
+/// Calls `test` on the emulated GPU in every schedule, and on the GPU where there is one.
+pub fn each_gpu(test: impl Fn(&Stream)) {
     each_schedule(&test);
     if let Some(stream) = hardware() {
         test(&stream);

@@ -1,0 +1,66 @@
+// wgmma, m64nNk16 with f32 accumulators: one function per instruction, no logic.
+//
+// Thread 32 w + 4 g + t of the warpgroup holds of accumulator i: row 16 w + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 t + i % 2.
+#pragma once
+
+// Before the first product of a batch, and whenever other code has touched the accumulators since.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// All but the last PENDING batches are done: their accumulators may be read, their operands overwritten.
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Operands in shared memory, in the 128-byte swizzle that TMA writes: tiles begin on 1024 bytes. `leading` and `stride` in bytes.
+__device__ __forceinline__ uint64_t swizzled(uint32_t tile, uint32_t leading, uint32_t stride) {
+    return uint64_t((tile & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+// Rows of 64 elements of k, 128 bytes each; the next 16 of k are 32 bytes on.
+__device__ __forceinline__ uint64_t k_major(uint32_t tile) { return swizzled(tile, 16, 1024); }
+enum : uint64_t { K_MAJOR_STEP = 32 >> 4 };
+// Panels of 64 columns with `depth` rows, one per k, 128 bytes each; the next 16 of k are 16 rows on.
+__device__ __forceinline__ uint64_t mn_major(uint32_t tile, uint32_t depth) { return swizzled(tile, depth * 128, 1024); }
+enum : uint64_t { MN_MAJOR_STEP = 16 * 128 >> 4 };
+
+template <typename T> struct IsBf16 { enum : bool { VALUE = false }; };
+template <> struct IsBf16<bf16> { enum : bool { VALUE = true }; };
+
+// Operand lists: %0 to %N/2-1 are the accumulators, then come a, b, the predicate's source and the two transposition flags.
+#define WGMMA_NAMES_10(tens) "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens "8, %" #tens "9"
+#define WGMMA_NAMES_32 WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", %30, %31"
+#define WGMMA_NAMES_64 WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", " WGMMA_NAMES_10(3) ", " WGMMA_NAMES_10(4) ", " WGMMA_NAMES_10(5) ", %60, %61, %62, %63"
+#define WGMMA_NAMES_128                                                                                                                            \
+    WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", " WGMMA_NAMES_10(3) ", " WGMMA_NAMES_10(4) ", " WGMMA_NAMES_10(5) ", "         \
+    WGMMA_NAMES_10(6) ", " WGMMA_NAMES_10(7) ", " WGMMA_NAMES_10(8) ", " WGMMA_NAMES_10(9) ", " WGMMA_NAMES_10(10) ", " WGMMA_NAMES_10(11)           \
+    ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_HELD_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_HELD_16(i) WGMMA_HELD_4(i), WGMMA_HELD_4(i + 4), WGMMA_HELD_4(i + 8), WGMMA_HELD_4(i + 12)
+#define WGMMA_HELD_32 WGMMA_HELD_16(0), WGMMA_HELD_16(16)
+#define WGMMA_HELD_64 WGMMA_HELD_32, WGMMA_HELD_16(32), WGMMA_HELD_16(48)
+#define WGMMA_HELD_128 WGMMA_HELD_64, WGMMA_HELD_16(64), WGMMA_HELD_16(80), WGMMA_HELD_16(96), WGMMA_HELD_16(112)
+
+// Keeps the compiler's own moves of accumulators on this side of the asynchronous section.
+__device__ __forceinline__ void pin(float (&d)[32]) { asm volatile("" : WGMMA_HELD_32::"memory"); }
+__device__ __forceinline__ void pin(float (&d)[64]) { asm volatile("" : WGMMA_HELD_64::"memory"); }
+__device__ __forceinline__ void pin(float (&d)[128]) { asm volatile("" : WGMMA_HELD_128::"memory"); }
+
+#define WGMMA_AS(TYPE, N, COUNT, A, B, FROM, TRANS)                                                                                                \
+    asm volatile("{\n"                                                                                                                             \
+                 ".reg .pred accumulate;\n"                                                                                                        \
+                 "setp.ne.b32 accumulate, %" FROM ", 0;\n"                                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_NAMES_##COUNT "}, %" A ", %" B                          \
+                 ", accumulate, 1, 1, " TRANS ";\n"                                                                                                \
+                 "}"                                                                                                                               \
+                 : WGMMA_HELD_##COUNT                                                                                                              \
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(TRANS_A)), "n"(int(TRANS_B)))
+
+// d[64 x N] = a[64 x 16] * b[16 x N] + (accumulate ? d : 0). TRANS says of an operand that it lies MN-major.
+#define WGMMA(N, COUNT, A, B, FROM, TRANS)                                                                                                         \
+    template <typename T, bool TRANS_A, bool TRANS_B>                                                                                              \
+    __device__ __forceinline__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {                                            \
+        if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_AS("bf16", N, COUNT, A, B, FROM, TRANS);                                                       \
+        else WGMMA_AS("f16", N, COUNT, A, B, FROM, TRANS);                                                                                         \
+    }
+WGMMA(64, 32, "32", "33", "34", "%35, %36")
+WGMMA(128, 64, "64", "65", "66", "%67, %68")
+WGMMA(256, 128, "128", "129", "130", "%131, %132")

@@ -1,0 +1,182 @@
+//! The tensor-core form, fed by TMA: `cuda/grouped_gemm.cu`, and the table of its tiles.
+#![allow(unsafe_code)] // the launch
+
+use std::cell::Cell;
+
+use crate::device::cuda::Grid;
+use crate::device::driver::{TensorMap, TensorMapDesc};
+use crate::device::params::{TILED_COLS, TILED_DEPTH, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS, TiledProductParams};
+use crate::device::{Stream, image};
+use crate::dtype::{DType, Float};
+use crate::error::{Error, Op};
+use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
+use crate::view::{Rows, RowsMut};
+
+/// A row of the tile table: a form of the kernel that was compiled. All forms give the same bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Form {
+    /// What its entry points end with.
+    pub name: &'static str,
+    /// Blocks that take adjacent row tiles and share the weights they load.
+    cluster: u32,
+    /// The class of calls it serves: those with at least so many rows for each expert, on average. Where each row tile of an expert
+    /// has a neighbour, a pair halves the traffic of weights from the L2 cache; with fewer rows, half of a pair would idle.
+    min_rows_per_expert: usize,
+}
+
+/// The tile table: a call takes the first form whose class it is in.
+pub static FORMS: [Form; 2] =
+    [Form { name: "256x2", cluster: 2, min_rows_per_expert: 256 }, Form { name: "256", cluster: 1, min_rows_per_expert: 0 }];
+
+/// The entry points of a family, in the order of [`FORMS`].
+macro_rules! forms {
+    ($family:literal) => {
+        [concat!($family, "_256x2"), concat!($family, "_256")]
+    };
+}
+
+thread_local! {
+    static FORCED: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Runs `work` with every tiled product of this thread in the form `FORMS[form]`: for tests and benches.
+pub fn with_form<R>(form: usize, work: impl FnOnce() -> R) -> R {
+    struct Restore(Option<usize>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    let _until_the_end = Restore(FORCED.replace(Some(form)));
+    work()
+}
+
+fn choose(rows: &ExpertRows<'_>) -> usize {
+    let fits = |form: &Form| rows.rows() >= rows.num_experts().saturating_mul(form.min_rows_per_expert);
+    FORCED.get().or_else(|| FORMS.iter().position(fits)).unwrap_or(FORMS.len() - 1)
+}
+
+/// What TMA and 16-byte stores ask of types, widths and addresses. Static shape and layout alone decide.
+pub(super) fn serves<A: Float, W: Float, O: Float>(
+    x: &Rows<'_, A>,
+    weights: &[ExpertWeights<'_, W>],
+    rows: &ExpertRows<'_>,
+    y: &RowsMut<'_, O>,
+) -> bool {
+    const MAX_STRIDE_BYTES: u64 = 1 << 40;
+    let vectors = |address: u64, stride: usize, size: usize| address.is_multiple_of(16) && (stride * size).is_multiple_of(16);
+    let weights_fit = weights.iter().all(|w| {
+        let expert_bytes = w.stacked().stride() as u64 * (w.stacked().rows() / w.num_experts()) as u64 * 2;
+        vectors(w.stacked().address(), w.stacked().stride(), 2) && expert_bytes < MAX_STRIDE_BYTES
+    });
+    let (k, n, widest) = (x.cols(), y.cols(), i32::MAX as usize - 2 * TILED_COLS as usize); // coordinates are 32 bits
+    matches!(A::DTYPE, DType::Bf16 | DType::F16)
+        && k > 0
+        && k.is_multiple_of(8)
+        && n.is_multiple_of(8)
+        && k.max(n).max(x.stride()) <= widest
+        && rows.rows().max(rows.input_rows()) <= i32::MAX as usize - 2 * TILED_ROWS as usize
+        && vectors(x.address(), x.stride(), 2)
+        && vectors(y.address(), y.stride(), size_of::<O>())
+        && weights_fit
+}
+
+pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
+    stream: &Stream,
+    x: Rows<'_, A>,
+    weights: [ExpertWeights<'_, W>; P],
+    rows: ExpertRows<'_>,
+    y: &mut RowsMut<'_, O>,
+) -> Result<(), Error> {
+    let cuda = stream.cuda();
+    let form = choose(&rows);
+    let Form { cluster, .. } = FORMS[form];
+    let entry = entries::<A, O>(P, weights[0].order())[form];
+    let cols_per_tile = TILED_COLS / P as u32;
+    let [num_rows, n] = y.dims();
+    let (offsets, row_to_slot, top_k) = rows.addresses();
+    let maps = weights.map(|w| weights_map(&w, cols_per_tile / cluster));
+    let map = |desc: &TensorMapDesc| cuda.tensor_map(Op::GroupedGemm, desc);
+    let params = TiledProductParams {
+        x_map: if row_to_slot == 0 { map(&rows_map(&x))? } else { TensorMap([0; 16]) },
+        w: map(&maps[0])?,
+        v: map(&maps[P - 1])?,
+        x: x.address(),
+        offsets,
+        row_to_slot,
+        y: y.address(),
+        rows: num_rows as i64,
+        num_experts: rows.num_experts() as i64,
+        n: n as i64,
+        k: x.cols() as i64,
+        top_k: top_k as i64,
+        x_stride: x.stride() as i64,
+        y_stride: y.stride() as i64,
+        unused: [0; 5],
+    };
+    // Each expert may end in a tile of its own; clusters that find no tile leave.
+    let row_tiles = (num_rows as u64).div_ceil(u64::from(cluster * TILED_ROWS)) + (rows.num_experts().min(num_rows) as u64) - 1;
+    let tiles = row_tiles * (n as u64).div_ceil(u64::from(cols_per_tile));
+    let clusters = tiles.min(u64::from(cuda.attributes().sm_count / cluster)) as u32;
+    let grid = Grid { blocks: [clusters * cluster, 1, 1], threads: TILED_THREADS, shared_bytes: TILED_SHARED_BYTES, cluster };
+    // SAFETY: `TiledProductParams` is the struct of these entries; `x`, the weights and `y` have these extents, `rows` the invariants
+    // of its type; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
+    // raw views promise it.
+    unsafe { cuda.launch(Op::GroupedGemm, &image::GROUPED_GEMM, entry, grid, &params) }
+}
+
+fn entries<A: Float, O: Float>(products: usize, order: WeightOrder) -> [&'static str; FORMS.len()] {
+    match (products, order, A::DTYPE, O::DTYPE == DType::F32) {
+        (2, _, DType::Bf16, _) => forms!("grouped_gemm_glu_nt_bf16"),
+        (2, _, _, _) => forms!("grouped_gemm_glu_nt_f16"),
+        (_, WeightOrder::Nk, DType::Bf16, false) => forms!("grouped_gemm_nt_bf16"),
+        (_, WeightOrder::Nk, DType::Bf16, true) => forms!("grouped_gemm_nt_bf16_to_f32"),
+        (_, WeightOrder::Nk, _, false) => forms!("grouped_gemm_nt_f16"),
+        (_, WeightOrder::Nk, _, true) => forms!("grouped_gemm_nt_f16_to_f32"),
+        (_, WeightOrder::Kn, DType::Bf16, false) => forms!("grouped_gemm_nn_bf16"),
+        (_, WeightOrder::Kn, DType::Bf16, true) => forms!("grouped_gemm_nn_bf16_to_f32"),
+        (_, WeightOrder::Kn, _, false) => forms!("grouped_gemm_nn_f16"),
+        (_, WeightOrder::Kn, _, true) => forms!("grouped_gemm_nn_f16_to_f32"),
+    }
+}
+
+// As `CUtensorMapDataType`, `CUtensorMapSwizzle` and `CUtensorMapL2promotion` count.
+const F16: u32 = 6;
+const BF16: u32 = 9;
+const SWIZZLE_128: u32 = 3;
+const PROMOTE_256: u32 = 3;
+
+/// A matrix of 16-bit elements by boxes in the 128-byte swizzle, the innermost dimension first.
+fn map<T: Float, const RANK: usize>(address: u64, dims: [usize; RANK], strides: [usize; RANK], tile: [u32; RANK]) -> TensorMapDesc {
+    let mut desc = TensorMapDesc {
+        address,
+        data_type: if T::DTYPE == DType::Bf16 { BF16 } else { F16 },
+        rank: RANK as u32,
+        dims: [1; 5],
+        strides_bytes: [0; 4],
+        tile: [1; 5],
+        swizzle: SWIZZLE_128,
+        l2_promotion: PROMOTE_256,
+    };
+    for (i, stride) in strides.into_iter().enumerate() {
+        (desc.dims[i], desc.tile[i]) = (dims[i] as u64, tile[i]);
+        if i > 0 {
+            desc.strides_bytes[i - 1] = stride as u64 * size_of::<T>() as u64; // the innermost has none
+        }
+    }
+    desc
+}
+
+/// Input rows: a box is the rows of a tile.
+fn rows_map<A: Float>(x: &Rows<'_, A>) -> TensorMapDesc {
+    map::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, TILED_ROWS])
+}
+
+/// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's. A box is
+/// `cols` outputs, or, where k is not innermost, as many as the swizzle is wide.
+fn weights_map<W: Float>(w: &ExpertWeights<'_, W>, cols: u32) -> TensorMapDesc {
+    let stacked = w.stacked();
+    let (rows, stride) = (stacked.rows() / w.num_experts(), stacked.stride());
+    let tile = if w.order() == WeightOrder::Nk { [TILED_DEPTH, cols, 1] } else { [64, TILED_DEPTH, 1] };
+    map::<W, 3>(stacked.address(), [stacked.cols(), rows, w.num_experts()], [1, stride, rows * stride], tile)
+}
