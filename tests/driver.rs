@@ -48,11 +48,13 @@ int cuMemGetInfo_v2(size_t* available, size_t* total) { *available = 1000; *tota
 /// The library's source: the functions above, and every other one that this crate asks for, which succeeds.
 fn source(answers: &Answers) -> String {
     let asked = std::fs::read_to_string(root().join("src/device/driver/hardware.rs")).unwrap();
-    let names: Vec<&str> = asked.lines().filter_map(|line| line.trim().split_once(" = \"cu")?.1.split_once("\": fn(")).map(|(name, _)| name).collect();
+    let names: Vec<&str> =
+        asked.lines().filter_map(|line| line.trim().split_once(" = \"cu")?.1.split_once("\": fn(")).map(|(name, _)| name).collect();
     assert!(names.len() > 30, "{names:?}");
     let Answers { version, init, devices, major, without } = answers;
     let functions = FUNCTIONS.replace("VERSION", &version.to_string()).replace("INIT", &init.to_string());
-    let functions = functions.replace("DEVICES", &devices.to_string()).replace("MAJOR", &major.to_string()).replace("STANDIN", "\"stand-in\"");
+    let functions =
+        functions.replace("DEVICES", &devices.to_string()).replace("MAJOR", &major.to_string()).replace("STANDIN", "\"stand-in\"");
     let others = names.iter().filter(|name| !functions.contains(&format!("int cu{name}(")) && format!("cu{name}") != *without);
     others.fold(functions.clone(), |source, name| source + &format!("int cu{name}(void) {{ return 0; }}\n"))
 }
@@ -63,7 +65,8 @@ fn opened(answers: &Answers) -> Option<String> {
     std::fs::create_dir_all(&folder).unwrap();
     let library: PathBuf = folder.join("libcuda.so.1");
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
-    let spawned = Command::new(&compiler).args(["-shared", "-fPIC", "-x", "c", "-w", "-", "-o"]).arg(&library).stdin(Stdio::piped()).spawn();
+    let spawned =
+        Command::new(&compiler).args(["-shared", "-fPIC", "-x", "c", "-w", "-", "-o"]).arg(&library).stdin(Stdio::piped()).spawn();
     let Ok(mut child) = spawned else {
         let _ = writeln!(std::io::stderr(), "NOT TRIED with other drivers: {compiler} cannot be run");
         return None;
@@ -83,8 +86,14 @@ fn opened(answers: &Answers) -> Option<String> {
 #[test]
 fn any_driver_is_answered_with_an_error_or_a_device() {
     for (answers, want) in [
-        (Answers { version: 12020, ..GOOD }, "the driver supports CUDA 12.2, too old for the images; they need CUDA 12.4, driver R550 or newer"),
-        (Answers { without: "cuTensorMapEncodeTiled", ..GOOD }, "the CUDA driver has no function `cuTensorMapEncodeTiled`; it needs CUDA 12.4, driver R550 or newer"),
+        (
+            Answers { version: 12020, ..GOOD },
+            "the driver supports CUDA 12.2, too old for the images; they need CUDA 12.4, driver R550 or newer",
+        ),
+        (
+            Answers { without: "cuTensorMapEncodeTiled", ..GOOD },
+            "the CUDA driver has no function `cuTensorMapEncodeTiled`; it needs CUDA 12.4, driver R550 or newer",
+        ),
         (Answers { init: 100, ..GOOD }, "no CUDA device 0; this machine has 0"),
         (Answers { init: 999, ..GOOD }, "no CUDA device 0; this machine has 0"),
         (Answers { devices: 0, ..GOOD }, "no CUDA device 0; this machine has 0"),

@@ -12,8 +12,8 @@ use dropless::layout::KvShape;
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::{Normalize, logits};
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, Place, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds,
-    Workspace, embedding, grouped_gemm, norm, rope, sample,
+    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, Place, RopeTable, Routing, RoutingBuffers, Rows,
+    RowsMut, Stream, TokenIds, Workspace, embedding, grouped_gemm, norm, rope, sample,
 };
 use dropless_kit::compare::{relative_l2, same_bits};
 use dropless_kit::device;
@@ -260,7 +260,8 @@ fn a_device_lost_while_loading_is_lost() {
             driver.failed() == Some(at)
         });
         let before = recorder.launches().len();
-        let stream = Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError(code))), 0).unwrap().stream().unwrap();
+        let stream =
+            Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError(code))), 0).unwrap().stream().unwrap();
         let errors = [(); 2].map(|()| argmax_on(&stream));
         (errors, recorder.launches().len() - before)
     };
@@ -286,7 +287,14 @@ fn corrupt_images_are_refused() {
     let whole = std::fs::read_to_string(root().join("ptx/sample.sm_90a.ptx")).unwrap();
     let driver = Emulated::new(Options::default());
     let half = &whole[..whole.len() / 2];
-    for text in ["", "not PTX", half, &whole.replace("sm_90a", "sm_100a"), &whole.replace(".version 8.4", ".version 99.0"), &whole.replace("ld.", "ldd.")] {
+    for text in [
+        "",
+        "not PTX",
+        half,
+        &whole.replace("sm_90a", "sm_100a"),
+        &whole.replace(".version 8.4", ".version 99.0"),
+        &whole.replace("ld.", "ldd."),
+    ] {
         let error = driver.load_image(0, &CString::new(text).unwrap()).unwrap_err();
         assert!(error.is_of_image(), "{error}");
     }
