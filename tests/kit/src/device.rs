@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::io::Write;
 use std::sync::{Arc, Once};
 
+use dropless::device::driver::{Driver, DriverResult, Handle};
 use dropless::{Device, Element, Error, Stream};
 
 use crate::emulated::{Emulated, Options, Schedule, TmaCompletion};
@@ -138,6 +139,22 @@ fn emulating(run: impl FnOnce()) {
     EMULATING.set(true);
     let _until_the_end = Emulating;
     run();
+}
+
+/// Copies bytes to device memory by a driver's own calls, and waits.
+///
+/// # Errors
+///
+/// The driver's.
+pub fn write(driver: &dyn Driver, stream: Handle, address: u64, bytes: &[u8]) -> DriverResult<()> {
+    let pinned = driver.alloc_pinned(0, bytes.len().max(1))?;
+    // SAFETY: as much memory as bytes, which nobody else knows of.
+    unsafe { pinned.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    // SAFETY: initialised above, and freed only when the copy has happened.
+    unsafe { driver.copy_to_device(stream, address, pinned, bytes.len()) }?;
+    driver.synchronize(stream)?;
+    // SAFETY: as above.
+    unsafe { driver.free_pinned(pinned) }
 }
 
 /// False where the emulator would be too slow: with every detector on it takes some million inner steps per second.
