@@ -18,6 +18,7 @@ use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Stream, TokenIds, Workspace, embedding, grouped_gemm,
+    permute,
 };
 use dropless_kit::device;
 use dropless_kit::fill::{Random, normal};
@@ -185,6 +186,17 @@ fn measure(stream: &Stream, model: &Model, emulated: bool, record: &mut Record, 
     let owner = |row: usize| offsets.partition_point(|offset| *offset as usize <= row) - 1;
     let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
     let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+    // What the gather inside `glu_nt` saves: the rows sorted beforehand, and the time that takes.
+    let mut sorted = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+    let mut gather = || permute::gather(stream, x.rows(tokens, d_model)?, &routing, &mut sorted.rows_mut(rows, d_model)?);
+    let spent = time(stream, emulated, &mut gather)?;
+    record.line("gather", "", tokens, spent, 0.0, (4 * rows * d_model) as f64);
+    let mut glu_of_sorted = || {
+        let mut h = h.rows_mut(rows, d_ffn)?;
+        grouped_gemm::glu_nt(stream, sorted.rows(rows, d_model)?, weights.w1, weights.v1, routing.expert_rows(), &mut h)
+    };
+    let spent = time(stream, emulated, &mut glu_of_sorted)?;
+    record.line("glu_nt_of_sorted", "", tokens, spent, 2.0 * flop, 2.0 * bytes);
     for (form, about) in FORMS.iter().enumerate() {
         let many = about.name.starts_with("256");
         if many != (tokens > 64) && !emulated {

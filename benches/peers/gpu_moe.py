@@ -46,14 +46,14 @@ class Record:
 
     def line(self, what, form, tokens, times, flop=0.0, bytes_moved=0.0):
         median, least, greatest = times
-        line = json.dumps(dict(device=self.device, torch=torch.__version__, what=what, form=form, tokens=tokens, us=round(median, 1), us_min=round(least, 1), us_max=round(greatest, 1), tflops=round(flop / median / 1e6, 1), gb_s=round(bytes_moved / median / 1e3, 1)))
+        line = json.dumps(dict(device=self.device, torch=torch.__version__, what=what, form=form, tokens=tokens, us=round(median, 1), us_min=round(least, 1), us_max=round(greatest, 1), tflops=round(flop / median / 1e6, 6), gb_s=round(bytes_moved / median / 1e3, 6)))
         print(line, flush=True)
         if self.file:
             print(line, file=self.file, flush=True)
 
 
 def ceilings(record, device):
-    n, copied = (8192, 1 << 31) if device == "cuda" else (64, 1 << 16)
+    n, copied = (8192, 1 << 31) if device == "cuda" else (512, 1 << 20)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     record.line("matmul", f"{n}^3", n, timed(lambda: a @ b, device), flop=2 * n**3)
     source = torch.randn(copied // 4, device=device)
