@@ -265,6 +265,9 @@ static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
 static const uint32_t TILED_THREADS      = 384;
 static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
 
+// And of block_sparse, which has some words beside its barriers.
+static const uint32_t BLOCK_TILED_SHARED_BYTES = TILED_SHARED_BYTES + 64;
+
 // The same of its form for few rows, whose operands are swapped: columns of each product.
 static const uint32_t FEW_COLS         = 64;
 static const uint32_t FEW_THREADS      = 256;
@@ -286,4 +289,21 @@ struct TiledProductParams {
     int64_t   x_stride;
     int64_t   y_stride;
     int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
+};
+
+// Products of blocks on the tensor cores, all as tiles of a * b: rows are those of a place of the axis, columns those of its blocks
+// (sdd, whose result is sparse) or of the dense operand (dsd; dds is dsd of the transposed matrices, its result stored transposed).
+struct BlockProductParams {
+    TensorMap  a; // box {64, 64} in the 128-byte swizzle: the dense operand of sdd, else the stored blocks
+    TensorMap  b; // likewise; the dense operand
+    Out        y;
+    AxisParams axis;
+    int64_t    k; // sdd
+    int64_t    n; // dsd: columns
+    int64_t    y_stride;
+    uint32_t   is_sdd;
+    uint32_t   is_turned; // y is stored transposed
+    uint32_t   is_f32;    // y is f32, not of the operands' type
+    uint32_t   unused;
+    int64_t    unused_more[4];
 };

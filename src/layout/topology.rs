@@ -40,6 +40,8 @@ pub struct Topology {
     block_cols: usize,
     max_blocks: usize,
     num_experts: usize,
+    /// Each of the widths of experts is a multiple of 8.
+    widths_by_eights: bool,
     /// All arrays, in the order of [`Index`].
     index: Buffer<u32>,
 }
@@ -177,6 +179,7 @@ impl Topology {
         let block_rows = max_rows.min((max_rows + num_experts * (block - 1)) / block);
         let max_blocks = (block_cols + max_rows / block * widest).min(max_rows * widest);
         let mut topology = Topology::empty(stream, block, [max_rows, cols], [block_rows, block_cols], max_blocks, num_experts)?;
+        topology.widths_by_eights = widths.iter().all(|width| width.is_multiple_of(8));
         starts.extend(expert_cols);
         topology.index.copy_from_slice(stream, &starts)?;
         Ok(topology)
@@ -193,7 +196,8 @@ impl Topology {
     ) -> Result<Topology, Error> {
         checked_product(Op::Topology, "stored rows", &[max_blocks, block], MAX_ROWS)?;
         let index = Buffer::zeros(stream, 0)?;
-        let mut topology = Topology { block, rows: 0, cols, max_rows, block_rows, block_cols, max_blocks, num_experts, index };
+        let widths_by_eights = false;
+        let mut topology = Topology { block, rows: 0, cols, max_rows, block_rows, block_cols, max_blocks, num_experts, widths_by_eights, index };
         topology.index = Buffer::zeros(stream, topology.lens().iter().sum())?;
         Ok(topology)
     }
@@ -253,6 +257,16 @@ impl Topology {
         let Index { row_offsets, row_ids, col_ids, .. } = self.parts(&all);
         let num_blocks = row_offsets[self.block_rows] as usize;
         Ok(row_ids.iter().zip(col_ids.iter()).map(|(row, col)| [*row, *col]).take(num_blocks).collect())
+    }
+
+    /// True where every block row (or block column) begins and ends at a multiple of 8, as far as the host knows.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn by_eights(&self, by_cols: bool) -> bool {
+        match (self.num_experts, by_cols) {
+            (0, _) => (if by_cols { self.cols } else { self.rows }).is_multiple_of(8),
+            (_, true) => self.widths_by_eights,
+            (_, false) => false, // the device alone knows how many rows an expert has
+        }
     }
 
     pub(crate) fn access(&self, write: bool) -> Access<'_> {
