@@ -240,6 +240,25 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok([to_f64(&s.take(stream)), to_f64(&y.take(stream))].concat())
         });
     }
+    if dtype != "f32" {
+        for block in [64, 128] {
+            check(&format!("block_sparse_{{nn, nt, tn, tt}}_{block}"), &|stream| {
+                let topology = Topology::from_blocks(stream, block, [block, block], &[[0, 0]])?;
+                let (a, b) = (input(stream, 23, block, block, 1.0), input(stream, 24, block, block, 0.1));
+                let mut all = Vec::new();
+                for [first, second] in [[false, false], [false, true], [true, false], [true, true]] {
+                    let [a, b] = [(&a, first), (&b, second)].map(|(x, turn)| {
+                        let x = Dense::from(x.view());
+                        if turn { x.t() } else { x }
+                    });
+                    let mut y = output(stream, block, block);
+                    sdd(stream, a, b, &topology, &mut y.view_mut())?;
+                    all.extend(to_f64(&y.take(stream)));
+                }
+                Ok(all)
+            });
+        }
+    }
     check("block_sparse_arrange, sdd, dsd", &|stream| {
         routed(stream, &|routing| {
             let mut topology = Topology::for_experts(stream, 64, 2 * TOKENS, &[40, 64, 70])?;

@@ -197,7 +197,8 @@ impl Topology {
         checked_product(Op::Topology, "stored rows", &[max_blocks, block], MAX_ROWS)?;
         let index = Buffer::zeros(stream, 0)?;
         let widths_by_eights = false;
-        let mut topology = Topology { block, rows: 0, cols, max_rows, block_rows, block_cols, max_blocks, num_experts, widths_by_eights, index };
+        let mut topology =
+            Topology { block, rows: 0, cols, max_rows, block_rows, block_cols, max_blocks, num_experts, widths_by_eights, index };
         topology.index = Buffer::zeros(stream, topology.lens().iter().sum())?;
         Ok(topology)
     }

@@ -39,7 +39,8 @@ pub(super) fn dsd<A: Float, B: Float, O: Float>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
     check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
-    let product = SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: s.transposed, d: Operand::new(&b), turned: false };
+    let product =
+        SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: s.transposed, d: Operand::new(&b), turned: false };
     sparse_dense::<A, O>(stream, &product, y)
 }
 
