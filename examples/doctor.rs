@@ -11,12 +11,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
 use dropless::layout::KvShape;
 use dropless::router::{Normalize, logits, route};
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
-    Workspace, embedding, glu, grouped_gemm, norm, permute, rope, sample,
+    Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, rope, sample,
 };
 use dropless_kit::compare::relative_l2;
 use dropless_kit::emulated::{Emulated, Options};
@@ -229,7 +230,31 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
                 Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
             })
         });
+        check("block_sparse_{sdd, dsd}_to_f32", &|stream| {
+            let topology = Topology::from_blocks(stream, 64, [D, 2 * D], &[[0, 1]])?;
+            let (x, w) = (input(stream, 19, D, 24, 1.0), input(stream, 20, 24, 2 * D, 0.1));
+            let [mut s, mut y] = [(); 2].map(|()| Guarded::<f32>::new(stream, D, D, 0, POISONS[0]));
+            sdd(stream, x.view().into(), w.view().into(), &topology, &mut s.view_mut())?;
+            let (blocks, w) = (input(stream, 21, D, D, 1.0), input(stream, 22, 2 * D, D, 0.1));
+            dsd(stream, Sparse::new(&topology, blocks.view()), w.view().into(), &mut y.view_mut())?;
+            Ok([to_f64(&s.take(stream)), to_f64(&y.take(stream))].concat())
+        });
     }
+    check("block_sparse_arrange, sdd, dsd", &|stream| {
+        routed(stream, &|routing| {
+            let mut topology = Topology::for_experts(stream, 64, 2 * TOKENS, &[40, 64, 70])?;
+            arrange(stream, routing.expert_rows(), &mut topology)?;
+            let blocks = topology.blocks(stream)?;
+            let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 174, D, 0.1));
+            let [mut s, mut y, mut z] = [(topology.stored_rows(), 64), (2 * TOKENS, D), (D, 174)].map(|(r, c)| output(stream, r, c));
+            sdd(stream, x.view().into(), Dense::from(w.view()).t(), &topology, &mut s.view_mut())?;
+            dsd(stream, Sparse::new(&topology, s.view()), w.view().into(), &mut y.view_mut())?;
+            dds(stream, Dense::from(x.view()).t(), Sparse::new(&topology, s.view()), &mut z.view_mut())?;
+            let stored = &to_f64(&s.take(stream))[..blocks.len() * 64 * 64];
+            let ids = blocks.iter().flatten().map(|id| f64::from(*id)).collect();
+            Ok([ids, stored.to_vec(), to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
+        })
+    });
     for head_dim in [16, 6] {
         let name = if head_dim == 16 { "rope, attention" } else { "rope_single, attention" };
         check(name, &|stream| {

@@ -24,6 +24,7 @@ pub enum Op {
     RopeTable,
     KvCache,
     TokenIds,
+    Topology,
     Embedding,
     Norm,
     Rope,
@@ -31,6 +32,7 @@ pub enum Op {
     Router,
     Permute,
     GroupedGemm,
+    BlockSparse,
     Glu,
     Sample,
     Moe,
@@ -51,6 +53,7 @@ impl fmt::Display for Op {
             Op::RopeTable => "rope_table",
             Op::KvCache => "kv_cache",
             Op::TokenIds => "token_ids",
+            Op::Topology => "topology",
             Op::Embedding => "embedding",
             Op::Norm => "norm",
             Op::Rope => "rope",
@@ -58,6 +61,7 @@ impl fmt::Display for Op {
             Op::Router => "router",
             Op::Permute => "permute",
             Op::GroupedGemm => "grouped_gemm",
+            Op::BlockSparse => "block_sparse",
             Op::Glu => "glu",
             Op::Sample => "sample",
             Op::Moe => "moe",
@@ -105,6 +109,9 @@ pub enum Error {
     /// The same expert twice for one token.
     #[allow(missing_docs)]
     Duplicate { op: Op, arg: &'static str, token: usize, id: u32 },
+    /// Blocks are listed row by row, each once, and this one is not.
+    #[allow(missing_docs)]
+    Order { op: Op, arg: &'static str, at: usize, got: [u32; 2], after: [u32; 2] },
     /// A size passes a limit of the design (index width, address space).
     #[allow(missing_docs)]
     TooLarge { op: Op, what: &'static str, got: u128, limit: u128 },
@@ -189,6 +196,7 @@ impl fmt::Display for Error {
             Error::Index { op, arg, at, got, bound } => write!(f, "{op}: `{arg}[{at}]` is {got}, must be < {bound}"),
             Error::Value { op, arg, need, got } => write!(f, "{op}: `{arg}` must be {need}, got {got}"),
             Error::Duplicate { op, arg, token, id } => write!(f, "{op}: `{arg}` names expert {id} twice for token {token}"),
+            Error::Order { op, arg, at, got, after } => write!(f, "{op}: `{arg}[{at}]` is {got:?}, must come after {after:?}"),
             Error::TooLarge { op, what, got, limit } => write!(f, "{op}: {what} is {got}, must be <= {limit}"),
             Error::Capacity { op, what, need, have } => write!(f, "{op}: needs {need} {what}, has {have}"),
             Error::Place { op, arg, want, got } => write!(f, "{op}: `{arg}` lives on {got}, the stream runs on {want}"),

@@ -9,11 +9,13 @@
 //! | [`Routing`] | distinct experts per token; the row maps are inverse permutations that agree with the offsets |
 //! | [`RopeTable`] | cosines and sines for every position below its length |
 //! | [`KvCache`] | no sequence is longer than its pages |
+//! | [`Topology`] | blocks lie inside the matrix, each place at most once; both orders of the index agree |
 
 mod experts;
 mod kv;
 mod rope;
 mod routing;
+mod topology;
 
 pub use self::experts::{ExpertRows, ExpertWeights, WeightOrder};
 pub(crate) use self::kv::HostPages;
@@ -21,6 +23,9 @@ pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
 pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
 pub(crate) use self::routing::{RoutingParts, index_slots};
+#[cfg(feature = "cuda")]
+pub(crate) use self::topology::Axis;
+pub use self::topology::Topology;
 
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};

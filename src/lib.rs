@@ -36,6 +36,7 @@
 //! | [`router`] | `logits`, `route` | softmax over experts, top-k, p-norm, and the permutation that follows | latency |
 //! | [`permute`] | `gather`, `combine` | rows into expert order; weighted sum back, in slot order | memory |
 //! | [`grouped_gemm`] | `nt`, `nn`, `glu_nt` | one product per expert, any number of rows each | compute, memory |
+//! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
 //! | [`glu`] | `glu` | `silu(gate) * up` | memory |
 //! | [`sample`] | `argmax` | greedy choice | memory |
 //! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
@@ -79,7 +80,7 @@ mod view;
 pub use self::device::{Buffer, Device, Stream, Workspace};
 pub use self::dtype::{Bf16, DType, Element, F16, Float};
 pub use self::error::{Error, Op, Place};
-pub use self::layout::{ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, TokenIds};
-pub use self::ops::{attention, embedding, glu, grouped_gemm, norm, permute, rope, router, sample};
+pub use self::layout::{ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, TokenIds, Topology};
+pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, rope, router, sample};
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};

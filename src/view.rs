@@ -173,6 +173,7 @@ impl<'a, T: Element> Rows<'a, T> {
     ///
     /// [`Error::Place`], [`Error::NotJoined`]; [`Error::OutOfMemory`]; [`Error::DeviceLost`] if earlier work failed.
     pub fn to_vec(&self, stream: &Stream) -> Result<Vec<T>, Error> {
+        stream.outside_capture(Op::View, "a copy to the host")?;
         stream.admit(Op::View, &[("self", self.access())])?;
         let len = self.rows * self.cols;
         let mut values = Vec::new();
@@ -202,21 +203,33 @@ impl<'a, T: Element> Rows<'a, T> {
         self.first.expose_provenance() as u64
     }
 
+    /// Why the rows cannot be read in vectors of 16 bytes: what they would need, and what there is.
+    fn misfit(&self) -> Option<(&'static str, usize)> {
+        let (misfit, stride_bytes) = (self.first.addr() % 16, self.stride * size_of::<T>());
+        if self.rows == 0 || self.cols == 0 {
+            None
+        } else if misfit != 0 {
+            Some(("a first address that is a multiple of 16 bytes, remainder 0", misfit))
+        } else if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
+            Some(("a row stride that is a multiple of 16 bytes", stride_bytes))
+        } else {
+            None
+        }
+    }
+
     /// The device address of the first element, if every row begins on 16 bytes.
     #[cfg(feature = "cuda")]
     pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
-        let (misfit, stride_bytes) = (self.address() as usize % 16, self.stride * size_of::<T>());
-        if misfit != 0 {
-            return Err(Error::Layout { op, arg, need: "a first address that is a multiple of 16 bytes, remainder 0", got: misfit });
-        }
-        if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
-            return Err(Error::Layout { op, arg, need: "a row stride that is a multiple of 16 bytes", got: stride_bytes });
-        }
-        Ok(self.address())
+        self.misfit().map_or(Ok(self.address()), |(need, got)| Err(Error::Layout { op, arg, need, got }))
+    }
+
+    /// For operations whose kernels read whole vectors of 16 bytes.
+    pub(crate) fn vector_access(&self) -> Access<'a> {
+        Access { misfit: self.misfit(), ..self.access() }
     }
 
     pub(crate) fn access(&self) -> Access<'a> {
-        Access { place: self.place, mark: self.mark, write: false }
+        Access { place: self.place, mark: self.mark, write: false, misfit: None }
     }
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.
@@ -336,7 +349,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     }
 
     pub(crate) fn access(&self) -> Access<'a> {
-        Access { place: self.place, mark: self.mark, write: true }
+        Access { place: self.place, mark: self.mark, write: true, misfit: None }
+    }
+
+    /// For operations whose kernels write whole vectors of 16 bytes.
+    pub(crate) fn vector_access(&self) -> Access<'a> {
+        Access { misfit: self.as_rows().misfit(), ..self.access() }
     }
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.
@@ -459,7 +477,7 @@ impl<'a, T: Element> HostRowsMut<'a, T> {
 
     /// Calls `f` once for every tile of `tiling`, on whatever threads are free.
     pub(crate) fn for_each_tile(self, stream: &Stream, tiling: &Tiling<'_>, f: impl Fn(TileMut<'_, T>) + Sync) {
-        assert!(tiling.rows() <= self.0.rows && tiling.cols <= self.0.cols, "a tiling of another matrix");
+        assert!(tiling.fits(self.0.dims()), "a tiling of another matrix");
         stream.workers().run(tiling.len(), |i| {
             let Tile { group, rows, cols } = tiling.tile(i);
             // Different `i` give disjoint rectangles (see `Tiling`), and `run` calls each `i` once.
@@ -537,15 +555,17 @@ impl<T: Element> TileMut<'_, T> {
     }
 }
 
-/// A matrix cut into disjoint tiles, none of which crosses from one group of rows to the next.
+/// A matrix cut into disjoint tiles, none of which crosses from one group of rows to the next; or likewise with columns.
 ///
-/// Tiles are numbered group by group; within a group, rows vary fastest, so that neighbours share columns.
+/// Tiles are numbered group by group; within a group, rows vary fastest, so that neighbours share columns. In what follows and for
+/// groups of columns, read column for row and row for column.
 pub(crate) struct Tiling<'a> {
     /// Where each group begins, and the last one ends; non-decreasing.
     offsets: &'a [u32],
     cols: usize,
     row_block: usize,
     col_block: usize,
+    of_columns: bool,
 }
 
 /// One tile's place.
@@ -561,7 +581,18 @@ impl<'a> Tiling<'a> {
     pub(crate) fn new(offsets: &'a [u32], cols: usize, row_block: usize, col_block: usize) -> Tiling<'a> {
         assert!(row_block > 0 && col_block > 0 && !offsets.is_empty());
         assert!(offsets.is_sorted(), "offsets decrease"); // what makes the tiles disjoint
-        Tiling { offsets, cols, row_block, col_block }
+        Tiling { offsets, cols, row_block, col_block, of_columns: false }
+    }
+
+    /// As `new`, for groups of columns.
+    pub(crate) fn of_columns(offsets: &'a [u32], rows: usize, col_block: usize, row_block: usize) -> Tiling<'a> {
+        Tiling { of_columns: true, ..Tiling::new(offsets, rows, col_block, row_block) }
+    }
+
+    /// Whether its tiles lie in a matrix of that size.
+    fn fits(&self, [rows, cols]: [usize; 2]) -> bool {
+        let [rows, cols] = if self.of_columns { [cols, rows] } else { [rows, cols] };
+        self.rows() <= rows && self.cols <= cols
     }
 
     fn rows(&self) -> usize {
@@ -593,7 +624,8 @@ impl<'a> Tiling<'a> {
         let row_blocks = all.len().div_ceil(self.row_block);
         let cut = |i: usize| all.start + all.len() * i / row_blocks;
         let (row, col) = (index % row_blocks, index / row_blocks * self.col_block);
-        Tile { group, rows: cut(row)..cut(row + 1), cols: col..self.cols.min(col + self.col_block) }
+        let (rows, cols) = (cut(row)..cut(row + 1), col..self.cols.min(col + self.col_block));
+        if self.of_columns { Tile { group, rows: cols, cols: rows } } else { Tile { group, rows, cols } }
     }
 }
 
@@ -668,6 +700,14 @@ mod tests {
             });
             let expect = |i: usize| u32::from(i % (cols + 2) < cols);
             assert!(counts.iter().enumerate().all(|(i, &count)| count == expect(i)), "{offsets:?} x {cols}");
+
+            let mut counts = vec![0u32; rows * cols];
+            let tiling = Tiling::of_columns(&offsets, cols, 4, 3);
+            RowsMut::from_slice(&mut counts, cols, rows).unwrap().host().for_each_tile(&stream, &tiling, |mut tile| {
+                assert!(offsets[tile.group] as usize <= tile.cols.start && tile.cols.end <= offsets[tile.group + 1] as usize);
+                (0..tile.rows.len()).for_each(|row| tile.row_mut(row).iter_mut().for_each(|count| *count += 1));
+            });
+            assert!(counts.iter().all(|count| *count == 1), "{cols} x {offsets:?}");
         }
     }
 

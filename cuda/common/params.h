@@ -125,6 +125,11 @@ struct IndexParams {
     int64_t num_experts;
 };
 
+struct RouteParams {
+    ChooseParams choose;
+    IndexParams  index;
+};
+
 // Which page holds which token: sequence b keeps position p in slot p % page_tokens of page block_table[b][p / page_tokens].
 struct PageParams {
     InU32   block_table;   // [B, max_pages]
@@ -195,12 +200,75 @@ struct ProductParams {
     int64_t y_stride;
 };
 
+// One axis of a block-sparse matrix. Place i of it stands for the rows (or columns) starts[i]..starts[i + 1] and has the blocks
+// order[offsets[i]..offsets[i + 1]]; along the other axis block n lies at place other_ids[n].
+struct AxisParams {
+    InU32   starts;       // [places + 1]
+    InU32   offsets;      // [places + 1]
+    InU32   order;        // [blocks]; null: blocks are numbered in this order
+    InU32   other_ids;    // [blocks]
+    InU32   other_starts; // [places of the other axis + 1]
+    int64_t places;
+};
+
+struct SddParams {
+    In         a;       // [M, K]
+    In         b;       // [K, N]
+    Out        y;       // [blocks, block, block]
+    InU32      row_ids; // [blocks]
+    AxisParams rows;
+    int64_t    k;
+    int64_t    block;
+    int64_t    a_row; // elements from one row to the next
+    int64_t    a_k;
+    int64_t    b_k;
+    int64_t    b_col;
+    int64_t    y_stride;
+};
+
+struct DsdParams {
+    In         s; // [blocks, block, block]
+    In         d; // [K, N]
+    Out        y; // [M, N]
+    AxisParams axis;
+    int64_t    n;
+    int64_t    block;
+    int64_t    s_row; // within a block
+    int64_t    s_k;
+    int64_t    s_block; // elements from one block to the next
+    int64_t    d_k;
+    int64_t    d_col;
+    int64_t    y_row;
+    int64_t    y_col;
+};
+
+struct ArrangeParams {
+    InU32   offsets;     // [E + 1]; null: one expert owns all rows
+    InU32   expert_cols; // [E + 1], block columns
+    OutU32  row_starts;  // [block rows + 1]
+    OutU32  row_offsets; // [block rows + 1]
+    OutU32  col_offsets; // [block columns + 1]
+    OutU32  row_ids;     // [blocks]
+    OutU32  col_ids;     // [blocks]
+    OutU32  by_col;      // [blocks]
+    int64_t rows;        // R
+    int64_t num_experts;
+    int64_t block;
+    int64_t block_rows; // there is room for
+    int64_t block_cols;
+};
+
 // The tiles of the tensor-core form of grouped_gemm. Columns are those of all products together.
 static const uint32_t TILED_ROWS         = 128;
 static const uint32_t TILED_COLS         = 256;
 static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
 static const uint32_t TILED_THREADS      = 384;
 static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
+
+// The same of its form for few rows, whose operands are swapped: columns of each product.
+static const uint32_t FEW_COLS         = 64;
+static const uint32_t FEW_THREADS      = 256;
+static const uint32_t FEW_SHARED_BYTES = 216 * 1024;
 
 struct TiledProductParams {
     TensorMap x_map; // x as {K, input rows}, box {64, 128}; not used where rows are gathered

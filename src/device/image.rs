@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 
 /// A PTX image, with the NUL that the driver wants at its end.
+#[derive(Debug)]
 pub(crate) struct Image {
     /// As it is named in the repository.
     pub(crate) file: &'static str,
@@ -21,9 +22,11 @@ macro_rules! image {
 }
 
 image!(ATTENTION, "attention.sm_90a.ptx");
+image!(BLOCK_SPARSE, "block_sparse.sm_90a.ptx");
 image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
 image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
+image!(GROUPED_GEMM_FEW, "grouped_gemm_few.sm_90a.ptx");
 image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain.sm_90a.ptx");
 image!(NORM, "norm.sm_90a.ptx");
 image!(PERMUTE, "permute.sm_90a.ptx");
@@ -35,6 +38,10 @@ image!(SAMPLE, "sample.sm_90a.ptx");
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);
 
 impl Image {
+    pub(crate) fn bytes(&self) -> usize {
+        self.text.len()
+    }
+
     pub(crate) fn as_c_str(&self) -> &'static CStr {
         CStr::from_bytes_with_nul(self.text.as_bytes()).unwrap_or_else(|_| unreachable!("{} holds a NUL", self.file))
     }

@@ -13,7 +13,7 @@ pub(crate) type OutU32 = u64;
 pub(crate) type OutF32 = u64;
 
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct EmbeddingParams {
     pub(crate) ids: InU32,
     pub(crate) table: In,
@@ -36,7 +36,7 @@ const _: () = {
     ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct NormParams {
     pub(crate) x: In,
     pub(crate) residual: Out,
@@ -67,7 +67,7 @@ const _: () = {
     ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GatherParams {
     pub(crate) x: In,
     pub(crate) row_to_slot: InU32,
@@ -92,7 +92,7 @@ const _: () = {
     ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct CombineParams {
     pub(crate) x: In,
     pub(crate) slot_to_row: InU32,
@@ -119,7 +119,7 @@ const _: () = {
     ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GluParams {
     pub(crate) gate: In,
     pub(crate) up: In,
@@ -144,7 +144,7 @@ const _: () = {
     ["Offset of field: GluParams::y_stride"][::std::mem::offset_of!(GluParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ArgmaxParams {
     pub(crate) logits: InF32,
     pub(crate) ids: OutU32,
@@ -163,7 +163,7 @@ const _: () = {
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct LogitsParams {
     pub(crate) x: In,
     pub(crate) weight: In,
@@ -190,7 +190,7 @@ const _: () = {
     ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
     pub(crate) logits: InF32,
     pub(crate) expert_ids: OutU32,
@@ -217,7 +217,7 @@ const _: () = {
     ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct IndexParams {
     pub(crate) expert_ids: InU32,
     pub(crate) offsets: OutU32,
@@ -238,7 +238,20 @@ const _: () = {
     ["Offset of field: IndexParams::num_experts"][::std::mem::offset_of!(IndexParams, num_experts) - 40usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
+pub struct RouteParams {
+    pub(crate) choose: ChooseParams,
+    pub(crate) index: IndexParams,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 112usize];
+    ["Alignment of RouteParams"][::std::mem::align_of::<RouteParams>() - 8usize];
+    ["Offset of field: RouteParams::choose"][::std::mem::offset_of!(RouteParams, choose) - 0usize];
+    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 64usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct PageParams {
     pub(crate) block_table: InU32,
     pub(crate) seq_lens: InU32,
@@ -261,7 +274,7 @@ const _: () = {
     ["Offset of field: PageParams::page_stride"][::std::mem::offset_of!(PageParams, page_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct RopeParams {
     pub(crate) qkv: In,
     pub(crate) cos: InF32,
@@ -306,7 +319,7 @@ const _: () = {
     ["Offset of field: RopeParams::unused"][::std::mem::offset_of!(RopeParams, unused) - 180usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct AttentionParams {
     pub(crate) q: In,
     pub(crate) keys: In,
@@ -345,7 +358,7 @@ const _: () = {
     ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ProductParams {
     pub(crate) x: In,
     pub(crate) w: In,
@@ -387,14 +400,141 @@ const _: () = {
     ["Offset of field: ProductParams::v_expert"][::std::mem::offset_of!(ProductParams, v_expert) - 120usize];
     ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct AxisParams {
+    pub(crate) starts: InU32,
+    pub(crate) offsets: InU32,
+    pub(crate) order: InU32,
+    pub(crate) other_ids: InU32,
+    pub(crate) other_starts: InU32,
+    pub(crate) places: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AxisParams"][::std::mem::size_of::<AxisParams>() - 48usize];
+    ["Alignment of AxisParams"][::std::mem::align_of::<AxisParams>() - 8usize];
+    ["Offset of field: AxisParams::starts"][::std::mem::offset_of!(AxisParams, starts) - 0usize];
+    ["Offset of field: AxisParams::offsets"][::std::mem::offset_of!(AxisParams, offsets) - 8usize];
+    ["Offset of field: AxisParams::order"][::std::mem::offset_of!(AxisParams, order) - 16usize];
+    ["Offset of field: AxisParams::other_ids"][::std::mem::offset_of!(AxisParams, other_ids) - 24usize];
+    ["Offset of field: AxisParams::other_starts"][::std::mem::offset_of!(AxisParams, other_starts) - 32usize];
+    ["Offset of field: AxisParams::places"][::std::mem::offset_of!(AxisParams, places) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SddParams {
+    pub(crate) a: In,
+    pub(crate) b: In,
+    pub(crate) y: Out,
+    pub(crate) row_ids: InU32,
+    pub(crate) rows: AxisParams,
+    pub(crate) k: i64,
+    pub(crate) block: i64,
+    pub(crate) a_row: i64,
+    pub(crate) a_k: i64,
+    pub(crate) b_k: i64,
+    pub(crate) b_col: i64,
+    pub(crate) y_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SddParams"][::std::mem::size_of::<SddParams>() - 136usize];
+    ["Alignment of SddParams"][::std::mem::align_of::<SddParams>() - 8usize];
+    ["Offset of field: SddParams::a"][::std::mem::offset_of!(SddParams, a) - 0usize];
+    ["Offset of field: SddParams::b"][::std::mem::offset_of!(SddParams, b) - 8usize];
+    ["Offset of field: SddParams::y"][::std::mem::offset_of!(SddParams, y) - 16usize];
+    ["Offset of field: SddParams::row_ids"][::std::mem::offset_of!(SddParams, row_ids) - 24usize];
+    ["Offset of field: SddParams::rows"][::std::mem::offset_of!(SddParams, rows) - 32usize];
+    ["Offset of field: SddParams::k"][::std::mem::offset_of!(SddParams, k) - 80usize];
+    ["Offset of field: SddParams::block"][::std::mem::offset_of!(SddParams, block) - 88usize];
+    ["Offset of field: SddParams::a_row"][::std::mem::offset_of!(SddParams, a_row) - 96usize];
+    ["Offset of field: SddParams::a_k"][::std::mem::offset_of!(SddParams, a_k) - 104usize];
+    ["Offset of field: SddParams::b_k"][::std::mem::offset_of!(SddParams, b_k) - 112usize];
+    ["Offset of field: SddParams::b_col"][::std::mem::offset_of!(SddParams, b_col) - 120usize];
+    ["Offset of field: SddParams::y_stride"][::std::mem::offset_of!(SddParams, y_stride) - 128usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct DsdParams {
+    pub(crate) s: In,
+    pub(crate) d: In,
+    pub(crate) y: Out,
+    pub(crate) axis: AxisParams,
+    pub(crate) n: i64,
+    pub(crate) block: i64,
+    pub(crate) s_row: i64,
+    pub(crate) s_k: i64,
+    pub(crate) s_block: i64,
+    pub(crate) d_k: i64,
+    pub(crate) d_col: i64,
+    pub(crate) y_row: i64,
+    pub(crate) y_col: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DsdParams"][::std::mem::size_of::<DsdParams>() - 144usize];
+    ["Alignment of DsdParams"][::std::mem::align_of::<DsdParams>() - 8usize];
+    ["Offset of field: DsdParams::s"][::std::mem::offset_of!(DsdParams, s) - 0usize];
+    ["Offset of field: DsdParams::d"][::std::mem::offset_of!(DsdParams, d) - 8usize];
+    ["Offset of field: DsdParams::y"][::std::mem::offset_of!(DsdParams, y) - 16usize];
+    ["Offset of field: DsdParams::axis"][::std::mem::offset_of!(DsdParams, axis) - 24usize];
+    ["Offset of field: DsdParams::n"][::std::mem::offset_of!(DsdParams, n) - 72usize];
+    ["Offset of field: DsdParams::block"][::std::mem::offset_of!(DsdParams, block) - 80usize];
+    ["Offset of field: DsdParams::s_row"][::std::mem::offset_of!(DsdParams, s_row) - 88usize];
+    ["Offset of field: DsdParams::s_k"][::std::mem::offset_of!(DsdParams, s_k) - 96usize];
+    ["Offset of field: DsdParams::s_block"][::std::mem::offset_of!(DsdParams, s_block) - 104usize];
+    ["Offset of field: DsdParams::d_k"][::std::mem::offset_of!(DsdParams, d_k) - 112usize];
+    ["Offset of field: DsdParams::d_col"][::std::mem::offset_of!(DsdParams, d_col) - 120usize];
+    ["Offset of field: DsdParams::y_row"][::std::mem::offset_of!(DsdParams, y_row) - 128usize];
+    ["Offset of field: DsdParams::y_col"][::std::mem::offset_of!(DsdParams, y_col) - 136usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ArrangeParams {
+    pub(crate) offsets: InU32,
+    pub(crate) expert_cols: InU32,
+    pub(crate) row_starts: OutU32,
+    pub(crate) row_offsets: OutU32,
+    pub(crate) col_offsets: OutU32,
+    pub(crate) row_ids: OutU32,
+    pub(crate) col_ids: OutU32,
+    pub(crate) by_col: OutU32,
+    pub(crate) rows: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) block: i64,
+    pub(crate) block_rows: i64,
+    pub(crate) block_cols: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ArrangeParams"][::std::mem::size_of::<ArrangeParams>() - 104usize];
+    ["Alignment of ArrangeParams"][::std::mem::align_of::<ArrangeParams>() - 8usize];
+    ["Offset of field: ArrangeParams::offsets"][::std::mem::offset_of!(ArrangeParams, offsets) - 0usize];
+    ["Offset of field: ArrangeParams::expert_cols"][::std::mem::offset_of!(ArrangeParams, expert_cols) - 8usize];
+    ["Offset of field: ArrangeParams::row_starts"][::std::mem::offset_of!(ArrangeParams, row_starts) - 16usize];
+    ["Offset of field: ArrangeParams::row_offsets"][::std::mem::offset_of!(ArrangeParams, row_offsets) - 24usize];
+    ["Offset of field: ArrangeParams::col_offsets"][::std::mem::offset_of!(ArrangeParams, col_offsets) - 32usize];
+    ["Offset of field: ArrangeParams::row_ids"][::std::mem::offset_of!(ArrangeParams, row_ids) - 40usize];
+    ["Offset of field: ArrangeParams::col_ids"][::std::mem::offset_of!(ArrangeParams, col_ids) - 48usize];
+    ["Offset of field: ArrangeParams::by_col"][::std::mem::offset_of!(ArrangeParams, by_col) - 56usize];
+    ["Offset of field: ArrangeParams::rows"][::std::mem::offset_of!(ArrangeParams, rows) - 64usize];
+    ["Offset of field: ArrangeParams::num_experts"][::std::mem::offset_of!(ArrangeParams, num_experts) - 72usize];
+    ["Offset of field: ArrangeParams::block"][::std::mem::offset_of!(ArrangeParams, block) - 80usize];
+    ["Offset of field: ArrangeParams::block_rows"][::std::mem::offset_of!(ArrangeParams, block_rows) - 88usize];
+    ["Offset of field: ArrangeParams::block_cols"][::std::mem::offset_of!(ArrangeParams, block_cols) - 96usize];
+};
 pub const TILED_ROWS: u32 = 128;
 pub const TILED_COLS: u32 = 256;
 pub const TILED_DEPTH: u32 = 64;
 pub const TILED_THREADS: u32 = 384;
 pub const TILED_SHARED_BYTES: u32 = 213056;
+pub const FEW_COLS: u32 = 64;
+pub const FEW_THREADS: u32 = 256;
+pub const FEW_SHARED_BYTES: u32 = 221184;
 #[repr(C)]
 #[repr(align(64))]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct TiledProductParams {
     pub(crate) x_map: TensorMap,
     pub(crate) w: TensorMap,

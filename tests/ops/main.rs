@@ -4,6 +4,7 @@
 mod oracle;
 
 mod attention;
+mod block_sparse;
 mod embedding;
 mod glu;
 mod grouped_gemm;

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // benches and tests each use a part
 
 pub mod attention;
+pub mod block_sparse;
 pub mod embedding;
 pub mod glu;
 pub mod grouped_gemm;

@@ -1,9 +1,9 @@
-//! CUDA launches of `router`. Callers have checked the shapes; types and alignment are this backend's own needs.
+//! CUDA launches of `router`. Callers have checked shapes, types and alignment.
 #![allow(unsafe_code)] // the launches
 
 use super::Normalize;
 use crate::device::cuda::Grid;
-use crate::device::params::{ChooseParams, IndexParams, LogitsParams};
+use crate::device::params::{ChooseParams, IndexParams, LogitsParams, RouteParams};
 use crate::device::{Stream, image};
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_one_type};
@@ -16,8 +16,15 @@ const EXPERTS: u64 = 8;
 const LOGITS_THREADS: u32 = 256;
 /// Of the kernel `choose`: tokens of a block, a warp each.
 const CHOOSE_TOKENS: u64 = 4;
-/// Of the kernel `index`, which is one block.
+/// Of the kernels `index` and `route`, which are one block.
 const INDEX_THREADS: u32 = 1024;
+/// The most tokens for which one block chooses faster than a second launch starts: four for each of its warps.
+const MAX_ROUTE_TOKENS: usize = 128;
+
+/// What the kernel `logits` needs beyond the contract.
+pub(super) fn one_type<A: Float, W: Float>() -> Result<(), Error> {
+    check_one_type::<A, W>(Op::Router, "`weight` of type")
+}
 
 pub(super) fn logits<A: Float, W: Float>(
     stream: &Stream,
@@ -25,14 +32,13 @@ pub(super) fn logits<A: Float, W: Float>(
     weight: Rows<'_, W>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Router, "`weight` of type")?;
     let [num_tokens, num_experts] = logits.dims();
     if num_tokens == 0 || num_experts == 0 {
         return Ok(());
     }
     let params = LogitsParams {
-        x: x.vectors(Op::Router, "x")?,
-        weight: weight.vectors(Op::Router, "weight")?,
+        x: x.address(),
+        weight: weight.address(),
         logits: logits.address(),
         num_tokens: num_tokens as i64,
         num_experts: num_experts as i64,
@@ -72,15 +78,17 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, normalize: Normalize
         rows: row_to_slot.cols() as i64,
         num_experts: logits.cols() as i64,
     };
-    if num_tokens > 0 {
-        let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS, 32 * CHOOSE_TOKENS as u32);
-        // SAFETY: `ChooseParams` is the struct of this entry; `logits` has a row per token and at most 256 columns, the parts are
-        // packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
-        // order, raw views promise it.
-        unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_choose", grid, &choose)? };
+    let one_block = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0, cluster: 1 };
+    if num_tokens <= MAX_ROUTE_TOKENS {
+        // SAFETY: as of the two kernels below, of which this is one after the other.
+        return unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_route", one_block, &RouteParams { choose, index }) };
     }
-    let grid = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0, cluster: 1 };
+    let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS, 32 * CHOOSE_TOKENS as u32);
+    // SAFETY: `ChooseParams` is the struct of this entry; `logits` has a row per token and at most 256 columns, the parts are
+    // packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
+    // order, raw views promise it.
+    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_choose", grid, &choose)? };
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
     // have an element per id, `offsets` one per expert and one more.
-    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_index", grid, &index) }
+    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_index", one_block, &index) }
 }
