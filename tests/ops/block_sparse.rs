@@ -415,6 +415,38 @@ fn the_layer_is_the_grouped_layer() {
     device::each_device(|stream| is_the_grouped_layer(small, 14, &[64], stream));
 }
 
+/// A graph of the whole chain follows whatever offsets it finds on the device: nothing is read back.
+#[test]
+fn a_graph_follows_the_offsets() {
+    let sizes = [[0u32, 3, 70], [0, 70, 70], [0, 0, 70]];
+    let (a, b) = (integers::<f32>(1, 70 * 5), integers::<f32>(2, 128 * 5));
+    let (_, stream) = device::emulated();
+    let mut topology = Topology::for_experts(&stream, 64, 70, &[64, 64]).unwrap();
+    let mut offsets = Buffer::from_slice(&stream, &sizes[0]).unwrap();
+    let (mut h, mut y) =
+        (Buffer::<f32>::zeros(&stream, topology.stored_rows() * 64).unwrap(), Buffer::<f32>::zeros(&stream, 70 * 5).unwrap());
+    let (x, w) = (Buffer::from_slice(&stream, &a).unwrap(), Buffer::from_slice(&stream, &b).unwrap());
+    let mut run = |offsets: &Buffer<u32>| {
+        // SAFETY: they begin with 0, do not decrease and end with 70.
+        arrange(&stream, unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, 70)? }, &mut topology)?;
+        let (w, stored) = (Dense::from(w.rows(128, 5)?), topology.stored_rows());
+        sdd(&stream, x.rows(70, 5)?.into(), w.t(), &topology, &mut h.rows_mut(stored, 64)?)?;
+        dsd(&stream, Sparse::new(&topology, h.rows(stored, 64)?), w, &mut y.rows_mut(70, 5)?)
+    };
+    run(&offsets).unwrap();
+    let graph = stream.capture(|| run(&offsets)).unwrap();
+    for [_, first, _] in sizes {
+        offsets.copy_from_slice(&stream, &[0, first, 70]).unwrap();
+        // SAFETY: all buffers are still there, and this is the only stream.
+        unsafe { graph.launch().unwrap() };
+        let pattern = Pattern::of_experts(64, &[first as usize, 70 - first as usize], &[64, 64]);
+        let (a, b) = (to_f64(&a), to_f64(&b));
+        let h = oracle::product(&a, &oracle::transposed(&b, [128, 5]), [70, 5, 128]);
+        let stored: Vec<f32> = pattern.stored(&h).iter().map(|value| *value as f32).collect();
+        assert_eq!(to_f64(&y.to_vec(&stream).unwrap()), oracle::product(&pattern.dense(&stored), &b, [70, 128, 5]));
+    }
+}
+
 /// Column indices that no 16 bits hold: 40,000 block columns, 172,032 for DBRX's element columns being 2,688 of them.
 #[test]
 fn indices_pass_16_bits() {
