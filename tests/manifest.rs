@@ -112,3 +112,16 @@ fn tensor_cores_are_used_as_meant() {
         assert!(handed <= launched && launched <= 65_536, "{}: {handed} of {launched} registers", entry.name);
     }
 }
+
+/// The same of the sparse products, whose operands are two matrices.
+#[test]
+fn sparse_products_use_tensor_cores_as_meant() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/block_sparse.sm_90a.ptx"));
+    let entries = manifest.lines().filter(|line| line.starts_with("entry block_sparse_")).map(Line::parse);
+    let tiled: Vec<Line<'_>> = entries.filter(|entry| ptx.contains(&format!(".entry {}(", entry.name))).collect();
+    assert_eq!(tiled.len(), 16);
+    for entry in tiled {
+        assert_eq!((entry.field("hgmma"), entry.field("depbar")), ("4", "2"), "{}", entry.name);
+        assert!(entry.field("tma").split(',').all(|copy| copy == "2d"), "{}: {}", entry.name, entry.field("tma"));
+    }
+}
