@@ -9,17 +9,18 @@
 //           cache (half of that in the `x2` forms); from memory, each band of 16 row tiles of an expert reads its weights once.
 // Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: a row's bits depend on
 //           that row and the weights alone.
+#include "common/activation.cuh"
 #include "common/dtype.cuh"
 #include "common/expert_tiles.cuh"
+#include "common/gathered_rows.cuh"
 #include "common/ring.cuh"
 #include "common/ptx/tma.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/ptx/wgmma.cuh"
 
-enum : int { WARPGROUP = 128, CONSUMERS = 2, THREADS = TILED_THREADS };
+enum : int { CONSUMERS = 2, THREADS = TILED_THREADS };
 enum : int { PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224 }; // of 168 each at launch
 enum : int { HALF = 64, ROWS = TILED_ROWS, DEPTH = TILED_DEPTH }; // of a tile: rows of a consumer and of all; k of a stage
-enum : int { PITCH = 128 };                                       // bytes of a row in shared memory: DEPTH elements, or 64 columns
 static_assert(THREADS == (1 + CONSUMERS) * WARPGROUP && ROWS == CONSUMERS * HALF && PITCH == 2 * DEPTH, "params.h");
 
 // A row of the tile table of src/ops/grouped_gemm/cuda.rs. COLS are output columns.
@@ -54,33 +55,6 @@ template <typename F> struct Walk {
     }
 };
 
-// The input rows of a tile that one thread copies 16 bytes of: thread / 8 + 16 i.
-template <typename T> struct GatheredRows {
-    enum : int { COUNT = ROWS / (WARPGROUP / 8) };
-    uint32_t token[COUNT];
-    uint32_t inside; // bit i: row i is one of the expert's
-
-    __device__ __forceinline__ void find(const TiledProductParams& p, const ExpertTile& tile) {
-        inside = 0;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const uint32_t row = tile.row + threadIdx.x / 8 + WARPGROUP / 8 * i;
-            token[i] = row < tile.end ? p.row_to_slot[row] / uint32_t(p.top_k) : 0;
-            inside |= uint32_t(row < tile.end) << i;
-        }
-    }
-    // Columns first_k and on, zeros behind the last of them and for rows of nobody, in the swizzle that TMA writes.
-    __device__ __forceinline__ void copy(const TiledProductParams& p, uint32_t to, uint32_t first_k) const {
-        const uint32_t chunk = threadIdx.x % 8, row = threadIdx.x / 8, k = first_k + 8 * chunk;
-        const uint32_t copied = k < p.k ? inside : 0;
-        const T* const from = static_cast<const T*>(p.x) + k;
-        to += row * PITCH + (chunk ^ row % 8) * 16;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            cp_async_16(to + WARPGROUP / 8 * i * PITCH, from + uint64_t(token[i]) * uint32_t(p.x_stride), copied >> i & 1 ? 16 : 0);
-    }
-};
-
 // The weights of one stage: each block of the cluster loads its share, and all receive it.
 template <typename F> __device__ __forceinline__ void load_weights(const TensorMap& w, uint32_t to, uint32_t k, const ExpertTile& tile, uint32_t rank, uint32_t full) {
     enum : uint32_t { BOX = F::NN ? 64 : F::COLS / F::CLUSTER, BOXES = F::COLS / F::CLUSTER / BOX, BOX_BYTES = BOX * PITCH };
@@ -104,7 +78,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     }
     Walk<F> walk(p);
     for (ExpertTile tile; walk.next(tile);) {
-        GatheredRows<typename F::T> rows;
+        GatheredRows<typename F::T, ROWS> rows;
         if (gathered) rows.find(p, tile);
         for (uint32_t k = 0; k < p.k; k += DEPTH) {
             const uint32_t x = shared + ring.stage * F::STAGE_BYTES, w = x + F::X_BYTES;
@@ -203,8 +177,6 @@ template <typename F> __device__ __forceinline__ void store_floats(const TiledPr
         }
     }
 }
-
-__device__ __forceinline__ float silu(float x) { return x * reciprocal(1.0f + expf(-x)); }
 
 // Warpgroups 1 and 2.
 template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {

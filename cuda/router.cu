@@ -1,7 +1,8 @@
-// router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert
+// router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert;
+// route: choose and index at once, for few tokens
 //
 // Contract  src/ops/router.rs has checked shapes, dtypes, E <= 256 for choose and index, router/cuda.rs that rows of x and weight begin on 16 bytes.
-// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index: one block, each warp a range of slots.
+// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index and route: one block, each warp a range of slots.
 // Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R. R = T * k.
 // Order     every sum's order follows from D or E alone; index is a stable counting sort without atomics: same ids, same maps.
 #include "common/dtype.cuh"
@@ -73,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f1
 
 enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, CHOOSE_WARPS = 4 };
 
-extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) {
-    for (int64_t token = int64_t(blockIdx.x) * CHOOSE_WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * CHOOSE_WARPS) {
+template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& p) {
+    for (int64_t token = int64_t(blockIdx.x) * WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * WARPS) {
         const float* logits = p.logits + token * p.logits_stride;
         uint32_t*    ids = p.expert_ids + token * p.top_k;
         float*       weights = p.weights + token * p.top_k;
@@ -122,11 +123,13 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(co
     }
 }
 
+extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) { choose<CHOOSE_WARPS>(p); }
+
 // ---- index
 
 enum : int { INDEX_WARPS = 32 };
 
-extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) {
+__device__ __forceinline__ void index(const IndexParams& p) {
     __shared__ uint32_t next[INDEX_WARPS][MAX_EXPERTS]; // first a warp's count of each expert, then the next row it gives out
     __shared__ uint32_t count[MAX_EXPERTS];
     const uint32_t      num_experts = uint32_t(p.num_experts), rows = uint32_t(p.rows);
@@ -188,4 +191,12 @@ extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(cons
         if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
         __syncwarp();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) { index(p); }
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route(const __grid_constant__ RouteParams p) {
+    choose<INDEX_WARPS>(p.choose);
+    __syncthreads(); // every id is written
+    index(p.index);
 }

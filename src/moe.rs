@@ -116,8 +116,9 @@ pub struct Weights<'a, W> {
 ///
 /// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded to the type of
 /// `x`; `y` is summed in `f32` in the order of the token's choices and rounded once.
-/// A token's bits depend on the token, the weights and the class of `T`: `T * top_k <= 8 * E`, or more (see
-/// [`grouped_gemm::nt`]). No token is dropped, whatever the distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t`
+/// A token's bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on a GPU
+/// `T <= 8`, `T <= 32`, `T <= 64`, `T * top_k < 256 * E`, or more (see [`grouped_gemm::nt`]). On a GPU the layer is 5 launches for
+/// `T <= 128`, 6 for more; none asks the host for a count. No token is dropped, whatever the distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t`
 /// stays in row `t`.
 ///
 /// # Errors

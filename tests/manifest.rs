@@ -86,15 +86,21 @@ fn no_kernel_spills_or_has_a_stack() {
     assert_eq!(distinct.len(), entries.len(), "an entry point in two images");
 }
 
+/// The entries of an image, with the text of each.
+fn entries<'a>(manifest: &'a str, ptx: &'a str) -> Vec<(Line<'a>, &'a str)> {
+    let lines = manifest.lines().filter(|line| line.starts_with("entry ")).map(Line::parse);
+    let text = |name: &str| ptx.split(&format!(".entry {name}(")).nth(1).map(|rest| rest.split(".entry ").next().unwrap());
+    lines.filter_map(|entry| text(entry.name).map(|text| (entry, text))).collect()
+}
+
 /// What makes the tensor-core kernels fast can be read from their code: products are not serialised, each stage is one batch, operands
 /// come by tensor copies, and the registers handed from the producer to the consumers are those there are.
 #[test]
 fn tensor_cores_are_used_as_meant() {
     let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm.sm_90a.ptx"));
-    let entries: Vec<Line<'_>> = manifest.lines().filter(|line| line.starts_with("entry grouped_gemm_")).map(Line::parse).collect();
-    let tiled: Vec<&Line<'_>> = entries.iter().filter(|entry| ptx.contains(&format!(".entry {}(", entry.name))).collect();
+    let tiled = entries(&manifest, &ptx);
     assert!(tiled.len() >= 20, "only {} tiled entries", tiled.len());
-    for entry in tiled {
+    for (entry, text) in tiled {
         let (products, cluster) = (1 + u32::from(entry.name.contains("glu")), entry.name.ends_with("x2"));
         // A stage is four steps of 16 along k; one wait keeps a batch in flight, one ends the tile.
         assert_eq!(entry.field("hgmma"), (4 * products).to_string(), "{}", entry.name);
@@ -103,7 +109,6 @@ fn tensor_cores_are_used_as_meant() {
         assert_eq!(copies[0], "2d", "{}: rows", entry.name);
         assert!(copies.len() > 1 && copies[1..].iter().all(|copy| *copy == if cluster { "3d.multicast" } else { "3d" }), "{}", entry.name);
 
-        let text = ptx.split(&format!(".entry {}(", entry.name)).nth(1).unwrap().split(".entry ").next().unwrap();
         let number =
             |name: &str| text.split(name).nth(1).unwrap().split([' ', ',', ';']).find_map(|word| word.parse::<u32>().ok()).unwrap();
         let threads = number(".maxntid");
@@ -113,14 +118,26 @@ fn tensor_cores_are_used_as_meant() {
     }
 }
 
+/// The same of the kernels for few rows: stages of 128 of k, or of 64 for two products, weights by three-dimensional copies.
+#[test]
+fn weights_are_streamed() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm_few.sm_90a.ptx"));
+    let few = entries(&manifest, &ptx);
+    assert!(few.len() >= 30, "only {} entries", few.len());
+    for (entry, text) in few {
+        let copies = if entry.name.contains("glu") { "2d,3d,3d" } else { "2d,2d,3d,3d" };
+        assert_eq!([entry.field("hgmma"), entry.field("depbar"), entry.field("tma")], ["8", "2", copies], "{}", entry.name);
+        assert_eq!(text.matches("L2::cache_hint").count(), 2, "{}", entry.name);
+    }
+}
+
 /// The same of the sparse products, whose operands are two matrices.
 #[test]
 fn sparse_products_use_tensor_cores_as_meant() {
     let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/block_sparse.sm_90a.ptx"));
-    let entries = manifest.lines().filter(|line| line.starts_with("entry block_sparse_")).map(Line::parse);
-    let tiled: Vec<Line<'_>> = entries.filter(|entry| ptx.contains(&format!(".entry {}(", entry.name))).collect();
+    let tiled = entries(&manifest, &ptx);
     assert_eq!(tiled.len(), 16);
-    for entry in tiled {
+    for (entry, _) in tiled {
         assert_eq!((entry.field("hgmma"), entry.field("depbar")), ("4", "2"), "{}", entry.name);
         assert!(entry.field("tma").split(',').all(|copy| copy == "2d"), "{}: {}", entry.name, entry.field("tma"));
     }

@@ -125,6 +125,11 @@ struct IndexParams {
     int64_t num_experts;
 };
 
+struct RouteParams {
+    ChooseParams choose;
+    IndexParams  index;
+};
+
 // Which page holds which token: sequence b keeps position p in slot p % page_tokens of page block_table[b][p / page_tokens].
 struct PageParams {
     InU32   block_table;   // [B, max_pages]
@@ -259,6 +264,11 @@ static const uint32_t TILED_COLS         = 256;
 static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
 static const uint32_t TILED_THREADS      = 384;
 static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
+
+// The same of its form for few rows, whose operands are swapped: columns of each product.
+static const uint32_t FEW_COLS         = 64;
+static const uint32_t FEW_THREADS      = 256;
+static const uint32_t FEW_SHARED_BYTES = 216 * 1024;
 
 struct TiledProductParams {
     TensorMap x_map; // x as {K, input rows}, box {64, 128}; not used where rows are gathered

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 
 /// A PTX image, with the NUL that the driver wants at its end.
+#[derive(Debug)]
 pub(crate) struct Image {
     /// As it is named in the repository.
     pub(crate) file: &'static str,
@@ -26,6 +27,7 @@ image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain.sm_90a.ptx");
 image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
 image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
+image!(GROUPED_GEMM_FEW, "grouped_gemm_few.sm_90a.ptx");
 image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain.sm_90a.ptx");
 image!(NORM, "norm.sm_90a.ptx");
 image!(PERMUTE, "permute.sm_90a.ptx");

@@ -239,6 +239,19 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Copy, Clone)]
+pub struct RouteParams {
+    pub(crate) choose: ChooseParams,
+    pub(crate) index: IndexParams,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 112usize];
+    ["Alignment of RouteParams"][::std::mem::align_of::<RouteParams>() - 8usize];
+    ["Offset of field: RouteParams::choose"][::std::mem::offset_of!(RouteParams, choose) - 0usize];
+    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 64usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
 pub struct PageParams {
     pub(crate) block_table: InU32,
     pub(crate) seq_lens: InU32,
@@ -516,6 +529,9 @@ pub const TILED_COLS: u32 = 256;
 pub const TILED_DEPTH: u32 = 64;
 pub const TILED_THREADS: u32 = 384;
 pub const TILED_SHARED_BYTES: u32 = 213056;
+pub const FEW_COLS: u32 = 64;
+pub const FEW_THREADS: u32 = 256;
+pub const FEW_SHARED_BYTES: u32 = 221184;
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Copy, Clone)]

@@ -102,6 +102,7 @@ impl<'a, T: Element> ExpertWeights<'a, T> {
 pub struct ExpertRows<'a> {
     rows: usize,
     input_rows: usize,
+    max_rows_per_expert: usize,
     num_experts: usize,
     offsets: Option<Rows<'a, u32>>,
     gather: Option<Gather<'a>>,
@@ -122,7 +123,7 @@ impl<'a> ExpertRows<'a> {
     /// [`Error::TooLarge`] beyond 2^31 - 1 rows.
     pub fn dense(rows: usize) -> Result<ExpertRows<'static>, Error> {
         checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
-        Ok(ExpertRows { rows, input_rows: rows, num_experts: 1, offsets: None, gather: None })
+        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert: rows, num_experts: 1, offsets: None, gather: None })
     }
 
     /// From `E + 1` offsets in host memory, for operations on the CPU.
@@ -144,7 +145,14 @@ impl<'a> ExpertRows<'a> {
         }
         let rows = checked_product(Op::ExpertRows, "rows", &[last as usize], MAX_ROWS)?;
         let view = Rows::from_slice(offsets, 1, offsets.len())?;
-        Ok(ExpertRows { rows, input_rows: rows, num_experts: offsets.len() - 1, offsets: Some(view), gather: None })
+        Ok(ExpertRows {
+            rows,
+            input_rows: rows,
+            max_rows_per_expert: rows,
+            num_experts: offsets.len() - 1,
+            offsets: Some(view),
+            gather: None,
+        })
     }
 
     /// From `E + 1` offsets wherever they lie, unchecked.
@@ -161,12 +169,14 @@ impl<'a> ExpertRows<'a> {
         let num_experts = offsets.cols().saturating_sub(1).max(1);
         check_shape(Op::ExpertRows, "offsets", "[1, E + 1]", &[1, num_experts + 1], &offsets.dims())?;
         checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
-        Ok(ExpertRows { rows, input_rows: rows, num_experts, offsets: Some(offsets), gather: None })
+        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert: rows, num_experts, offsets: Some(offsets), gather: None })
     }
 
-    /// From the parts of a routing, which has established the invariants.
-    pub(crate) fn trusted(offsets: Rows<'a, u32>, rows: usize, input_rows: usize, gather: Option<Gather<'a>>) -> ExpertRows<'a> {
-        ExpertRows { rows, input_rows, num_experts: offsets.cols() - 1, offsets: Some(offsets), gather }
+    /// From the parts of a routing of `num_tokens` tokens, which has established the invariants. No token chooses an expert twice.
+    pub(crate) fn trusted(offsets: Rows<'a, u32>, rows: usize, num_tokens: usize, gather: Option<Gather<'a>>) -> ExpertRows<'a> {
+        let input_rows = if gather.is_some() { num_tokens } else { rows };
+        let num_experts = offsets.cols() - 1;
+        ExpertRows { rows, input_rows, max_rows_per_expert: num_tokens, num_experts, offsets: Some(offsets), gather }
     }
 
     /// R, the output rows of all experts together.
@@ -177,6 +187,11 @@ impl<'a> ExpertRows<'a> {
     /// Rows of the input: R, or T where rows are gathered from tokens.
     pub fn input_rows(&self) -> usize {
         self.input_rows
+    }
+
+    /// The most rows that any expert may own, as the host knows it: T where rows come from a routing, else R.
+    pub fn max_rows_per_expert(&self) -> usize {
+        self.max_rows_per_expert
     }
 
     /// E.

@@ -218,7 +218,7 @@ impl<'a> Routing<'a> {
 
     /// For a product whose input rows are already in expert order, as after `permute::gather`.
     pub fn expert_rows(&self) -> ExpertRows<'a> {
-        ExpertRows::trusted(self.offsets, self.rows(), self.rows(), None)
+        ExpertRows::trusted(self.offsets, self.rows(), self.num_tokens(), None)
     }
 
     /// For a product whose input rows are the tokens: it gathers as it reads.

@@ -36,9 +36,14 @@ use crate::view::{Rows, RowsMut};
 /// An expert may own no row, or all of them; `R = 0` or `N = 0` is a no-op; `K = 0` gives zeros. A NaN in an input row
 /// stays in the rows computed from it.
 ///
-/// The bits of a row depend on that row, the weights and the class of the call: `R <= 8 * E`, where dot products read the weights
-/// as they lie, or more rows, where sums run over k in blocks of fixed length. Neither other rows, nor how many rows an expert
-/// got, nor the number of threads show in them. They may differ between instruction sets.
+/// The bits of a row depend on that row, the weights and the class of the call. On the CPU the classes are `R <= 16 * E`, where dot
+/// products read the weights as they lie, and more rows, where sums run over k in blocks of fixed length. On a GPU they are
+/// [`max_rows_per_expert`](ExpertRows::max_rows_per_expert) `<= 8`, `<= 32` and `<= 64`, where each weight is loaded once, and beyond
+/// `R < 256 * E` and more rows. Neither other rows, nor how many rows an expert got, nor the number of threads show in the bits. They
+/// may differ between instruction sets.
+///
+/// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is
+/// computed by plain kernels, right, but not fast.
 ///
 /// # Errors
 ///

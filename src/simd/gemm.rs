@@ -4,7 +4,7 @@
 //! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
-use super::slices::{prefetch, prefetch_line};
+use super::slices::prefetch_line;
 use super::vector::{Columns, Kernel, LANES, Simd};
 use crate::dtype::Float;
 
@@ -109,7 +109,8 @@ impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
 
 /// `sums[i, j] += sum_k a[i, k] * row(k)[j]`, the same chains as [`add_product`], on weights where they lie: one row per k.
 ///
-/// For few rows, where packing costs more than it saves. `chains` is scratch of the length of `sums`.
+/// For few rows, where packing costs more than it saves. `chains` is scratch, as many vectors for each row of `a` as hold a row of
+/// weights.
 pub(crate) fn add_rows<'a, W: Float>(
     a: &[f32],
     steps: usize,
@@ -134,57 +135,76 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        const STEPS: usize = 4; // k that are added to a chain between its load and its store
+        const STEPS: usize = 8; // k that are added to a chain between its load and its store
         let AddRows { a, steps, row, chains, sums, sum_stride } = self;
-        chains.fill(0.0);
+        let chain_vectors = row(0).len().div_ceil(LANES);
+        let chains = &mut chains.as_chunks_mut().0[..a.len() * chain_vectors];
+        chains.fill([0.0; LANES]);
         for k in (0..steps / STEPS).map(|i| i * STEPS) {
-            let rows: [&[W]; STEPS] = [row(k), row(k + 1), row(k + 2), row(k + 3)];
-            // The rows of the step after the next.
-            for i in 0..STEPS {
-                prefetch(row((k + 2 * STEPS + i).min(steps - 1)));
-            }
-            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
-                let a: &[f32; STEPS] = a[k..].first_chunk().expect("a step");
-                add_steps(simd, a, rows, chain);
-            }
+            let rows = std::array::from_fn(|i| row(k + i));
+            let next = std::array::from_fn(|i| row((k + STEPS + i).min(steps - 1)));
+            add_steps::<S, W, STEPS>(simd, a, k, rows, next, chains);
         }
         for k in steps / STEPS * STEPS..steps {
-            for (a, chain) in a.iter().zip(chains.chunks_exact_mut(sum_stride)) {
-                add_steps(simd, &[a[k]], [row(k)], chain);
-            }
+            add_steps::<S, W, 1>(simd, a, k, [row(k)], [row((k + 1).min(steps - 1))], chains);
         }
-        for (sums, chain) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(chains.as_chunks::<LANES>().0) {
-            simd.store(simd.add(simd.load(sums), simd.load(chain)), sums);
+        for (chain, sums) in chains.chunks_exact(chain_vectors).zip(sums.chunks_mut(sum_stride)) {
+            for (chain, sums) in chain.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+                simd.store(simd.add(simd.load(sums), simd.load(chain)), sums);
+            }
         }
     }
 }
 
-/// `chain[j] = a[N - 1] * rows[N - 1][j] + (.. + (a[0] * rows[0][j] + chain[j]))`.
+/// `chains[i, j] = a[i, k + N - 1] * rows[N - 1][j] + (.. + (a[i, k] * rows[0][j] + chains[i, j]))`, while asking for `next`.
 #[inline(always)]
-fn add_steps<S: Simd, W: Float, const N: usize>(simd: S, a: &[f32; N], rows: [&[W]; N], chain: &mut [f32]) {
-    let mut factors = [simd.splat(0.0); N];
-    for (factor, a) in factors.iter_mut().zip(a) {
-        *factor = simd.splat(*a);
-    }
+fn add_steps<S: Simd, W: Float, const N: usize>(
+    simd: S,
+    a: &[[f32; A_STRIDE]],
+    k: usize,
+    rows: [&[W]; N],
+    next: [&[W]; N],
+    chains: &mut [[f32; LANES]],
+) {
     let whole = rows[0].len() / LANES;
-    let mut vectors = [rows[0].as_chunks::<LANES>().0; N];
-    for (vectors, row) in vectors.iter_mut().zip(rows) {
-        *vectors = &row.as_chunks::<LANES>().0[..whole];
+    let chain_vectors = rows[0].len().div_ceil(LANES);
+    let (mut vectors, mut next_vectors) = ([rows[0].as_chunks::<LANES>().0; N], [rows[0].as_chunks::<LANES>().0; N]);
+    for i in 0..N {
+        vectors[i] = &rows[i].as_chunks().0[..whole];
+        next_vectors[i] = &next[i].as_chunks().0[..whole];
     }
-    let chain = chain.as_chunks_mut::<LANES>().0;
-    for (j, chain) in chain[..whole].iter_mut().enumerate() {
+    let mut w = [simd.splat(0.0); N];
+    for j in 0..whole {
+        for i in 0..N {
+            prefetch_line(next_vectors[i][j].as_ptr());
+            w[i] = simd.load(&vectors[i][j]);
+        }
+        add_column(simd, a, k, w, chains[j..].iter_mut().step_by(chain_vectors));
+    }
+    if whole < chain_vectors {
+        for i in 0..N {
+            w[i] = simd.load_part(&rows[i][whole * LANES..]);
+        }
+        add_column(simd, a, k, w, chains[whole..].iter_mut().step_by(chain_vectors));
+    }
+}
+
+/// [`add_steps`] for one vector of columns, which is every row's chain in turn.
+#[inline(always)]
+fn add_column<'c, S: Simd, const N: usize>(
+    simd: S,
+    a: &[[f32; A_STRIDE]],
+    k: usize,
+    w: [S::V; N],
+    chains: impl Iterator<Item = &'c mut [f32; LANES]>,
+) {
+    for (a, chain) in a.iter().zip(chains) {
+        let a: &[f32; N] = a[k..].first_chunk().expect("a step");
         let mut sum = simd.load(chain);
         for i in 0..N {
-            sum = simd.mul_add(factors[i], simd.load(&vectors[i][j]), sum);
+            sum = simd.mul_add(simd.splat(a[i]), w[i], sum);
         }
         simd.store(sum, chain);
-    }
-    if whole * LANES < rows[0].len() {
-        let mut sum = simd.load(&chain[whole]);
-        for i in 0..N {
-            sum = simd.mul_add(factors[i], simd.load_part(&rows[i][whole * LANES..]), sum);
-        }
-        simd.store(sum, &mut chain[whole]);
     }
 }
 
@@ -228,34 +248,43 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
                 *w = row(col + i);
             }
             let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_exact_mut(sum_stride));
-            if S::DOT_ROWS >= 4 {
-                while rows.len() >= 4 {
-                    let four = std::array::from_fn(|_| rows.next().expect("four rows"));
-                    dot_tile::<S, W, 4>(simd, four, w, col, in_range);
-                }
+            while S::DOT_ROWS == 4 && rows.len() >= 4 {
+                let four = &mut std::array::from_fn(|_| rows.next().expect("four rows"));
+                dot_tile::<S, W, 4, DOT_COLS>(simd, four, w, col, in_range);
+            }
+            while S::DOT_ROWS == 2 && rows.len() >= 2 {
+                let two = &mut std::array::from_fn(|_| rows.next().expect("two rows"));
+                dot_tile::<S, W, 2, 2>(simd, two, [w[0], w[1]], col, in_range.min(2));
+                dot_tile::<S, W, 2, 2>(simd, two, [w[2], w[3]], col + 2, in_range.saturating_sub(2));
             }
             for one in rows {
-                dot_tile::<S, W, 1>(simd, [one], w, col, in_range);
+                dot_tile::<S, W, 1, DOT_COLS>(simd, &mut [one], w, col, in_range);
             }
         }
     }
 }
 
-/// `M` rows of the input times [`DOT_COLS`] rows of weights.
+/// `M` rows of the input times `C` rows of weights.
 #[inline(always)]
-fn dot_tile<S: Simd, W: Float, const M: usize>(simd: S, rows: [(&[f32], &mut [f32]); M], w: [&[W]; DOT_COLS], col: usize, in_range: usize) {
+fn dot_tile<S: Simd, W: Float, const M: usize, const C: usize>(
+    simd: S,
+    rows: &mut [(&[f32], &mut [f32]); M],
+    w: [&[W]; C],
+    col: usize,
+    in_range: usize,
+) {
     let vectors = w[0].len() / LANES;
-    let mut chains = [[simd.splat(0.0); DOT_COLS]; M];
+    let mut chains = [[simd.splat(0.0); C]; M];
     let mut x = [rows[0].0.as_chunks::<LANES>().0; M];
-    for (x, row) in x.iter_mut().zip(&rows) {
+    for (x, row) in x.iter_mut().zip(rows.iter()) {
         *x = &row.0.as_chunks::<LANES>().0[..vectors];
     }
-    let mut w_vectors = [w[0].as_chunks::<LANES>().0; DOT_COLS];
+    let mut w_vectors = [w[0].as_chunks::<LANES>().0; C];
     for (vectors_of, w) in w_vectors.iter_mut().zip(w) {
         *vectors_of = &w.as_chunks::<LANES>().0[..vectors];
     }
     for k in 0..vectors {
-        let mut weights = [simd.splat(0.0); DOT_COLS];
+        let mut weights = [simd.splat(0.0); C];
         for (weights, w) in weights.iter_mut().zip(w_vectors) {
             // What lies behind these rows comes next; where rows are short, no hardware would have guessed it.
             prefetch_line(w[k].as_ptr().wrapping_add(DOT_COLS * vectors * LANES));

@@ -26,7 +26,7 @@ pub(crate) trait Simd: Copy {
     /// Sixteen floats.
     type V: Copy;
 
-    /// Rows of input that `gemm::dots` multiplies by four rows of weights at once, as registers allow: 4 or 1.
+    /// Rows of input that `gemm::dots` multiplies by four rows of weights at once, as registers allow: 4, 2 or 1.
     const DOT_ROWS: usize;
 
     /// Sixteen times the same.

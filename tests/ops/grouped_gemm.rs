@@ -16,7 +16,7 @@ use crate::oracle;
 use WeightOrder::{Kn, Nk};
 
 /// Rows per expert: none, one, around the edges of tiles; one expert with all.
-const GROUPS: [&[u32]; 6] = [&[5], &[0, 3, 0, 1], &[1, 1, 1], &[13, 14, 15, 0], &[0, 129], &[0, 0]];
+const GROUPS: [&[u32]; 7] = [&[5], &[0, 3, 0, 1], &[1, 1, 1], &[13, 14, 15, 0], &[1, 70, 17], &[0, 129], &[0, 0]];
 /// `[N, K]` around the edges of panels and of blocks of k.
 const SHAPES: [[usize; 2]; 6] = [[1, 1], [31, 7], [32, 64], [33, 255], [130, 257], [5, 600]];
 
@@ -315,8 +315,8 @@ proptest! {
             y
         };
         let all = run(&device::cpu(threads), &x, &offsets);
-        // The class of many rows, of which `nn` knows nothing, takes more than 8 for each expert: the row among copies of itself.
-        let copies = if order == Nk && rows > 8 * experts { 8 * experts + 1 } else { 1 };
+        // The class of many rows, of which `nn` knows nothing, takes more than 16 for each expert: the row among copies of itself.
+        let copies = if order == Nk && rows > 16 * experts { 16 * experts + 1 } else { 1 };
         let stream = device::cpu(1);
         for row in (0..rows).step_by(7) {
             let alone: Vec<u32> = (0..=experts).map(|e| if e > owner[row] { copies as u32 } else { 0 }).collect();

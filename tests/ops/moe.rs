@@ -1,8 +1,12 @@
 //! The layer against its oracle, its goldens, and what it must refuse.
 
+use std::collections::BTreeSet;
+
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::Normalize;
-use dropless::{Bf16, Error, ExpertWeights, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm, permute};
+use dropless::{
+    Bf16, Buffer, Error, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm, permute,
+};
 use dropless_kit::compare::{relative_l2, rounding, same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{normal, to_f64};
@@ -125,37 +129,51 @@ fn oracle_shape(shape: &Shape) -> oracle::moe::Shape {
     oracle::moe::Shape { d_model: shape.d_model, d_ffn: shape.d_ffn, top_k: shape.top_k }
 }
 
+/// A layer and a batch against the oracle on every device that `serves` them.
+fn case<A: Float + Bits, W: Float + Bits>(shape: Shape, seed: u64, num_tokens: usize, serves: impl Fn(&Stream) -> bool) {
+    let layer = Layer::<W>::random(shape, seed);
+    let x = normal::<A>(99, num_tokens * shape.d_model, 1.0);
+    let (x64, [w1, v1, w2]) = (to_f64(&x), layer.experts_f64());
+    let experts = [&w1[..], &v1, &w2];
+    let logits = oracle::router::logits(&x64, &to_f64(&layer.router), shape.d_model);
+    let p = if let Normalize::P(p) = shape.normalize { Some(f64::from(p)) } else { None };
+    let (mut ids, mut weights) = (vec![], vec![]);
+    for logits in logits.chunks(shape.num_experts) {
+        let chosen = oracle::router::experts(logits, shape.top_k);
+        weights.extend(oracle::router::weights(logits, &chosen, p));
+        ids.extend(chosen);
+    }
+    let want = oracle::moe::experts(&oracle_shape(&shape), &x64, &ids, &weights, experts);
+    // Softmax and norm in f32, from logits in f32: a logit's error is a weight's relative error, twice with the norm.
+    let logit_size = logits.iter().fold(1.0, |max: f64, logit| max.max(logit.abs())) * (shape.d_model as f64).sqrt();
+    let weight_error = (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
+    let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
+    device::each_device(|stream| {
+        if serves(stream) {
+            let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
+            assert_eq!(got_ids, ids);
+            within(&got, &want, shape.d_model, |i| bounds[i]);
+        }
+    });
+}
+
 fn against_oracle<A: Float + Bits, W: Float + Bits>() {
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         for num_tokens in [1, 2, 19, 70] {
-            let layer = Layer::<W>::random(shape, seed as u64 + 1);
-            let x = normal::<A>(99, num_tokens * shape.d_model, 1.0);
-            let (x64, [w1, v1, w2]) = (to_f64(&x), layer.experts_f64());
-            let experts = [&w1[..], &v1, &w2];
-            let logits = oracle::router::logits(&x64, &to_f64(&layer.router), shape.d_model);
-            let p = if let Normalize::P(p) = shape.normalize { Some(f64::from(p)) } else { None };
-            let (mut ids, mut weights) = (vec![], vec![]);
-            for logits in logits.chunks(shape.num_experts) {
-                let chosen = oracle::router::experts(logits, shape.top_k);
-                weights.extend(oracle::router::weights(logits, &chosen, p));
-                ids.extend(chosen);
-            }
-            let want = oracle::moe::experts(&oracle_shape(&shape), &x64, &ids, &weights, experts);
-            // Softmax and norm in f32, from logits in f32: a logit's error is a weight's relative error, twice with the norm.
-            let logit_size = logits.iter().fold(1.0, |max: f64, logit| max.max(logit.abs())) * (shape.d_model as f64).sqrt();
-            let weight_error =
-                (2.0 * logit_size * (shape.d_model as f64).sqrt() + 2.0 * shape.num_experts as f64 + 16.0) * rounding::<f32>();
-            let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
-            device::each_device(|stream| {
-                if !device::mixes::<A, W>(stream) || !device::affords(num_tokens * shape.top_k * shape.d_model * shape.d_ffn / 2) {
-                    return;
-                }
-                let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
-                assert_eq!(got_ids, ids);
-                within(&got, &want, shape.d_model, |i| bounds[i]);
-            });
+            let affords = || device::affords(num_tokens * shape.top_k * shape.d_model * shape.d_ffn / 2);
+            case::<A, W>(shape, seed as u64 + 1, num_tokens, |stream| device::mixes::<A, W>(stream) && affords());
         }
     }
+}
+
+/// The tensor-core kernels, which the emulator computes a tile at a time.
+#[test]
+fn tensor_cores_against_oracle() {
+    let shape = Shape { d_model: 72, d_ffn: 136, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    for num_tokens in [1, 40, 150] {
+        case::<Bf16, Bf16>(shape, 5, num_tokens, |_| true);
+    }
+    case::<F16, F16>(Shape { num_experts: 3, top_k: 1, ..shape }, 6, 30, |_| true);
 }
 
 #[test]
@@ -226,6 +244,85 @@ fn devices_agree_in_f32() {
     });
 }
 
+/// Recorded once and replayed with other tokens and another routing: nothing of the layer asks the host for a count.
+fn one_graph_serves_every_routing(tokens: usize, route: &[&str], form: &str) {
+    let shape = Shape { d_model: 72, d_ffn: 40, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+    let layer = Layer::<Bf16>::random(shape, 11);
+    let (driver, stream) = device::emulated();
+    let stream = &stream;
+    let plan = Plan::<Bf16>::new(shape, tokens).unwrap();
+    let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(stream, tokens, shape.top_k, shape.num_experts).unwrap();
+    let placed = layer.placed(stream);
+    let mut x = Buffer::<Bf16>::zeros(stream, tokens * shape.d_model).unwrap();
+    let mut y = Buffer::<Bf16>::zeros(stream, tokens * shape.d_model).unwrap();
+    let mut run = |x: &Buffer<Bf16>, y: &mut Buffer<Bf16>| {
+        let (x, mut y) = (x.rows(tokens, shape.d_model)?, y.rows_mut(tokens, shape.d_model)?);
+        moe::forward(stream, &plan, x, &placed.weights(), &mut buffers, &mut workspace, &mut y).map(|_| ())
+    };
+    let before = driver.launches().len();
+    run(&x, &mut y).unwrap();
+    let entries: Vec<String> = driver.launches()[before..].iter().map(|(entry, _)| entry.clone()).collect();
+    let (first, second) = (format!("grouped_gemm_glu_nt_bf16_{form}"), format!("grouped_gemm_nn_bf16_{form}"));
+    assert_eq!(entries, [&["router_logits_bf16"], route, &[&first, &second, "permute_combine_bf16"]].concat());
+
+    let graph = stream.capture(|| run(&x, &mut y)).unwrap();
+    let mut routings = BTreeSet::new();
+    for seed in [12, 13] {
+        let batch = normal::<Bf16>(seed, tokens * shape.d_model, 1.0);
+        let (want, ids, _) = forward(stream, &layer, &batch, tokens);
+        x.copy_from_slice(stream, &batch).unwrap();
+        y.copy_from_slice(stream, &vec![Bf16::from_f32(f32::NAN); tokens * shape.d_model]).unwrap();
+        // SAFETY: every buffer that was recorded is still here.
+        unsafe { graph.launch().unwrap() };
+        same_bits(&y.to_vec(stream).unwrap(), &want);
+        routings.insert(ids);
+    }
+    assert_eq!(routings.len(), 2);
+    assert!(driver.reports().is_empty());
+}
+
+#[test]
+fn graphs_of_every_class() {
+    one_graph_serves_every_routing(3, &["router_route"], "few8");
+    one_graph_serves_every_routing(20, &["router_route"], "few32");
+    one_graph_serves_every_routing(37, &["router_route"], "few64");
+    one_graph_serves_every_routing(128, &["router_route"], "256");
+    one_graph_serves_every_routing(129, &["router_choose", "router_index"], "256");
+}
+
+/// Every T around the classes of few rows, whose kernels take 8, 32 or 64 of an expert's rows at once.
+#[test]
+fn every_small_batch_against_oracle() {
+    let shape = Shape { d_model: 24, d_ffn: 72, num_experts: 5, top_k: 2, normalize: Normalize::P(1.0) };
+    for num_tokens in 0..=70 {
+        case::<Bf16, Bf16>(shape, 7, num_tokens, |stream| stream.place() != dropless::Place::Host);
+    }
+}
+
+/// Up to 64 tokens, each weight of an expert that has any is loaded once, and no other weight.
+#[test]
+fn each_weight_byte_is_loaded_once() {
+    let shape = Shape { d_model: 136, d_ffn: 200, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let layer = Layer::<Bf16>::random(shape, 14);
+    for num_tokens in [1, 2, 4, 8, 9, 32, 33, 64] {
+        let (driver, stream) = device::emulated();
+        let x = normal::<Bf16>(15, num_tokens * shape.d_model, 1.0);
+        let (_, ids, _) = forward(&stream, &layer, &x, num_tokens);
+        let used = ids.iter().collect::<BTreeSet<_>>().len();
+        let weight_bytes = (used * shape.d_ffn * shape.d_model * 2) as u64;
+        let launches = driver.launches();
+        // Bulk copies load the weights, and in the second half the rows between the halves, too.
+        let bulk = |family: &str| {
+            let (_, stats) = launches.iter().find(|(entry, _)| entry.starts_with(family)).unwrap();
+            stats.traffic.iter().map(|buffer| buffer.bulk_loaded).filter(|bytes| *bytes > 0).collect::<Vec<_>>()
+        };
+        assert_eq!(bulk("grouped_gemm_glu_nt_bf16_few"), [weight_bytes; 2], "T={num_tokens}, {used} experts");
+        let second = bulk("grouped_gemm_nn_bf16_few");
+        assert!(second.len() == 2 && second.contains(&weight_bytes), "T={num_tokens}, {used} experts: {second:?}, not {weight_bytes}");
+    }
+}
+
 #[test]
 fn no_tokens_give_an_empty_routing() {
     let layer = Layer::<f32>::random(SHAPES[0], 1);
@@ -260,8 +357,8 @@ proptest! {
         let stream = device::cpu(1);
         for t in (0..num_tokens).step_by(5) {
             let (d, k) = (shape.d_model, shape.top_k);
-            // More than 8 rows for each expert make a class of their own: the token among copies of itself.
-            let copies = if num_tokens * k > 8 * shape.num_experts { 8 * shape.num_experts / k + 1 } else { 1 };
+            // More than 16 rows for each expert make a class of their own: the token among copies of itself.
+            let copies = if num_tokens * k > 16 * shape.num_experts { 16 * shape.num_experts / k + 1 } else { 1 };
             let (alone, alone_ids, alone_weights) = forward(&stream, &layer, &x[t * d..(t + 1) * d].repeat(copies), copies);
             same_bits(&alone[..d], &all[t * d..(t + 1) * d]);
             same_bits(&alone_ids[..k], &ids[t * k..(t + 1) * k]);

@@ -15,6 +15,16 @@ __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap& map, u
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
                  : "memory");
 }
+// The same, of bytes that nobody will want again: they are the first to leave the L2 cache.
+__device__ __forceinline__ void tma_load_3d_once(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier) {
+    asm volatile("{\n"
+                 ".reg .b64 policy;\n"
+                 "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], policy;\n"
+                 "}" ::"r"(to),
+                 "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+                 : "memory");
+}
 // The same to every CTA of the cluster whose bit is set in `ranks`, at the same offset and counting on the barrier of the same offset.
 __device__ __forceinline__ void tma_load_3d_multicast(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier,
                                                       unsigned short ranks) {

@@ -13,13 +13,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
     return v;
 }
 
-// Within 2^-23 of 1 / x.
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Two floats, rounded to the type, `low` in the lower half.
 template <typename T> __device__ __forceinline__ uint32_t pack(float low, float high);
 template <> __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {

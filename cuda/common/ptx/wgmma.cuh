@@ -27,19 +27,25 @@ template <> struct IsBf16<bf16> { enum : bool { VALUE = true }; };
 
 // Operand lists: %0 to %N/2-1 are the accumulators, then come a, b, the predicate's source and the two transposition flags.
 #define WGMMA_NAMES_10(tens) "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens "8, %" #tens "9"
+#define WGMMA_NAMES_4 "%0, %1, %2, %3"
+#define WGMMA_NAMES_16 WGMMA_NAMES_10() ", %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_32 WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", %30, %31"
 #define WGMMA_NAMES_64 WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", " WGMMA_NAMES_10(3) ", " WGMMA_NAMES_10(4) ", " WGMMA_NAMES_10(5) ", %60, %61, %62, %63"
 #define WGMMA_NAMES_128                                                                                                                            \
     WGMMA_NAMES_10() ", " WGMMA_NAMES_10(1) ", " WGMMA_NAMES_10(2) ", " WGMMA_NAMES_10(3) ", " WGMMA_NAMES_10(4) ", " WGMMA_NAMES_10(5) ", "         \
     WGMMA_NAMES_10(6) ", " WGMMA_NAMES_10(7) ", " WGMMA_NAMES_10(8) ", " WGMMA_NAMES_10(9) ", " WGMMA_NAMES_10(10) ", " WGMMA_NAMES_10(11)           \
     ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_HELD_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define WGMMA_HELD_16(i) WGMMA_HELD_4(i), WGMMA_HELD_4(i + 4), WGMMA_HELD_4(i + 8), WGMMA_HELD_4(i + 12)
-#define WGMMA_HELD_32 WGMMA_HELD_16(0), WGMMA_HELD_16(16)
-#define WGMMA_HELD_64 WGMMA_HELD_32, WGMMA_HELD_16(32), WGMMA_HELD_16(48)
-#define WGMMA_HELD_128 WGMMA_HELD_64, WGMMA_HELD_16(64), WGMMA_HELD_16(80), WGMMA_HELD_16(96), WGMMA_HELD_16(112)
+#define WGMMA_HELD_FROM_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_HELD_FROM_16(i) WGMMA_HELD_FROM_4(i), WGMMA_HELD_FROM_4(i + 4), WGMMA_HELD_FROM_4(i + 8), WGMMA_HELD_FROM_4(i + 12)
+#define WGMMA_HELD_4 WGMMA_HELD_FROM_4(0)
+#define WGMMA_HELD_16 WGMMA_HELD_FROM_16(0)
+#define WGMMA_HELD_32 WGMMA_HELD_16, WGMMA_HELD_FROM_16(16)
+#define WGMMA_HELD_64 WGMMA_HELD_32, WGMMA_HELD_FROM_16(32), WGMMA_HELD_FROM_16(48)
+#define WGMMA_HELD_128 WGMMA_HELD_64, WGMMA_HELD_FROM_16(64), WGMMA_HELD_FROM_16(80), WGMMA_HELD_FROM_16(96), WGMMA_HELD_FROM_16(112)
 
 // Keeps the compiler's own moves of accumulators on this side of the asynchronous section.
+__device__ __forceinline__ void pin(float (&d)[4]) { asm volatile("" : WGMMA_HELD_4::"memory"); }
+__device__ __forceinline__ void pin(float (&d)[16]) { asm volatile("" : WGMMA_HELD_16::"memory"); }
 __device__ __forceinline__ void pin(float (&d)[32]) { asm volatile("" : WGMMA_HELD_32::"memory"); }
 __device__ __forceinline__ void pin(float (&d)[64]) { asm volatile("" : WGMMA_HELD_64::"memory"); }
 __device__ __forceinline__ void pin(float (&d)[128]) { asm volatile("" : WGMMA_HELD_128::"memory"); }
@@ -61,6 +67,8 @@ __device__ __forceinline__ void pin(float (&d)[128]) { asm volatile("" : WGMMA_H
         if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_AS("bf16", N, COUNT, A, B, FROM, TRANS);                                                       \
         else WGMMA_AS("f16", N, COUNT, A, B, FROM, TRANS);                                                                                         \
     }
+WGMMA(8, 4, "4", "5", "6", "%7, %8")
+WGMMA(32, 16, "16", "17", "18", "%19, %20")
 WGMMA(64, 32, "32", "33", "34", "%35, %36")
 WGMMA(128, 64, "64", "65", "66", "%67, %68")
 WGMMA(256, 128, "128", "129", "130", "%131, %132")

@@ -24,14 +24,18 @@ use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, add_rows, dots, pac
 use crate::simd::{LANES, narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
-/// Up to this many rows of an expert, reading its weights is what takes time.
-const FEW_ROWS: usize = 8;
+/// Up to this many rows of an expert, reading its weights takes longer than the arithmetic, or not much less.
+const FEW_ROWS: usize = 16;
 /// The most rows of a tile: a block of k of them stays in the second-level cache.
 const ROW_BLOCK: usize = 256;
 /// The most columns of a tile, where experts have many rows and where they have few.
 const COL_BLOCKS: [usize; 2] = [512, 4096];
 /// Tiles that every thread should get, so that none waits long for the last.
 const TILES_PER_THREAD: usize = 4;
+/// Sums that `by_rows` has under way: half of a first-level cache.
+const CHAINS: usize = 4096;
+
+const _: () = assert!(CHAINS <= KC * NR && CHAINS >= FEW_ROWS * NR);
 
 /// One product per weight argument, stored as it is, or two, stored as `silu(first) * second`.
 pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
@@ -46,7 +50,10 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     let few = rows.rows() <= FEW_ROWS * rows.num_experts();
     rows.with_offsets(|offsets| {
         let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
-        let cuts = (TILES_PER_THREAD * stream.workers().threads()).div_ceil(groups.max(1));
+        let cuts = match weights[0].order() {
+            WeightOrder::Kn if few => cuts_of_rows(groups.max(1), stream.workers().threads()),
+            _ => (TILES_PER_THREAD * stream.workers().threads()).div_ceil(groups.max(1)),
+        };
         let col_block = round_up(cols.div_ceil(cuts), NR).clamp(2 * NR, COL_BLOCKS[usize::from(few)]);
         let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block);
         y.host().for_each_tile(stream, &tiling, |tile| {
@@ -62,6 +69,13 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         });
     });
     Ok(())
+}
+
+/// Into how many parts columns are cut where rows of weights are read as they lie: memory is read fastest in long pieces, so no more
+/// than it takes for threads not to idle a fifth of the time.
+fn cuts_of_rows(groups: usize, threads: usize) -> usize {
+    let balanced = |cuts: &usize| (groups * cuts).next_multiple_of(threads) * 4 <= groups * cuts * 5;
+    (1..4 * threads).find(balanced).unwrap_or(4 * threads)
 }
 
 /// What a tile is computed from.
@@ -102,9 +116,9 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             _ => Self::packed,
         };
         let blocks = self.x.cols().div_ceil(KC);
-        // What the greediest way needs: all k of a few rows, or a block of k of many; a panel, or chains.
-        let inputs = num_rows * if few || num_rows <= FEW_ROWS { blocks * A_STRIDE } else { A_STRIDE };
-        with_scratch(P * len + inputs + len.max(KC * NR), |scratch| {
+        // What the greediest way needs: all k of a few rows, or a block of k of many; a panel, or chains, which are no more.
+        let inputs = num_rows * if few { blocks * A_STRIDE } else { A_STRIDE };
+        with_scratch(P * len + inputs + KC * NR, |scratch| {
             let (data, scratch) = scratch.split_at_mut(P * len);
             data.fill(0.0);
             way(self, Sums { data, len, stride }, scratch);
@@ -154,12 +168,17 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
     }
 
     fn by_rows(&self, sums: Sums<'_>, scratch: &mut [f32]) {
-        let (a, chains) = scratch.split_at_mut(self.out_rows.len() * A_STRIDE);
+        let (a, scratch) = scratch.split_at_mut(self.out_rows.len() * A_STRIDE);
+        let chains = &mut scratch[..CHAINS];
+        let width = CHAINS / self.out_rows.len() / NR * NR;
         for k in self.blocks() {
             self.widen_block(&k, a);
             for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
-                let row = |step: usize| &weights.row(k.start + step)[self.out_cols.clone()];
-                add_rows(a, k.len(), row, &mut chains[..sums.len], sums_of, sums.stride);
+                for first in self.out_cols.clone().step_by(width) {
+                    let cols = first..self.out_cols.end.min(first + width);
+                    let row = |step: usize| &weights.row(k.start + step)[cols.clone()];
+                    add_rows(a, k.len(), row, chains, &mut sums_of[first - self.out_cols.start..], sums.stride);
+                }
             }
         }
     }

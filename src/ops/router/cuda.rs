@@ -3,7 +3,7 @@
 
 use super::Normalize;
 use crate::device::cuda::Grid;
-use crate::device::params::{ChooseParams, IndexParams, LogitsParams};
+use crate::device::params::{ChooseParams, IndexParams, LogitsParams, RouteParams};
 use crate::device::{Stream, image};
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_one_type};
@@ -16,8 +16,10 @@ const EXPERTS: u64 = 8;
 const LOGITS_THREADS: u32 = 256;
 /// Of the kernel `choose`: tokens of a block, a warp each.
 const CHOOSE_TOKENS: u64 = 4;
-/// Of the kernel `index`, which is one block.
+/// Of the kernels `index` and `route`, which are one block.
 const INDEX_THREADS: u32 = 1024;
+/// The most tokens for which one block chooses faster than a second launch starts: four for each of its warps.
+const MAX_ROUTE_TOKENS: usize = 128;
 
 pub(super) fn logits<A: Float, W: Float>(
     stream: &Stream,
@@ -72,15 +74,17 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, normalize: Normalize
         rows: row_to_slot.cols() as i64,
         num_experts: logits.cols() as i64,
     };
-    if num_tokens > 0 {
-        let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS, 32 * CHOOSE_TOKENS as u32);
-        // SAFETY: `ChooseParams` is the struct of this entry; `logits` has a row per token and at most 256 columns, the parts are
-        // packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
-        // order, raw views promise it.
-        unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_choose", grid, &choose)? };
+    let one_block = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0, cluster: 1 };
+    if num_tokens <= MAX_ROUTE_TOKENS {
+        // SAFETY: as of the two kernels below, of which this is one after the other.
+        return unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_route", one_block, &RouteParams { choose, index }) };
     }
-    let grid = Grid { blocks: [1, 1, 1], threads: INDEX_THREADS, shared_bytes: 0, cluster: 1 };
+    let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS, 32 * CHOOSE_TOKENS as u32);
+    // SAFETY: `ChooseParams` is the struct of this entry; `logits` has a row per token and at most 256 columns, the parts are
+    // packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
+    // order, raw views promise it.
+    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_choose", grid, &choose)? };
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
     // have an element per id, `offsets` one per expert and one more.
-    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_index", grid, &index) }
+    unsafe { cuda.launch(Op::Router, &image::ROUTER, "router_index", one_block, &index) }
 }

@@ -45,7 +45,7 @@ macro_rules! both {
 
 impl Simd for Avx2 {
     type V = V;
-    const DOT_ROWS: usize = 1;
+    const DOT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, value: f32) -> V {

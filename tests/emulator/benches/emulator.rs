@@ -1,10 +1,11 @@
-//! Speed of the emulator: thread instructions per second with and without detectors, and the time of one wgmma.
+//! Speed of the emulator: thread instructions per second with and without detectors, and the time of one wgmma, alone and as part of a
+//! whole kernel.
 //!
 //! `cargo bench -p ptx-emulator`. The targets are 100 M thread instructions/s on one core without detectors and 30 M with them on
 //! integer and f32 code, and 30 us per `wgmma.m64n128k16`. Each case is checked before it is timed.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ptx_emulator::{Detectors, Gpu, Kernel, Launch, Options, Stats};
+use ptx_emulator::{Detectors, ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, OobFill, Options, Stats, Swizzle, TensorMapDesc};
 
 /// A loop of integer and f32 arithmetic, with a store at the end.
 const ARITHMETIC: &str = r"
@@ -124,13 +125,18 @@ loop:
     )
 }
 
+/// A whole kernel of the common form: persistent blocks in clusters of two, TMA with multicast, tiles of 128 x 256 x 64.
+const GEMM: &str = include_str!("../kernels/ptx/persistent_gemm.ptx");
+
 struct Case {
     gpu: Gpu,
     kernel: Kernel,
+    /// Where the result is.
     buffer: u64,
     grid: u32,
     block: u32,
     shared_bytes: u32,
+    params: Vec<u8>,
 }
 
 impl Case {
@@ -141,16 +147,47 @@ impl Case {
         let bytes = u64::from(grid * block) * 4;
         let buffer = gpu.alloc(bytes).expect("room");
         gpu.fill(buffer, 0, bytes).expect("inside");
-        Case { gpu, kernel, buffer, grid, block, shared_bytes }
+        Case { gpu, kernel, buffer, grid, block, shared_bytes, params: buffer.to_le_bytes().to_vec() }
+    }
+
+    /// 256 x 256 x 256 in bf16, all ones: one tile for each of two CTAs, four steps, 64 products of 64 x 256 x 16.
+    fn gemm(options: Options) -> Case {
+        const SIZE: u64 = 256;
+        let mut gpu = Gpu::new(options);
+        let module = gpu.load("persistent_gemm.ptx", GEMM).expect("the image loads");
+        let mut kernel = module.kernel("persistent_gemm").expect("its entry");
+        let shared_bytes = 3 * 49152 + 65536 + 48;
+        kernel.set_max_dynamic_shared(shared_bytes).expect("what a block may have");
+        let ones: Vec<u8> = [0x80, 0x3f].repeat((SIZE * SIZE) as usize);
+        let (mut params, mut buffer) = (Vec::new(), 0);
+        for tile_rows in [128, 128, 64] {
+            buffer = gpu.alloc(2 * SIZE * SIZE).expect("room");
+            gpu.write(buffer, &ones).expect("inside");
+            let map = gpu.encode_tensor_map(&TensorMapDesc {
+                element: ElementType::Bf16,
+                address: buffer,
+                dims: &[SIZE, SIZE],
+                strides: &[2 * SIZE],
+                box_dims: &[64, tile_rows],
+                element_strides: &[],
+                interleave: Interleave::None,
+                swizzle: Swizzle::B128,
+                l2_promotion: L2Promotion::None,
+                oob_fill: OobFill::Zeros,
+            });
+            params.extend(map.expect("a valid map").0);
+        }
+        params.extend([1u32, 1, SIZE as u32 / 64].iter().flat_map(|v| v.to_le_bytes()));
+        params.resize(params.len().next_multiple_of(128), 0);
+        Case { gpu, kernel, buffer, grid: 2, block: 384, shared_bytes, params }
     }
 
     fn run(&mut self) -> Stats {
-        let params = self.buffer.to_le_bytes();
         let launch = Launch {
             grid: [self.grid, 1, 1],
             block: [self.block, 1, 1],
             shared_bytes: self.shared_bytes,
-            params: &params,
+            params: &self.params,
             ..Launch::default()
         };
         self.gpu.launch(&self.kernel, &launch).unwrap_or_else(|r| panic!("{r}"))
@@ -191,6 +228,19 @@ fn products(c: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(mode), |b| b.iter(|| case.run()));
     }
     group.finish();
+    let mut group = c.benchmark_group("gemm_256x256x256");
+    group.sample_size(10);
+    for (mode, detectors) in detectors() {
+        let mut case = Case::gemm(Options { detectors, ..Options::default() });
+        let stats = case.run();
+        assert_eq!(stats.wgmmas, 64);
+        let mut out = vec![0; 2 * 256 * 256];
+        case.gpu.read(case.buffer, &mut out).expect("inside");
+        assert!(out.chunks(2).all(|b| b == [0x80, 0x43]), "256 everywhere");
+        group.throughput(Throughput::Elements(stats.wgmmas));
+        group.bench_function(BenchmarkId::from_parameter(mode), |b| b.iter(|| case.run()));
+    }
+    group.finish();
 }
 
 /// Seconds this process has run, where Linux tells.
@@ -202,12 +252,13 @@ fn processor_seconds() -> Option<f64> {
 /// The same cases in processor time, which a busy machine does not stretch.
 fn processor_time(_: &mut Criterion) {
     for (mode, detectors) in detectors() {
-        for (name, ptx, grid, block, shared) in [
-            ("arithmetic", ARITHMETIC, 8, 256, 0),
-            ("shared_reduction", MEMORY, 8, 256, 0),
-            ("wgmma_m64n128k16", &wgmma(), 1, 128, 24 << 10),
+        let options = Options { detectors, ..Options::default() };
+        for (name, mut case) in [
+            ("arithmetic", Case::new(ARITHMETIC, 8, 256, 0, options.clone())),
+            ("shared_reduction", Case::new(MEMORY, 8, 256, 0, options.clone())),
+            ("wgmma_m64n128k16", Case::new(&wgmma(), 1, 128, 24 << 10, options.clone())),
+            ("gemm_256x256x256, m64n256k16", Case::gemm(options.clone())),
         ] {
-            let mut case = Case::new(ptx, grid, block, shared, Options { detectors, ..Options::default() });
             let stats = case.run();
             const RUNS: u32 = 40;
             let Some(start) = processor_seconds() else { return };

@@ -52,7 +52,7 @@
 //! | `tensor_map` | the encoder of tensor maps, with the driver's refusals |
 //! | `report` | what a failed launch returns |
 #![deny(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 // Lane loops index several arrays at once, and instructions have many operands.
 #![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 

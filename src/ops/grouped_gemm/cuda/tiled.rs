@@ -1,38 +1,96 @@
-//! The tensor-core form, fed by TMA: `cuda/grouped_gemm.cu`, and the table of its tiles.
+//! The tensor-core kernels, fed by TMA, and the table of their tiles: `cuda/grouped_gemm.cu`, and `cuda/grouped_gemm_few.cu` for few rows.
 #![allow(unsafe_code)] // the launch
 
 use std::cell::Cell;
 
+use crate::device::Stream;
 use crate::device::cuda::Grid;
 use crate::device::driver::{TensorMap, TensorMapDesc};
-use crate::device::params::{TILED_COLS, TILED_DEPTH, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS, TiledProductParams};
-use crate::device::{Stream, image};
+use crate::device::image::{self, Image};
+use crate::device::params::{
+    FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, TILED_COLS, TILED_DEPTH, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS, TiledProductParams,
+};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::view::{Rows, RowsMut};
 
-/// A row of the tile table: a form of the kernel that was compiled. All forms give the same bits.
+/// A row of the tile table: a form of a kernel that was compiled.
 #[derive(Clone, Copy, Debug)]
 pub struct Form {
     /// What its entry points end with.
     pub name: &'static str,
+    image: &'static Image,
+    serves: Class,
+    /// Rows of a tile.
+    rows: u32,
+    /// Columns of a tile, of all products together, or of each.
+    cols: Columns,
     /// Blocks that take adjacent row tiles and share the weights they load.
     cluster: u32,
-    /// The class of calls it serves: those with at least so many rows for each expert, on average. Where each row tile of an expert
-    /// has a neighbour, a pair halves the traffic of weights from the L2 cache; with fewer rows, half of a pair would idle.
-    min_rows_per_expert: usize,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+/// A class of calls, by what the host knows: nothing that depends on how many rows an expert got.
+#[derive(Clone, Copy, Debug)]
+enum Class {
+    /// No expert can own more rows.
+    MostRows(usize),
+    /// At least so many rows for each expert, on average.
+    MeanRows(usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Columns {
+    OfAll(u32),
+    OfEach(u32),
 }
 
 /// The tile table: a call takes the first form whose class it is in.
-pub static FORMS: [Form; 2] =
-    [Form { name: "256x2", cluster: 2, min_rows_per_expert: 256 }, Form { name: "256", cluster: 1, min_rows_per_expert: 0 }];
+///
+/// Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: each row tile of an expert has a
+/// neighbour, and a pair of blocks halves the traffic of weights from the L2 cache; with fewer rows, half of a pair would idle.
+pub static FORMS: [Form; 5] =
+    [few("few8", 8), few("few32", 32), few("few64", 64), tiled("256x2", Class::MeanRows(256), 2), tiled("256", Class::MeanRows(0), 1)];
 
 /// The entry points of a family, in the order of [`FORMS`].
 macro_rules! forms {
     ($family:literal) => {
-        [concat!($family, "_256x2"), concat!($family, "_256")]
+        [
+            concat!($family, "_few8"),
+            concat!($family, "_few32"),
+            concat!($family, "_few64"),
+            concat!($family, "_256x2"),
+            concat!($family, "_256"),
+        ]
     };
+}
+
+const fn few(name: &'static str, rows: u32) -> Form {
+    Form {
+        name,
+        image: &image::GROUPED_GEMM_FEW,
+        serves: Class::MostRows(rows as usize),
+        rows,
+        cols: Columns::OfEach(FEW_COLS),
+        cluster: 1,
+        threads: FEW_THREADS,
+        shared_bytes: FEW_SHARED_BYTES,
+    }
+}
+
+const fn tiled(name: &'static str, serves: Class, cluster: u32) -> Form {
+    Form {
+        name,
+        image: &image::GROUPED_GEMM,
+        serves,
+        rows: TILED_ROWS,
+        cols: Columns::OfAll(TILED_COLS),
+        cluster,
+        threads: TILED_THREADS,
+        shared_bytes: TILED_SHARED_BYTES,
+    }
 }
 
 thread_local! {
@@ -52,7 +110,10 @@ pub fn with_form<R>(form: usize, work: impl FnOnce() -> R) -> R {
 }
 
 fn choose(rows: &ExpertRows<'_>) -> usize {
-    let fits = |form: &Form| rows.rows() >= rows.num_experts().saturating_mul(form.min_rows_per_expert);
+    let fits = |form: &Form| match form.serves {
+        Class::MostRows(most) => rows.max_rows_per_expert() <= most,
+        Class::MeanRows(mean) => rows.rows() >= rows.num_experts().saturating_mul(mean),
+    };
     FORCED.get().or_else(|| FORMS.iter().position(fits)).unwrap_or(FORMS.len() - 1)
 }
 
@@ -89,16 +150,19 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
     let cuda = stream.cuda();
-    let form = choose(&rows);
-    let Form { cluster, .. } = FORMS[form];
-    let entry = entries::<A, O>(P, weights[0].order())[form];
-    let cols_per_tile = TILED_COLS / P as u32;
+    let which = choose(&rows);
+    let form = &FORMS[which];
+    let entry = entries::<A, O>(P, weights[0].order())[which];
+    let tile_cols = match form.cols {
+        Columns::OfAll(cols) => cols / P as u32,
+        Columns::OfEach(cols) => cols,
+    };
     let [num_rows, n] = y.dims();
     let (offsets, row_to_slot, top_k) = rows.addresses();
-    let maps = weights.map(|w| weights_map(&w, cols_per_tile / cluster));
+    let maps = weights.map(|w| weights_map(&w, tile_cols / form.cluster));
     let map = |desc: &TensorMapDesc| cuda.tensor_map(Op::GroupedGemm, desc);
     let params = TiledProductParams {
-        x_map: if row_to_slot == 0 { map(&rows_map(&x))? } else { TensorMap([0; 16]) },
+        x_map: if row_to_slot == 0 { map(&rows_map(&x, form.rows))? } else { TensorMap([0; 16]) },
         w: map(&maps[0])?,
         v: map(&maps[P - 1])?,
         x: x.address(),
@@ -115,14 +179,15 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         unused: [0; 5],
     };
     // Each expert may end in a tile of its own; clusters that find no tile leave.
-    let row_tiles = (num_rows as u64).div_ceil(u64::from(cluster * TILED_ROWS)) + (rows.num_experts().min(num_rows) as u64) - 1;
-    let tiles = row_tiles * (n as u64).div_ceil(u64::from(cols_per_tile));
-    let clusters = tiles.min(u64::from(cuda.attributes().sm_count / cluster)) as u32;
-    let grid = Grid { blocks: [clusters * cluster, 1, 1], threads: TILED_THREADS, shared_bytes: TILED_SHARED_BYTES, cluster };
+    let row_tiles = (num_rows as u64).div_ceil(u64::from(form.cluster * form.rows)) + (rows.num_experts().min(num_rows) as u64) - 1;
+    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols));
+    let clusters = tiles.min(u64::from(cuda.attributes().sm_count / form.cluster)) as u32;
+    let Form { cluster, threads, shared_bytes, .. } = *form;
+    let grid = Grid { blocks: [clusters * cluster, 1, 1], threads, shared_bytes, cluster };
     // SAFETY: `TiledProductParams` is the struct of these entries; `x`, the weights and `y` have these extents, `rows` the invariants
     // of its type; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
     // raw views promise it.
-    unsafe { cuda.launch(Op::GroupedGemm, &image::GROUPED_GEMM, entry, grid, &params) }
+    unsafe { cuda.launch(Op::GroupedGemm, form.image, entry, grid, &params) }
 }
 
 fn entries<A: Float, O: Float>(products: usize, order: WeightOrder) -> [&'static str; FORMS.len()] {
@@ -168,8 +233,8 @@ fn map<T: Float, const RANK: usize>(address: u64, dims: [usize; RANK], strides: 
 }
 
 /// Input rows: a box is the rows of a tile.
-fn rows_map<A: Float>(x: &Rows<'_, A>) -> TensorMapDesc {
-    map::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, TILED_ROWS])
+fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
+    map::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, rows])
 }
 
 /// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's. A box is

@@ -8,10 +8,10 @@ use super::moves::Space;
 use super::ty::{PSrc, Src, Ty};
 use super::{Exec, Flow, Mem, Op};
 use crate::front::{Ctx, FrontError, ast::Arg};
-use crate::machine::access::{Bytes, Load, Store, granule_mask};
+use crate::machine::access::{Bytes, Load, Store};
 use crate::machine::warp::{L64, Warp, lanes};
 use crate::machine::{Machine, Trouble, trouble};
-use crate::race::{self, Access, PENDING, WRITE};
+use crate::race::{Access, PENDING, WRITE};
 use crate::report::Fault;
 use std::collections::VecDeque;
 
@@ -195,15 +195,11 @@ fn issue_check(m: &mut Machine<'_>, w: &Warp, lane: usize, address: u64, bytes: 
     let Some((rank, offset)) = found.filter(|(_, offset)| offset % bytes as usize == 0) else { return Ok(()) };
     let me = w.thread0 as usize + lane;
     let (watch, site) = (m.clocks.watch, m.site);
-    for g in (0..bytes as usize).step_by(4) {
-        let access = Access { clock: PENDING, ..m.clocks.thread_access(me, WRITE, site) };
-        let cells = m.ctas[rank].shared.cells(offset + g);
-        if let Some(c) = race::check(cells, &access, granule_mask(offset, 4), watch, &mut 1) {
-            let name = m.shared_name(rank, offset + g);
-            return Err(m.conflict(c, me as u16, WRITE, name, false).at_lane(lane));
-        }
+    let access = Access { clock: PENDING, ..m.clocks.thread_access(me, WRITE, site) };
+    match m.ctas[rank].shared.check(offset, bytes as usize, &access, watch, &mut 1) {
+        None => Ok(()),
+        Some((at, c)) => Err(m.conflict(c, me as u16, WRITE, m.shared_name(rank, at), false).at_lane(lane)),
     }
-    Ok(())
 }
 
 impl Machine<'_> {

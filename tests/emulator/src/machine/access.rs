@@ -118,12 +118,6 @@ fn put(bytes: &mut [u8], v: u128) {
     }
 }
 
-/// The byte mask of the granule part of an access of `n` bytes at `offset`.
-#[inline(always)]
-pub(crate) fn granule_mask(offset: usize, n: usize) -> u8 {
-    if n >= 4 { 0xf } else { ((1 << n) - 1) << (offset % 4) }
-}
-
 impl<'g> Machine<'g> {
     #[inline]
     pub fn order(&self, mask: u32) -> Order {
@@ -194,13 +188,9 @@ impl<'g> Machine<'g> {
             }
             if watch {
                 let me = w.thread0 as usize + lane;
-                for g in 0..len.div_ceil(4) {
-                    let access = self.clocks.thread_access(me, kind, self.site);
-                    let cells = shared.cells(offset + 4 * g);
-                    if let Some(c) = race::check(cells, &access, granule_mask(offset, len), self.clocks.watch, &mut dice) {
-                        let at = offset / 4 * 4 + 4 * g;
-                        return Err(self.conflict(c, me as u16, kind, self.shared_name(rank, at.max(offset)), false).at_lane(lane));
-                    }
+                let access = self.clocks.thread_access(me, kind, self.site);
+                if let Some((at, c)) = shared.check(offset, len, &access, self.clocks.watch, &mut dice) {
+                    return Err(self.conflict(c, me as u16, kind, self.shared_name(rank, at), false).at_lane(lane));
                 }
             }
             let shared = &mut self.ctas[rank].shared;
@@ -312,16 +302,9 @@ impl<'g> Machine<'g> {
             if watch {
                 let me = w.thread0 as usize + lane;
                 let access = self.clocks.thread_access(me, kind, self.site);
-                let cells = p.cells(env.launch);
-                let mut hit = None;
-                for (g, cell) in cells[start / 4..(start + len).div_ceil(4)].iter_mut().enumerate() {
-                    if let Some(c) = race::check(cell, &access, granule_mask(start, len), self.clocks.watch, &mut dice) {
-                        hit = Some((c, offset / 4 * 4 + 4 * g as u64));
-                        break;
-                    }
-                }
-                if let Some((c, at)) = hit {
-                    return Err(self.conflict(c, me as u16, kind, format!("global+{:#x}", at.max(offset)), true).at_lane(lane));
+                if let Some((at, c)) = p.check(env.launch, start, len, &access, self.clocks.watch, &mut dice) {
+                    let at = offset + (at - start) as u64;
+                    return Err(self.conflict(c, me as u16, kind, format!("global+{at:#x}"), true).at_lane(lane));
                 }
             }
             let old = if kind & READ != 0 { get(&p.data[start..start + len]) } else { 0 };

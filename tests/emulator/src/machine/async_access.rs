@@ -2,7 +2,8 @@
 
 use super::{Machine, Trouble, trouble};
 use crate::memory::global::Buffer;
-use crate::race::{self, ASYNC, Access, READ, WRITE, clock::Clock};
+use crate::race::cells::Sweep;
+use crate::race::{ASYNC, Access, READ, WRITE, clock::Clock};
 use crate::report::Fault;
 
 /// Who performs an asynchronous access.
@@ -20,21 +21,27 @@ impl Machine<'_> {
         Access { actor: a.id, clock: a.step, cluster: self.clocks.cluster, kind: kind | ASYNC, site: a.site, known: a.known }
     }
 
-    /// Race check of a range of shared memory, whose ends are multiples of 4.
+    /// Race check of a range of shared memory.
     pub fn check_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, len: usize, kind: u8) -> Result<(), Trouble> {
         if !self.clocks.on() {
             return Ok(());
         }
-        let access = self.async_access(a, kind);
-        let watch = self.clocks.watch;
-        let mut dice = self.clocks.next_dice();
-        let shared = &mut self.ctas[rank].shared;
-        for at in (offset..offset + len).step_by(4) {
-            if let Some(c) = race::check(shared.cells(at), &access, 0xf, watch, &mut dice) {
-                return Err(self.conflict(c, a.id, access.kind, self.shared_name(rank, at), false));
-            }
+        let mut sweep = self.sweep(a, kind);
+        self.sweep_shared(a, rank, offset, len, &mut sweep)
+    }
+
+    /// The race check of an access to many ranges.
+    pub fn sweep<'c>(&mut self, a: &Actor<'c>, kind: u8) -> Sweep<'c> {
+        Sweep::new(self.async_access(a, kind), self.clocks.watch, self.clocks.next_dice())
+    }
+
+    /// One range of such an access.
+    #[inline]
+    pub fn sweep_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, len: usize, sweep: &mut Sweep<'_>) -> Result<(), Trouble> {
+        match self.ctas[rank].shared.sweep(offset, len, sweep) {
+            None => Ok(()),
+            Some((at, c)) => Err(self.conflict(c, a.id, sweep.kind(), self.shared_name(rank, at), false)),
         }
-        Ok(())
     }
 
     /// Reports the first byte of a range of shared memory that nobody wrote.
@@ -61,25 +68,26 @@ impl Machine<'_> {
         }
     }
 
-    /// Reads global memory into `out`; `init` gets one flag per byte.
-    pub fn read_global(&mut self, a: &Actor<'_>, what: &str, address: u64, out: &mut [u8], init: &mut [bool]) -> Result<(), Trouble> {
-        let (index, offset) = self.find_global(what, address, out.len() as u64)?;
+    /// Reads `len` bytes of global memory to position `at` of `out`.
+    pub fn read_global(
+        &mut self,
+        a: &Actor<'_>,
+        what: &str,
+        address: u64,
+        out: &mut Fetched,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Trouble> {
+        let (index, offset) = self.find_global(what, address, len as u64)?;
         let buffer = self.env.global.buffer(index);
         let mut done = 0;
-        for (number, start, n) in Buffer::spans(offset, out.len() as u64) {
+        for (number, start, n) in Buffer::spans(offset, len as u64) {
             let mut page = buffer.page(number);
             self.check_page(a, &mut page, offset + done as u64, start, n, READ)?;
-            out[done..done + n].copy_from_slice(&page.data[start..start + n]);
-            if page.uninitialised(start, n).is_none() {
-                init[done..done + n].fill(true);
-            } else {
-                for i in 0..n {
-                    init[done + i] = page.uninitialised(start + i, 1).is_none();
-                }
-            }
+            out.put(at + done, &page.data[start..start + n], |from, n| page.uninitialised(start + from, n));
             done += n;
         }
-        self.counters.traffic[index].bulk_loaded += out.len() as u64;
+        self.counters.traffic[index].bulk_loaded += len as u64;
         Ok(())
     }
 
@@ -129,36 +137,68 @@ impl Machine<'_> {
         if !self.clocks.on() {
             return Ok(());
         }
-        let access = self.async_access(a, kind);
-        let mut dice = self.clocks.next_dice();
-        let cells = page.cells(self.env.launch);
-        for (i, cell) in cells[start / 4..(start + n).div_ceil(4)].iter_mut().enumerate() {
-            // A range may begin or end inside a granule.
-            let first = start / 4 * 4 + 4 * i;
-            let mask = (0..4).filter(|b| (start..start + n).contains(&(first + b))).fold(0, |m, b| m | 1 << b);
-            if let Some(c) = race::check(cell, &access, mask, self.clocks.watch, &mut dice) {
-                let at = offset + (first.max(start) - start) as u64;
-                return Err(self.conflict(c, a.id, access.kind, format!("global+{at:#x}"), true));
-            }
+        let mut sweep = self.sweep(a, kind);
+        match page.sweep(self.env.launch, start, n, &mut sweep) {
+            None => Ok(()),
+            Some((at, c)) => Err(self.conflict(c, a.id, sweep.kind(), format!("global+{:#x}", offset + (at - start) as u64), true)),
         }
-        Ok(())
     }
 
     /// Writes shared memory as TMA does: race check, bytes, initialisation, swizzle tag.
-    pub fn write_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, bytes: &[u8], init: &[bool], tag: u8) -> Result<(), Trouble> {
-        self.check_shared(a, rank, offset, bytes.len(), WRITE)?;
+    pub fn write_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, data: &Fetched, tag: u8) -> Result<(), Trouble> {
+        let len = data.bytes.len();
+        self.check_shared(a, rank, offset, len, WRITE)?;
         let shared = &mut self.ctas[rank].shared;
-        shared.data[offset..offset + bytes.len()].copy_from_slice(bytes);
-        if init.iter().all(|i| *i) {
-            shared.mark(offset, bytes.len());
-        } else {
-            for (i, init) in init.iter().enumerate() {
-                if *init { shared.mark(offset + i, 1) } else { shared.unmark(offset + i, 1) }
+        shared.data[offset..offset + len].copy_from_slice(&data.bytes);
+        shared.mark(offset, len);
+        if let Some(blank) = &data.blank {
+            blank.iter().enumerate().filter(|(_, blank)| **blank).for_each(|(i, _)| shared.unmark(offset + i, 1));
+        }
+        shared.tags[offset / 128..(offset + len).div_ceil(128)].fill(tag);
+        Ok(())
+    }
+}
+
+/// Bytes on their way into shared memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Fetched {
+    pub bytes: Vec<u8>,
+    /// Which of them nobody ever wrote; `None` where all were written.
+    blank: Option<Vec<bool>>,
+}
+
+impl Fetched {
+    pub fn new(len: usize, fill: [u8; 16]) -> Self {
+        let bytes = if fill == [0; 16] { vec![0; len] } else { (0..len).map(|i| fill[i % 16]).collect() };
+        Self { bytes, blank: None }
+    }
+
+    /// Puts bytes at `at`; `uninitialised` finds the first unwritten one among some of them, and counts from a place of its own.
+    pub fn put(&mut self, at: usize, bytes: &[u8], uninitialised: impl Fn(usize, usize) -> Option<usize>) {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        if uninitialised(0, bytes.len()).is_some() {
+            let len = self.bytes.len();
+            let blank = self.blank.get_or_insert_with(|| vec![false; len]);
+            for (i, blank) in blank[at..at + bytes.len()].iter_mut().enumerate() {
+                *blank = uninitialised(i, 1).is_some();
             }
         }
-        for line in &mut shared.tags[offset / 128..(offset + bytes.len()).div_ceil(128)] {
-            *line = tag;
+    }
+
+    /// The same with the chunk of 16 bytes at each place `at` moved to `place(at)`.
+    pub fn reordered(&self, place: impl Fn(usize) -> usize) -> Self {
+        fn moved<T: Copy + Default>(from: &[T], place: impl Fn(usize) -> usize) -> Vec<T> {
+            let mut to = vec![T::default(); from.len()];
+            for (i, chunk) in from.chunks_exact(16).enumerate() {
+                let at = place(16 * i);
+                to[at..at + 16].copy_from_slice(chunk);
+            }
+            to
         }
-        Ok(())
+        Self { bytes: moved(&self.bytes, &place), blank: self.blank.as_ref().map(|blank| moved(blank, &place)) }
+    }
+
+    pub fn part(&self, at: usize, len: usize) -> Self {
+        Self { bytes: self.bytes[at..at + len].to_vec(), blank: self.blank.as_ref().map(|blank| blank[at..at + len].to_vec()) }
     }
 }

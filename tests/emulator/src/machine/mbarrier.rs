@@ -3,7 +3,7 @@
 //! The 8 bytes in shared memory hold a magic value, so that use before `mbarrier.init` and overwriting show.
 
 use super::warp::Warp;
-use super::{Machine, Trouble, Wake, trouble};
+use super::{Machine, Trouble, Wake, shared_name, trouble};
 use crate::race::{self, ATOMIC, Access, READ, WRITE, clock::Clock, clock::SyncClock};
 use crate::report::Fault;
 use std::sync::Arc;
@@ -51,14 +51,15 @@ impl Machine<'_> {
 
     /// The live mbarrier there.
     pub fn mbar(&mut self, rank: usize, offset: u32) -> Result<&mut Mbar, Trouble> {
-        let name = self.shared_name(rank, offset as usize);
+        let ctas = self.ctas.len();
+        let at = offset as usize;
+        let fault = |what| Err(trouble(Fault::Mbarrier, format!("mbarrier {} {what}", shared_name(ctas, rank, at))));
         let shared = &mut self.ctas[rank].shared;
         let Some(bar) = shared.mbars.get_mut(&offset) else {
-            return Err(trouble(Fault::Mbarrier, format!("mbarrier {name} used before mbarrier.init")));
+            return fault("used before mbarrier.init");
         };
-        let at = offset as usize;
         if shared.data[at..at + 8] != MAGIC.to_le_bytes() {
-            return Err(trouble(Fault::Mbarrier, format!("mbarrier {name} was overwritten by other data")));
+            return fault("was overwritten by other data");
         }
         Ok(bar)
     }
@@ -71,14 +72,13 @@ impl Machine<'_> {
         let me = w.thread0 as usize + lane;
         let access = self.clocks.thread_access(me, kind, self.site);
         let watch = self.clocks.watch;
-        for g in [0, 4] {
-            let cells = self.ctas[rank].shared.cells(offset as usize + g);
-            if let Some(c) = race::check(cells, &access, 0xf, watch, &mut 1) {
+        match self.ctas[rank].shared.check(offset as usize, 8, &access, watch, &mut 1) {
+            None => Ok(()),
+            Some((_, c)) => {
                 let name = format!("mbarrier {}", self.shared_name(rank, offset as usize));
-                return Err(self.conflict(c, me as u16, kind, name, false));
+                Err(self.conflict(c, me as u16, kind, name, false))
             }
         }
-        Ok(())
     }
 
     /// The same by an asynchronous operation.
@@ -89,14 +89,13 @@ impl Machine<'_> {
         let kind = READ | WRITE | ATOMIC;
         let access = Access { actor, clock, cluster: self.clocks.cluster, kind, site, known };
         let watch = race::Watch { proxy: false, ..self.clocks.watch };
-        for g in [0, 4] {
-            let cells = self.ctas[rank].shared.cells(offset as usize + g);
-            if let Some(c) = race::check(cells, &access, 0xf, watch, &mut 1) {
+        match self.ctas[rank].shared.check(offset as usize, 8, &access, watch, &mut 1) {
+            None => Ok(()),
+            Some((_, c)) => {
                 let name = format!("mbarrier {}", self.shared_name(rank, offset as usize));
-                return Err(self.conflict(c, actor, kind, name, false));
+                Err(self.conflict(c, actor, kind, name, false))
             }
         }
-        Ok(())
     }
 
     pub fn mbar_init(&mut self, w: &Warp, lane: usize, address: u64, count: u32) -> Result<(), Trouble> {
@@ -156,19 +155,20 @@ impl Machine<'_> {
         } else {
             self.clocks.release_fenced(w.thread0 as usize + lane, 1, &mut clock);
         }
-        let name = self.shared_name(rank, offset as usize);
+        let ctas = self.ctas.len();
+        let name = || shared_name(ctas, rank, offset as usize);
         let bar = self.mbar(rank, offset)?;
         bar.clock = clock;
         let state = bar.phase << 32 | u64::from(bar.pending);
         bar.tx += expect;
         if bar.pending < count {
             let total = bar.count;
-            return Err(trouble(Fault::Mbarrier, format!("mbarrier {name}: more arrivals than its count {total} in one phase")));
+            return Err(trouble(Fault::Mbarrier, format!("mbarrier {}: more arrivals than its count {total} in one phase", name())));
         }
         bar.pending -= count;
         if drop {
             if bar.count <= count && bar.pending > 0 || bar.count < count {
-                return Err(trouble(Fault::Mbarrier, format!("mbarrier {name}: arrive_drop of {count} from a count of {}", bar.count)));
+                return Err(trouble(Fault::Mbarrier, format!("mbarrier {}: arrive_drop of {count} from a count of {}", name(), bar.count)));
             }
             bar.count -= count;
         }

@@ -174,6 +174,11 @@ pub(crate) struct Machine<'g> {
     pub check_init: bool,
 }
 
+/// A place in the shared memory of CTA `rank` of `ctas`, for messages.
+pub(crate) fn shared_name(ctas: usize, rank: usize, offset: usize) -> String {
+    if ctas > 1 { format!("smem+{offset:#x} of CTA {rank}") } else { format!("smem+{offset:#x}") }
+}
+
 impl<'g> Machine<'g> {
     pub fn has(&self, detector: Detector) -> bool {
         self.env.options.detectors.has(detector)
@@ -198,7 +203,7 @@ impl<'g> Machine<'g> {
 
     /// `smem+0x40`, with the CTA where there are several.
     pub fn shared_name(&self, rank: usize, offset: usize) -> String {
-        if self.ctas.len() > 1 { format!("smem+{offset:#x} of CTA {rank}") } else { format!("smem+{offset:#x}") }
+        shared_name(self.ctas.len(), rank, offset)
     }
 
     /// An actor of this cluster, for messages.

@@ -1,13 +1,13 @@
 //! The arithmetic of one warpgroup product: operands out of shared memory by descriptor, fragments, multiplication.
 
 use super::async_access::Actor;
-use super::warp::Warp;
+use super::warp::{L32, Warp};
 use super::{Machine, Trouble, trouble};
 use crate::isa::ty::{SHARED_BASE, Ty};
 use crate::isa::wgmma::Product;
 use crate::num;
 use crate::options::Detector;
-use crate::race;
+use crate::race::{self, cells::Sweep};
 use crate::report::Fault;
 use crate::tensor_map::Swizzle;
 
@@ -59,6 +59,17 @@ impl Descriptor {
         };
         self.swizzle.apply(self.start.wrapping_add(offset))
     }
+
+    /// How many chunks of a row lie in one aligned piece, which the swizzle only reorders.
+    fn line(self, mn_major: bool) -> usize {
+        let chunks = match (mn_major, self.swizzle) {
+            (_, Swizzle::None) => 1,
+            (false, _) => 2,
+            (true, swizzle) => swizzle.span() / 16,
+        };
+        let leading = if mn_major { self.leading } else { 0 };
+        if (self.start | self.stride | leading).is_multiple_of(16 * chunks) { chunks as usize } else { 1 }
+    }
 }
 
 /// Elements of a few bytes.
@@ -84,6 +95,35 @@ fn elements(ty: Ty, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Checks a range that a product reads. Gives its offset in the window.
+fn inspect(
+    m: &mut Machine<'_>,
+    place: &Place<'_, '_>,
+    d: Descriptor,
+    address: u32,
+    len: usize,
+    sweep: &mut Option<Sweep<'_>>,
+) -> Result<usize, Trouble> {
+    let shared = &m.ctas[place.rank].shared;
+    let Some(offset) = shared.offset(address, len as u32) else {
+        let at = i64::from(address) - i64::from(SHARED_BASE);
+        let text = format!("out-of-bounds read by {} at shared window of {} bytes, offset {at}", place.name, shared.data.len());
+        return Err(trouble(Fault::OutOfBounds, text));
+    };
+    let tag = shared.tags[offset / 128];
+    if tag != 0 && tag != d.swizzle as u8 + 1 && m.has(Detector::Swizzle) {
+        let written = Swizzle::from_driver(u32::from(tag) - 1).unwrap_or_default();
+        let name = m.shared_name(place.rank, offset);
+        let text = format!("descriptor says {} swizzle, but {name} was written by TMA with {written} swizzle", d.swizzle);
+        return Err(trouble(Fault::SwizzleMismatch, text));
+    }
+    m.check_shared_init(place.name, place.rank, offset, len)?;
+    if let Some(sweep) = sweep {
+        m.sweep_shared(place.reader, place.rank, offset, len, sweep)?;
+    }
+    Ok(offset)
+}
+
 /// Reads an operand of `rows` (along M or N) by 32 bytes (along K), as `[rows][k]`.
 pub(crate) fn operand(
     m: &mut Machine<'_>,
@@ -99,36 +139,35 @@ pub(crate) fn operand(
     let k = 2 * per;
     let mut out = vec![0f32; rows * k];
     let (outer, chunks) = if mn_major { (k, rows / per) } else { (rows, 2) };
-    let (check_swizzle, check_races) = (m.has(Detector::Swizzle), m.clocks.on());
+    let line = d.line(mn_major);
+    let mut sweep = m.clocks.on().then(|| m.sweep(place.reader, race::READ));
     let mut values = [0f32; 16];
     for row in 0..outer {
-        for chunk in 0..chunks {
-            let address = d.chunk(mn_major, row as u32, chunk as u32);
+        for first in (0..chunks).step_by(line) {
+            let n = line.min(chunks - first);
+            // A whole line is looked at in one piece; what is wrong with it is said of its first wrong chunk.
+            let low = d.chunk(mn_major, row as u32, first as u32) & !(16 * line as u32 - 1);
             let shared = &m.ctas[place.rank].shared;
-            let Some(offset) = shared.offset(address, 16) else {
-                let at = i64::from(address) - i64::from(SHARED_BASE);
-                let text = format!("out-of-bounds read by {} at shared window of {} bytes, offset {at}", place.name, shared.data.len());
-                return Err(trouble(Fault::OutOfBounds, text));
-            };
-            let tag = shared.tags[offset / 128];
-            if check_swizzle && tag != 0 && tag != d.swizzle as u8 + 1 {
-                let written = Swizzle::from_driver(u32::from(tag) - 1).unwrap_or_default();
-                let name = m.shared_name(place.rank, offset);
-                let text = format!("descriptor says {} swizzle, but {name} was written by TMA with {written} swizzle", d.swizzle);
-                return Err(trouble(Fault::SwizzleMismatch, text));
+            let sound = |offset: &usize| !m.check_init || shared.uninitialised(*offset, 16 * line).is_none();
+            let whole = n == line && shared.offset(low, 16 * line as u32).filter(sound).is_some();
+            if whole {
+                inspect(m, place, d, low, 16 * line, &mut sweep)?;
             }
-            m.check_shared_init(place.name, place.rank, offset, 16)?;
-            if check_races {
-                m.check_shared(place.reader, place.rank, offset, 16, race::READ)?;
-            }
-            let bytes = &m.ctas[place.rank].shared.data[offset..offset + 16];
-            if mn_major {
-                elements(ty, bytes, &mut values[..per]);
-                for (i, v) in values[..per].iter().enumerate() {
-                    out[(chunk * per + i) * k + row] = *v;
+            for chunk in first..first + n {
+                let address = d.chunk(mn_major, row as u32, chunk as u32);
+                if !whole {
+                    inspect(m, place, d, address, 16, &mut sweep)?;
                 }
-            } else {
-                elements(ty, bytes, &mut out[row * k + chunk * per..row * k + (chunk + 1) * per]);
+                let offset = (address - SHARED_BASE) as usize;
+                let bytes = &m.ctas[place.rank].shared.data[offset..offset + 16];
+                if mn_major {
+                    elements(ty, bytes, &mut values[..per]);
+                    for (i, v) in values[..per].iter().enumerate() {
+                        out[(chunk * per + i) * k + row] = *v;
+                    }
+                } else {
+                    elements(ty, bytes, &mut out[row * k + chunk * per..row * k + (chunk + 1) * per]);
+                }
             }
         }
     }
@@ -171,52 +210,74 @@ pub(crate) fn panels(b: &[f32], n: usize, k: usize) -> Vec<[f32; 8]> {
     out
 }
 
-/// The accumulators of panel `c`, row half `h`: even and odd columns of all lanes.
-fn load(w: &Warp, base: u32, p: &Product, c: usize, h: usize) -> [[f32; 32]; 2] {
-    let row = |i: usize| &w.r32[(base + p.d[i]) as usize];
-    if p.half {
-        let pairs = row(2 * c + h);
-        return [pairs.map(|v| num::f16(v & 0xffff)), pairs.map(|v| num::f16(v >> 16))];
-    }
-    [row(4 * c + 2 * h).map(f32::from_bits), row(4 * c + 2 * h + 1).map(f32::from_bits)]
-}
-
-fn store(w: &mut Warp, base: u32, p: &Product, c: usize, h: usize, v: &[[f32; 32]; 2]) {
-    let row = |i: usize| (base + p.d[i]) as usize;
-    if p.half {
-        w.r32[row(2 * c + h)] = std::array::from_fn(|l| num::to_f16(v[0][l]) | num::to_f16(v[1][l]) << 16);
-        return;
-    }
-    w.r32[row(4 * c + 2 * h)] = v[0].map(f32::to_bits);
-    w.r32[row(4 * c + 2 * h + 1)] = v[1].map(f32::to_bits);
-}
-
 /// The 16 rows of warp `member`: `D = A * B`, or with `scale_d` plus what the accumulators hold. K ascends; every step rounds to f32.
 pub(crate) fn multiply<const K: usize>(w: &mut Warp, member: usize, base: u32, p: &Product, a: &[f32], b: &[[f32; 8]], scale_d: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        #[target_feature(enable = "avx2")]
+        fn wide<const K: usize>(w: &mut Warp, member: usize, base: u32, p: &Product, a: &[f32], b: &[[f32; 8]], scale_d: bool) {
+            sixteen_rows::<K>(w, member, base, p, a, b, scale_d);
+        }
+        // SAFETY: the processor has AVX2.
+        #[allow(unsafe_code)]
+        return unsafe { wide::<K>(w, member, base, p, a, b, scale_d) };
+    }
+    sixteen_rows::<K>(w, member, base, p, a, b, scale_d);
+}
+
+/// [`multiply`] with whatever vectors its caller is compiled for; the results are the same.
+#[inline(always)]
+fn sixteen_rows<const K: usize>(w: &mut Warp, member: usize, base: u32, p: &Product, a: &[f32], b: &[[f32; 8]], scale_d: bool) {
     for (c, panel) in b.chunks_exact(K).enumerate() {
+        let slot = |i: usize| (base + p.d[i]) as usize;
         for h in 0..2 {
-            let mut d = if scale_d { load(w, base, p, c, h) } else { [[0f32; 32]; 2] };
-            // Lane 4g+t holds row g: four rows are 16 neighbouring lanes.
-            for q in 0..2 {
-                let first = (16 * member + 8 * h + 4 * q) * K;
-                let rows: [&[f32]; 4] = std::array::from_fn(|j| &a[first + j * K..first + (j + 1) * K]);
-                let mut sum: [[f32; 8]; 4] = std::array::from_fn(|j| std::array::from_fn(|x| d[x / 4][16 * q + 4 * j + x % 4]));
-                for i in 0..K {
-                    let b = &panel[i];
-                    for j in 0..4 {
-                        let a = rows[j][i];
-                        for x in 0..8 {
-                            sum[j][x] += a * b[x];
-                        }
-                    }
-                }
-                for (j, sum) in sum.iter().enumerate() {
-                    for (x, v) in sum.iter().enumerate() {
-                        d[x / 4][16 * q + 4 * j + x % 4] = *v;
-                    }
+            let a = &a[(16 * member + 8 * h) * K..][..8 * K];
+            if p.half {
+                // A register holds an even and an odd column.
+                let at = slot(2 * c + h);
+                let mut even: L32 = std::array::from_fn(|l| num::f16(w.r32[at][l] & 0xffff).to_bits());
+                let mut odd: L32 = std::array::from_fn(|l| num::f16(w.r32[at][l] >> 16).to_bits());
+                eight_rows::<K>(&mut even, &mut odd, a, panel, scale_d);
+                let half = |bits: u32| num::to_f16(f32::from_bits(bits));
+                w.r32[at] = std::array::from_fn(|l| half(even[l]) | half(odd[l]) << 16);
+            } else {
+                let (e, o) = (slot(4 * c + 2 * h), slot(4 * c + 2 * h + 1));
+                let (mut even, mut odd) = (w.r32[e], w.r32[o]);
+                eight_rows::<K>(&mut even, &mut odd, a, panel, scale_d);
+                (w.r32[e], w.r32[o]) = (even, odd);
+            }
+        }
+    }
+}
+
+/// Eight rows by eight columns, as they lie in two registers: lane 4g+t holds row g of columns 2t (even) and 2t+1 (odd). Four rows at a
+/// time, because their sums fit in registers.
+#[inline(always)]
+fn eight_rows<const K: usize>(even: &mut L32, odd: &mut L32, a: &[f32], panel: &[[f32; 8]], scale_d: bool) {
+    for q in 0..2 {
+        let rows: [&[f32]; 4] = std::array::from_fn(|j| &a[(4 * q + j) * K..][..K]);
+        let mut sum = [[0f32; 8]; 4];
+        if scale_d {
+            for (j, sum) in sum.iter_mut().enumerate() {
+                for t in 0..4 {
+                    let lane = 16 * q + 4 * j + t;
+                    (sum[t], sum[4 + t]) = (f32::from_bits(even[lane]), f32::from_bits(odd[lane]));
                 }
             }
-            store(w, base, p, c, h, &d);
+        }
+        for (i, b) in panel[..K].iter().enumerate() {
+            for j in 0..4 {
+                let a = rows[j][i];
+                for x in 0..8 {
+                    sum[j][x] += a * b[x];
+                }
+            }
+        }
+        for (j, sum) in sum.iter().enumerate() {
+            for t in 0..4 {
+                let lane = 16 * q + 4 * j + t;
+                (even[lane], odd[lane]) = (sum[t].to_bits(), sum[4 + t].to_bits());
+            }
         }
     }
 }

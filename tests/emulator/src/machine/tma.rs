@@ -3,7 +3,7 @@
 //! A load is queued at issue and runs when the option says: at once, when nothing else can run, or at random. A store reads shared
 //! memory when its group is waited for, and writes global memory when the full wait (or the exit) comes.
 
-use super::async_access::Actor;
+use super::async_access::{Actor, Fetched};
 use super::warp::{Warp, lanes};
 use super::{Machine, TMA_ACTORS, Trouble, trouble};
 use crate::isa::atomic::{self, Fun};
@@ -179,43 +179,45 @@ impl Machine<'_> {
             Far::Tensor { map, coords } => {
                 let inner = map.box_dims[0] as usize * map.element.bytes() as usize;
                 let fill = if map.nan_fill { nan_pattern(map) } else { [0; 16] };
-                let mut data: Vec<u8> = (0..inner).map(|i| fill[i % 16]).collect();
-                let blank = data.clone();
-                let mut init = vec![true; inner];
-                for row in rows(map, coords) {
-                    data.copy_from_slice(&blank);
-                    init.fill(true);
+                let rows = rows(map, coords);
+                let mut data = Fetched::new(rows.len() * inner, fill);
+                for row in &rows {
                     if let Some((address, n, skip)) = row.global {
-                        self.read_global(&reader, "TMA load", address, &mut data[skip..skip + n], &mut init[skip..skip + n])?;
+                        self.read_global(&reader, "TMA load", address, &mut data, row.packed + skip, n)?;
                     }
-                    for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
-                        let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
-                        for (c, chunk) in data.chunks(16).enumerate() {
-                            let at = swizzled(map.swizzle, op.offset, row.packed + 16 * c);
-                            let tag = map.swizzle as u8 + 1;
-                            self.write_shared(&writer, rank, at, chunk, &init[16 * c..16 * c + chunk.len()], tag)?;
-                        }
+                }
+                let tag = map.swizzle as u8 + 1;
+                // Where the swizzle stays inside the box the whole box is one range, with its chunks in another order.
+                let whole = map.swizzle == Swizzle::None || (op.offset | data.bytes.len()).is_multiple_of(128);
+                if whole && map.swizzle != Swizzle::None {
+                    data = data.reordered(|at| swizzled(map.swizzle, op.offset, at) - op.offset);
+                }
+                for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
+                    let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
+                    if whole {
+                        self.write_shared(&writer, rank, op.offset, &data, tag)?;
+                        continue;
+                    }
+                    for at in (0..data.bytes.len()).step_by(16) {
+                        self.write_shared(&writer, rank, swizzled(map.swizzle, op.offset, at), &data.part(at, 16), tag)?;
                     }
                 }
             }
             Far::Linear { .. } | Far::Shared { .. } => {
-                let mut data = vec![0; op.bytes];
-                let mut init = vec![true; op.bytes];
+                let mut data = Fetched::new(op.bytes, [0; 16]);
                 match op.from {
-                    Far::Linear { address } => self.read_global(&reader, "bulk load", address, &mut data, &mut init)?,
+                    Far::Linear { address } => self.read_global(&reader, "bulk load", address, &mut data, 0, op.bytes)?,
                     Far::Shared { rank, offset } => {
                         self.check_shared(&reader, rank, offset, op.bytes, READ)?;
-                        data.copy_from_slice(&self.ctas[rank].shared.data[offset..offset + op.bytes]);
-                        for (i, init) in init.iter_mut().enumerate() {
-                            *init = self.ctas[rank].shared.uninitialised(offset + i, 1).is_none();
-                        }
+                        let shared = &self.ctas[rank].shared;
+                        data.put(0, &shared.data[offset..offset + op.bytes], |start, n| shared.uninitialised(offset + start, n));
                     }
                     Far::Tensor { .. } => {}
                 }
                 for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
                     let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
                     // A flat copy may bring rows that are swizzled already: no tag.
-                    self.write_shared(&writer, rank, op.offset, &data, &init, 0)?;
+                    self.write_shared(&writer, rank, op.offset, &data, 0)?;
                 }
             }
         }
@@ -243,11 +245,12 @@ impl Machine<'_> {
         match &op.to {
             Far::Tensor { map, coords } => {
                 let inner = map.box_dims[0] as usize * map.element.bytes() as usize;
+                let mut sweep = self.sweep(&reader, READ);
                 for row in rows(map, coords) {
                     // Only what lies inside the tensor is needed, but the engine reads the whole box.
                     for c in (0..inner).step_by(16) {
                         let at = swizzled(map.swizzle, op.offset, row.packed + c);
-                        self.check_shared(&reader, op.rank, at, 16, READ)?;
+                        self.sweep_shared(&reader, op.rank, at, 16, &mut sweep)?;
                         let used = row.global.is_some_and(|(_, n, skip)| c < skip + n && c + 16 > skip);
                         if used {
                             self.check_shared_init("TMA store", op.rank, at, 16)?;

@@ -3,7 +3,8 @@
 use super::{first_unmarked, mark, unmark};
 use crate::error::MemoryError;
 use crate::isa::ty::GLOBAL_BASE;
-use crate::race::Granule;
+use crate::race::cells::{Cells, Found, SPAN, Sweep};
+use crate::race::{Access, Watch};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// Bytes of a page.
@@ -20,7 +21,7 @@ const POISON: u8 = 0xff;
 pub(crate) struct Page {
     pub data: [u8; PAGE],
     pub init: [u64; PAGE / 64],
-    cells: Option<Box<[Granule]>>,
+    cells: Option<Box<[Cells; PAGE / SPAN]>>,
     /// Launch the cells belong to; those of earlier launches are stale.
     launch: u64,
 }
@@ -32,14 +33,35 @@ impl Page {
     }
 
     /// The race cells, emptied on the first touch of a launch.
-    pub fn cells(&mut self, launch: u64) -> &mut [Granule] {
+    fn cells(&mut self, launch: u64) -> &mut [Cells; PAGE / SPAN] {
         let fresh = self.launch != launch;
         self.launch = launch;
-        let cells = self.cells.get_or_insert_with(|| vec![Granule::default(); PAGE / 4].into_boxed_slice());
+        let cells = self.cells.get_or_insert_default();
         if fresh {
-            cells.fill(Granule::default());
+            cells.iter_mut().for_each(Cells::clear);
         }
         cells
+    }
+
+    /// Checks an access to aligned bytes, at most 16, and remembers it; a conflict comes with its first byte in the page.
+    #[inline]
+    pub fn check(&mut self, launch: u64, start: usize, len: usize, a: &Access<'_>, watch: Watch, dice: &mut u32) -> Option<Found> {
+        let (found, conflict) = self.cells(launch)[start / SPAN].check(start % SPAN, len, a, watch, dice)?;
+        Some((start / SPAN * SPAN + found, conflict))
+    }
+
+    /// Checks an access to any range of the page.
+    pub fn sweep(&mut self, launch: u64, start: usize, len: usize, sweep: &mut Sweep<'_>) -> Option<Found> {
+        let cells = self.cells(launch);
+        let mut at = start;
+        while at < start + len {
+            let n = (SPAN - at % SPAN).min(start + len - at);
+            if let Some((found, conflict)) = cells[at / SPAN].sweep(at % SPAN, n, sweep) {
+                return Some((at / SPAN * SPAN + found, conflict));
+            }
+            at += n;
+        }
+        None
     }
 
     pub fn uninitialised(&self, start: usize, len: usize) -> Option<usize> {

@@ -4,6 +4,15 @@ pub(crate) mod global;
 pub(crate) mod local;
 pub(crate) mod shared;
 
+/// The words of a range of bits, and the bits in each.
+fn words(start: usize, len: usize) -> impl Iterator<Item = (usize, u64)> {
+    let end = start + len;
+    (start / 64..end.div_ceil(64)).map(move |word| {
+        let (first, last) = (start.max(word * 64) % 64, end.min(word * 64 + 64) - word * 64);
+        (word, (u64::MAX >> (64 - last)) & (u64::MAX << first))
+    })
+}
+
 /// One bit per byte, in words of 64.
 #[inline]
 pub(crate) fn mark(bits: &mut [u64], start: usize, len: usize) {
@@ -12,15 +21,15 @@ pub(crate) fn mark(bits: &mut [u64], start: usize, len: usize) {
         bits[start / 64] |= ones << (start % 64);
         return;
     }
-    for i in start..start + len {
-        bits[i / 64] |= 1 << (i % 64);
+    for (word, ones) in words(start, len) {
+        bits[word] |= ones;
     }
 }
 
 /// Clears bits.
 pub(crate) fn unmark(bits: &mut [u64], start: usize, len: usize) {
-    for i in start..start + len {
-        bits[i / 64] &= !(1 << (i % 64));
+    for (word, ones) in words(start, len) {
+        bits[word] &= !ones;
     }
 }
 
@@ -32,7 +41,10 @@ pub(crate) fn first_unmarked(bits: &[u64], start: usize, len: usize) -> Option<u
         let missing = !(bits[start / 64] >> (start % 64)) & ones;
         return if missing == 0 { None } else { Some(start + missing.trailing_zeros() as usize) };
     }
-    (start..start + len).find(|i| bits[i / 64] >> (i % 64) & 1 == 0)
+    words(start, len).find_map(|(word, ones)| {
+        let missing = !bits[word] & ones;
+        (missing != 0).then(|| word * 64 + missing.trailing_zeros() as usize)
+    })
 }
 
 #[cfg(test)]
@@ -48,6 +60,8 @@ mod tests {
         assert_eq!(first_unmarked(&bits, 59, 2), Some(59));
         assert_eq!(first_unmarked(&bits, 60, 9), Some(68));
         assert_eq!(first_unmarked(&bits, 128, 64), None);
+        mark(&mut bits, 68, 60);
+        assert_eq!((first_unmarked(&bits, 60, 132), first_unmarked(&bits, 60, 133)), (None, Some(192)));
         unmark(&mut bits, 63, 2);
         assert_eq!(first_unmarked(&bits, 60, 8), Some(63));
     }

@@ -3,17 +3,15 @@
 use super::{first_unmarked, mark, unmark};
 use crate::isa::ty::SHARED_BASE;
 use crate::machine::mbarrier::Mbar;
-use crate::race::{Granule, clock::SyncClock};
+use crate::race::cells::{Cells, Found, SPAN, Sweep};
+use crate::race::{Access, Watch, clock::SyncClock};
 use std::collections::HashMap;
-
-/// Bytes whose cells come into being together.
-const CELL_PAGE: usize = 1024;
 
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
     pub data: Vec<u8>,
     init: Vec<u64>,
-    cells: Vec<Option<Box<[Granule]>>>,
+    cells: Vec<Option<Box<Cells>>>,
     /// Swizzle that TMA wrote each 128 bytes with, plus 1; 0 where something else wrote last.
     pub tags: Vec<u8>,
     /// By offset.
@@ -27,7 +25,7 @@ impl Shared {
         Self {
             data: vec![0xff; bytes],
             init: vec![0; bytes.div_ceil(64)],
-            cells: (0..bytes.div_ceil(CELL_PAGE)).map(|_| None).collect(),
+            cells: (0..bytes.div_ceil(SPAN)).map(|_| None).collect(),
             tags: vec![0; bytes.div_ceil(128)],
             mbars: HashMap::new(),
             sync: HashMap::new(),
@@ -54,10 +52,33 @@ impl Shared {
         unmark(&mut self.init, start, len);
     }
 
-    /// The cells of the granule that holds byte `offset`.
+    /// The race cells of the span that holds byte `offset`, and where in it.
     #[inline]
-    pub fn cells(&mut self, offset: usize) -> &mut Granule {
-        let page = self.cells[offset / CELL_PAGE].get_or_insert_with(|| vec![Granule::default(); CELL_PAGE / 4].into_boxed_slice());
-        &mut page[offset % CELL_PAGE / 4]
+    fn cells(&mut self, offset: usize) -> (&mut Cells, usize) {
+        (self.cells[offset / SPAN].get_or_insert_default(), offset % SPAN)
+    }
+
+    /// Checks an access to aligned bytes, at most 16, and remembers it.
+    #[inline]
+    pub fn check(&mut self, offset: usize, len: usize, a: &Access<'_>, watch: Watch, dice: &mut u32) -> Option<Found> {
+        let (cells, at) = self.cells(offset);
+        let (found, conflict) = cells.check(at, len, a, watch, dice)?;
+        Some((offset - at + found, conflict))
+    }
+
+    /// Checks an access to any range.
+    #[inline]
+    pub fn sweep(&mut self, offset: usize, len: usize, sweep: &mut Sweep<'_>) -> Option<Found> {
+        let end = offset + len;
+        let mut offset = offset;
+        while offset < end {
+            let (cells, at) = self.cells(offset);
+            let n = (SPAN - at).min(end - offset);
+            if let Some((found, conflict)) = cells.sweep(at, n, sweep) {
+                return Some((offset - at + found, conflict));
+            }
+            offset += n;
+        }
+        None
     }
 }

@@ -1,12 +1,13 @@
 //! The race detector: access cells beside memory, vector clocks beside threads and asynchronous actors.
 //!
-//! Every 4-byte granule remembers up to four accesses: who, at which step of its own clock, which bytes, read or write. A new access
+//! Every 4-byte word has a granule (shared by the words of 16 bytes as long as all accesses are of all 16, see `cells`) that remembers up to four accesses: who, at which step of its own clock, which bytes, read or write. A new access
 //! conflicts with a remembered one of another actor that touches a common byte, unless both only read, both are atomic, or the
 //! earlier one happened before. "Happened before" is the vector clock of the accessing thread. A thread's clock is a shared part,
 //! equal for all threads that left the same barrier, plus its own step, so that a barrier costs one join and not one per thread.
 //!
 //! When four cells are not enough a random one that holds a read is given up: a race may be lost, none is ever invented.
 
+pub(crate) mod cells;
 pub(crate) mod clock;
 
 use clock::{Clock, SyncClock};
@@ -23,7 +24,7 @@ pub(crate) const ASYNC: u8 = 8;
 pub(crate) const PENDING: u32 = u32::MAX;
 
 /// One remembered access.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cell {
     pub clock: u32,
     /// PC of the access.

@@ -166,6 +166,8 @@ pub struct Op {
     /// CTAs, all of one cluster. With more than one, %i still counts all threads.
     pub ctas: u32,
     pub values: Values,
+    /// See [`Case::beyond_isa`].
+    pub beyond_isa: Option<&'static str>,
     want: Box<WantOf>,
 }
 
@@ -197,6 +199,7 @@ impl Op {
             directives: String::new(),
             ctas: 1,
             values: Values::Edges,
+            beyond_isa: None,
             want: Box::new(move |tuples, i| want(&tuples[i])),
         }
     }
@@ -219,6 +222,7 @@ impl Op {
             directives: String::new(),
             ctas: 1,
             values: Values::Threads(threads.into_iter().map(|tuple| tuple.to_vec()).collect()),
+            beyond_isa: None,
             want: Box::new(move |tuples, i| Want::Bits(want(tuples, i) & (u64::MAX >> (64 - 8 * output.bytes())))),
         }
     }
@@ -250,6 +254,12 @@ impl Op {
     /// The threads are those of a cluster of `ctas`.
     pub fn cluster(mut self, ctas: u32) -> Op {
         self.ctas = ctas;
+        self
+    }
+
+    /// Marks an expectation that says more than the ISA promises.
+    pub fn beyond_isa(mut self, why: &'static str) -> Op {
+        self.beyond_isa = Some(why);
         self
     }
 
@@ -301,7 +311,8 @@ impl Op {
             let column: Vec<u64> = tuples.iter().map(|tuple| tuple[i]).collect();
             args.push(Arg::input(super::bytes_of(&column, ty.bytes())));
         }
-        Case::new(&self.name, image, self.entry(), threads as u32 / self.ctas, args).grid(self.ctas).cluster(self.ctas)
+        let case = Case::new(&self.name, image, self.entry(), threads as u32 / self.ctas, args).grid(self.ctas).cluster(self.ctas);
+        Case { beyond_isa: self.beyond_isa, ..case }
     }
 }
 

@@ -332,6 +332,7 @@ mod clean {
         fp8_gemm,
         attention_tile,
         warp_gemm,
-        math
+        math,
+        persistent_gemm
     );
 }

@@ -26,6 +26,7 @@ pub fn all() -> Vec<Case> {
         attention_tile(),
         warp_gemm(),
         math(),
+        persistent_gemm(),
     ]
 }
 
@@ -263,6 +264,25 @@ pub fn pipelined_gemm() -> Case {
         Arg::output(y),
     ];
     Case { params: 4, ..Case::kernel("pipelined_gemm", [2, 2, 1], 288, args) }.shared(3 * 24576 + 16384 + 48)
+}
+
+/// 300 rows in two pairs of row tiles, the last of them empty; one column tile; one cluster takes both, two steps each.
+pub fn persistent_gemm() -> Case {
+    let (k, n, rows) = (128, 256, 300);
+    let (x, w) = (scrambled(rows * k, 30, 4), scrambled(n * k, 31, 4));
+    let y = product(&x, &w, k).iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect::<Vec<_>>();
+    let args = vec![
+        panel(6, Element::Bf16, [k as u64, rows as u64], 128),
+        panel(7, Element::Bf16, [k as u64, n as u64], 128),
+        panel(8, Element::Bf16, [n as u64, rows as u64], 64),
+        Arg::U32(2),
+        Arg::U32(1),
+        Arg::U32(k as u32 / 64),
+        Arg::input(bf16s(&x)),
+        Arg::input(bf16s(&w)),
+        Arg::output(y),
+    ];
+    Case { params: 6, ..Case::kernel("persistent_gemm", [2, 1, 1], 384, args) }.shared(3 * 49152 + 65536 + 48)
 }
 
 /// e4m3 bytes of small integers.

@@ -250,7 +250,8 @@ fn special_registers() -> Case {
             }
         }
     }
-    Case { grid, block, ..Case::new("special registers", "memory", "special_registers", 1, vec![Arg::output(u32s(&want))]) }
+    let case = Case::new("special registers", "memory", "special_registers", 1, vec![Arg::output(u32s(&want))]);
+    Case { grid, block, ..case }.beyond_isa("%warpid may change while a thread runs, and need not count warps of 32 consecutive threads")
 }
 
 /// Four words per thread: thread and warp, block, block size, grid size, each as bytes x, y, z.

@@ -157,6 +157,12 @@ fn tensor(of: usize, element: Element, dims: &[u64], tile: &[u32], swizzle: Swiz
 }
 
 impl TensorMap {
+    /// Marks a case whose strides go beyond what the driver's documentation promises.
+    fn strides_as_documented(&self, case: Case) -> Case {
+        let multiples = self.strides.windows(2).all(|pair| pair[1].is_multiple_of(pair[0]));
+        if multiples { case } else { case.beyond_isa("a driver may want every stride to be a multiple of the one before") }
+    }
+
     fn box_bytes(&self) -> usize {
         self.tile.iter().map(|&t| t as usize).product::<usize>() * self.element.bytes()
     }
@@ -253,7 +259,7 @@ fn loads() -> Vec<Case> {
             args.extend(corner_args(&corner));
             args.push(Arg::input(tensor.bytes.clone()));
             let case = Case::new(format!("load {name} at {corner:?}"), "tensor", format!("load_{rank}d"), THREADS, args);
-            cases.push(Case { params: 3 + rank, ..case }.shared(size as u32 + 16));
+            cases.push(tensor.map.strides_as_documented(Case { params: 3 + rank, ..case }.shared(size as u32 + 16)));
         }
     }
     let mut hint = tensor(5, Element::Bf16, &[128, 40], &[64, 32], Swizzle::B128, 0);
@@ -272,7 +278,8 @@ fn loads() -> Vec<Case> {
     let mut args = vec![Arg::Map(panels.map.clone()), Arg::output(picture(&panels, &[0, 0, 0])), Arg::U32(size as u32)];
     args.extend(corner_args(&[0, 0, 0]));
     args.push(Arg::input(panels.bytes.clone()));
-    cases.push(Case { params: 6, ..Case::new("load of panels", "tensor", "load_3d", THREADS, args) }.shared(size as u32 + 16));
+    let case = Case { params: 6, ..Case::new("load of panels", "tensor", "load_3d", THREADS, args) }.shared(size as u32 + 16);
+    cases.push(panels.map.strides_as_documented(case));
     cases
 }
 
@@ -294,7 +301,7 @@ fn stores() -> Vec<Case> {
             args.extend(corner_args(&corner));
             args.push(Arg::Buffer { before: tensor.bytes.clone(), after: Expect::Bytes(after) });
             let case = Case::new(format!("store {name} at {corner:?}"), "tensor", format!("store_{rank}d"), THREADS, args);
-            cases.push(Case { params: 3 + rank, ..case }.shared(size as u32));
+            cases.push(tensor.map.strides_as_documented(Case { params: 3 + rank, ..case }.shared(size as u32)));
         }
     }
     let ops: [(&str, Element, fn(u32, u32) -> u32); 7] = [

@@ -251,7 +251,8 @@ fn masks() -> Vec<Op> {
             none(),
             |_, _| 1,
         ),
-        Op::across("activemask whole", "activemask.b32 %d;", [Ty::B32], Ty::B32, none(), |_, _| 0xFFFF_FFFF),
+        Op::across("activemask whole", "activemask.b32 %d;", [Ty::B32], Ty::B32, none(), |_, _| 0xFFFF_FFFF)
+            .beyond_isa("lanes that could execute together need not"),
         Op::across("%lanemask_lt", "mov.u32 %d, %lanemask_lt;", [Ty::B32], Ty::B32, none(), move |_, i| (1 << lane(i)) - 1),
         Op::across("%lanemask_le", "mov.u32 %d, %lanemask_le;", [Ty::B32], Ty::B32, none(), move |_, i| (2 << lane(i)) - 1),
         Op::across("%lanemask_gt", "mov.u32 %d, %lanemask_gt;", [Ty::B32], Ty::B32, none(), move |_, i| !((2 << lane(i)) - 1)),
