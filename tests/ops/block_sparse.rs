@@ -651,8 +651,8 @@ fn offsets_pass_31_bits() {
     let (driver, emulated) = device::emulated();
     let [far, y] = [size_of::<Bf16>(), size_of::<f32>()].map(|size| driver.alloc(0, LEN * size).unwrap());
     for (row, values) in x.chunks(64).enumerate() {
-        // SAFETY: 64 elements are read.
-        unsafe { driver.copy_to_device(0, far + (row * STRIDE * 2) as u64, values.as_ptr().cast(), 128).unwrap() }
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.0.to_ne_bytes()).collect();
+        device::write(&*driver, 0, far + (row * STRIDE * 2) as u64, &bytes).unwrap();
     }
     check(&emulated, far, y);
     assert_eq!(driver.reports(), [""; 0]);
