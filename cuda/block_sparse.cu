@@ -181,7 +181,10 @@ template <typename F> struct Consumer {
     // The next stage, as the multiplication may read it. True for the last one of a tile.
     __device__ __forceinline__ bool await(uint32_t stage) const {
         ring.wait_full();
-        const uint32_t note = __shfl_sync(~0u, load_shared_4(shared + F::NOTES_AT + 4 * ring.stage), 0), depth = note & DEPTH_BITS;
+        uint32_t note = 0;
+        if (threadIdx.x % 32 == 0) note = load_shared_4(shared + F::NOTES_AT + 4 * ring.stage); // the lane that will hand the stage back
+        note = __shfl_sync(~0u, note, 0);
+        const uint32_t depth = note & DEPTH_BITS;
         if (depth < DEPTH) {
             clear<F::A_MN>(stage, F::A_BOXES, depth);
             clear<F::B_MN>(stage + F::A_BOXES * BOX_BYTES, F::B_BOXES, depth);

@@ -1,7 +1,7 @@
 // block_sparse: sdd y[block n] = (a * b) where block n lies; dsd y = s * d, dds being dsd of the transposed matrices; arrange: the blocks of rows sorted by expert
 //
 // Contract  src/ops/block_sparse.rs has checked shapes and dtypes; the index comes from a Topology, offsets from an ExpertRows.
-// Work      the plain form, for every shape, stride and transpose: a block of 64 threads takes tiles of 32 x 32, 4 x 4 a thread. arrange: a block a block row or column.
+// Work      the plain form, for every type, shape, stride and transpose: a block of 64 threads takes tiles of 32 x 32, 4 x 4 a thread. arrange: a block a block row or column.
 // Cost      sdd 2 * blocks * block^2 * K FLOP, dsd 2 * blocks * block^2 * N, on the f32 pipes; operands are read once per tile, through the caches.
 // Order     one chain of f32 additions over ascending k per element, rounded once. arrange is integers, without atomics: same offsets, same index.
 #include "common/dtype.cuh"
