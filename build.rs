@@ -30,7 +30,7 @@ fn regenerate_bindings() {
         .default_visibility(bindgen::FieldVisibilityKind::PublicCrate)
         .rustfmt_configuration_file(Some(std::env::current_dir().unwrap_or_default().join("rustfmt.toml")))
         .parse_callbacks(Box::new(AddressesAreCopy))
-        .derive_debug(false)
+        .derive_debug(true) // by which `tests/params.rs` knows the fields
         .generate()
         .unwrap_or_else(|error| panic!("bindgen over {header}: {error}"));
     bindings.write_to_file("src/device/params.rs").unwrap_or_else(|error| panic!("src/device/params.rs: {error}"));

@@ -50,10 +50,10 @@ class Nvrtc:
         get(program, buffer)
         return buffer.value.decode()
 
-    def compile(self, source):
-        """The PTX of one file; the compiler's messages go to stderr and a failure ends the run."""
+    def compile(self, source, text):
+        """The PTX of one file's text; the compiler's messages go to stderr and a failure ends the run."""
         program = ctypes.c_void_p()
-        self.check(self.lib.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, None, None), source.name)
+        self.check(self.lib.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None), source.name)
         flags = [flag.encode() for flag in [*FLAGS, f"--include-path={ROOT / 'cuda'}"]]
         code = self.lib.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
         if log := self.text(program, self.lib.nvrtcGetProgramLogSize, self.lib.nvrtcGetProgramLog).strip():
@@ -98,12 +98,39 @@ def assembled(ptxas, cuobjdump, ptx):
     return figures
 
 
+def echo(params):
+    """Source of kernels that write back every field of the parameter structs, one kernel a struct: the size first, then the fields' bits."""
+    structs = {name: re.findall(r"^ +(\w+) +(\w+)(?:\[(\d+)\])?;", body, re.M) for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", params, re.M | re.S)}
+
+    def leaves(struct, path):
+        for kind, field, count in structs[struct]:
+            if kind == "TensorMap":
+                field, count = f"{field}.words", 16
+            places = [f"{path}.{field}[{i}]" for i in range(int(count))] if count else [f"{path}.{field}"]
+            for place in places:
+                yield from leaves(kind, place) if kind in structs else [place]
+
+    source = """#include "common/params.h"
+template <typename P> struct Echo { P p; uint64_t* out; };
+__device__ uint64_t bits(const void* p) { return (uint64_t)p; }
+__device__ uint64_t bits(uint64_t x) { return x; }
+__device__ uint64_t bits(int64_t x) { return x; }
+__device__ uint64_t bits(uint32_t x) { return x; }
+__device__ uint64_t bits(float x) { return __float_as_uint(x); }
+"""
+    for name in structs:
+        fields = "".join(f"    *out++ = bits({leaf});\n" for leaf in leaves(name, "e.p"))
+        source += f'extern "C" __global__ void echo_{name}(const __grid_constant__ Echo<{name}> e) {{\n'
+        source += f"    uint64_t* out = e.out;\n    *out++ = sizeof({name});\n{fields}}}\n"
+    return source
+
+
 def main():
     nvrtc, tools = Nvrtc(os.environ.get("NVRTC_12_4", "libnvrtc.so.12")), [shutil.which(tool) for tool in ("ptxas", "cuobjdump")]
     common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").rglob("*.*h"))]
     manifest, bad = HEADER + f"compiler NVRTC {nvrtc.version}\nflags {' '.join(FLAGS)}\n", []
     for source in sorted((ROOT / "cuda").glob("*.cu")):
-        ptx = nvrtc.compile(source)
+        ptx = nvrtc.compile(source, source.read_bytes())
         isa = re.search(r"\.version (\S+)", ptx)[1]
         if tuple(map(int, isa.split("."))) > MAX_ISA:
             sys.exit(f"this NVRTC emits PTX ISA {isa}; use NVRTC 12.4")
@@ -118,6 +145,10 @@ def main():
                 bad.append(f"{entry}: {stack} bytes of stack, {spills} bytes spilled")
         print(target.relative_to(ROOT))
     (ROOT / "ptx/MANIFEST").write_text(manifest)
+    params, target = (ROOT / "cuda/common/params.h").read_bytes(), ROOT / "tests/params/echo.sm_90a.ptx"
+    ptx = nvrtc.compile(ROOT / "echo.cu", echo(params.decode()).encode())
+    target.write_text(f"// of cuda/common/params.h {fnv(params)}; written by cuda/build.py, run by tests/params.rs\n{ptx}")
+    print(target.relative_to(ROOT))
     if bad:
         sys.exit("\n".join(bad))
 

@@ -23,6 +23,16 @@ macro_rules! dispatch {
     };
 }
 
+/// What the kernels need beyond the contract, checked before admission where the stream runs on a GPU.
+macro_rules! kernels_need {
+    ($stream:expr, $check:expr) => {
+        #[cfg(feature = "cuda")]
+        if $stream.place() != $crate::Place::Host {
+            $check?;
+        }
+    };
+}
+
 /// The entry of a family that serves an element type: `entry!("glu", Bf16)` is `"glu_bf16"`.
 #[cfg(feature = "cuda")]
 macro_rules! entry {

@@ -173,6 +173,7 @@ impl<'a, T: Element> Rows<'a, T> {
     ///
     /// [`Error::Place`], [`Error::NotJoined`]; [`Error::OutOfMemory`]; [`Error::DeviceLost`] if earlier work failed.
     pub fn to_vec(&self, stream: &Stream) -> Result<Vec<T>, Error> {
+        stream.outside_capture(Op::View, "a copy to the host")?;
         stream.admit(Op::View, &[("self", self.access())])?;
         let len = self.rows * self.cols;
         let mut values = Vec::new();
@@ -202,21 +203,33 @@ impl<'a, T: Element> Rows<'a, T> {
         self.first.expose_provenance() as u64
     }
 
+    /// Why the rows cannot be read in vectors of 16 bytes: what they would need, and what there is.
+    fn misfit(&self) -> Option<(&'static str, usize)> {
+        let (misfit, stride_bytes) = (self.first.addr() % 16, self.stride * size_of::<T>());
+        if self.rows == 0 || self.cols == 0 {
+            None
+        } else if misfit != 0 {
+            Some(("a first address that is a multiple of 16 bytes, remainder 0", misfit))
+        } else if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
+            Some(("a row stride that is a multiple of 16 bytes", stride_bytes))
+        } else {
+            None
+        }
+    }
+
     /// The device address of the first element, if every row begins on 16 bytes.
     #[cfg(feature = "cuda")]
     pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
-        let (misfit, stride_bytes) = (self.address() as usize % 16, self.stride * size_of::<T>());
-        if misfit != 0 {
-            return Err(Error::Layout { op, arg, need: "a first address that is a multiple of 16 bytes, remainder 0", got: misfit });
-        }
-        if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
-            return Err(Error::Layout { op, arg, need: "a row stride that is a multiple of 16 bytes", got: stride_bytes });
-        }
-        Ok(self.address())
+        self.misfit().map_or(Ok(self.address()), |(need, got)| Err(Error::Layout { op, arg, need, got }))
+    }
+
+    /// For operations whose kernels read whole vectors of 16 bytes.
+    pub(crate) fn vector_access(&self) -> Access<'a> {
+        Access { misfit: self.misfit(), ..self.access() }
     }
 
     pub(crate) fn access(&self) -> Access<'a> {
-        Access { place: self.place, mark: self.mark, write: false }
+        Access { place: self.place, mark: self.mark, write: false, misfit: None }
     }
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.
@@ -336,7 +349,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     }
 
     pub(crate) fn access(&self) -> Access<'a> {
-        Access { place: self.place, mark: self.mark, write: true }
+        Access { place: self.place, mark: self.mark, write: true, misfit: None }
+    }
+
+    /// For operations whose kernels write whole vectors of 16 bytes.
+    pub(crate) fn vector_access(&self) -> Access<'a> {
+        Access { misfit: self.as_rows().misfit(), ..self.access() }
     }
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.

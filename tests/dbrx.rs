@@ -3,6 +3,8 @@
 //! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of the full set, all of
 //! them run.
 
+#[path = "dbrx/devices.rs"]
+mod devices;
 #[allow(dead_code)] // what only the example's `main` calls
 #[path = "../examples/dbrx/main.rs"]
 mod example;

@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::sync::Arc;
 
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
@@ -11,15 +12,16 @@ use dropless::layout::KvShape;
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::{Normalize, logits};
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, TokenIds,
-    Workspace, embedding, grouped_gemm, norm, rope, sample,
+    Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, Place, RopeTable, Routing, RoutingBuffers, Rows,
+    RowsMut, Stream, TokenIds, Workspace, embedding, grouped_gemm, norm, rope, sample,
 };
 use dropless_kit::compare::{relative_l2, same_bits};
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::fill::{normal, to_f64};
-use dropless_kit::recorder::Recorder;
+use dropless_kit::goldens::root;
+use dropless_kit::recorder::{Call, Recorder};
 
 const D: usize = 16;
 const TOKENS: usize = 3;
@@ -148,10 +150,14 @@ fn every_call_may_fail() {
                 result.unwrap();
                 break;
             };
-            // While buffers are dropped nobody can be told; a failed wait there is made good by waiting on the host.
-            let dropping = ["free", "destroy_stream", "destroy_event", "make_current", "create_event", "record", "wait"];
+            // While buffers and streams are dropped nobody can be told; a failed wait there is made good by waiting on the host, and so is
+            // a lack of pinned memory for a copy.
+            let dropping = ["free", "destroy_stream", "destroy_event", "make_current", "create_event", "record", "wait", "is_done"];
+            let made_good = code == DriverError::OUT_OF_MEMORY && call == "alloc_pinned";
             match result {
-                Ok(()) => assert!(dropping.contains(&call), "call {failing}, {call}: the failure was lost"),
+                Ok(()) => {
+                    assert!(made_good || call == "free_pinned" || dropping.contains(&call), "call {failing}, {call}: the failure was lost")
+                }
                 Err(error) => {
                     *reported.entry(call).or_default() += 1;
                     let typed = matches!(error, Error::OutOfMemory { .. } | Error::DeviceLost { .. } | Error::Image { .. });
@@ -166,11 +172,30 @@ fn every_call_may_fail() {
             failing += 1;
         }
         let calls = ["device_count", "attributes", "make_current", "create_stream", "alloc", "fill", "copy_to_device", "copy_to_host"];
-        for call in calls.into_iter().chain(["load_image", "function", "launch", "create_event", "record", "wait", "synchronize"]) {
+        let calls = calls.into_iter().chain((code != DriverError::OUT_OF_MEMORY).then_some("alloc_pinned")).chain(["is_done"]);
+        for call in calls.chain(["load_image", "function", "launch", "create_event", "record", "wait", "synchronize"]) {
             assert!(reported.contains_key(call), "{call} never failed aloud: {reported:?}");
         }
         assert!(failing > 150, "only {failing} calls");
     }
+}
+
+/// A step of a model queues its work and returns: nothing waits for the device, is allocated, or is read back.
+#[test]
+fn a_step_does_not_wait() {
+    let recorder = Arc::new(Recorder::default());
+    let stream = Device::with_driver(recorder.clone(), 0).unwrap().stream().unwrap();
+    let mut model = Model::new(&stream).unwrap();
+    model.step(&stream).unwrap();
+    let before = recorder.calls().len();
+    for _ in 0..100 {
+        model.step(&stream).unwrap();
+    }
+    let calls = recorder.calls()[before..].to_vec();
+    let other = calls.iter().find(|call| !matches!(call, Call::Launch { .. } | Call::Write { .. }));
+    assert_eq!(other, None);
+    // Two arrays of the cache when it is cleared, three when a step begins, the logits.
+    assert_eq!(calls.iter().filter(|call| matches!(call, Call::Write { .. })).count(), 100 * 7);
 }
 
 /// After a refused allocation the device goes on; after an error of the context every later call repeats it.
@@ -224,10 +249,65 @@ fn a_refused_image_names_itself() {
     assert!(error.is_refusal() && recorder.launches().len() == before);
 }
 
+/// An error of the context that is first noticed while an image is loaded is the device's, and stays; want of memory is neither's fault.
+#[test]
+fn a_device_lost_while_loading_is_lost() {
+    let fail = |at: &str, code| {
+        let recorder = Arc::new(Recorder::default());
+        let nth = (0..).find(|n| {
+            let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError(code)));
+            let _ = argmax_once(driver.clone());
+            driver.failed() == Some(at)
+        });
+        let before = recorder.launches().len();
+        let stream =
+            Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError(code))), 0).unwrap().stream().unwrap();
+        let errors = [(); 2].map(|()| argmax_on(&stream));
+        (errors, recorder.launches().len() - before)
+    };
+    for at in ["load_image", "function"] {
+        for code in [4, 214, 400, 700, 719, 999] {
+            let lost = || Err(Error::DeviceLost { code, first_op: Op::Sample });
+            assert_eq!(fail(at, code), ([lost(), lost()], 0), "{at} {code}");
+        }
+        for code in [200, 209, 218, 222, 500] {
+            let ([first, second], launches) = fail(at, code);
+            assert_eq!(first, Err(Error::Image { file: "ptx/sample.sm_90a.ptx", entry: "sample_argmax", code }));
+            assert_eq!((second, launches), (Ok(()), 1), "{at} {code}: the device goes on");
+        }
+        let ([first, second], _) = fail(at, 2);
+        assert!(matches!(first, Err(Error::OutOfMemory { op: Op::Sample, need_bytes: 1000.. })), "{first:?}");
+        assert_eq!(second, Ok(()));
+    }
+}
+
+/// Images that are none: each is refused as the image's fault.
+#[test]
+fn corrupt_images_are_refused() {
+    let whole = std::fs::read_to_string(root().join("ptx/sample.sm_90a.ptx")).unwrap();
+    let driver = Emulated::new(Options::default());
+    let half = &whole[..whole.len() / 2];
+    for text in [
+        "",
+        "not PTX",
+        half,
+        &whole.replace("sm_90a", "sm_100a"),
+        &whole.replace(".version 8.4", ".version 99.0"),
+        &whole.replace("ld.", "ldd."),
+    ] {
+        let error = driver.load_image(0, &CString::new(text).unwrap()).unwrap_err();
+        assert!(error.is_of_image(), "{error}");
+    }
+    driver.load_image(0, &CString::new(whole).unwrap()).unwrap();
+}
+
 fn argmax_once(driver: Arc<dyn Driver>) -> Result<(), Error> {
-    let stream = Device::with_driver(driver, 0)?.stream()?;
-    let (logits, mut ids) = (Buffer::<f32>::zeros(&stream, 8)?, Buffer::zeros(&stream, 2)?);
-    sample::argmax(&stream, logits.rows(2, 4)?, &mut ids).map(|_| ())
+    argmax_on(&Device::with_driver(driver, 0)?.stream()?)
+}
+
+fn argmax_on(stream: &Stream) -> Result<(), Error> {
+    let (logits, mut ids) = (Buffer::<f32>::zeros(stream, 8)?, Buffer::zeros(stream, 2)?);
+    sample::argmax(stream, logits.rows(2, 4)?, &mut ids).map(|_| ())
 }
 
 /// What the CPU serves and a GPU does not: types side by side, rows off 16 bytes, rows too long. Nothing is launched.
@@ -280,6 +360,26 @@ fn limits_of_the_kernels_are_refusals() {
     assert_eq!(recorder.launches(), []);
 }
 
+/// Memory that is not ours, off the 16 bytes that the kernels read at once: refused with the numbers, and so is memory of another place.
+#[test]
+fn misaligned_addresses_are_refused() {
+    let recorder = Arc::new(Recorder::default());
+    let stream = Device::with_driver(recorder.clone(), 0).unwrap().stream().unwrap();
+    let text = |place, address, stride| {
+        // SAFETY: a driver that only records reads and writes nothing.
+        let (x, mut y) = unsafe {
+            let x = Rows::<f32>::from_raw(place, address, 2, 4, stride).unwrap();
+            (x, RowsMut::<f32>::from_raw(Place::Cuda(0), 0x7000, 2, 4, 4).unwrap())
+        };
+        norm::rms_norm(&stream, x, x.row_range(0..1).unwrap(), 1e-5, &mut y).unwrap_err().to_string()
+    };
+    let first = "norm: `x` must have a first address that is a multiple of 16 bytes, remainder 0, got 4";
+    assert_eq!(text(Place::Cuda(0), 0x7004, 4), first);
+    assert_eq!(text(Place::Cuda(0), 0x7000, 5), "norm: `x` must have a row stride that is a multiple of 16 bytes, got 20");
+    assert_eq!(text(Place::Cuda(1), 0x7000, 4), "norm: `x` lives on cuda:1, the stream runs on cuda:0");
+    assert_eq!(recorder.launches(), []);
+}
+
 /// The device's memory runs out at the n-th allocation: every earlier one is given back.
 #[test]
 fn a_full_device_refuses_with_numbers() {
@@ -329,4 +429,57 @@ fn a_step_is_capturable() {
     same_bits(&model.y.to_vec(&stream).unwrap(), &want_y);
     assert!(driver.reports().is_empty());
     assert!(device::cpu(1).capture(|| Ok(())).is_err());
+}
+
+/// What a graph cannot hold is refused by name before the driver hears of it, and the device goes on. Memory that is dropped
+/// meanwhile is freed behind the capture.
+#[test]
+fn a_capture_refuses_what_a_graph_cannot_hold() {
+    let recorder = Arc::new(Recorder::default());
+    let device = Device::with_driver(recorder.clone(), 0).unwrap();
+    let (stream, other) = (device.stream().unwrap(), device.stream().unwrap());
+    let mut model = Model::new(&stream).unwrap();
+    let dropped = Buffer::<f32>::zeros(&stream, 4).unwrap();
+    let (mut texts, before) = (Vec::new(), recorder.calls().len());
+    let graph = stream.capture(|| {
+        let mut refused = |result: Result<(), Error>| texts.push(result.unwrap_err().to_string());
+        refused(model.cache.append(&stream, &[1]));
+        refused(model.logits.copy_from_slice(&stream, &[1.0]));
+        refused(TokenIds::from_host(&stream, &[1], 2, &mut model.ids).map(|_| ()));
+        refused(Routing::from_host(&stream, &[0, 1], &[0.5; 2], &mut model.routing).map(|_| ()));
+        refused(model.logits.to_vec(&stream).map(|_| ()));
+        refused(model.logits.rows(1, 4)?.to_vec(&stream).map(|_| ()));
+        refused(Buffer::<f32>::zeros(&stream, 4).map(|_| ()));
+        refused(stream.join(&other));
+        refused(other.join(&stream));
+        refused(stream.synchronize());
+        refused(stream.capture(|| Ok(())).map(|_| ()));
+        refused(model.operations(&stream));
+        assert_eq!(recorder.calls().len(), before);
+        drop(dropped);
+        Ok(())
+    });
+    let of = |op: &str, what: &str| format!("{op}: within a capture {what} is not supported here; supported: operations that ran before");
+    let want = [
+        of("kv_cache", "a copy from the host"),
+        of("buffer", "a copy from the host"),
+        of("buffer", "a copy from the host"),
+        of("routing", "a copy from the host"),
+        of("buffer", "a copy to the host"),
+        of("view", "a copy to the host"),
+        of("buffer", "a new buffer"),
+        of("stream", "a join"),
+        of("stream", "a join"),
+        of("stream", "waiting for the stream"),
+        of("stream", "another capture"),
+        of("sample", "loading a kernel"),
+    ];
+    assert_eq!(texts, want);
+    assert!(matches!(recorder.calls()[before..], [Call::Free { .. }]));
+    assert_eq!(model.cache.len(0), 0);
+    drop(graph.unwrap());
+    // A refused call has left no trace, and work that panics leaves no capture.
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.capture(|| panic!("on purpose")))).is_err());
+    other.join(&stream).unwrap();
+    model.step(&stream).unwrap();
 }

@@ -20,6 +20,7 @@ use cases::families::{self, Family};
 use cases::{Arg, Case, Element, Swizzle};
 use dropless::device::driver::hardware::Hardware;
 use dropless::device::driver::{Driver, DriverError, DriverResult, Handle, Launch, TensorMapDesc};
+use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
 
 /// A device, one stream, and the image the next cases are in.
@@ -52,8 +53,7 @@ impl Launcher<'_> {
         for (address, arg) in addresses.iter_mut().zip(&case.args) {
             if let Arg::Buffer { before, .. } = arg {
                 *address = driver.alloc(stream, before.len())?;
-                // SAFETY: a slice is readable for its length.
-                unsafe { driver.copy_to_device(stream, *address, before.as_ptr(), before.len())? };
+                device::write(driver, stream, *address, before)?;
             }
         }
         let (offsets, size) = cases::layout(case);

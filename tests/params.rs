@@ -1,10 +1,27 @@
 //! The parameter structs as the kernels, the C++ compiler and Rust see them.
 
+#![cfg(feature = "cuda")]
+
 use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fmt::Debug;
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
+use dropless::device::driver::{Driver, Launch, hardware::Hardware};
+use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::goldens::root;
+
+mod driver {
+    pub use dropless::device::driver::TensorMap;
+}
+
+/// The structs as the library has them.
+#[allow(dead_code)]
+#[path = "../src/device/params.rs"]
+#[rustfmt::skip]
+mod params;
 
 fn read(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
@@ -101,4 +118,92 @@ fn a_host_compiler_agrees() {
     child.stdin.take().unwrap().write_all(program.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What a kernel of `params/echo.sm_90a.ptx` takes: a struct, and where its fields go.
+#[allow(dead_code)] // a layout
+#[repr(C)]
+struct Echo<P> {
+    params: P,
+    out: u64,
+}
+
+/// A driver on which an image was loaded.
+struct Machine {
+    driver: Arc<dyn Driver>,
+    stream: u64,
+    image: u64,
+}
+
+/// The emulated GPU, and the GPU where there is one.
+fn machines() -> Vec<Machine> {
+    let image = read("tests/params/echo.sm_90a.ptx");
+    let header = read("cuda/common/params.h");
+    let hash = header.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    assert!(image.starts_with(&format!("// of cuda/common/params.h {hash:016x};")), "params.h has changed: run cuda/build.py");
+    let emulated: Arc<dyn Driver> = Arc::new(Emulated::new(Options::default()));
+    let hardware = dropless_kit::device::hardware().map(|_| Hardware::shared().unwrap() as Arc<dyn Driver>);
+    let text = CString::new(image).unwrap();
+    let open = |driver: Arc<dyn Driver>| {
+        let (stream, image) = (driver.create_stream(0).unwrap(), driver.load_image(0, &text).unwrap());
+        Machine { driver, stream, image }
+    };
+    [Some(emulated), hardware].into_iter().flatten().map(open).collect()
+}
+
+/// Sends a struct with a different value in every field through a kernel that writes each field back, and compares with what Rust
+/// reads there. Gives the number of fields.
+fn echo<P: Copy + Debug>(machine: &Machine) -> usize {
+    let name = std::any::type_name::<P>().rsplit("::").next().unwrap();
+    // Each half of each word is a number of its own that is an ordinary f32, too.
+    let bytes: Vec<u8> = (0..size_of::<P>() as u32 / 4).flat_map(|i| (0x4000_0000 + i).to_ne_bytes()).collect();
+    // SAFETY: as many bytes as the struct has, all fields of which are numbers.
+    let params: P = unsafe { bytes.as_ptr().cast::<P>().read_unaligned() };
+    let shown = format!("{params:?}");
+    let words = shown.split([' ', ',', '{', '}', '(', ')', '[', ']']).filter(|word| !word.ends_with(':'));
+    let bits = |word: &str| match word.parse::<u64>() {
+        Ok(bits) => Some(bits),
+        Err(_) => Some(word.parse::<f32>().ok()?.to_bits().into()),
+    };
+    let want: Vec<u64> = std::iter::once(size_of::<P>() as u64).chain(words.filter_map(bits)).collect();
+
+    let Machine { driver, stream, image } = machine;
+    let out = driver.alloc(*stream, 8 * want.len()).unwrap();
+    let mut arguments = vec![0u8; size_of::<Echo<P>>()];
+    arguments[..bytes.len()].copy_from_slice(&bytes);
+    arguments[std::mem::offset_of!(Echo<P>, out)..][..8].copy_from_slice(&out.to_ne_bytes());
+    let function = driver.function(*image, &CString::new(format!("echo_{name}")).unwrap()).unwrap();
+    let one = [1, 1, 1];
+    let launch = Launch { function, grid: one, block: one, cluster: one, shared_bytes: 0, params: &arguments };
+    let mut got = vec![0u64; want.len()];
+    // SAFETY: the kernel's own arguments; it writes as many words as the struct has fields, and one more; they are read once it is done.
+    unsafe {
+        driver.launch(*stream, &launch).unwrap();
+        driver.copy_to_host(*stream, got.as_mut_ptr().cast(), out, 8 * got.len()).unwrap();
+    }
+    driver.free(*stream, out).unwrap();
+    assert_eq!(got, want, "{shown}");
+    want.len() - 1
+}
+
+/// The kernel's view, by execution: every field of every struct arrives where it belongs.
+#[test]
+fn every_field_arrives() {
+    use params::*;
+    macro_rules! each {
+        ($machine:expr, $($name:ident)*) => { [$((stringify!($name), echo::<$name>($machine))),*] };
+    }
+    let declared: BTreeMap<String, Vec<String>> = declared().into_iter().collect();
+    for machine in machines() {
+        let echoed = each!(
+            &machine,
+            EmbeddingParams NormParams GatherParams CombineParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
+            PageParams RopeParams AttentionParams ProductParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
+            TiledBlockParams
+        );
+        assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");
+        for (name, fields) in echoed {
+            assert!(fields >= declared[name].len(), "{name}: {fields} fields"); // and more where structs or arrays are among them
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use dropless::{Bf16, DType, Element, F16, Float};
+use dropless::{Bf16, DType, Element, F16, Float, Place};
 use serde_json::json;
 
 use super::check::Checks;
@@ -13,15 +13,15 @@ use super::model::Model;
 use super::options::Options;
 use super::progress::Progress;
 use super::report::{Console, bars, bytes_text, rate_text, seconds_text};
-use super::setup::{Setup, WeightSource};
+use super::setup::{Open, Setup, WeightSource};
 use super::text::Tokenizer;
 use super::trace::Trace;
-use super::weights::{RandomTensors, Weights};
+use super::weights::{DeviceTensors, RandomTensors, Tensors, Weights};
 
 /// Does what was asked for.
-pub fn run(options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
+pub fn run(open: &Open<'_>, options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
     let progress = Progress::new(console.progress);
-    let setup = Setup::read(options, &progress)?;
+    let setup = Setup::read(open, options, &progress)?;
     setup.print(console)?;
     let course = Course { options, setup: &setup, progress };
     match setup.activations {
@@ -51,21 +51,26 @@ impl Course<'_> {
         let Setup { config, device, sizes, .. } = self.setup;
         let anonymous = AnonymousPeak::watch();
         let begin = Instant::now();
-        let random: RandomTensors<W>;
-        let weights = match &self.setup.weights {
+        let stream = device.stream()?;
+        let (random, copied);
+        let mut tensors: &dyn Tensors<W> = match &self.setup.weights {
             WeightSource::Mapped(checkpoint) => {
                 // A checkpoint larger than memory is read as it is used.
                 if self.setup.available.is_none_or(|available| checkpoint.len_bytes() <= available) {
                     checkpoint.read_ahead(&self.progress);
                 }
-                Weights::mapped(checkpoint, config)?
+                checkpoint
             }
             WeightSource::Random(_) => {
-                random = RandomTensors::new(config, device.threads(), &self.progress)?;
-                Weights::random(&random, config)?
+                random = RandomTensors::new(config, self.setup.threads, &self.progress)?;
+                &random
             }
         };
-        let mut model = Model::<A, W>::new(device.stream()?, config, weights, sizes)?;
+        if stream.place() != Place::Host {
+            copied = DeviceTensors::new(&stream, tensors, config, &self.progress)?;
+            tensors = &copied;
+        }
+        let mut model = Model::<A, W>::new(stream, config, Weights::of(tensors, config)?, sizes)?;
         let load_s = begin.elapsed().as_secs_f64();
 
         let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures::default());

@@ -12,25 +12,28 @@ pub enum Failure {
     Refused(String),
     /// The device failed.
     Device(String),
+    /// Nobody reads any more what is printed.
+    Unheard,
 }
 
 impl Failure {
-    /// 1: results differ; 2: refused; 3: the device failed.
+    /// 1: results differ; 2: refused; 3: the device failed. To have read enough is not a failure.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Differs(_) => 1,
             Failure::Refused(_) => 2,
             Failure::Device(_) => 3,
+            Failure::Unheard => 0,
         }
     }
-}
 
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// What to say about it.
+    pub fn text(&self) -> Option<String> {
         match self {
-            Failure::Differs(text) => write!(f, "results differ: {text}"),
-            Failure::Refused(text) => write!(f, "refused: {text}"),
-            Failure::Device(text) => write!(f, "device failed: {text}"),
+            Failure::Differs(text) => Some(format!("results differ: {text}")),
+            Failure::Refused(text) => Some(format!("refused: {text}")),
+            Failure::Device(text) => Some(format!("device failed: {text}")),
+            Failure::Unheard => None,
         }
     }
 }
@@ -70,7 +73,7 @@ mod tests {
     fn classes_have_their_exit_codes() {
         let lost = Failure::from(Error::DeviceLost { code: 700, first_op: Op::Moe });
         assert_eq!(lost.exit_code(), 3);
-        assert_eq!(lost.to_string(), "device failed: device lost in moe (CUDA 700); this process cannot use the device again");
+        assert_eq!(lost.text().unwrap(), "device failed: device lost in moe (CUDA 700); this process cannot use the device again");
         assert_eq!(Failure::from(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }).exit_code(), 2);
         assert_eq!(Failure::Differs("all".into()).exit_code(), 1);
     }

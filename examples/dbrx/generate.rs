@@ -38,12 +38,13 @@ pub fn prefill<A: Float, W: Float>(
         let new_tokens: Vec<usize> = (0..prompts.len()).map(|b| overlap(start..end, b * length..(b + 1) * length)).collect();
         model.device().run(|| model.step(ids, &new_tokens, Phase::Prefill, trace))?;
         if trace.detail() > Detail::LastLogits && new_tokens[0] > 0 {
-            trace.logits(model.logits(0..new_tokens[0])?)?;
+            let (stream, logits) = model.logits(0..new_tokens[0])?;
+            trace.logits(stream, logits)?;
         }
         for last in (0..prompts.len()).map(|b| (b + 1) * length - 1).filter(|last| (start..end).contains(last)) {
-            let logits = model.logits(last - start..last - start + 1)?;
+            let (stream, logits) = model.logits(last - start..last - start + 1)?;
             if next.is_empty() {
-                trace.step_logits(logits)?;
+                trace.step_logits(stream, logits)?;
             }
             next.push(model.best(1)?[0]);
         }
@@ -65,8 +66,9 @@ pub fn decode<A: Float, W: Float>(
     let batch = next.len();
     model.device().run(|| {
         model.step(next, &vec![1; batch], Phase::Decode, trace)?;
-        trace.step_logits(model.logits(0..batch)?.row_range(0..1)?)?;
-        next.copy_from_slice(model.best(batch)?);
+        let (stream, logits) = model.logits(0..batch)?;
+        trace.step_logits(stream, logits.row_range(0..1)?)?;
+        next.copy_from_slice(&model.best(batch)?);
         Ok::<(), Failure>(())
     })?;
     figures.decode += begin.elapsed();

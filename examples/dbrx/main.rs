@@ -43,16 +43,22 @@ mod trace;
 mod weights;
 
 pub(crate) use self::report::Console;
+pub(crate) use self::setup::Open;
 
 fn main() -> ExitCode {
     let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
     let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let progress = err.is_terminal();
-    run(std::env::args_os(), &mut Console { out: &mut out, err: &mut err, colour, progress }).into()
+    run(std::env::args_os(), &mut Console { out: &mut out, err: &mut err, colour, progress, go_on: false }).into()
 }
 
 /// Does what the command line says, and gives the exit code. The first argument is the program's name.
 pub(crate) fn run(args: impl IntoIterator<Item = OsString>, console: &mut Console<'_>) -> u8 {
+    run_on(&setup::open, args, console)
+}
+
+/// The same on devices that `open` opens.
+pub(crate) fn run_on(open: &Open<'_>, args: impl IntoIterator<Item = OsString>, console: &mut Console<'_>) -> u8 {
     let options = match options::parse(args) {
         Ok(options) => options,
         Err(error) => {
@@ -62,10 +68,13 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>, console: &mut Consol
             return error.exit_code() as u8;
         }
     };
-    match course::run(&options, console) {
+    console.go_on = options.dump.is_some();
+    match course::run(open, &options, console) {
         Ok(()) => 0,
         Err(failure) => {
-            let _ = writeln!(console.err, "{failure}");
+            if let Some(text) = failure.text() {
+                let _ = writeln!(console.err, "{text}");
+            }
             failure.exit_code()
         }
     }

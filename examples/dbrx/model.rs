@@ -8,6 +8,7 @@
 //! ```
 //! Each sum is computed together with the norm that reads it. Everything is allocated once, for the largest step.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use dropless::layout::KvShape;
@@ -52,7 +53,7 @@ pub struct Model<'w, A, W> {
     logits: Matrix<f32>, // [rows, V]
     best: Buffer<u32>,   // [rows]
     step_tokens: usize,
-    expert_tokens: Vec<Vec<u64>>, // [layers][E]
+    expert_tokens: Vec<Vec<u64>>, // [layers][E], of prompts: a decoding step reads nothing back but its tokens
 }
 
 /// A buffer for the largest step, of which a step uses the first rows.
@@ -116,56 +117,59 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
         trace.begin(phase, new_tokens[0], cache.len(0));
         let ids = TokenIds::from_host(stream, ids, config.vocab, &mut self.ids)?;
         embedding::lookup(stream, ids, weights.embedding, &mut x.rows_mut(t)?)?;
-        trace.model("embed", x.rows(t)?)?;
+        trace.model(stream, "embed", x.rows(t)?)?;
         let first = weights.layers.first().map_or(weights.final_norm, |layer| layer.norm_1);
         norm::layer_norm(stream, x.rows(t)?, first, NORM_EPS, &mut normed.rows_mut(t)?)?;
 
         for (l, layer) in weights.layers.iter().enumerate() {
-            trace.layer(l, "norm_1", normed.rows(t)?)?;
+            trace.layer(stream, l, "norm_1", normed.rows(t)?)?;
             grouped_gemm::nt(stream, normed.rows(t)?, layer.wqkv, all, &mut qkv.rows_mut(t)?)?;
-            trace.qkv(l, qkv.rows(t)?, clip)?;
+            trace.qkv(stream, l, qkv.rows(t)?, clip)?;
             rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, &mut cache.layer_mut(l)?, &mut q.rows_mut(t)?)?;
-            trace.rotated(l, q.rows(t)?, &cache.layer(l)?, heads)?;
+            trace.rotated(stream, l, q.rows(t)?, &cache.layer(l)?, heads)?;
             match phase {
                 Phase::Prefill => attention::prefill(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, &mut context.rows_mut(t)?)?,
                 Phase::Decode => {
                     attention::decode(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, workspace, &mut context.rows_mut(t)?)?;
                 }
             }
-            trace.layer(l, "attn_ctx", context.rows(t)?)?;
+            trace.layer(stream, l, "attn_ctx", context.rows(t)?)?;
             grouped_gemm::nt(stream, context.rows(t)?, layer.out_proj, all, &mut out.rows_mut(t)?)?;
-            trace.layer(l, "attn_out", out.rows(t)?)?;
+            trace.layer(stream, l, "attn_out", out.rows(t)?)?;
             norm::add_layer_norm(stream, out.rows(t)?, &mut x.rows_mut(t)?, layer.norm_2, NORM_EPS, &mut normed.rows_mut(t)?)?;
-            trace.layer(l, "resid_mid", x.rows(t)?)?;
-            trace.layer(l, "norm_2", normed.rows(t)?)?;
+            trace.layer(stream, l, "resid_mid", x.rows(t)?)?;
+            trace.layer(stream, l, "norm_2", normed.rows(t)?)?;
 
             let routed = moe::forward(stream, plan, normed.rows(t)?, &layer.moe, routing, workspace, &mut out.rows_mut(t)?)?;
-            trace.routing(l, stream, normed.rows(t)?, layer.moe.router, &routed)?;
-            trace.layer(l, "ffn_out", out.rows(t)?)?;
-            for (tokens, rows) in self.expert_tokens[l].iter_mut().zip(host(routed.offsets())?.windows(2)) {
-                *tokens += u64::from(rows[1] - rows[0]);
+            trace.routing(stream, l, normed.rows(t)?, layer.moe.router, &routed)?;
+            trace.layer(stream, l, "ffn_out", out.rows(t)?)?;
+            if phase == Phase::Prefill {
+                let offsets = host(stream, routed.offsets())?;
+                for (tokens, rows) in self.expert_tokens[l].iter_mut().zip(offsets.windows(2)) {
+                    *tokens += u64::from(rows[1] - rows[0]);
+                }
             }
             let next = weights.layers.get(l + 1).map_or(weights.final_norm, |layer| layer.norm_1);
             norm::add_layer_norm(stream, out.rows(t)?, &mut x.rows_mut(t)?, next, NORM_EPS, &mut normed.rows_mut(t)?)?;
-            trace.layer(l, "hidden", x.rows(t)?)?;
+            trace.layer(stream, l, "hidden", x.rows(t)?)?;
         }
-        trace.model("final_norm", normed.rows(t)?)?;
+        trace.model(stream, "final_norm", normed.rows(t)?)?;
         self.step_tokens = t;
         Ok(())
     }
 
-    /// The logits of some tokens of the last step, `[rows, V]`.
-    pub fn logits(&mut self, rows: Range<usize>) -> Result<Rows<'_, f32>, Failure> {
+    /// The logits of some tokens of the last step, `[rows, V]`, and the stream that computes them.
+    pub fn logits(&mut self, rows: Range<usize>) -> Result<(&Stream, Rows<'_, f32>), Failure> {
         let count = rows.len();
         let tokens = self.normed.rows(self.step_tokens)?.row_range(rows)?;
         grouped_gemm::nt(&self.stream, tokens, self.weights.head, ExpertRows::dense(count)?, &mut self.logits.rows_mut(count)?)?;
-        Ok(self.logits.rows(count)?)
+        Ok((&self.stream, self.logits.rows(count)?))
     }
 
     /// The likeliest next token after each of the first `rows` rows that [`Model::logits`] gave last.
-    pub fn best(&mut self, rows: usize) -> Result<&[u32], Failure> {
+    pub fn best(&mut self, rows: usize) -> Result<Cow<'_, [u32]>, Failure> {
         let best = sample::argmax(&self.stream, self.logits.rows(rows)?, &mut self.best)?;
-        host(best.ids())
+        host(&self.stream, best.ids())
     }
 
     /// Where it runs.
@@ -183,10 +187,11 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
 
     /// Keeps the first sequence's keys and values, `len` tokens of them.
     pub fn keep_cache(&self, len: usize, trace: &mut Trace) -> Result<(), Failure> {
-        (0..self.config.num_layers).try_for_each(|layer| trace.cache(layer, &self.cache.layer(layer)?, self.config.heads, len))
+        (0..self.config.num_layers)
+            .try_for_each(|layer| trace.cache(&self.stream, layer, &self.cache.layer(layer)?, self.config.heads, len))
     }
 
-    /// How many tokens each expert of each layer was given.
+    /// How many tokens of prompts each expert of each layer was given.
     pub fn expert_tokens(&self) -> &[Vec<u64>] {
         &self.expert_tokens
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
-use dropless::DType;
+use dropless::{DType, Place};
 
 /// What a run was asked for.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub struct Options {
     pub source: Source,
     pub prompt: Prompt,
     pub generate: Option<usize>,
+    pub device: Place,
     pub activations: Option<DType>,
     pub layers: Option<usize>,
     pub context: Option<usize>,
@@ -70,6 +71,7 @@ fn command() -> Command {
     let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
 
     Command::new("dbrx")
+        .version(env!("CARGO_PKG_VERSION"))
         .about("The full forward pass of a DBRX checkpoint")
         .after_help(AFTER_HELP)
         .args([
@@ -85,9 +87,13 @@ fn command() -> Command {
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
-            word("device", "auto|cpu").help("Where to run; auto takes the best there is"),
-            word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU"),
-            within("threads", 1..=MAX_THREADS).help("Worker threads [default: all]"),
+            Arg::new("device")
+                .long("device")
+                .value_name("cpu|cuda[:N]")
+                .value_parser(place)
+                .help("Where to run: the CPU, or a GPU by its number [default: cpu]"),
+            word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
+            within("threads", 1..=MAX_THREADS).help("Worker threads of the CPU [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")
                 .value_name("BYTES")
@@ -121,6 +127,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
             _ => path("tokens-file").map(Prompt::File).or(number("random-tokens").map(Prompt::Random)).unwrap_or(Prompt::Default),
         },
         generate: number("generate"),
+        device: matches.get_one::<Place>("device").copied().unwrap_or(Place::Host),
         activations: dtype(&matches, "activations"),
         layers: number("layers"),
         context: number("context"),
@@ -133,6 +140,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
         check: path("check"),
         json: matches.get_flag("json"),
     })
+}
+
+/// `auto` and `cpu`, `cuda`, `cuda:3`.
+fn place(text: &str) -> Result<Place, String> {
+    let number = match text {
+        "auto" | "cpu" => return Ok(Place::Host),
+        "cuda" => Some(0),
+        _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
+    };
+    number.map(Place::Cuda).ok_or_else(|| "must be cpu, cuda or cuda:N".into())
 }
 
 fn dtype(matches: &ArgMatches, name: &str) -> Option<DType> {

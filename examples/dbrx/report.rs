@@ -1,6 +1,6 @@
 //! What a run prints: aligned columns, human units, calm colours where a person looks on.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use super::failure::{Failure, refuse};
 
@@ -12,6 +12,8 @@ pub struct Console<'a> {
     pub colour: bool,
     /// Progress bars on the process's stderr.
     pub progress: bool,
+    /// Whether the run goes on when nobody reads `out` any more, since it writes a file as well.
+    pub go_on: bool,
 }
 
 impl Console<'_> {
@@ -23,7 +25,16 @@ impl Console<'_> {
     /// Part of a line, shown at once.
     pub fn write(&mut self, text: &str) -> Result<(), Failure> {
         let written = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
-        written.or_else(|error| refuse(format!("stdout: {error}")))
+        match written {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                if self.go_on {
+                    Ok(())
+                } else {
+                    Err(Failure::Unheard)
+                }
+            }
+            written => written.or_else(|error| refuse(format!("stdout: {error}"))),
+        }
     }
 
     /// A labelled line: `  label      text`.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use dropless::{Bf16, DType, Device};
+use dropless::{Bf16, DType, Device, Error, Place};
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
@@ -17,6 +17,20 @@ use super::reference::{Case, Reference};
 use super::report::{Console, Table, bytes_text, count_text};
 use super::trace::{self, Detail};
 
+/// Opens a device, the CPU with that many threads or with all.
+pub type Open<'a> = dyn Fn(Place, Option<usize>) -> Result<Device, Error> + 'a;
+
+/// Opens one of this machine's.
+pub fn open(place: Place, threads: Option<usize>) -> Result<Device, Error> {
+    match place {
+        Place::Host => threads.map_or_else(|| Ok(Device::cpu()), Device::cpu_with_threads),
+        #[cfg(feature = "cuda")]
+        Place::Cuda(ordinal) => Device::cuda(ordinal),
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => Err(Error::NoDriver { searched: &["nothing: built without the feature `cuda`"] }),
+    }
+}
+
 /// Tokens of a random prompt where none was asked for.
 const RANDOM_PROMPT_TOKENS: usize = 512;
 /// Tokens generated where nothing was said.
@@ -29,6 +43,8 @@ pub struct Setup {
     pub folder: Option<PathBuf>,
     pub jobs: Vec<Job>,
     pub device: Device,
+    /// Threads of the host.
+    pub threads: usize,
     pub activations: DType,
     pub sizes: Sizes,
     pub chunk: usize,
@@ -63,7 +79,11 @@ pub struct Job {
 
 impl Setup {
     /// Settles a run. Nothing is allocated that grows with the model.
-    pub fn read(options: &Options, progress: &Progress) -> Result<Setup, Failure> {
+    pub fn read(open: &Open<'_>, options: &Options, progress: &Progress) -> Result<Setup, Failure> {
+        if options.device != Place::Host && options.threads.is_some() {
+            return refuse(format!("--threads is for the CPU, not for {}", options.device));
+        }
+        let device = open(options.device, options.threads)?;
         let (config_file, folder, label) = match &options.source {
             Source::Default => {
                 let folder = default_folder();
@@ -106,7 +126,15 @@ impl Setup {
             }
             check_dump(file, &inputs)?;
         }
-        let activations = options.activations.unwrap_or(DType::F32);
+        let on_gpu = device.place() != Place::Host;
+        let activations = match (options.activations, weights.dtype()) {
+            (None, DType::Bf16) if on_gpu => DType::Bf16,
+            (asked, _) => asked.unwrap_or(DType::F32),
+        };
+        if on_gpu && activations != weights.dtype() {
+            let (weights, activations) = (weights.dtype().name(), activations.name());
+            return refuse(format!("weights are {weights}, activations {activations}: kernels take both of one type; see --activations"));
+        }
         let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
         let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
         let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
@@ -122,26 +150,29 @@ impl Setup {
             .iter()
             .map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail))
             .try_fold(0, |most, bytes| Some(bytes?.max(most)));
-        let random_bytes = match &weights {
-            WeightSource::Mapped(_) => Some(0),
-            WeightSource::Random(dtype) => memory::product(&[config.parameters() as usize, dtype.size_bytes()]),
+        let weight_bytes = match &weights {
+            WeightSource::Mapped(_) if !on_gpu => Some(0),
+            WeightSource::Mapped(_) | WeightSource::Random(_) => {
+                memory::product(&[config.parameters() as usize, weights.dtype().size_bytes()])
+            }
         };
         let scratch = match activations {
             DType::Bf16 => model::scratch_bytes::<Bf16>(&config, &sizes),
             _ => model::scratch_bytes::<f32>(&config, &sizes),
         };
-        let need = match (scratch, random_bytes, dump) {
-            (Ok(scratch), Some(random), Some(dump)) => Need::of(&config, &sizes, scratch, random, dump),
+        let need = match (scratch, weight_bytes, dump) {
+            (Ok(scratch), Some(weights), Some(dump)) => Need::of(&config, &sizes, scratch, weights, dump),
             (Err(dropless::Error::TooLarge { .. }), ..) | (_, None, _) | (.., None) => None,
             (Err(error), ..) => return Err(error.into()),
         };
-        let available = options.memory_limit.or_else(memory::available_bytes);
-        let need = Need::check(need, available)?;
-        let device = match options.threads {
-            Some(threads) => Device::cpu_with_threads(threads)?,
-            None => Device::cpu(),
+        let available = match options.memory_limit {
+            Some(limit) => Some(limit),
+            None if on_gpu => device.free_bytes()?,
+            None => memory::available_bytes(),
         };
-        Ok(Setup { config, weights, folder, jobs, device, activations, sizes, chunk: options.chunk, need, available, label })
+        let need = Need::check(need, available)?;
+        let threads = if on_gpu { Device::cpu().threads() } else { device.threads() };
+        Ok(Setup { config, weights, folder, jobs, device, threads, activations, sizes, chunk: options.chunk, need, available, label })
     }
 
     /// The table of parameters, how the run is set up, and the memory it needs.
@@ -173,15 +204,17 @@ impl Setup {
         console.item("attention", format!("{queries} heads over {keys} KV heads of {dim}, {clip}, rope theta {}", config.rope_theta))?;
         let norm = config.weight_norm.map_or("weights not normalised".into(), |p| format!("weights of p-norm {p} = 1"));
         console.item("experts", format!("{count} of width {}, {top_k} for each token, {norm}", config.d_ffn))?;
-        let threads = self.device.threads();
-        let plural = if threads == 1 { "" } else { "s" };
+        let place = match (self.device.place(), self.threads) {
+            (Place::Host, 1) => "cpu with 1 thread".to_owned(),
+            (Place::Host, threads) => format!("cpu with {threads} threads"),
+            (place, _) => place.to_string(),
+        };
         let kind = if matches!(self.weights, WeightSource::Mapped(_)) { "mapped" } else { "random" };
         let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
         console.item(
             "run",
             format!(
-                "{} with {threads} thread{plural}; weights {} ({kind}), activations {}; context {}{batch}",
-                self.device.place(),
+                "{place}; weights {} ({kind}), activations {}; context {}{batch}",
                 dtype.name(),
                 self.activations.name(),
                 self.sizes.context

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fs::{File, Permissions};
 use std::path::Path;
 
 use dropless::layout::KvLayer;
@@ -9,7 +10,7 @@ use dropless::{Buffer, Element, Float, HeadLayout, Routing, Rows, Stream, router
 use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 
 use super::config::Config;
-use super::failure::{Failure, refuse, refuse_file};
+use super::failure::{Failure, io_text, refuse_file};
 use super::memory::product;
 use super::model::Phase;
 
@@ -38,11 +39,11 @@ pub fn need_bytes(config: &Config, prompt: usize, generate: usize, detail: Detai
     }
 }
 
-/// A view's elements, where the host can read them.
-pub fn host<T: Element>(rows: Rows<'_, T>) -> Result<&[T], Failure> {
+/// A view's elements on the host: in place, or copied from a GPU.
+pub fn host<'a, T: Element>(stream: &Stream, rows: Rows<'a, T>) -> Result<Cow<'a, [T]>, Failure> {
     match rows.as_slice() {
-        Some(values) => Ok(values),
-        None => refuse(format!("results on {} cannot be read in place", rows.place())),
+        Some(values) => Ok(Cow::Borrowed(values)),
+        None => Ok(Cow::Owned(rows.to_vec(stream)?)),
     }
 }
 
@@ -92,19 +93,19 @@ impl Trace {
     }
 
     /// A result of the whole model, `[T, cols]`.
-    pub fn model<A: Float>(&mut self, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
-        self.step_rows(rows, |trace, values, cols| trace.floats(name.to_owned(), Form::Matrix(cols), values))
+    pub fn model<A: Float>(&mut self, stream: &Stream, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
+        self.step_rows(stream, rows, |trace, values, cols| trace.floats(name.to_owned(), Form::Matrix(cols), values))
     }
 
     /// A result of one layer, `[T, cols]`.
-    pub fn layer<A: Float>(&mut self, layer: usize, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
-        self.step_rows(rows, |trace, values, cols| trace.floats(format!("L{layer}.{name}"), Form::Matrix(cols), values))
+    pub fn layer<A: Float>(&mut self, stream: &Stream, layer: usize, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
+        self.step_rows(stream, rows, |trace, values, cols| trace.floats(format!("L{layer}.{name}"), Form::Matrix(cols), values))
     }
 
     /// The fused projection before and after the clip, which the model leaves to the rotation.
-    pub fn qkv<A: Float>(&mut self, layer: usize, qkv: Rows<'_, A>, clip: Option<f32>) -> Result<(), Failure> {
-        self.layer(layer, "qkv_preclip", qkv)?;
-        self.step_rows(qkv, |trace, values, cols| {
+    pub fn qkv<A: Float>(&mut self, stream: &Stream, layer: usize, qkv: Rows<'_, A>, clip: Option<f32>) -> Result<(), Failure> {
+        self.layer(stream, layer, "qkv_preclip", qkv)?;
+        self.step_rows(stream, qkv, |trace, values, cols| {
             let clip = clip.unwrap_or(f32::INFINITY);
             let clipped: Vec<f32> = values.iter().map(|value| value.to_f32().clamp(-clip, clip)).collect();
             trace.floats(format!("L{layer}.qkv"), Form::Matrix(cols), &clipped);
@@ -112,19 +113,30 @@ impl Trace {
     }
 
     /// The rotated queries, and the step's keys as they lie in the cache.
-    pub fn rotated<A: Float>(&mut self, layer: usize, q: Rows<'_, A>, cache: &KvLayer<'_, A>, heads: HeadLayout) -> Result<(), Failure> {
+    pub fn rotated<A: Float>(
+        &mut self,
+        stream: &Stream,
+        layer: usize,
+        q: Rows<'_, A>,
+        cache: &KvLayer<'_, A>,
+        heads: HeadLayout,
+    ) -> Result<(), Failure> {
         let dim = heads.head_dim();
         // The first sequence has the first page, and a page holds a whole sequence.
         let keys = cache.keys().row_range(self.position..self.position + self.rows)?;
-        self.step_rows(q, |trace, values, _| trace.floats(format!("L{layer}.q_rope"), Form::Heads(heads.num_heads(), dim), values))?;
-        self.step_rows(keys, |trace, values, _| trace.floats(format!("L{layer}.k_rope"), Form::Heads(heads.num_kv_heads(), dim), values))
+        self.step_rows(stream, q, |trace, values, _| {
+            trace.floats(format!("L{layer}.q_rope"), Form::Heads(heads.num_heads(), dim), values)
+        })?;
+        self.step_rows(stream, keys, |trace, values, _| {
+            trace.floats(format!("L{layer}.k_rope"), Form::Heads(heads.num_kv_heads(), dim), values)
+        })
     }
 
     /// The router's results; its logits are computed again, since the model does not keep them.
     pub fn routing<A: Float, W: Float>(
         &mut self,
-        layer: usize,
         stream: &Stream,
+        layer: usize,
         x: Rows<'_, A>,
         weight: Rows<'_, W>,
         routing: &Routing<'_>,
@@ -135,9 +147,9 @@ impl Trace {
         let (experts, top_k) = (routing.num_experts(), routing.top_k());
         let mut logits = Buffer::zeros(stream, x.rows() * experts)?;
         router::logits(stream, x, weight, &mut logits.rows_mut(x.rows(), experts)?)?;
-        self.layer(layer, "router_logits", logits.rows(x.rows(), experts)?)?;
-        self.layer(layer, "router_weights", routing.weights())?;
-        self.step_rows(logits.rows(x.rows(), experts)?, |trace, values, _| {
+        self.layer(stream, layer, "router_logits", logits.rows(x.rows(), experts)?)?;
+        self.layer(stream, layer, "router_weights", routing.weights())?;
+        self.step_rows(stream, logits.rows(x.rows(), experts)?, |trace, values, _| {
             let gap = |row: &[f32]| {
                 let mut row = row.to_vec();
                 row.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -146,7 +158,7 @@ impl Trace {
             let gaps: Vec<f32> = values.chunks_exact(experts).map(gap).collect();
             trace.floats(format!("L{layer}.router_gap"), Form::Vector, &gaps);
         })?;
-        self.step_rows(routing.expert_ids(), |trace, ids, _| {
+        self.step_rows(stream, routing.expert_ids(), |trace, ids, _| {
             trace.integers(format!("L{layer}.expert_indices"), Form::Matrix(top_k), ids.iter().map(|id| i64::from(*id)));
             let name = format!("L{layer}.expert_counts");
             let mut counts = trace.tensors.get(&name).map_or(vec![0; experts], |kept| kept.integers());
@@ -157,15 +169,15 @@ impl Trace {
     }
 
     /// Logits of the prompt's next tokens.
-    pub fn logits(&mut self, logits: Rows<'_, f32>) -> Result<(), Failure> {
-        self.floats("logits".into(), Form::Matrix(logits.cols()), host(logits)?);
+    pub fn logits(&mut self, stream: &Stream, logits: Rows<'_, f32>) -> Result<(), Failure> {
+        self.floats("logits".into(), Form::Matrix(logits.cols()), &host(stream, logits)?);
         Ok(())
     }
 
     /// The logits that decide a generated token.
-    pub fn step_logits(&mut self, logits: Rows<'_, f32>) -> Result<(), Failure> {
+    pub fn step_logits(&mut self, stream: &Stream, logits: Rows<'_, f32>) -> Result<(), Failure> {
         if self.generates && self.detail > Detail::LastLogits {
-            self.floats("step_logits".into(), Form::Matrix(logits.cols()), host(logits)?);
+            self.floats("step_logits".into(), Form::Matrix(logits.cols()), &host(stream, logits)?);
         }
         Ok(())
     }
@@ -181,19 +193,31 @@ impl Trace {
     }
 
     /// The first sequence's keys and values of one layer, `len` tokens.
-    pub fn cache<A: Float>(&mut self, layer: usize, cache: &KvLayer<'_, A>, heads: HeadLayout, len: usize) -> Result<(), Failure> {
+    pub fn cache<A: Float>(
+        &mut self,
+        stream: &Stream,
+        layer: usize,
+        cache: &KvLayer<'_, A>,
+        heads: HeadLayout,
+        len: usize,
+    ) -> Result<(), Failure> {
         if self.detail == Detail::Layers {
             let form = Form::Heads(heads.num_kv_heads(), heads.head_dim());
-            self.floats(format!("cache.L{layer}.k"), form, host(cache.keys().row_range(0..len)?)?);
-            self.floats(format!("cache.L{layer}.v"), form, host(cache.values().row_range(0..len)?)?);
+            self.floats(format!("cache.L{layer}.k"), form, &host(stream, cache.keys().row_range(0..len)?)?);
+            self.floats(format!("cache.L{layer}.v"), form, &host(stream, cache.values().row_range(0..len)?)?);
         }
         Ok(())
     }
 
     /// Hands the first sequence's rows of a step's result to `keep`, if any are to be kept.
-    fn step_rows<T: Element>(&mut self, rows: Rows<'_, T>, keep: impl FnOnce(&mut Trace, &[T], usize)) -> Result<(), Failure> {
+    fn step_rows<T: Element>(
+        &mut self,
+        stream: &Stream,
+        rows: Rows<'_, T>,
+        keep: impl FnOnce(&mut Trace, &[T], usize),
+    ) -> Result<(), Failure> {
         if self.rows > 0 {
-            keep(self, host(rows.row_range(0..self.rows)?)?, rows.cols());
+            keep(self, &host(stream, rows.row_range(0..self.rows)?)?, rows.cols());
         }
         Ok(())
     }
@@ -224,8 +248,23 @@ impl Trace {
         let tensors: Vec<(&String, &Kept, Cow<'_, [u8]>)> = self.tensors.iter().map(|(name, kept)| (name, kept, kept.in_order())).collect();
         let view = |name, kept: &Kept, bytes| Ok((name, TensorView::new(kept.dtype, kept.shape(), bytes)?));
         let views: Result<Vec<_>, SafeTensorError> = tensors.iter().map(|(name, kept, bytes)| view(*name, kept, bytes)).collect();
-        views.and_then(|views| safetensors::serialize_to_file(views, None, file)).or_else(|error| refuse_file(file, error))
+        let permissions = permissions(file).or_else(|error| refuse_file(file, format_args!("cannot be written: {}", io_text(&error))))?;
+        views.and_then(|views| safetensors::serialize_to_file(views, None, file)).or_else(|error| refuse_file(file, error))?;
+        // It was made for the owner's eyes only, as temporary files are.
+        std::fs::set_permissions(file, permissions).or_else(|error| refuse_file(file, io_text(&error)))
     }
+}
+
+/// Those of the file as it is, or of a new one beside it.
+fn permissions(file: &Path) -> std::io::Result<Permissions> {
+    if let Ok(found) = file.metadata() {
+        return Ok(found.permissions());
+    }
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let beside = file.with_file_name(format!(".{name}.{}", std::process::id()));
+    let permissions = File::create_new(&beside)?.metadata()?.permissions();
+    std::fs::remove_file(beside)?;
+    Ok(permissions)
 }
 
 impl Kept {

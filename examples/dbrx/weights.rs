@@ -1,6 +1,6 @@
-//! The weights by role: views of a mapped checkpoint, or of seeded random numbers.
+//! The weights by role: views of a mapped checkpoint, of seeded random numbers, or of copies of either on a GPU.
 
-use dropless::{Element, ExpertWeights, Float, Rows, moe};
+use dropless::{Buffer, Element, ExpertWeights, Float, Rows, Stream, moe};
 
 use super::checkpoint::Checkpoint;
 use super::config::{Config, LayerTensor, TensorSpec};
@@ -25,20 +25,24 @@ pub struct LayerWeights<'a, W> {
     pub moe: moe::Weights<'a, W>,       // w1, v1, w2: [E F, D]
 }
 
-impl<'a, W: Element> Weights<'a, W> {
-    /// Views of a checkpoint that was checked against `config`.
-    pub fn mapped(checkpoint: &'a Checkpoint, config: &Config) -> Result<Weights<'a, W>, Failure> {
-        Weights::gather(config, |spec| checkpoint.rows(&spec))
-    }
+/// All tensors of a model, somewhere.
+pub trait Tensors<W> {
+    /// The tensor that is the `index`-th of [`Config::tensors`].
+    fn rows(&self, index: usize, spec: &TensorSpec) -> Result<Rows<'_, W>, Failure>;
+}
 
-    /// Views of random numbers.
-    pub fn random(tensors: &'a RandomTensors<W>, config: &Config) -> Result<Weights<'a, W>, Failure> {
-        let mut tensors = tensors.0.iter();
-        Weights::gather(config, |spec| {
-            let [rows, cols] = spec.dims();
-            let values = tensors.next().map_or(&[][..], Vec::as_slice);
-            Ok(Rows::from_slice(values, rows, cols)?)
-        })
+/// A checkpoint that was checked against the configuration, and whose type is `W`.
+impl<W: Element> Tensors<W> for Checkpoint {
+    fn rows(&self, _: usize, spec: &TensorSpec) -> Result<Rows<'_, W>, Failure> {
+        Checkpoint::rows(self, spec)
+    }
+}
+
+impl<'a, W: Element> Weights<'a, W> {
+    /// Views by role.
+    pub fn of(tensors: &'a dyn Tensors<W>, config: &Config) -> Result<Weights<'a, W>, Failure> {
+        let mut index = 0..;
+        Weights::gather(config, |spec| tensors.rows(index.next().unwrap_or_default(), &spec))
     }
 
     /// Asks for each tensor once, in the order of [`Config::tensors`].
@@ -95,6 +99,41 @@ impl<W: Float> RandomTensors<W> {
             tensors.push(values);
         }
         Ok(RandomTensors(tensors))
+    }
+}
+
+impl<W: Element> Tensors<W> for RandomTensors<W> {
+    fn rows(&self, index: usize, spec: &TensorSpec) -> Result<Rows<'_, W>, Failure> {
+        let [rows, cols] = spec.dims();
+        Ok(Rows::from_slice(self.0.get(index).map_or(&[][..], Vec::as_slice), rows, cols)?)
+    }
+}
+
+/// Copies of every tensor of a model in a GPU's memory, in the order of [`Config::tensors`].
+pub struct DeviceTensors<W>(Vec<Buffer<W>>);
+
+impl<W: Element> DeviceTensors<W> {
+    /// Queues the copies.
+    pub fn new(stream: &Stream, tensors: &dyn Tensors<W>, config: &Config, progress: &Progress) -> Result<DeviceTensors<W>, Failure> {
+        let bar = progress.bytes("to the GPU", config.parameters().saturating_mul(size_of::<W>() as u64));
+        let copy = |(index, spec): (usize, TensorSpec)| {
+            let rows = tensors.rows(index, &spec)?;
+            let values = rows.as_slice().unwrap_or_default(); // packed, on the host
+            let copied = Buffer::from_slice(stream, values)?;
+            bar.inc(size_of_val(values) as u64);
+            Ok(copied)
+        };
+        Ok(DeviceTensors(config.tensors().enumerate().map(copy).collect::<Result<_, Failure>>()?))
+    }
+}
+
+impl<W: Element> Tensors<W> for DeviceTensors<W> {
+    fn rows(&self, index: usize, spec: &TensorSpec) -> Result<Rows<'_, W>, Failure> {
+        let [rows, cols] = spec.dims();
+        match self.0.get(index) {
+            Some(tensor) => Ok(tensor.rows(rows, cols)?),
+            None => refuse(format!("tensor `{}` was not copied to the GPU", spec.name)),
+        }
     }
 }
 

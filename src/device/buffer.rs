@@ -37,8 +37,9 @@ impl<T: Element> Buffer<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooLarge`], [`Error::OutOfMemory`].
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`]; [`Error::Unsupported`] within a [capture](Stream::capture).
     pub fn zeros(stream: &Stream, len: usize) -> Result<Buffer<T>, Error> {
+        stream.outside_capture(Op::Buffer, "a new buffer")?;
         let bytes = checked_bytes(Op::Buffer, "bytes", &[len], size_of::<T>())?;
         let memory = match &stream.device().0 {
             Backend::Cpu(_) => Memory::Host(HostMemory::zeroed(bytes)?),
@@ -63,23 +64,27 @@ impl<T: Element> Buffer<T> {
         Ok(buffer)
     }
 
-    /// Overwrites the first `values.len()` elements. Returns when `values` may be reused.
+    /// Overwrites the first `values.len()` elements, in the stream's order. `values` may be reused at once.
+    ///
+    /// On a GPU the values pass through pinned memory, and the host waits for no earlier work, unless tens of megabytes are on their
+    /// way already.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `values` is longer than the buffer; [`Error::Place`], [`Error::NotJoined`].
+    /// [`Error::Shape`] if `values` is longer than the buffer; [`Error::Place`], [`Error::NotJoined`]; [`Error::OutOfMemory`];
+    /// [`Error::Unsupported`] within a [capture](Stream::capture).
     pub fn copy_from_slice(&mut self, stream: &Stream, values: &[T]) -> Result<(), Error> {
+        Upload::queue(stream, Op::Buffer, &[("self", self.upload(values)?)])
+    }
+
+    /// A copy of `values` to the first elements, to be [queued](Upload::queue).
+    pub(crate) fn upload<'a>(&'a mut self, values: &'a [T]) -> Result<Upload<'a>, Error> {
         if values.len() > self.len {
             return Err(Error::shape(Op::Buffer, "values", "[<= len]", &[self.len], &[values.len()]));
         }
-        stream.admit(Op::Buffer, &[("self", self.access(true))])?;
-        match &mut self.memory {
-            // SAFETY: `self.len` elements were allocated, and `self` is borrowed exclusively.
-            Memory::Host(host) => unsafe { host.as_ptr().cast::<T>().copy_from_nonoverlapping(values.as_ptr(), values.len()) },
-            #[cfg(feature = "cuda")]
-            Memory::Cuda { memory, .. } => memory.write(stream.cuda(), values)?,
-        }
-        Ok(())
+        // SAFETY: elements are numbers without padding, so all of their bytes are initialised.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        Ok(Upload { access: self.access(true), target: self.address().cast(), bytes })
     }
 
     /// Copies the first `values.len()` elements to the host, waiting for the stream's work.
@@ -88,6 +93,7 @@ impl<T: Element> Buffer<T> {
     ///
     /// As [`Buffer::copy_from_slice`]; [`Error::DeviceLost`] if earlier work failed.
     pub fn copy_to_slice(&self, stream: &Stream, values: &mut [T]) -> Result<(), Error> {
+        stream.outside_capture(Op::Buffer, "a copy to the host")?;
         if values.len() > self.len {
             return Err(Error::shape(Op::Buffer, "values", "[<= len]", &[self.len], &[values.len()]));
         }
@@ -165,12 +171,43 @@ impl<T: Element> Buffer<T> {
     }
 
     pub(crate) fn access(&self, write: bool) -> Access<'_> {
-        Access { place: self.place(), mark: Some(&self.mark), write }
+        Access { place: self.place(), mark: Some(&self.mark), write, misfit: None }
     }
 
     /// Refuses a buffer with fewer than `need` elements.
     pub(crate) fn check_len(&self, op: Op, arg: &'static str, want: &'static str, need: usize) -> Result<(), Error> {
         if self.len >= need { Ok(()) } else { check_shape(op, arg, want, &[need], &[self.len]) }
+    }
+}
+
+/// A copy from the host to the first elements of a buffer, which it borrows.
+pub(crate) struct Upload<'a> {
+    access: Access<'a>,
+    target: *mut u8,
+    bytes: &'a [u8],
+}
+
+impl Upload<'_> {
+    /// Queues some copies, all or none.
+    pub(crate) fn queue(stream: &Stream, op: Op, uploads: &[(&'static str, Upload<'_>)]) -> Result<(), Error> {
+        stream.outside_capture(op, "a copy from the host")?;
+        let accesses: Vec<_> = uploads.iter().map(|(arg, upload)| (*arg, upload.access)).collect();
+        stream.admit(op, &accesses)?;
+        match stream.place() {
+            Place::Host => uploads.iter().for_each(|(_, Upload { target, bytes, .. })| {
+                // SAFETY: the buffer has as many bytes, as `Buffer::upload` has checked, and is borrowed exclusively.
+                unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
+            }),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(_) => {
+                let copies: Vec<_> = uploads.iter().map(|(_, upload)| (upload.target.addr() as u64, upload.bytes)).collect();
+                // SAFETY: as above; buffers are freed in stream order.
+                unsafe { stream.cuda().write(op, &copies)? };
+            }
+            #[cfg(not(feature = "cuda"))]
+            Place::Cuda(_) => unreachable!("a CUDA stream without the feature `cuda`"),
+        }
+        Ok(())
     }
 }
 

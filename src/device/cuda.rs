@@ -1,7 +1,7 @@
 //! A CUDA device: context, streams, memory, images and launches, written against [`Driver`].
 //!
-//! A driver error other than "out of memory" or "not found" is taken as sticky: the context may be gone, so it is
-//! remembered and every later call returns it.
+//! A driver error is taken as sticky unless its code says otherwise (out of memory, the image's fault, a call that a capture does
+//! not allow): the context may be gone, so it is remembered and every later call returns it.
 #![allow(unsafe_code)] // the driver's copies and launches
 
 use std::collections::HashMap;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
 use super::image::{COMPUTE_CAPABILITY, Image};
+use super::staging::Staging;
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place};
 
@@ -39,16 +40,26 @@ impl CudaDevice {
         Ok(Arc::new(CudaDevice { driver, ordinal, attributes, images, functions, lost: OnceLock::new() }))
     }
 
+    pub(crate) fn free_bytes(&self) -> Result<u64, Error> {
+        self.call(Op::Device, 0, |driver| driver.memory_info(self.ordinal)).map(|(free, _)| free)
+    }
+
     /// Runs a driver call unless the device is lost, and remembers the error that loses it.
     fn call<T>(&self, op: Op, need_bytes: usize, call: impl FnOnce(&dyn Driver) -> DriverResult<T>) -> Result<T, Error> {
         if let Some(error) = self.lost.get() {
             return Err(error.clone());
         }
         let result = self.driver.make_current(self.ordinal).and_then(|()| call(&*self.driver));
-        result.map_err(|error| match error {
+        result.map_err(|error| self.failed(op, need_bytes, error))
+    }
+
+    /// The error of a failed call; remembered if the device is lost with it.
+    fn failed(&self, op: Op, need_bytes: usize, error: DriverError) -> Error {
+        match error {
             DriverError::OUT_OF_MEMORY => Error::OutOfMemory { op, need_bytes: need_bytes as u64 },
+            _ if error.is_of_capture() => within_capture(op, "this call"),
             DriverError(code) => self.lost.get_or_init(|| Error::DeviceLost { code, first_op: op }).clone(),
-        })
+        }
     }
 
     /// Gives something back, on a lost device too. Nobody can be told if that fails.
@@ -57,16 +68,27 @@ impl CudaDevice {
         let _ = release(&*self.driver);
     }
 
-    /// The entry point, loading its image on first use. A bad image loses nothing but this entry.
-    fn function(&self, image: &'static Image, entry: &'static str, shared_bytes: u32) -> Result<Handle, Error> {
+    /// The entry point, loading its image on first use. A bad image loses nothing but this entry; `None` where it would have to be
+    /// loaded and may not.
+    fn function(
+        &self,
+        op: Op,
+        image: &'static Image,
+        entry: &'static str,
+        shared_bytes: u32,
+        may_load: bool,
+    ) -> Result<Option<Handle>, Error> {
         if let Some(error) = self.lost.get() {
             return Err(error.clone()); // not the image's fault
         }
         let mut functions = lock(&self.functions);
-        if let Some(&function) = functions.get(entry) {
-            return Ok(function);
+        if functions.contains_key(entry) || !may_load {
+            return Ok(functions.get(entry).copied());
         }
-        let refused = |DriverError(code)| Error::Image { file: image.file, entry, code };
+        let refused = |error: DriverError| match error {
+            DriverError(code) if error.is_of_image() => Error::Image { file: image.file, entry, code },
+            _ => self.failed(op, image.bytes(), error),
+        };
         let mut images = lock(&self.images);
         self.driver.make_current(self.ordinal).map_err(refused)?;
         let loaded = match images.get(image.file) {
@@ -80,14 +102,22 @@ impl CudaDevice {
             self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
         }
         functions.insert(entry, function);
-        Ok(function)
+        Ok(Some(function))
     }
+}
+
+/// The refusal of something that a graph cannot hold.
+fn within_capture(op: Op, got: &'static str) -> Error {
+    Error::Unsupported { op, what: "within a capture", got, supported: "operations that ran before" }
 }
 
 /// A driver stream, destroyed when the last buffer that remembers it is gone.
 pub(crate) struct RawStream {
     device: Arc<CudaDevice>,
     handle: Handle,
+    staging: Mutex<Staging>,
+    /// While a graph is captured: the memory whose owners went meanwhile.
+    captured: Mutex<Option<Vec<u64>>>,
 }
 
 /// Blocks per SM of a launch over many small items: enough to hide latency. Such kernels are grid-stride, so that any number
@@ -112,7 +142,8 @@ pub(crate) struct Grid {
 impl RawStream {
     pub(crate) fn new(device: &Arc<CudaDevice>) -> Result<RawStream, Error> {
         let handle = device.call(Op::Stream, 0, |driver| driver.create_stream(device.ordinal))?;
-        Ok(RawStream { device: device.clone(), handle })
+        let (staging, captured) = Default::default();
+        Ok(RawStream { device: device.clone(), handle, staging, captured })
     }
 
     pub(crate) fn attributes(&self) -> &Attributes {
@@ -131,17 +162,37 @@ impl RawStream {
         self.grid(rows as u64, 1, threads)
     }
 
+    /// Refuses what a graph cannot hold, before anything is asked of the driver: a call that it refuses ends the capture.
+    pub(crate) fn outside_capture(&self, op: Op, what: &'static str) -> Result<(), Error> {
+        if lock(&self.captured).is_none() { Ok(()) } else { Err(within_capture(op, what)) }
+    }
+
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
+        self.outside_capture(Op::Stream, "waiting for the stream")?;
         self.device.call(Op::Stream, 0, |driver| driver.synchronize(self.handle))
     }
 
     /// Orders this stream's later work after the other's work so far.
     pub(crate) fn wait_for(&self, other: &RawStream) -> Result<(), Error> {
+        [self, other].into_iter().try_for_each(|stream| stream.outside_capture(Op::Stream, "a join"))?;
         self.device.call(Op::Stream, 0, |driver| {
             let event = driver.create_event(self.device.ordinal, false)?;
             let waited = driver.record(event, other.handle).and_then(|()| driver.wait(self.handle, event));
             driver.destroy_event(event).and(waited) // the driver keeps it until the wait is over
         })
+    }
+
+    /// Queues copies from the host to device memory. The sources may be reused at once; nothing is waited for, unless very much is on
+    /// its way already.
+    ///
+    /// # Safety
+    ///
+    /// Each address is valid for writing that many bytes when the stream comes to it.
+    pub(crate) unsafe fn write(&self, op: Op, copies: &[(u64, &[u8])]) -> Result<(), Error> {
+        let (ordinal, bytes) = (self.device.ordinal, copies.iter().map(|(_, bytes)| bytes.len()).sum());
+        let mut staging = lock(&self.staging);
+        // SAFETY: the caller's duty.
+        self.device.call(op, bytes, |driver| unsafe { staging.copy(driver, ordinal, self.handle, copies) })
     }
 
     /// Copies device memory to `values`, waiting for the stream's work.
@@ -155,14 +206,21 @@ impl RawStream {
         self.device.call(op, 0, |driver| unsafe { driver.copy_to_host(self.handle, target, address, bytes) })
     }
 
-    /// Starts recording work instead of running it.
-    pub(crate) fn begin_capture(&self) -> Result<(), Error> {
-        self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))
+    /// Starts recording work instead of running it, until the capture ends.
+    pub(crate) fn capture(&self) -> Result<Capture<'_>, Error> {
+        self.outside_capture(Op::Stream, "another capture")?;
+        self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))?;
+        *lock(&self.captured) = Some(Vec::new());
+        Ok(Capture(self))
     }
 
     /// Ends recording, whatever became of it; gives the graph.
-    pub(crate) fn end_capture(&self) -> Result<Handle, Error> {
-        self.device.call(Op::Stream, 0, |driver| driver.end_capture(self.handle))
+    fn end_capture(&self) -> Result<Handle, Error> {
+        let graph = self.device.call(Op::Stream, 0, |driver| driver.end_capture(self.handle));
+        for address in lock(&self.captured).take().unwrap_or_default() {
+            self.device.release(|driver| driver.free(self.handle, address));
+        }
+        graph
     }
 
     pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
@@ -192,7 +250,9 @@ impl RawStream {
         grid: Grid,
         params: &P,
     ) -> Result<(), Error> {
-        let function = self.device.function(image, entry, grid.shared_bytes)?;
+        let may_load = lock(&self.captured).is_none();
+        let function = self.device.function(op, image, entry, grid.shared_bytes, may_load)?;
+        let function = function.ok_or(within_capture(op, "loading a kernel"))?;
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes, cluster } = grid;
@@ -204,7 +264,32 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        self.device.release(|driver| driver.destroy_stream(self.handle));
+        let staging = self.staging.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.device.release(|driver| {
+            staging.free(driver, self.handle);
+            driver.destroy_stream(self.handle)
+        });
+    }
+}
+
+/// A stream while it records.
+pub(crate) struct Capture<'a>(&'a RawStream);
+
+impl Capture<'_> {
+    /// Ends recording; gives the graph.
+    pub(crate) fn end(self) -> Result<Handle, Error> {
+        let stream = self.0;
+        std::mem::forget(self);
+        stream.end_capture()
+    }
+}
+
+impl Drop for Capture<'_> {
+    /// The work that was to be recorded has panicked: the stream goes on without.
+    fn drop(&mut self) {
+        if let Ok(graph) = self.0.end_capture() {
+            self.0.destroy_graph(graph);
+        }
     }
 }
 
@@ -230,9 +315,13 @@ impl CudaMemory {
     }
 
     pub(crate) fn free(&mut self, stream: &RawStream) {
-        if self.address != 0 {
-            self.device.release(|driver| driver.free(stream.handle, self.address));
-            self.address = 0;
+        let address = std::mem::take(&mut self.address);
+        if address == 0 {
+            return;
+        }
+        match &mut *lock(&stream.captured) {
+            Some(later) => later.push(address), // which is when the capture ends
+            None => self.device.release(|driver| driver.free(stream.handle, address)),
         }
     }
 
@@ -244,17 +333,10 @@ impl CudaMemory {
         self.address
     }
 
-    /// Copies `values` to the start of this memory, which is at least as large.
-    pub(crate) fn write<T: Element>(&mut self, stream: &RawStream, values: &[T]) -> Result<(), Error> {
-        let (source, bytes) = (values.as_ptr().cast(), size_of_val(values));
-        // SAFETY: `source` is a slice of that size; the buffer has checked its own.
-        self.device.call(Op::Buffer, bytes, |driver| unsafe { driver.copy_to_device(stream.handle, self.address, source, bytes) })
-    }
-
     /// Copies the start of this memory, which is at least as large, to `values`.
     pub(crate) fn read<T: Element>(&self, stream: &RawStream, values: &mut [T]) -> Result<(), Error> {
         let (target, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
-        // SAFETY: as in `write`; every bit pattern is a value of `T`.
+        // SAFETY: `target` is a slice of that size, and every bit pattern is a value of `T`; the buffer has checked its own size.
         self.device.call(Op::Buffer, bytes, |driver| unsafe { driver.copy_to_host(stream.handle, target, self.address, bytes) })
     }
 }

@@ -18,6 +18,17 @@ impl DriverError {
     pub const OUT_OF_MEMORY: DriverError = DriverError(2);
     /// `CUDA_ERROR_NOT_FOUND`: no such entry point.
     pub const NOT_FOUND: DriverError = DriverError(500);
+
+    /// Codes by which the driver refuses an image, and would again on any device in good order: invalid, for another device, of a newer
+    /// PTX ISA, no compiler for it, no such entry.
+    pub fn is_of_image(self) -> bool {
+        matches!(self.0, 200 | 209 | 218 | 221..=223 | 225 | 300..=303 | 500)
+    }
+
+    /// Codes by which the driver refuses a call while a graph is captured. The device is as it was.
+    pub fn is_of_capture(self) -> bool {
+        matches!(self.0, 900..=908)
+    }
 }
 
 impl fmt::Display for DriverError {
@@ -112,10 +123,10 @@ pub unsafe trait Driver: Send + Sync {
     fn free(&self, stream: Handle, address: u64) -> DriverResult<()>;
     /// Sets `bytes` bytes to `value` in stream order.
     fn fill(&self, stream: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()>;
-    /// Copies from host memory; returns when `source` may be reused.
+    /// Copies from page-locked host memory in stream order; does not wait.
     ///
     /// # Safety
-    /// `source` is readable for `bytes`.
+    /// `source` came from `alloc_pinned`; its `bytes` are initialised and stay as they are until the copy has happened.
     unsafe fn copy_to_device(&self, stream: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()>;
     /// Copies to host memory; returns when `target` is written.
     ///
@@ -144,6 +155,8 @@ pub unsafe trait Driver: Send + Sync {
     fn destroy_event(&self, event: Handle) -> DriverResult<()>;
     /// Records the stream's work so far.
     fn record(&self, event: Handle, stream: Handle) -> DriverResult<()>;
+    /// Whether the work that was recorded is done. Does not wait.
+    fn is_done(&self, event: Handle) -> DriverResult<bool>;
     /// Makes later work on the stream wait for the event.
     fn wait(&self, stream: Handle, event: Handle) -> DriverResult<()>;
     /// Milliseconds between two recorded events.

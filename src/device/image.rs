@@ -23,6 +23,7 @@ macro_rules! image {
 
 image!(ATTENTION, "attention.sm_90a.ptx");
 image!(BLOCK_SPARSE, "block_sparse.sm_90a.ptx");
+image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain.sm_90a.ptx");
 image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
 image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
@@ -38,6 +39,10 @@ image!(SAMPLE, "sample.sm_90a.ptx");
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);
 
 impl Image {
+    pub(crate) fn bytes(&self) -> usize {
+        self.text.len()
+    }
+
     pub(crate) fn as_c_str(&self) -> &'static CStr {
         CStr::from_bytes_with_nul(self.text.as_bytes()).unwrap_or_else(|_| unreachable!("{} holds a NUL", self.file))
     }

@@ -16,6 +16,8 @@ pub(crate) mod image;
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;
+#[cfg(feature = "cuda")]
+mod staging;
 mod stream;
 mod workspace;
 
@@ -23,6 +25,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use self::buffer::Buffer;
+pub(crate) use self::buffer::Upload;
 pub use self::graph::Graph;
 pub use self::stream::Stream;
 pub(crate) use self::stream::{Access, Mark};
@@ -92,6 +95,19 @@ impl Device {
             Backend::Cpu(workers) => workers.threads(),
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => 0,
+        }
+    }
+
+    /// Bytes of a GPU's memory that are free now; `None` on the CPU, whose memory is the machine's.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        match &self.0 {
+            Backend::Cpu(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => device.free_bytes().map(Some),
         }
     }
 

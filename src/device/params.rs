@@ -13,7 +13,7 @@ pub(crate) type OutU32 = u64;
 pub(crate) type OutF32 = u64;
 
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct EmbeddingParams {
     pub(crate) ids: InU32,
     pub(crate) table: In,
@@ -36,7 +36,7 @@ const _: () = {
     ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct NormParams {
     pub(crate) x: In,
     pub(crate) residual: Out,
@@ -67,7 +67,7 @@ const _: () = {
     ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GatherParams {
     pub(crate) x: In,
     pub(crate) row_to_slot: InU32,
@@ -92,7 +92,7 @@ const _: () = {
     ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct CombineParams {
     pub(crate) x: In,
     pub(crate) slot_to_row: InU32,
@@ -119,7 +119,7 @@ const _: () = {
     ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct GluParams {
     pub(crate) gate: In,
     pub(crate) up: In,
@@ -144,7 +144,7 @@ const _: () = {
     ["Offset of field: GluParams::y_stride"][::std::mem::offset_of!(GluParams, y_stride) - 56usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ArgmaxParams {
     pub(crate) logits: InF32,
     pub(crate) ids: OutU32,
@@ -163,7 +163,7 @@ const _: () = {
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct LogitsParams {
     pub(crate) x: In,
     pub(crate) weight: In,
@@ -190,7 +190,7 @@ const _: () = {
     ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
     pub(crate) logits: InF32,
     pub(crate) expert_ids: OutU32,
@@ -217,7 +217,7 @@ const _: () = {
     ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct IndexParams {
     pub(crate) expert_ids: InU32,
     pub(crate) offsets: OutU32,
@@ -238,7 +238,7 @@ const _: () = {
     ["Offset of field: IndexParams::num_experts"][::std::mem::offset_of!(IndexParams, num_experts) - 40usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct RouteParams {
     pub(crate) choose: ChooseParams,
     pub(crate) index: IndexParams,
@@ -251,7 +251,7 @@ const _: () = {
     ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 64usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct PageParams {
     pub(crate) block_table: InU32,
     pub(crate) seq_lens: InU32,
@@ -274,7 +274,7 @@ const _: () = {
     ["Offset of field: PageParams::page_stride"][::std::mem::offset_of!(PageParams, page_stride) - 48usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct RopeParams {
     pub(crate) qkv: In,
     pub(crate) cos: InF32,
@@ -319,7 +319,7 @@ const _: () = {
     ["Offset of field: RopeParams::unused"][::std::mem::offset_of!(RopeParams, unused) - 180usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct AttentionParams {
     pub(crate) q: In,
     pub(crate) keys: In,
@@ -358,7 +358,7 @@ const _: () = {
     ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ProductParams {
     pub(crate) x: In,
     pub(crate) w: In,
@@ -401,7 +401,7 @@ const _: () = {
     ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct AxisParams {
     pub(crate) starts: InU32,
     pub(crate) offsets: InU32,
@@ -422,7 +422,7 @@ const _: () = {
     ["Offset of field: AxisParams::places"][::std::mem::offset_of!(AxisParams, places) - 40usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct SddParams {
     pub(crate) a: In,
     pub(crate) b: In,
@@ -455,7 +455,7 @@ const _: () = {
     ["Offset of field: SddParams::y_stride"][::std::mem::offset_of!(SddParams, y_stride) - 128usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct DsdParams {
     pub(crate) s: In,
     pub(crate) d: In,
@@ -490,7 +490,7 @@ const _: () = {
     ["Offset of field: DsdParams::y_col"][::std::mem::offset_of!(DsdParams, y_col) - 136usize];
 };
 #[repr(C)]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct ArrangeParams {
     pub(crate) offsets: InU32,
     pub(crate) expert_cols: InU32,
@@ -534,7 +534,7 @@ pub const FEW_THREADS: u32 = 256;
 pub const FEW_SHARED_BYTES: u32 = 221184;
 #[repr(C)]
 #[repr(align(64))]
-#[derive(Copy, Clone)]
+#[derive(Debug, Copy, Clone)]
 pub struct TiledProductParams {
     pub(crate) x_map: TensorMap,
     pub(crate) w: TensorMap,
@@ -571,4 +571,32 @@ const _: () = {
     ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 456usize];
     ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 464usize];
     ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 472usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct TiledBlockParams {
+    pub(crate) left: TensorMap,
+    pub(crate) right: TensorMap,
+    pub(crate) y: Out,
+    pub(crate) rows: AxisParams,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) groups: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) unused: [i64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TiledBlockParams"][::std::mem::size_of::<TiledBlockParams>() - 384usize];
+    ["Alignment of TiledBlockParams"][::std::mem::align_of::<TiledBlockParams>() - 64usize];
+    ["Offset of field: TiledBlockParams::left"][::std::mem::offset_of!(TiledBlockParams, left) - 0usize];
+    ["Offset of field: TiledBlockParams::right"][::std::mem::offset_of!(TiledBlockParams, right) - 128usize];
+    ["Offset of field: TiledBlockParams::y"][::std::mem::offset_of!(TiledBlockParams, y) - 256usize];
+    ["Offset of field: TiledBlockParams::rows"][::std::mem::offset_of!(TiledBlockParams, rows) - 264usize];
+    ["Offset of field: TiledBlockParams::n"][::std::mem::offset_of!(TiledBlockParams, n) - 312usize];
+    ["Offset of field: TiledBlockParams::k"][::std::mem::offset_of!(TiledBlockParams, k) - 320usize];
+    ["Offset of field: TiledBlockParams::groups"][::std::mem::offset_of!(TiledBlockParams, groups) - 328usize];
+    ["Offset of field: TiledBlockParams::y_stride"][::std::mem::offset_of!(TiledBlockParams, y_stride) - 336usize];
+    ["Offset of field: TiledBlockParams::unused"][::std::mem::offset_of!(TiledBlockParams, unused) - 344usize];
 };

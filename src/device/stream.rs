@@ -79,7 +79,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] if the streams belong to different devices; what the driver reports.
+    /// [`Error::Place`] if the streams belong to different devices; [`Error::Unsupported`] within a capture; what the driver reports.
     pub fn join(&self, other: &Stream) -> Result<(), Error> {
         if self.place() != other.place() {
             return Err(Error::Place { op: Op::Stream, arg: "other", want: self.place(), got: other.place() });
@@ -99,17 +99,22 @@ impl Stream {
 
     /// Records the operations that `work` queues on this stream, instead of running them, as a graph that can be launched many
     /// times. Nothing is computed here. Run `work` once beforehand: a kernel's image is loaded when it is first needed, which a
-    /// graph cannot do. Buffers cannot be made, freed or copied to the host meanwhile.
+    /// graph cannot do.
+    ///
+    /// Within `work`, buffers cannot be made, streams cannot be joined or waited for, and nothing is copied from or to the host: a
+    /// graph would repeat the values of the day it was captured. What changes from launch to launch, such as token ids and the
+    /// lengths in a [`KvCache`](crate::KvCache), is written before each launch, outside. Memory dropped meanwhile is freed at the end.
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] on the CPU; the first error of `work`; what the driver reports.
+    /// [`Error::Unsupported`] on the CPU; the first error of `work`, which is [`Error::Unsupported`] for what a graph cannot hold;
+    /// what the driver reports.
     pub fn capture(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
-            cuda.begin_capture()?;
+            let capture = cuda.capture()?;
             let worked = work();
-            let graph = cuda.end_capture().map(|handle| Graph::new(self.timeline.clone(), handle));
+            let graph = capture.end().map(|handle| Graph::new(self.timeline.clone(), handle));
             return worked.and(graph);
         }
         let _ = work;
@@ -120,7 +125,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::DeviceLost`] if some of that work failed.
+    /// [`Error::DeviceLost`] if some of that work failed; [`Error::Unsupported`] within a capture.
     pub fn synchronize(&self) -> Result<(), Error> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
@@ -129,8 +134,18 @@ impl Stream {
         Ok(())
     }
 
-    /// Admits an operation's arguments: all on this stream's device, all ordered after their last use. Marks them as
-    /// used only when every one passed, so that a refusal leaves no trace.
+    /// Refuses what a graph that is being captured cannot hold.
+    pub(crate) fn outside_capture(&self, op: Op, what: &'static str) -> Result<(), Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.timeline.cuda {
+            return cuda.outside_capture(op, what);
+        }
+        let _ = (op, what);
+        Ok(())
+    }
+
+    /// Admits an operation's arguments: all on this stream's device, on a GPU all aligned as its kernel needs and ordered after their
+    /// last use. Marks them as used only when every one passed, so that a refusal leaves no trace.
     pub(crate) fn admit(&self, op: Op, arguments: &[(&'static str, Access<'_>)]) -> Result<(), Error> {
         let want = self.place();
         for &(arg, Access { place, .. }) in arguments {
@@ -140,6 +155,11 @@ impl Stream {
         }
         if want == Place::Host {
             return Ok(()); // program order
+        }
+        for &(arg, Access { misfit, .. }) in arguments {
+            if let Some((need, got)) = misfit {
+                return Err(Error::Layout { op, arg, need, got });
+            }
         }
         for &(arg, Access { mark, write, .. }) in arguments {
             if let Some(used_on) = mark.and_then(|mark| mark.conflict(&self.timeline, write)) {
@@ -178,6 +198,8 @@ pub(crate) struct Access<'a> {
     /// None for raw views, whose contract leaves the order to the caller.
     pub(crate) mark: Option<&'a Mark>,
     pub(crate) write: bool,
+    /// What the kernel that is to use it needs of its alignment, and what there is instead.
+    pub(crate) misfit: Option<(&'static str, usize)>,
 }
 
 /// A buffer's memory of the streams that used it.

@@ -201,7 +201,7 @@ impl<'a> ExpertRows<'a> {
 
     /// The two parts that may live on a device, for admission at `place`; an absent part is at home everywhere.
     pub(crate) fn accesses(&self, place: Place) -> [(&'static str, Access<'a>); 2] {
-        let absent = Access { place, mark: None, write: false };
+        let absent = Access { place, mark: None, write: false, misfit: None };
         let offsets = self.offsets.map_or(absent, |offsets| offsets.access());
         [("offsets", offsets), ("row_to_slot", self.gather.map_or(absent, |gather| gather.row_to_slot.access()))]
     }

@@ -10,7 +10,7 @@
 
 #[cfg(feature = "cuda")]
 use crate::device::params::PageParams;
-use crate::device::{Access, Buffer, Stream};
+use crate::device::{Access, Buffer, Stream, Upload};
 use crate::dtype::Element;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::HeadLayout;
@@ -125,12 +125,14 @@ impl<T: Element> KvCache<T> {
         self.host.lens.iter().all(|&len| len == 0)
     }
 
-    /// Begins a step that adds `new_tokens[b]` tokens to sequence `b`. The layers' operations then write them.
+    /// Begins a step that adds `new_tokens[b]` tokens to sequence `b`. The layers' operations then write them. In the stream's order:
+    /// the host waits for nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless there is one count per sequence; [`Error::Capacity`] if the pages do not suffice. The cache
-    /// is unchanged then.
+    /// [`Error::Shape`] unless there is one count per sequence; [`Error::Capacity`] if the pages do not suffice;
+    /// [`Error::NotJoined`]; [`Error::OutOfMemory`]; [`Error::Unsupported`] within a [capture](Stream::capture). The cache is
+    /// unchanged then.
     pub fn append(&mut self, stream: &Stream, new_tokens: &[usize]) -> Result<(), Error> {
         check_shape(Op::KvCache, "new_tokens", "[B]", &[self.shape.num_sequences], &[new_tokens.len()])?;
         let mut host = self.host.clone();
@@ -174,18 +176,20 @@ impl<T: Element> KvCache<T> {
     }
 
     fn upload(&mut self, stream: &Stream, host: HostState) -> Result<(), Error> {
-        // All or none: a refusal in the middle would leave the device with parts of two steps.
-        let arrays = [("block_table", &self.block_table), ("seq_lens", &self.seq_lens), ("query_offsets", &self.query_offsets)];
-        stream.admit(Op::KvCache, &arrays.map(|(arg, array)| (arg, array.access(true))))?;
+        let mut table = Vec::new();
         if host.pages != self.host.pages {
-            let mut table = vec![0; self.block_table.len()];
+            table.resize(self.block_table.len(), 0);
             for (row, pages) in table.chunks_exact_mut(self.shape.max_pages).zip(&host.pages) {
                 row[..pages.len()].copy_from_slice(pages);
             }
-            self.block_table.copy_from_slice(stream, &table)?;
         }
-        self.seq_lens.copy_from_slice(stream, &host.lens)?;
-        self.query_offsets.copy_from_slice(stream, &host.offsets)?;
+        // All or none: otherwise the device would be left with parts of two steps.
+        let uploads = [
+            ("block_table", self.block_table.upload(&table)?),
+            ("seq_lens", self.seq_lens.upload(&host.lens)?),
+            ("query_offsets", self.query_offsets.upload(&host.offsets)?),
+        ];
+        Upload::queue(stream, Op::KvCache, &uploads)?;
         self.host = host;
         Ok(())
     }

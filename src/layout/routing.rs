@@ -10,7 +10,7 @@
 //! ```
 
 use super::experts::{ExpertRows, Gather};
-use crate::device::{Access, Buffer, Stream};
+use crate::device::{Access, Buffer, Stream, Upload};
 use crate::error::{Error, Op, Place};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
@@ -155,14 +155,17 @@ impl<'a> Routing<'a> {
                 return Err(Error::Duplicate { op: Op::Routing, arg: "ids", token, id });
             }
         }
-        stream.admit(Op::Routing, &buffers.parts_mut(Op::Routing, num_tokens)?.accesses())?; // all parts or none
+        buffers.parts_mut(Op::Routing, num_tokens)?; // which checks the capacity
         let (mut offsets, mut row_to_slot, mut slot_to_row) = (vec![0; num_experts + 1], vec![0; ids.len()], vec![0; ids.len()]);
         index_slots(ids, &mut offsets, &mut row_to_slot, &mut slot_to_row);
-        buffers.expert_ids.copy_from_slice(stream, ids)?;
-        buffers.weights.copy_from_slice(stream, weights)?;
-        buffers.offsets.copy_from_slice(stream, &offsets)?;
-        buffers.row_to_slot.copy_from_slice(stream, &row_to_slot)?;
-        buffers.slot_to_row.copy_from_slice(stream, &slot_to_row)?;
+        let uploads = [
+            ("expert_ids", buffers.expert_ids.upload(ids)?),
+            ("weights", buffers.weights.upload(weights)?),
+            ("offsets", buffers.offsets.upload(&offsets)?),
+            ("row_to_slot", buffers.row_to_slot.upload(&row_to_slot)?),
+            ("slot_to_row", buffers.slot_to_row.upload(&slot_to_row)?),
+        ];
+        Upload::queue(stream, Op::Routing, &uploads)?;
         buffers.routing(num_tokens)
     }
 

@@ -59,6 +59,7 @@ pub fn prefill<A: Float>(
 ) -> Result<(), Error> {
     check(q, heads, scale, cache, out)?;
     let run = dispatch!(stream, Op::Attention, cpu::prefill, cuda::prefill);
+    kernels_need!(stream, cuda::check(heads, q.rows()));
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access) = (("q", q.access()), ("out", out.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, out_access])?;
@@ -91,6 +92,7 @@ pub fn decode<A: Float>(
     let [rows, cols] = partial_dims(heads, q.rows(), cache.pages().max_len())?;
     let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
     let run = dispatch!(stream, Op::Attention, cpu::decode, cuda::decode);
+    kernels_need!(stream, cuda::check(heads, q.rows()));
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access, workspace) = (("q", q.access()), ("out", out.access()), ("workspace", partials.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, workspace, out_access])?;

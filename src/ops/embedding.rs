@@ -35,6 +35,7 @@ pub fn lookup<A: Float, W: Float>(stream: &Stream, ids: TokenIds<'_>, table: Row
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
     let run = dispatch!(stream, Op::Embedding, cpu::lookup, cuda::lookup);
-    stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.access()), ("y", y.access())])?;
+    kernels_need!(stream, cuda::one_type::<A, W>());
+    stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())])?;
     run(stream, ids, table, y)
 }

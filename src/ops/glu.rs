@@ -31,6 +31,6 @@ pub fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mu
     check_shape(Op::Glu, "up", "[R, F]", &gate.dims(), &up.dims())?;
     check_shape(Op::Glu, "y", "[R, F]", &gate.dims(), &y.dims())?;
     let run = dispatch!(stream, Op::Glu, cpu::glu, cuda::glu);
-    stream.admit(Op::Glu, &[("gate", gate.access()), ("up", up.access()), ("y", y.access())])?;
+    stream.admit(Op::Glu, &[("gate", gate.vector_access()), ("up", up.vector_access()), ("y", y.vector_access())])?;
     run(stream, gate, up, y)
 }

@@ -138,7 +138,8 @@ fn norm<A: Float, W: Float>(
 ) -> Result<(), Error> {
     check(x.dims(), weight.dims(), eps, y.dims())?;
     let run = dispatch!(stream, Op::Norm, cpu::norm, cuda::norm);
-    stream.admit(Op::Norm, &[("x", x.access()), ("weight", weight.access()), ("y", y.access())])?;
+    kernels_need!(stream, cuda::check::<A, W>(x.dims()));
+    stream.admit(Op::Norm, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("y", y.vector_access())])?;
     run(stream, kind, x, weight, eps, y)
 }
 
@@ -154,7 +155,9 @@ fn add_norm<A: Float, W: Float>(
     check_shape(Op::Norm, "residual", "[T, D]", &x.dims(), &residual.dims())?;
     check(x.dims(), weight.dims(), eps, y.dims())?;
     let run = dispatch!(stream, Op::Norm, cpu::add_norm, cuda::add_norm);
-    let arguments = [("x", x.access()), ("residual", residual.access()), ("weight", weight.access()), ("y", y.access())];
+    kernels_need!(stream, cuda::check::<A, W>(x.dims()));
+    let (sum, row) = (("residual", residual.vector_access()), ("weight", weight.vector_access()));
+    let arguments = [("x", x.vector_access()), sum, row, ("y", y.vector_access())];
     stream.admit(Op::Norm, &arguments)?;
     run(stream, kind, x, residual, weight, eps, y)
 }

@@ -37,7 +37,7 @@ pub fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, 
     check_shape(Op::Permute, "x", "[T, D]", &[routing.num_tokens(), x.cols()], &x.dims())?;
     check_shape(Op::Permute, "y", "[R, D]", &[routing.rows(), x.cols()], &y.dims())?;
     let run = dispatch!(stream, Op::Permute, cpu::gather, cuda::gather);
-    let arguments = [("x", x.access()), ("routing", routing.row_to_slot().access()), ("y", y.access())];
+    let arguments = [("x", x.vector_access()), ("routing", routing.row_to_slot().access()), ("y", y.vector_access())];
     stream.admit(Op::Permute, &arguments)?;
     run(stream, x, routing, y)
 }
@@ -64,6 +64,6 @@ pub fn combine<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>,
     check_shape(Op::Permute, "y", "[T, D]", &[routing.num_tokens(), x.cols()], &y.dims())?;
     let run = dispatch!(stream, Op::Permute, cpu::combine, cuda::combine);
     let routed = [("routing", routing.weights().access()), ("routing", routing.slot_to_row().access())];
-    stream.admit(Op::Permute, &[("x", x.access()), routed[0], routed[1], ("y", y.access())])?;
+    stream.admit(Op::Permute, &[("x", x.vector_access()), routed[0], routed[1], ("y", y.vector_access())])?;
     run(stream, x, routing, y)
 }

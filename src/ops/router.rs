@@ -64,7 +64,8 @@ pub fn logits<A: Float, W: Float>(
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
     let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
-    stream.admit(Op::Router, &[("x", x.access()), ("weight", weight.access()), ("logits", logits.access())])?;
+    kernels_need!(stream, cuda::one_type::<A, W>());
+    stream.admit(Op::Router, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
 }
 
@@ -83,8 +84,9 @@ pub fn logits<A: Float, W: Float>(
 /// exact probabilities: experts whose probabilities differ are told apart even where softmax rounds them to the same number
 /// or to 0, and no device's `exp` has a say in the ids. Any `top_k <= E <= 256`.
 ///
-/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in an order that depends on E alone; norms are summed
-/// best expert first. There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
+/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in an order that depends on E alone: the lanes
+/// of a vector (CPU) or of a warp (GPU) first, then a fixed tree over them, so that two devices may differ in the last bits. Norms are
+/// summed best expert first. There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
 ///
 /// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits are:
 ///

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use dropless::{Device, Place};
 use dropless_kit::goldens;
 use serde_json::Value;
 
@@ -17,12 +18,33 @@ pub struct Ran {
 
 /// Calls the example with these arguments.
 pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ran {
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let mut console = example::Console { out: &mut out, err: &mut err, colour: false, progress: false };
+    let mut out = Vec::new();
+    let ran = run_into(&mut out, args, example::run);
+    Ran { out: String::from_utf8(out).expect("text"), ..ran }
+}
+
+/// Calls the example, whose `--device cuda` is this device.
+pub fn run_on(device: &Device, args: &[&str]) -> Ran {
+    let mut out = Vec::new();
+    let open = |place: Place, _: Option<usize>| {
+        assert_eq!(place, device.place());
+        Ok(device.clone())
+    };
+    let ran = run_into(&mut out, &[args, &["--device", "cuda"]].concat(), |args, console| example::run_on(&open, args, console));
+    Ran { out: String::from_utf8(out).expect("text"), ..ran }
+}
+
+/// Lets `call` run the example, which prints to `out`.
+pub fn run_into<S: AsRef<std::ffi::OsStr>>(
+    out: &mut dyn std::io::Write,
+    args: &[S],
+    call: impl FnOnce(Vec<std::ffi::OsString>, &mut example::Console<'_>) -> u8,
+) -> Ran {
+    let mut err = Vec::new();
+    let mut console = example::Console { out, err: &mut err, colour: false, progress: false, go_on: false };
     let args = std::iter::once("dbrx".into()).chain(args.iter().map(|arg| arg.as_ref().to_owned()));
-    let code = example::run(args, &mut console);
-    let text = |bytes| String::from_utf8(bytes).expect("text");
-    Ran { code, out: text(out), err: text(err) }
+    let code = call(args.collect(), &mut console);
+    Ran { code, out: String::new(), err: String::from_utf8(err).expect("text") }
 }
 
 /// A folder that goes when it is dropped.

@@ -7,7 +7,7 @@ use dropless_kit::compare::{max_abs, relative_l2};
 use dropless_kit::goldens::{self, Goldens};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::fixture::{Folder, Ran, checkpoint, run};
+use crate::fixture::{Folder, Ran, checkpoint, run, run_into};
 
 /// Limits of runs with f32 activations.
 const REL_L2: f64 = 5e-6;
@@ -43,11 +43,17 @@ fn checkpoints() -> Vec<(String, String)> {
 }
 
 /// A dump, widened: shape and values by name.
-type Dump = BTreeMap<String, (Vec<usize>, Vec<f64>)>;
+pub type Dump = BTreeMap<String, (Vec<usize>, Vec<f64>)>;
 
 /// Runs a checkpoint and reads its dump.
 #[track_caller]
-fn dump(name: &str, prompt: &[u32], args: &[&str]) -> Dump {
+pub fn dump(name: &str, prompt: &[u32], args: &[&str]) -> Dump {
+    dump_by(|args| run(args), name, prompt, args)
+}
+
+/// The same with another way to run it.
+#[track_caller]
+pub fn dump_by(run: impl FnOnce(&[&str]) -> Ran, name: &str, prompt: &[u32], args: &[&str]) -> Dump {
     let folder = Folder::new();
     let (file, model) = (folder.file("dump.safetensors"), checkpoint(name));
     let tokens: Vec<String> = prompt.iter().map(u32::to_string).collect();
@@ -259,6 +265,49 @@ fn dumps_hold_what_was_asked_for() {
     assert_eq!(got["logits"].1[6 * 256..], got["step_logits"].1[..256]);
     let got = dump("tiny-dbrx-f32", &PROMPT[..1], &["--generate", "0"]);
     assert_eq!(got.keys().collect::<Vec<_>>(), ["input_ids", "logits"]);
+}
+
+/// A pipe that was closed, as by `head`.
+struct Closed;
+
+impl std::io::Write for Closed {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where nobody reads on, a run ends without a word; one that writes a file goes on.
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let ran = run_into(&mut Closed, &["--json"], crate::example::run);
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    let got = dump_by(|args| run_into(&mut Closed, args, crate::example::run), "tiny-dbrx-f32", &PROMPT, &["--generate", "2"]);
+    assert_eq!(got["tokens"].0, [2]);
+}
+
+/// A dump may be read by whoever may read other new files, and a file that is replaced keeps its mode.
+#[cfg(unix)]
+#[test]
+fn a_dump_has_the_mode_of_other_files() {
+    use std::os::unix::fs::PermissionsExt;
+    let (folder, model) = (Folder::new(), checkpoint("tiny-dbrx-f32"));
+    let (file, other) = (folder.file("dump.safetensors"), folder.file("other"));
+    let mode = |file: &PathBuf| std::fs::metadata(file).unwrap().permissions().mode();
+    std::fs::write(&other, "").unwrap();
+    let write = || run(&["--model", model.to_str().unwrap(), "--tokens", "1", "--generate", "0", "--dump", file.to_str().unwrap()]);
+    assert_eq!(write().code, 0);
+    assert_eq!(mode(&file), mode(&other));
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o640)).unwrap();
+    assert_eq!((write().code, mode(&file) & 0o777), (0, 0o640));
+}
+
+#[test]
+fn the_version_is_known() {
+    let ran = run(&["--version"]);
+    assert_eq!((ran.code, ran.out.as_str()), (0, concat!("dbrx ", env!("CARGO_PKG_VERSION"), "\n")));
 }
 
 #[test]

@@ -221,27 +221,41 @@ fn pages_and_threads_do_not_matter() {
             same_bits(&case.run(&device::cpu(threads), entry, page_tokens, seed), &contiguous);
         }
     }
+    let case = Case::<Bf16>::normal(3, (6, 1, 8), &[(0, 9), (70, 2), (3, 1)], 1.0);
+    device::each_schedule(|stream| {
+        for entry in ENTRIES {
+            let contiguous = case.run(stream, entry, 128, 0);
+            for (page_tokens, seed) in [(4, 1), (1, 3), (7, 4)] {
+                same_bits(&case.run(stream, entry, page_tokens, seed), &contiguous);
+            }
+        }
+    });
 }
 
 /// A sequence alone gives the bits it has among others, and a token alone those it has in a chunk.
 #[test]
 fn a_token_depends_on_what_it_sees_alone() {
     let case = Case::<f32>::normal(4, (12, 2, 16), &[(0, 40), (513, 1), (0, 0), (60, 33), (255, 2)], 2.0);
-    let stream = device::cpu(2);
+    depends_on_what_it_sees(&device::cpu(2), &case);
+    let case = Case::<f32>::normal(4, (4, 2, 8), &[(0, 5), (30, 1), (0, 0), (6, 3)], 2.0);
+    device::each_schedule(|stream| depends_on_what_it_sees(stream, &case));
+}
+
+fn depends_on_what_it_sees(stream: &Stream, case: &Case<f32>) {
     let cols = case.heads.q_cols();
     for entry in ENTRIES {
-        let together = case.run(&stream, entry, 16, 1);
+        let together = case.run(stream, entry, 16, 1);
         let mut row = 0;
         for (sequence, (history, new)) in case.sequences.iter().enumerate() {
             let alone = case.only(sequence);
-            same_bits(&alone.run(&stream, entry, 16, 1), &together[row * cols..(row + new) * cols]);
+            same_bits(&alone.run(stream, entry, 16, 1), &together[row * cols..(row + new) * cols]);
             for token in 0..*new {
                 let len = history + token + 1;
                 let keep = |part: &Vec<f32>| vec![part[..len * case.heads.kv_cols()].to_vec()];
                 let (keys, values) = (keep(&alone.keys[0]), keep(&alone.values[0]));
                 let q = alone.q[token * cols..(token + 1) * cols].to_vec();
                 let single = Case { heads: case.heads, sequences: vec![(len - 1, 1)], q, keys, values, scale: case.scale };
-                same_bits(&single.run(&stream, entry, 64, 0), &together[(row + token) * cols..][..cols]);
+                same_bits(&single.run(stream, entry, 64, 0), &together[(row + token) * cols..][..cols]);
             }
             row += new;
         }
@@ -251,16 +265,20 @@ fn a_token_depends_on_what_it_sees_alone() {
 /// A NaN or an infinity in a token's key and value reaches that token and later ones, in the heads of its group.
 #[test]
 fn the_future_is_not_seen() {
+    device::each_device(the_future_is_not_seen_on);
+}
+
+fn the_future_is_not_seen_on(stream: &Stream) {
     let clean = Case::<f32>::normal(5, (4, 2, 8), &[(30, 50), (10, 3)], 1.0);
-    let (cols, dirty_position, stream) = (clean.heads.q_cols(), 57, device::cpu(1));
+    let (cols, dirty_position) = (clean.heads.q_cols(), 57);
     for poison in [f32::NAN, f32::INFINITY] {
         for entry in ENTRIES {
-            let want = clean.run(&stream, entry, 16, 1);
+            let want = clean.run(stream, entry, 16, 1);
             let mut case = Case::<f32>::normal(5, (4, 2, 8), &[(30, 50), (10, 3)], 1.0);
             for part in [&mut case.keys[0], &mut case.values[0]] {
                 part[dirty_position * 16..][..8].fill(poison); // KV head 0
             }
-            let got = case.run(&stream, entry, 16, 1);
+            let got = case.run(stream, entry, 16, 1);
             for (token, (got, want)) in got.chunks(cols).zip(want.chunks(cols)).enumerate() {
                 same_bits(&got[16..], &want[16..]); // KV head 1
                 if !(dirty_position - 30..50).contains(&token) {
@@ -281,9 +299,11 @@ fn scores_of_minus_infinity() {
         case.q = vec![1.0, 1.0];
         case.keys[0][..290].fill(f32::NEG_INFINITY);
         case.keys[1].fill(f32::NEG_INFINITY);
-        let got = case.run(&device::cpu(1), entry, 64, 1);
-        assert_eq!(got[0], case.values[0][290]);
-        assert!(got[1].is_nan());
+        device::each_device(|stream| {
+            let got = case.run(stream, entry, 64, 1);
+            assert_eq!(got[0], case.values[0][290]);
+            assert!(got[1].is_nan());
+        });
     }
 }
 

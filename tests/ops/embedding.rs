@@ -56,13 +56,15 @@ fn against_oracle_converted() {
 
 #[test]
 fn a_nan_stays_with_its_id() {
-    let stream = device::cpu(1);
     let mut table = normal::<f32>(3, 4 * 5, 1.0);
     table[2 * 5 + 1] = f32::NAN;
-    let mut buffer = Buffer::zeros(&stream, 3).unwrap();
-    let ids = TokenIds::from_host(&stream, &[1, 2, 3], 4, &mut buffer).unwrap();
-    let got = guard::run(&stream, 3, 5, |y| lookup(&stream, ids, Rows::from_slice(&table, 4, 5).unwrap(), y).unwrap());
-    same_bits(&got, &table[5..]);
+    device::each_device(|stream| {
+        let mut buffer = Buffer::zeros(stream, 3).unwrap();
+        let ids = TokenIds::from_host(stream, &[1, 2, 3], 4, &mut buffer).unwrap();
+        let rows = Guarded::with(stream, &table, 4, 5, 0);
+        let got = guard::run(stream, 3, 5, |y| lookup(stream, ids, rows.view(), y).unwrap());
+        same_bits(&got, &table[5..]);
+    });
 }
 
 #[test]

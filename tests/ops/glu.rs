@@ -66,15 +66,19 @@ fn goldens_of_transformers() {
 
 #[test]
 fn a_nan_stays_in_its_row() {
-    let stream = device::cpu(1);
-    let (mut gate, up) = (normal::<f32>(3, 12, 1.0), normal::<f32>(4, 12, 1.0));
-    let (gate_clean, up_view) = (gate.clone(), Rows::from_slice(&up, 3, 4).unwrap());
-    let run = |gate: &[f32]| guard::run(&stream, 3, 4, |y| glu(&stream, Rows::from_slice(gate, 3, 4).unwrap(), up_view, y).unwrap());
-    gate[5] = f32::NAN;
-    let (clean, dirty) = (run(&gate_clean), run(&gate));
-    assert!(dirty[5].is_nan());
-    same_bits(&dirty[8..], &clean[8..]);
-    same_bits(&dirty[..4], &clean[..4]);
+    let (clean, up) = (normal::<f32>(3, 12, 1.0), normal::<f32>(4, 12, 1.0));
+    let mut dirty = clean.clone();
+    dirty[5] = f32::NAN;
+    device::each_device(|stream| {
+        let up = Guarded::with(stream, &up, 3, 4, 0);
+        let [clean, dirty] = [&clean, &dirty].map(|gate| {
+            let gate = Guarded::with(stream, gate, 3, 4, 0);
+            guard::run(stream, 3, 4, |y| glu(stream, gate.view(), up.view(), y).unwrap())
+        });
+        assert!(dirty[5].is_nan());
+        same_bits(&dirty[8..], &clean[8..]);
+        same_bits(&dirty[..4], &clean[..4]);
+    });
 }
 
 #[test]

@@ -155,16 +155,19 @@ fn large_means() {
 
 #[test]
 fn rows_without_deviation_give_zeros() {
-    let stream = device::cpu(1);
-    assert_eq!(run(&stream, layer_norm, &[3.0f32, -5e7, 0.0], &[2.0f32], 0), [0.0; 3]);
-    assert_eq!(run(&stream, layer_norm, &[-3.5f32; 700], &[2.0f32; 700], 0), [0.0; 700]);
-    assert_eq!(run(&stream, rms_norm, &[0.0f32; 700], &[2.0f32; 700], 0), [0.0; 700]);
+    device::each_device(rows_without_deviation);
+}
+
+fn rows_without_deviation(stream: &Stream) {
+    assert_eq!(run(stream, layer_norm, &[3.0f32, -5e7, 0.0], &[2.0f32], 0), [0.0; 3]);
+    assert_eq!(run(stream, layer_norm, &[-3.5f32; 700], &[2.0f32; 700], 0), [0.0; 700]);
+    assert_eq!(run(stream, rms_norm, &[0.0f32; 700], &[2.0f32; 700], 0), [0.0; 700]);
     // A constant whose sum rounds: what the mean is off by comes out again, scaled by 1 / sqrt(eps).
     let (x, weight) = ([0.1f32; 6143], [1.0f32; 6143]);
     let [x64, weight64] = [&x, &weight].map(|values| to_f64(values));
     let error = oracle::norm::layer_norm_error(&x64, &weight64, EPS.into());
     assert!(error[0] < 1e-6);
-    assert!(run(&stream, layer_norm, &x, &weight, 0).iter().all(|y| f64::from(y.abs()) <= error[0]));
+    assert!(run(stream, layer_norm, &x, &weight, 0).iter().all(|y| f64::from(y.abs()) <= error[0]));
 }
 
 #[test]
@@ -188,14 +191,15 @@ fn what_is_not_finite_stays_in_its_row() {
 proptest! {
     #[test]
     fn a_row_does_not_depend_on_its_neighbours(rows in 1..12usize, cols in 1..1200usize, seed: u64) {
-        let (stream, alone) = (device::cpu(3), device::cpu(1));
-        let (x, weight) = (normal::<Bf16>(seed, rows * cols, 3.0), weights::<f32>(cols));
-        for norm in [layer_norm, rms_norm] {
-            let together = run(&stream, norm, &x, &weight, 0);
-            for (x, together) in x.chunks(cols).zip(together.chunks(cols)) {
-                same_bits(&run(&alone, norm, x, &weight, 3), together);
+        let (x, weight) = (normal::<Bf16>(seed, rows * cols, 3.0), weights::<Bf16>(cols));
+        device::some_device(seed, |stream| {
+            for norm in [layer_norm, rms_norm] {
+                let together = run(stream, norm, &x, &weight, 0);
+                for (x, together) in x.chunks(cols).zip(together.chunks(cols)) {
+                    same_bits(&run(stream, norm, x, &weight, 3), together);
+                }
             }
-        }
+        });
     }
 }
 

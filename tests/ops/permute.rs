@@ -170,49 +170,59 @@ proptest! {
     /// Integers, so that the sum is exact: with all weights 1, each token comes back k times.
     #[test]
     fn gather_then_combine_restores_the_sum(choice in any_choice(), cols in 0..40usize, seed: u64) {
-        let (stream, tokens) = (device::cpu(2), choice.tokens());
-        let mut buffers = choice.buffers(&stream);
-        let routing = Routing::from_host(&stream, &choice.ids, &vec![1.0; choice.ids.len()], &mut buffers).unwrap();
+        let tokens = choice.tokens();
         let x = integers::<Bf16>(seed, tokens * cols);
-        let input = Guarded::with(&stream, &x, tokens, cols, 3);
-        let rows = guard::run(&stream, routing.rows(), cols, |y| gather(&stream, input.view(), &routing, y).unwrap());
-        let rows = Guarded::with(&stream, &rows, routing.rows(), cols, 1);
-        let got = guard::run(&stream, tokens, cols, |y| combine(&stream, rows.view(), &routing, y).unwrap());
-        let want: Vec<Bf16> = x.iter().map(|x| Bf16::from_f32(x.to_f32() * choice.top_k as f32)).collect();
-        same_bits(&got, &want);
+        device::some_device(seed, |stream| {
+            let mut buffers = choice.buffers(stream);
+            let routing = Routing::from_host(stream, &choice.ids, &vec![1.0; choice.ids.len()], &mut buffers).unwrap();
+            let input = Guarded::with(stream, &x, tokens, cols, 3);
+            let rows = guard::run(stream, routing.rows(), cols, |y| gather(stream, input.view(), &routing, y).unwrap());
+            let rows = Guarded::with(stream, &rows, routing.rows(), cols, 1);
+            let got = guard::run(stream, tokens, cols, |y| combine(stream, rows.view(), &routing, y).unwrap());
+            let want: Vec<Bf16> = x.iter().map(|x| Bf16::from_f32(x.to_f32() * choice.top_k as f32)).collect();
+            same_bits(&got, &want);
+        });
     }
 
     /// A token's sum has the same bits alone as in any batch, wherever its rows lie there.
     #[test]
     fn a_token_does_not_depend_on_its_neighbours(choice in any_choice(), seed: u64) {
         const COLS: usize = 5;
-        let (stream, top_k) = (device::cpu(2), choice.top_k);
+        let top_k = choice.top_k;
         let (weights, by_slot) = (weights_of(&choice), normal::<f32>(seed, choice.ids.len() * COLS, 1.0));
         // What the experts gave, slot by slot, brought into expert order.
-        let combined = |ids: &[u32], weights: &[f32], by_slot: &[f32]| {
-            let mut buffers = choice.buffers(&stream);
-            let routing = Routing::from_host(&stream, ids, weights, &mut buffers).unwrap();
-            let slots = routing.row_to_slot().as_slice().unwrap();
+        let combined = |stream: &Stream, ids: &[u32], weights: &[f32], by_slot: &[f32]| {
+            let mut buffers = choice.buffers(stream);
+            let routing = Routing::from_host(stream, ids, weights, &mut buffers).unwrap();
+            let slots = routing.row_to_slot().to_vec(stream).unwrap();
             let rows: Vec<f32> = slots.iter().flat_map(|slot| &by_slot[*slot as usize * COLS..][..COLS]).copied().collect();
-            let rows = Guarded::with(&stream, &rows, routing.rows(), COLS, 0);
-            guard::run(&stream, routing.num_tokens(), COLS, |y| combine(&stream, rows.view(), &routing, y).unwrap())
+            let rows = Guarded::with(stream, &rows, routing.rows(), COLS, 0);
+            guard::run(stream, routing.num_tokens(), COLS, |y| combine(stream, rows.view(), &routing, y).unwrap())
         };
-        let together = combined(&choice.ids, &weights, &by_slot);
-        for token in 0..choice.tokens() {
-            let slots = token * top_k..(token + 1) * top_k;
-            let alone = combined(&choice.ids[slots.clone()], &weights[slots.clone()], &by_slot[slots.start * COLS..slots.end * COLS]);
-            same_bits(&alone, &together[token * COLS..(token + 1) * COLS]);
-        }
+        device::some_device(seed, |stream| {
+            let together = combined(stream, &choice.ids, &weights, &by_slot);
+            for token in 0..choice.tokens() {
+                let slots = token * top_k..(token + 1) * top_k;
+                let by_slot = &by_slot[slots.start * COLS..slots.end * COLS];
+                let alone = combined(stream, &choice.ids[slots.clone()], &weights[slots.clone()], by_slot);
+                same_bits(&alone, &together[token * COLS..(token + 1) * COLS]);
+            }
+        });
     }
 }
 
 #[test]
 fn a_nan_stays_with_its_token() {
-    let (stream, choice) = (device::cpu(1), Choice { num_experts: 3, top_k: 2, ids: vec![2, 0, 0, 1, 2, 1] });
+    device::each_device(a_nan_stays_with_its_token_on);
+}
+
+fn a_nan_stays_with_its_token_on(stream: &Stream) {
+    let choice = Choice { num_experts: 3, top_k: 2, ids: vec![2, 0, 0, 1, 2, 1] };
     let combined = |x: &[f32], weights: &[f32]| {
-        let mut buffers = choice.buffers(&stream);
-        let routing = Routing::from_host(&stream, &choice.ids, weights, &mut buffers).unwrap();
-        guard::run(&stream, 3, 1, |y| combine(&stream, Rows::from_slice(x, 6, 1).unwrap(), &routing, y).unwrap())
+        let mut buffers = choice.buffers(stream);
+        let routing = Routing::from_host(stream, &choice.ids, weights, &mut buffers).unwrap();
+        let x = Guarded::with(stream, x, 6, 1, 0);
+        guard::run(stream, 3, 1, |y| combine(stream, x.view(), &routing, y).unwrap())
     };
     let (x, weights) = ([1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [0.5f32, 1.5, 1.0, 2.0, 0.25, 0.75]);
     assert_eq!(combined(&x, &weights), [0.5 * 5.0 + 1.5 * 1.0, 2.0 + 2.0 * 3.0, 0.25 * 6.0 + 0.75 * 4.0]);

@@ -124,7 +124,10 @@ fn repeated<T: Copy>(x: &[T], cols: usize, times: usize) -> Vec<T> {
 #[test]
 fn goldens_of_transformers() {
     let file = Goldens::open("ops/rope.safetensors");
-    let stream = device::cpu(2);
+    device::each_device(|stream| goldens_of_transformers_on(stream, &file));
+}
+
+fn goldens_of_transformers_on(stream: &Stream, file: &Goldens) {
     for (case, suffix) in [("hd16", "_hf_f32_tables"), ("hd64", "_hf_f32_tables"), ("hd128", "_hf_f32_tables"), ("partial25", "")] {
         let name = |name: &str| format!("{case}.{name}");
         let (q_shape, kv) = (file.shape(&name("q")), file.shape(&name("k"))[0]);
@@ -134,12 +137,12 @@ fn goldens_of_transformers() {
         let heads = HeadLayout::new(kv * h, kv, d).unwrap();
         // Each token in a sequence of its own, at its position.
         let sequences: Vec<(usize, usize)> = file.u32(&name("positions")).iter().map(|p| (*p as usize, 1)).collect();
-        let step = Step::new(&stream, &sequences, 256, 0, 5);
+        let step = Step::new(stream, &sequences, 256, 0, 5);
         let [q, k] = ["q", "k"].map(|part| by_token(&file.float::<f32>(&name(part)), tokens, d));
         let rows = q.chunks(h * d).zip(k.chunks(kv * d));
         let qkv: Vec<f32> = rows.flat_map(|(q, k)| [&q.repeat(kv)[..], k, k].concat()).collect();
-        let table = RopeTable::new(&stream, file.f64(&name("theta"))[0] as f32, rotary_dim, 32768).unwrap();
-        let got = run(&stream, &step, &qkv, heads, None, &table);
+        let table = RopeTable::new(stream, file.f64(&name("theta"))[0] as f32, rotary_dim, 32768).unwrap();
+        let got = run(stream, &step, &qkv, heads, None, &table);
         let [q_want, k_want] = ["q_out", "k_out"].map(|part| by_token(&file.f64(&name(&format!("{part}{suffix}"))), tokens, d));
         // Where the reference's angles are f64, ours differ by the rounding of frequency and product: 2^-23 of the angle.
         let angle = |row: usize| if suffix.is_empty() { sequences[row].0 as f64 * 2f64.powi(-23) } else { 0.0 };
@@ -165,27 +168,31 @@ fn goldens_of_transformers() {
 /// Through a cache of its own: positions continue from step to step, and layers do not mix.
 #[test]
 fn a_cache_grows_step_by_step() {
-    let stream = device::cpu(1);
+    device::each_device(a_cache_grows_step_by_step_on);
+}
+
+fn a_cache_grows_step_by_step_on(stream: &Stream) {
     let heads = HeadLayout::new(2, 1, 8).unwrap();
-    let table = RopeTable::new(&stream, THETA, 8, 16).unwrap();
-    let mut cache = KvCache::<f32>::new(&stream, 2, KvShape::contiguous(heads, 1, 16)).unwrap();
+    let table = RopeTable::new(stream, THETA, 8, 16).unwrap();
+    let mut cache = KvCache::<f32>::new(stream, 2, KvShape::contiguous(heads, 1, 16)).unwrap();
     let qkv = normal::<f32>(3, 7 * 32, 1.0);
-    let mut q = vec![0f32; 7 * 16];
+    let rows = Guarded::with(stream, &qkv, 7, 32, 0);
+    let mut q = Guarded::<f32>::new(stream, 7, 16, 0, guard::POISONS[0]);
     for tokens in [0..4, 4..5, 5..7] {
-        cache.append(&stream, &[tokens.len()]).unwrap();
-        let rows = Rows::from_slice(&qkv, 7, 32).unwrap().row_range(tokens.clone()).unwrap();
-        let q = dropless::RowsMut::from_slice(&mut q, 7, 16).unwrap();
-        clip_rotate_append(&stream, rows, heads, None, &table, &mut cache.layer_mut(1).unwrap(), &mut q.row_range(tokens).unwrap())
-            .unwrap();
+        cache.append(stream, &[tokens.len()]).unwrap();
+        let rows = rows.view().row_range(tokens.clone()).unwrap();
+        let q = &mut q.view_mut().row_range(tokens).unwrap();
+        clip_rotate_append(stream, rows, heads, None, &table, &mut cache.layer_mut(1).unwrap(), q).unwrap();
     }
-    let step = Step::new(&stream, &[(0, 7)], 16, 0, 0);
-    let want = run(&stream, &step, &qkv, heads, None, &table);
-    same_bits(&q, &want.q);
+    let step = Step::new(stream, &[(0, 7)], 16, 0, 0);
+    let want = run(stream, &step, &qkv, heads, None, &table);
+    same_bits(&q.take(stream), &want.q);
     let layer = cache.layer(1).unwrap();
-    same_bits(&layer.keys().as_slice().unwrap()[..7 * 8], &want.k);
-    same_bits(&layer.values().as_slice().unwrap()[..7 * 8], &want.v);
-    assert!(layer.keys().as_slice().unwrap()[7 * 8..].iter().all(|x| *x == 0.0));
-    assert!(cache.layer(0).unwrap().keys().as_slice().unwrap().iter().all(|x| *x == 0.0));
+    let (keys, values) = (layer.keys().to_vec(stream).unwrap(), layer.values().to_vec(stream).unwrap());
+    same_bits(&keys[..7 * 8], &want.k);
+    same_bits(&values[..7 * 8], &want.v);
+    assert!(keys[7 * 8..].iter().all(|x| *x == 0.0));
+    assert!(cache.layer(0).unwrap().keys().to_vec(stream).unwrap().iter().all(|x| *x == 0.0));
 }
 
 #[test]

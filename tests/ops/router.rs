@@ -61,11 +61,11 @@ fn logits_of_integers_are_exact() {
 
 #[test]
 fn no_model_width_gives_zeros() {
-    let stream = device::cpu(1);
-    let got = guard::run::<f32>(&stream, 2, 3, |y| {
-        logits::<f32, f32>(&stream, Rows::from_slice(&[], 2, 0).unwrap(), Rows::from_slice(&[], 3, 0).unwrap(), y).unwrap();
+    device::each_device(|stream| {
+        let [x, weight] = [2, 3].map(|rows| Guarded::<f32>::with(stream, &[], rows, 0, 0));
+        let got = guard::run::<f32>(stream, 2, 3, |y| logits(stream, x.view(), weight.view(), y).unwrap());
+        assert_eq!(got, [0.0; 6]);
     });
-    assert_eq!(got, [0.0; 6]);
 }
 
 #[test]
@@ -219,17 +219,21 @@ fn one_choice_has_weight_one_under_any_norm() {
 
 #[test]
 fn a_large_norm_is_the_largest_weight() {
-    let got = run(&device::cpu(1), &[3.0, 1.0, 2.0, -50.0], 4, 3, Normalize::P(1e6));
-    let e = 1f32.exp();
-    assert!(got.weights.iter().zip([1.0, e.recip(), e.powi(-2)]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", got.weights);
+    device::each_device(|stream| {
+        let got = run(stream, &[3.0, 1.0, 2.0, -50.0], 4, 3, Normalize::P(1e6));
+        let e = 1f32.exp();
+        assert!(got.weights.iter().zip([1.0, e.recip(), e.powi(-2)]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", got.weights);
+    });
 }
 
 /// Experts that softmax cannot tell apart in f32 are told apart by their logits.
 #[test]
 fn logits_decide_where_probabilities_round_alike() {
-    let got = run(&device::cpu(1), &[0.0, -300.0, -200.0, -400.0, 100.0, 1e-9], 6, 4, Normalize::None);
-    assert_eq!(got.ids, [4, 5, 0, 2]);
-    assert_eq!(got.weights[3], 0.0);
+    device::each_device(|stream| {
+        let got = run(stream, &[0.0, -300.0, -200.0, -400.0, 100.0, 1e-9], 6, 4, Normalize::None);
+        assert_eq!(got.ids, [4, 5, 0, 2]);
+        assert_eq!(got.weights[3], 0.0);
+    });
 }
 
 #[test]
@@ -263,14 +267,16 @@ fn ties_go_to_the_lower_index() {
     let file = Goldens::open("ops/gating.safetensors");
     let logits = file.float::<f32>("ties.logits");
     let (must, may) = (file.u32("ties.must_contain_mask"), file.u32("ties.may_contain_mask"));
-    let got = run(&device::cpu(1), &logits, 8, 4, Normalize::P(1.0));
-    assert_eq!(got.ids, file.u32("ties.lowest_index_first"));
-    within(&got.weights, &file.f64("ties.weights_sorted"), 4, |_| 32.0 * UNIT);
-    for (token, ids) in got.ids.chunks(4).enumerate() {
-        assert!((0..8).all(|e| must[token * 8 + e] == 0 || ids.contains(&(e as u32))));
-        assert!(ids.iter().all(|id| may[token * 8 + *id as usize] != 0));
-    }
-    assert_eq!(run(&device::cpu(1), &[-0.0, 0.0, -0.0, 0.0], 4, 3, Normalize::None).ids, [0, 1, 2]);
+    device::each_device(|stream| {
+        let got = run(stream, &logits, 8, 4, Normalize::P(1.0));
+        assert_eq!(got.ids, file.u32("ties.lowest_index_first"));
+        within(&got.weights, &file.f64("ties.weights_sorted"), 4, |_| 32.0 * UNIT);
+        for (token, ids) in got.ids.chunks(4).enumerate() {
+            assert!((0..8).all(|e| must[token * 8 + e] == 0 || ids.contains(&(e as u32))));
+            assert!(ids.iter().all(|id| may[token * 8 + *id as usize] != 0));
+        }
+        assert_eq!(run(stream, &[-0.0, 0.0, -0.0, 0.0], 4, 3, Normalize::None).ids, [0, 1, 2]);
+    });
 }
 
 #[test]
@@ -316,17 +322,20 @@ proptest! {
             (Just(experts), 1..=experts, rows.prop_map(|rows| rows.concat()))
         }),
         norm in 0usize..5,
+        seed: u64,
     ) {
-        let (stream, normalize) = (device::cpu(1), NORMS[norm]);
-        let got = run(&stream, &logits, experts, top_k, normalize);
-        check_invariants(&got, logits.len() / experts, experts, top_k);
-        for (token, logits) in logits.chunks(experts).enumerate() {
-            let alone = run(&stream, logits, experts, top_k, normalize);
-            let mine = token * top_k..(token + 1) * top_k;
-            assert_eq!(alone.ids, got.ids[mine.clone()]);
-            assert_eq!(alone.ids, oracle::router::experts(&to_f64(logits), top_k));
-            same_bits(&got.weights[mine], &alone.weights);
-        }
+        let normalize = NORMS[norm];
+        device::some_device(seed, |stream| {
+            let got = run(stream, &logits, experts, top_k, normalize);
+            check_invariants(&got, logits.len() / experts, experts, top_k);
+            for (token, logits) in logits.chunks(experts).enumerate() {
+                let alone = run(stream, logits, experts, top_k, normalize);
+                let mine = token * top_k..(token + 1) * top_k;
+                assert_eq!(alone.ids, got.ids[mine.clone()]);
+                assert_eq!(alone.ids, oracle::router::experts(&to_f64(logits), top_k));
+                same_bits(&got.weights[mine], &alone.weights);
+            }
+        });
     }
 }
 

@@ -51,6 +51,7 @@ const LAUNCH_PARAM_END: Pointer = null_mut();
 const LAUNCH_PARAM_BUFFER_POINTER: Pointer = 1 as Pointer;
 const LAUNCH_PARAM_BUFFER_SIZE: Pointer = 2 as Pointer;
 const FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
+const NOT_READY: DriverError = DriverError(600);
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DEFAULT: c_uint = 0;
 const EVENT_DISABLE_TIMING: c_uint = 2;
@@ -106,6 +107,7 @@ functions! {
     event_create = "cuEventCreate": fn(*mut Pointer, c_uint);
     event_destroy = "cuEventDestroy_v2": fn(Pointer);
     event_record = "cuEventRecord": fn(Pointer, Pointer);
+    event_query = "cuEventQuery": fn(Pointer);
     event_elapsed = "cuEventElapsedTime": fn(*mut f32, Pointer, Pointer);
     capture_begin = "cuStreamBeginCapture_v2": fn(Pointer, c_int);
     capture_end = "cuStreamEndCapture": fn(Pointer, *mut Pointer);
@@ -266,10 +268,8 @@ unsafe impl Driver for Hardware {
     }
 
     unsafe fn copy_to_device(&self, stream: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
-        // SAFETY: the caller's duty. From pageable memory the driver stages the source before it returns; from pinned memory it
-        // may not, so wait.
-        check(unsafe { (self.functions.copy_to_device)(address, source.cast(), bytes, pointer(stream)) })?;
-        self.synchronize(stream)
+        // SAFETY: the caller's duty. The source is page-locked, so the driver returns at once and reads it later.
+        check(unsafe { (self.functions.copy_to_device)(address, source.cast(), bytes, pointer(stream)) })
     }
 
     unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
@@ -325,6 +325,14 @@ unsafe impl Driver for Hardware {
     fn record(&self, event: Handle, stream: Handle) -> DriverResult<()> {
         // SAFETY: handles of this driver.
         check(unsafe { (self.functions.event_record)(pointer(event), pointer(stream)) })
+    }
+
+    fn is_done(&self, event: Handle) -> DriverResult<bool> {
+        // SAFETY: an event of this driver.
+        match check(unsafe { (self.functions.event_query)(pointer(event)) }) {
+            Err(NOT_READY) => Ok(false),
+            done => done.map(|()| true),
+        }
     }
 
     fn wait(&self, stream: Handle, event: Handle) -> DriverResult<()> {

@@ -1,4 +1,4 @@
-//! CUDA launches of `attention`. Callers have checked the shapes and the workspace.
+//! CUDA launches of `attention`. Callers have checked shapes, the width of a head and the workspace.
 #![allow(unsafe_code)] // the launch
 
 use crate::device::params::AttentionParams;
@@ -12,6 +12,18 @@ use crate::view::{Rows, RowsMut};
 const WARPS: u32 = 4;
 const MAX_SHARED_BYTES: usize = 40 << 10;
 
+fn shared_bytes(heads: HeadLayout) -> usize {
+    WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
+}
+
+/// What the kernel needs beyond the contract.
+pub(super) fn check(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
+    if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
+        return Err(Error::Unsupported { op: Op::Attention, what: "head_dim", got: "beyond 1280", supported: "up to 1280" });
+    }
+    Ok(())
+}
+
 pub(super) fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
@@ -23,10 +35,6 @@ pub(super) fn prefill<A: Float>(
     let num_tokens = q.rows();
     if num_tokens == 0 {
         return Ok(());
-    }
-    let shared_bytes = WARPS as usize * 2 * heads.head_dim() * size_of::<f32>();
-    if shared_bytes > MAX_SHARED_BYTES {
-        return Err(Error::Unsupported { op: Op::Attention, what: "head_dim", got: "beyond 1280", supported: "up to 1280" });
     }
     let params = AttentionParams {
         q: q.address(),
@@ -47,7 +55,7 @@ pub(super) fn prefill<A: Float>(
     };
     let cuda = stream.cuda();
     let mut grid = cuda.grid(num_tokens as u64 * heads.num_heads() as u64, WARPS.into(), 32 * WARPS);
-    grid.shared_bytes = shared_bytes as u32;
+    grid.shared_bytes = shared_bytes(heads) as u32;
     // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, the pools every row that the
     // pages name; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
     // raw views and raw pages promise it.

@@ -1,4 +1,4 @@
-//! CUDA launch of `embedding`. Callers have checked the shapes; types and alignment are this backend's own needs.
+//! CUDA launch of `embedding`. Callers have checked shapes, types and alignment.
 #![allow(unsafe_code)] // the launch
 
 use crate::device::params::EmbeddingParams;
@@ -8,21 +8,25 @@ use crate::error::{Error, Op, check_one_type};
 use crate::layout::TokenIds;
 use crate::view::{Rows, RowsMut};
 
+/// What the kernel needs beyond the contract.
+pub(super) fn one_type<A: Float, W: Float>() -> Result<(), Error> {
+    check_one_type::<A, W>(Op::Embedding, "`table` of type")
+}
+
 pub(super) fn lookup<A: Float, W: Float>(
     stream: &Stream,
     ids: TokenIds<'_>,
     table: Rows<'_, W>,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Embedding, "`table` of type")?;
     let [num_tokens, d_model] = y.dims();
     if num_tokens == 0 || d_model == 0 {
         return Ok(());
     }
     let params = EmbeddingParams {
         ids: ids.ids().address(),
-        table: table.vectors(Op::Embedding, "table")?,
-        y: y.vectors(Op::Embedding, "y")?,
+        table: table.address(),
+        y: y.address(),
         num_tokens: num_tokens as i64,
         d_model: d_model as i64,
         table_stride: table.stride() as i64,

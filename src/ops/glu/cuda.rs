@@ -1,4 +1,4 @@
-//! CUDA launch of `glu`. Callers have checked the shapes; alignment is this backend's own need.
+//! CUDA launch of `glu`. Callers have checked shapes and alignment.
 #![allow(unsafe_code)] // the launch
 
 use crate::device::params::GluParams;
@@ -13,9 +13,9 @@ pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>,
         return Ok(());
     }
     let params = GluParams {
-        gate: gate.vectors(Op::Glu, "gate")?,
-        up: up.vectors(Op::Glu, "up")?,
-        y: y.vectors(Op::Glu, "y")?,
+        gate: gate.address(),
+        up: up.address(),
+        y: y.address(),
         rows: rows as i64,
         d_ffn: d_ffn as i64,
         gate_stride: gate.stride() as i64,

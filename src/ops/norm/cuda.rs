@@ -1,4 +1,4 @@
-//! CUDA launch of `norm`. Callers have checked the shapes; types, alignment and the width of a row are this backend's own needs.
+//! CUDA launch of `norm`. Callers have checked shapes, types, alignment and the width of a row.
 #![allow(unsafe_code)] // the launch
 
 use super::Kind;
@@ -11,6 +11,15 @@ use crate::view::{Rows, RowsMut};
 /// Elements of a row that one thread holds in registers: `ELEMS_PER_THREAD` of the kernel.
 const ELEMS_PER_THREAD: usize = 16;
 const MAX_THREADS: usize = 1024;
+
+/// What the kernels need beyond the contract.
+pub(super) fn check<A: Float, W: Float>([num_tokens, d_model]: [usize; 2]) -> Result<(), Error> {
+    check_one_type::<A, W>(Op::Norm, "`weight` of type")?;
+    if num_tokens > 0 && d_model > MAX_THREADS * ELEMS_PER_THREAD {
+        return Err(Error::Unsupported { op: Op::Norm, what: "D", got: "beyond 16384", supported: "up to 16384" });
+    }
+    Ok(())
+}
 
 pub(super) fn norm<A: Float, W: Float>(
     stream: &Stream,
@@ -52,23 +61,16 @@ fn launch<A: Float, W: Float>(
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Norm, "`weight` of type")?;
     let [num_tokens, d_model] = x.dims();
     if num_tokens == 0 || d_model == 0 {
         return Ok(());
     }
-    if d_model > MAX_THREADS * ELEMS_PER_THREAD {
-        return Err(Error::Unsupported { op: Op::Norm, what: "D", got: "beyond 16384", supported: "up to 16384" });
-    }
-    let (residual, residual_stride) = match residual {
-        Some(residual) => (residual.vectors(Op::Norm, "residual")?, residual.stride()),
-        None => (0, 0),
-    };
+    let (residual, residual_stride) = residual.map_or((0, 0), |residual| (residual.address(), residual.stride()));
     let params = NormParams {
-        x: x.vectors(Op::Norm, "x")?,
+        x: x.address(),
         residual,
-        weight: weight.vectors(Op::Norm, "weight")?,
-        y: y.vectors(Op::Norm, "y")?,
+        weight: weight.address(),
+        y: y.address(),
         num_tokens: num_tokens as i64,
         d_model: d_model as i64,
         x_stride: x.stride() as i64,

@@ -1,4 +1,4 @@
-//! CUDA launches of `permute`. Callers have checked the shapes; alignment is this backend's own need.
+//! CUDA launches of `permute`. Callers have checked shapes and alignment.
 #![allow(unsafe_code)] // the launches
 
 use crate::device::params::{CombineParams, GatherParams};
@@ -14,9 +14,9 @@ pub(super) fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routin
         return Ok(());
     }
     let params = GatherParams {
-        x: x.vectors(Op::Permute, "x")?,
+        x: x.address(),
         row_to_slot: routing.row_to_slot().address(),
-        y: y.vectors(Op::Permute, "y")?,
+        y: y.address(),
         rows: rows as i64,
         d_model: d_model as i64,
         top_k: routing.top_k() as i64,
@@ -36,10 +36,10 @@ pub(super) fn combine<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routi
         return Ok(());
     }
     let params = CombineParams {
-        x: x.vectors(Op::Permute, "x")?,
+        x: x.address(),
         slot_to_row: routing.slot_to_row().address(),
         weights: routing.weights().address(),
-        y: y.vectors(Op::Permute, "y")?,
+        y: y.address(),
         num_tokens: num_tokens as i64,
         d_model: d_model as i64,
         top_k: routing.top_k() as i64,

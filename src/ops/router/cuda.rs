@@ -1,4 +1,4 @@
-//! CUDA launches of `router`. Callers have checked the shapes; types and alignment are this backend's own needs.
+//! CUDA launches of `router`. Callers have checked shapes, types and alignment.
 #![allow(unsafe_code)] // the launches
 
 use super::Normalize;
@@ -21,20 +21,24 @@ const INDEX_THREADS: u32 = 1024;
 /// The most tokens for which one block chooses faster than a second launch starts: four for each of its warps.
 const MAX_ROUTE_TOKENS: usize = 128;
 
+/// What the kernel `logits` needs beyond the contract.
+pub(super) fn one_type<A: Float, W: Float>() -> Result<(), Error> {
+    check_one_type::<A, W>(Op::Router, "`weight` of type")
+}
+
 pub(super) fn logits<A: Float, W: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
     weight: Rows<'_, W>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Router, "`weight` of type")?;
     let [num_tokens, num_experts] = logits.dims();
     if num_tokens == 0 || num_experts == 0 {
         return Ok(());
     }
     let params = LogitsParams {
-        x: x.vectors(Op::Router, "x")?,
-        weight: weight.vectors(Op::Router, "weight")?,
+        x: x.address(),
+        weight: weight.address(),
         logits: logits.address(),
         num_tokens: num_tokens as i64,
         num_experts: num_experts as i64,

@@ -1,4 +1,4 @@
-//! CUDA launch of `sample`. Callers have checked the shapes; alignment is this backend's own need.
+//! CUDA launch of `sample`. Callers have checked shapes and alignment.
 #![allow(unsafe_code)] // the launch
 
 use crate::device::params::ArgmaxParams;
@@ -14,7 +14,7 @@ pub(super) fn argmax(stream: &Stream, logits: Rows<'_, f32>, ids: &mut RowsMut<'
         return Ok(());
     }
     let params = ArgmaxParams {
-        logits: logits.vectors(Op::Sample, "logits")?,
+        logits: logits.address(),
         ids: ids.address(),
         num_tokens: num_tokens as i64,
         vocab: vocabulary as i64,

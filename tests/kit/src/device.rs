@@ -4,9 +4,10 @@ use std::cell::Cell;
 use std::io::Write;
 use std::sync::{Arc, Once};
 
+use dropless::device::driver::{Driver, DriverResult, Handle};
 use dropless::{Device, Element, Error, Stream};
 
-use crate::emulated::{Emulated, Options, Schedule};
+use crate::emulated::{Emulated, Options, Schedule, TmaCompletion};
 
 thread_local! {
     static EMULATING: Cell<bool> = const { Cell::new(false) };
@@ -31,8 +32,104 @@ pub fn each_gpu(test: impl Fn(&Stream)) {
     }
 }
 
-/// Calls `test` on the emulated GPU, once per schedule.
+/// Calls `test` on the CPU and, for one seed in 32, on the emulated GPU in the random schedule of that seed (or in the one of
+/// `DROPLESS_SCHEDULE`): for properties, of which many cases are tried.
+pub fn some_device(seed: u64, test: impl Fn(&Stream)) {
+    test(&cpu(2));
+    if seed.is_multiple_of(32) {
+        let order = asked_for().unwrap_or((Schedule::Random(seed), TmaCompletion::Random));
+        emulating(|| EMULATED.with(|(driver, stream)| in_schedule(driver, stream, order, &test)));
+    }
+}
+
+/// Calls `test` on the emulated GPU: in order and in reverse, each with bulk copies that complete early and late, then in random
+/// schedules with random completion. Where no kernel copies in bulk, completion is nothing to vary.
+///
+/// What fails says how to run it again alone: `DROPLESS_SCHEDULE=random:7,random`, that is `in_order`, `reverse` or `random:SEED`,
+/// then how bulk copies complete, `eager`, `lazy` or `random`. `DROPLESS_SEEDS=N` tries N random schedules instead of one.
 pub fn each_schedule(test: impl Fn(&Stream)) {
+    let schedules = asked_for().map_or_else(all, |order| vec![order]);
+    emulating(|| {
+        EMULATED.with(|(driver, stream)| {
+            let mut bulk = true;
+            for (schedule, tma) in schedules {
+                if tma == TmaCompletion::Lazy && !bulk {
+                    continue; // as it was with early completion
+                }
+                let before = driver.bulk_bytes();
+                in_schedule(driver, stream, (schedule, tma), &test);
+                bulk = driver.bulk_bytes() > before;
+            }
+        });
+    });
+}
+
+type Order = (Schedule, TmaCompletion);
+
+/// The schedule of `DROPLESS_SCHEDULE`.
+fn asked_for() -> Option<Order> {
+    let text = std::env::var("DROPLESS_SCHEDULE").ok()?;
+    Some(parse(&text).unwrap_or_else(|| panic!("DROPLESS_SCHEDULE={text}: write it as in `random:7,lazy`")))
+}
+
+/// The fixed schedules, and as many random ones as `DROPLESS_SEEDS` says.
+fn all() -> Vec<Order> {
+    let seeds = std::env::var("DROPLESS_SEEDS").ok();
+    let seeds = seeds.map_or(1, |text| text.parse().unwrap_or_else(|_| panic!("DROPLESS_SEEDS={text}: not a number")));
+    Options::standard(seeds).into_iter().map(|options| (options.schedule, options.tma)).collect()
+}
+
+fn parse(text: &str) -> Option<Order> {
+    let (schedule, tma) = text.split_once(',')?;
+    let schedule = match schedule.split_once(':') {
+        None if schedule == "in_order" => Schedule::InOrder,
+        None if schedule == "reverse" => Schedule::Reverse,
+        Some(("random", seed)) => Schedule::Random(seed.parse().ok()?),
+        _ => return None,
+    };
+    let tma = match tma {
+        "eager" => TmaCompletion::Eager,
+        "lazy" => TmaCompletion::Lazy,
+        "random" => TmaCompletion::Random,
+        _ => return None,
+    };
+    Some((schedule, tma))
+}
+
+/// As `parse` reads it.
+fn text((schedule, tma): Order) -> String {
+    let schedule = match schedule {
+        Schedule::InOrder => "in_order".to_owned(),
+        Schedule::Reverse => "reverse".to_owned(),
+        Schedule::Random(seed) => format!("random:{seed}"),
+    };
+    let tma = match tma {
+        TmaCompletion::Eager => "eager",
+        TmaCompletion::Lazy => "lazy",
+        TmaCompletion::Random => "random",
+    };
+    format!("{schedule},{tma}")
+}
+
+/// Calls `test` in one schedule, and says which it was if that fails.
+fn in_schedule(driver: &Emulated, stream: &Stream, order: Order, test: &impl Fn(&Stream)) {
+    struct Failing(Order);
+    impl Drop for Failing {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                eprintln!("failed on the emulated GPU; again in this schedule alone: DROPLESS_SCHEDULE={}", text(self.0));
+            }
+        }
+    }
+    let _failing = Failing(order);
+    let (schedule, tma) = order;
+    driver.set_options(Options { schedule, tma, ..Options::default() });
+    test(stream);
+    assert_eq!(driver.reports(), [""; 0]);
+}
+
+/// Lets [`affords`] know that the emulator runs what `run` does.
+fn emulating(run: impl FnOnce()) {
     struct Emulating;
     impl Drop for Emulating {
         fn drop(&mut self) {
@@ -41,13 +138,23 @@ pub fn each_schedule(test: impl Fn(&Stream)) {
     }
     EMULATING.set(true);
     let _until_the_end = Emulating;
-    EMULATED.with(|(driver, stream)| {
-        for schedule in [Schedule::InOrder, Schedule::Reverse, Schedule::Random(1)] {
-            driver.set_options(Options { schedule, ..Options::default() });
-            test(stream);
-            assert_eq!(driver.reports(), [""; 0], "{schedule:?}");
-        }
-    });
+    run();
+}
+
+/// Copies bytes to device memory by a driver's own calls, and waits.
+///
+/// # Errors
+///
+/// The driver's.
+pub fn write(driver: &dyn Driver, stream: Handle, address: u64, bytes: &[u8]) -> DriverResult<()> {
+    let pinned = driver.alloc_pinned(0, bytes.len().max(1))?;
+    // SAFETY: as much memory as bytes, which nobody else knows of.
+    unsafe { pinned.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    // SAFETY: initialised above, and freed only when the copy has happened.
+    unsafe { driver.copy_to_device(stream, address, pinned, bytes.len()) }?;
+    driver.synchronize(stream)?;
+    // SAFETY: as above.
+    unsafe { driver.free_pinned(pinned) }
 }
 
 /// False where the emulator would be too slow: with every detector on it takes some million inner steps per second.
@@ -90,4 +197,29 @@ pub fn hardware() -> Option<Stream> {
 
 fn skipped(error: &Error) {
     let _ = writeln!(std::io::stderr(), "NOT RUN ON HARDWARE, emulated only: {error}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_printed_can_be_asked_for() {
+        for order in Options::standard(3).into_iter().map(|options| (options.schedule, options.tma)) {
+            assert_eq!(parse(&text(order)), Some(order));
+        }
+        assert_eq!(text((Schedule::Random(u64::MAX), TmaCompletion::Lazy)), "random:18446744073709551615,lazy");
+        assert_eq!(["", "random", "random:x,lazy", "in_order", "random:1,", "reverse:1,lazy"].map(parse), [None; 6]);
+    }
+
+    /// Without bulk copies there are as many runs as orders, each on the emulated GPU.
+    #[test]
+    fn every_schedule_is_run() {
+        let runs = Cell::new(0);
+        each_schedule(|stream| {
+            assert!(!affords(1 << 20) && stream.place() == dropless::Place::Cuda(0));
+            runs.set(runs.get() + 1);
+        });
+        assert!(affords(1 << 20) && runs.get() == asked_for().map_or_else(|| all().len() - 2, |_| 1));
+    }
 }

@@ -1,16 +1,17 @@
 //! The PTX emulator as a driver: the images that ship, run without a GPU.
 //!
-//! Every call runs at once, so that streams and events have nothing to do. What a launch was refused for, or which detector fired, is
-//! printed and kept as a report; the caller above sees a driver error.
+//! Work runs when it is queued, so that streams order themselves; only copies from the host happen as late as CUDA allows: when other
+//! work comes behind them or somebody waits. Whoever touches their source meanwhile is found out by the numbers. What a launch was
+//! refused for, or which detector fired, is printed and kept as a report; the caller above sees a driver error.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, TensorMap};
 use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Stats, Swizzle, TensorMapDesc};
-pub use ptx_emulator::{Options, Schedule};
+pub use ptx_emulator::{Options, Schedule, TmaCompletion};
 
 const INVALID_VALUE: DriverError = DriverError(1);
 const INVALID_PTX: DriverError = DriverError(218);
@@ -28,10 +29,25 @@ struct State {
     pinned: HashMap<usize, Layout>,
     graphs: Vec<Vec<Recorded>>,
     capturing: Option<Vec<Recorded>>,
+    copies: VecDeque<Copy>,
+    copies_done: u64,
+    /// For each event: the copies that were queued when it was recorded, those already done included.
+    events: HashMap<Handle, u64>,
     next: Handle,
     reports: Vec<String>,
     launches: Vec<(String, Stats)>,
+    bulk_bytes: u64,
 }
+
+/// A copy from the host that is still to happen.
+struct Copy {
+    target: u64,
+    source: *const u8,
+    bytes: usize,
+}
+
+// SAFETY: whoever queued the copy keeps the source valid, for any thread.
+unsafe impl Send for Copy {}
 
 /// What a graph replays.
 #[derive(Clone)]
@@ -51,9 +67,13 @@ impl Emulated {
             pinned: HashMap::new(),
             graphs: Vec::new(),
             capturing: None,
+            copies: VecDeque::new(),
+            copies_done: 0,
+            events: HashMap::new(),
             next: 0,
             reports: Vec::new(),
             launches: Vec::new(),
+            bulk_bytes: 0,
         }))
     }
 
@@ -70,6 +90,11 @@ impl Emulated {
     /// Every launch so far, by entry, with what it did.
     pub fn launches(&self) -> Vec<(String, Stats)> {
         self.state().launches.clone()
+    }
+
+    /// Bytes that bulk copies have moved so far.
+    pub fn bulk_bytes(&self) -> u64 {
+        self.state().bulk_bytes
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -94,7 +119,22 @@ impl State {
     fn enqueue(&mut self, work: Recorded) -> DriverResult<()> {
         match &mut self.capturing {
             Some(recorded) => recorded.push(work),
-            None => self.run(&work)?,
+            None => self.finish_copies().and_then(|()| self.run(&work))?,
+        }
+        Ok(())
+    }
+
+    /// Makes every copy that is still to happen.
+    fn finish_copies(&mut self) -> DriverResult<()> {
+        while let Some(Copy { target, source, bytes }) = self.copies.pop_front() {
+            self.copies_done += 1;
+            let pinned = |(start, layout): (&usize, &Layout)| source.addr() >= *start && source.addr() + bytes <= start + layout.size();
+            if !self.pinned.iter().any(pinned) {
+                return self.report(&format!("a copy of {bytes} bytes reads memory that is not pinned any more"), INVALID_VALUE);
+            }
+            // SAFETY: inside of pinned memory that is still there, which its owner has initialised.
+            let written = self.gpu.write(target, unsafe { std::slice::from_raw_parts(source, bytes) });
+            written.or_else(|error| self.report(&error, INVALID_VALUE))?;
         }
         Ok(())
     }
@@ -106,7 +146,10 @@ impl State {
                 let cluster = (*cluster != [1, 1, 1]).then_some(*cluster);
                 let launch = Launch { grid: *grid, block: *block, cluster, shared_bytes: *shared_bytes, params };
                 match self.gpu.launch(&kernel, &launch) {
-                    Ok(stats) => self.launches.push((kernel.name().to_owned(), stats)),
+                    Ok(stats) => {
+                        self.bulk_bytes += stats.traffic.iter().map(|traffic| traffic.bulk_loaded + traffic.bulk_stored).sum::<u64>();
+                        self.launches.push((kernel.name().to_owned(), stats));
+                    }
                     Err(report) => return self.report(&report, LAUNCH_FAILED),
                 }
             }
@@ -130,8 +173,9 @@ impl State {
     }
 }
 
-// SAFETY: addresses are the emulator's own, valid until freed, and every access to them is checked; calls run at once, which is an
-// order that streams allow. Host memory is touched only as far as the callers of the unsafe methods vouch for it.
+// SAFETY: addresses are the emulator's own, valid until freed, and every access to them is checked; calls run at once, and
+// copies from the host before whatever is queued behind them, which is an order that streams allow. Host memory is touched only as far as
+// the callers of the unsafe methods vouch for it.
 unsafe impl Driver for Emulated {
     fn version(&self) -> DriverResult<u32> {
         Ok(12040)
@@ -158,6 +202,7 @@ unsafe impl Driver for Emulated {
     fn free(&self, _: Handle, address: u64) -> DriverResult<()> {
         let mut state = self.state();
         state.not_capturing()?;
+        state.finish_copies()?;
         let freed = state.gpu.free(address);
         freed.or_else(|error| state.report(&error, INVALID_VALUE))
     }
@@ -167,16 +212,13 @@ unsafe impl Driver for Emulated {
     unsafe fn copy_to_device(&self, _: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
         let mut state = self.state();
         state.not_capturing()?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: the caller's duty.
-        let written = state.gpu.write(address, unsafe { std::slice::from_raw_parts(source, bytes) });
-        written.or_else(|error| state.report(&error, INVALID_VALUE))
+        state.copies.push_back(Copy { target: address, source, bytes });
+        Ok(())
     }
     unsafe fn copy_to_host(&self, _: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
         let mut state = self.state();
         state.not_capturing()?;
+        state.finish_copies()?;
         if bytes == 0 {
             return Ok(());
         }
@@ -198,7 +240,9 @@ unsafe impl Driver for Emulated {
         Ok(memory)
     }
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
-        let layout = self.state().pinned.remove(&memory.addr()).ok_or(INVALID_VALUE)?;
+        let mut state = self.state();
+        let layout = state.pinned.remove(&memory.addr()).ok_or(INVALID_VALUE)?;
+        drop(state);
         // SAFETY: it was allocated with this layout, and is forgotten now.
         unsafe { dealloc(memory, layout) };
         Ok(())
@@ -208,19 +252,29 @@ unsafe impl Driver for Emulated {
         Ok(self.state().handle())
     }
     fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
-        Ok(())
+        self.state().finish_copies()
     }
     fn synchronize(&self, _: Handle) -> DriverResult<()> {
-        self.state().not_capturing()
+        let mut state = self.state();
+        state.not_capturing()?;
+        state.finish_copies()
     }
     fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
         Ok(self.state().handle())
     }
-    fn destroy_event(&self, _: Handle) -> DriverResult<()> {
+    fn destroy_event(&self, event: Handle) -> DriverResult<()> {
+        self.state().events.remove(&event);
         Ok(())
     }
-    fn record(&self, _: Handle, _: Handle) -> DriverResult<()> {
+    fn record(&self, event: Handle, _: Handle) -> DriverResult<()> {
+        let mut state = self.state();
+        let behind = state.copies_done + state.copies.len() as u64;
+        state.events.insert(event, behind);
         Ok(())
+    }
+    fn is_done(&self, event: Handle) -> DriverResult<bool> {
+        let state = self.state();
+        Ok(state.events.get(&event).is_none_or(|behind| *behind <= state.copies_done))
     }
     fn wait(&self, _: Handle, _: Handle) -> DriverResult<()> {
         Ok(())
@@ -244,6 +298,7 @@ unsafe impl Driver for Emulated {
     fn launch_graph(&self, graph: Handle, _: Handle) -> DriverResult<()> {
         let mut state = self.state();
         let work = state.graphs.get((graph as usize).wrapping_sub(1)).cloned().ok_or(INVALID_HANDLE)?;
+        state.finish_copies()?;
         work.iter().try_for_each(|work| state.run(work))
     }
     fn destroy_graph(&self, graph: Handle) -> DriverResult<()> {

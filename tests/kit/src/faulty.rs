@@ -27,7 +27,7 @@ impl Faulty {
         *self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was made and not released: memory, streams, events, graphs. A release that failed counts as one.
+    /// What was made and not released: memory, pinned memory, streams, events, graphs. A release that failed counts as one.
     pub fn live(&self) -> Vec<(&'static str, u64)> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -115,6 +115,9 @@ unsafe impl Driver for Faulty {
     }
     fn record(&self, event: Handle, stream: Handle) -> DriverResult<()> {
         self.call("record", || self.inner.record(event, stream))
+    }
+    fn is_done(&self, event: Handle) -> DriverResult<bool> {
+        self.call("is_done", || self.inner.is_done(event))
     }
     fn wait(&self, stream: Handle, event: Handle) -> DriverResult<()> {
         self.call("wait", || self.inner.wait(stream, event))

@@ -12,6 +12,13 @@
 //! | [`pages`] | a step over a key-value cache with scattered pages |
 //! | [`recorder`] | a driver that only records what it was asked |
 //! | [`mod@bench`] | verify, then time; FLOP and bytes by formula |
+//!
+//! | variable | what it does |
+//! |---|---|
+//! | `DROPLESS_REQUIRE_GPU=1` | a missing GPU is a failure |
+//! | `DROPLESS_SCHEDULE=random:7,lazy` | the emulated GPU runs in this schedule alone: what a failing test prints |
+//! | `DROPLESS_SEEDS=100` | so many random schedules instead of one |
+//! | `DROPLESS_GOLDENS=DIR` | larger sets of other implementations' results |
 
 pub mod bench;
 pub mod compare;

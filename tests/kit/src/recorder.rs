@@ -1,5 +1,7 @@
 //! A driver that computes nothing and records what it was asked: launches, copies, allocations.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::collections::HashMap;
 use std::ffi::CStr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,7 +14,10 @@ use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Ha
 pub enum Call {
     Alloc { address: u64, bytes: usize },
     Free { address: u64 },
+    AllocPinned { bytes: usize },
+    FreePinned,
     Write { bytes: usize },
+    Read { bytes: usize },
     Load { bytes: usize },
     Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, params: Vec<u8> },
     Wait,
@@ -26,6 +31,8 @@ pub struct Recorder {
     calls: Mutex<Vec<Call>>,
     entries: Mutex<Vec<String>>,
     next: AtomicU64,
+    pinned: Mutex<HashMap<usize, Layout>>,
+    events_held: AtomicBool,
     events_refused: AtomicBool,
     synchronize_refused: AtomicBool,
 }
@@ -52,6 +59,11 @@ impl Recorder {
         self.synchronize_refused.store(lost, Ordering::Relaxed);
     }
 
+    /// From now on no event is ever done; with false, every one at once.
+    pub fn hold_events(&self, held: bool) {
+        self.events_held.store(held, Ordering::Relaxed);
+    }
+
     fn push(&self, call: Call) {
         self.calls.lock().expect("no panic while recording").push(call);
     }
@@ -61,7 +73,7 @@ impl Recorder {
     }
 }
 
-// SAFETY: addresses are never dereferenced; nothing is read or written through them.
+// SAFETY: device addresses are never dereferenced; pinned memory is memory of the host.
 unsafe impl Driver for Recorder {
     fn version(&self) -> DriverResult<u32> {
         Ok(12040)
@@ -95,16 +107,29 @@ unsafe impl Driver for Recorder {
         self.push(Call::Write { bytes });
         Ok(())
     }
-    unsafe fn copy_to_host(&self, _: Handle, _: *mut u8, _: u64, _: usize) -> DriverResult<()> {
+    unsafe fn copy_to_host(&self, _: Handle, _: *mut u8, _: u64, bytes: usize) -> DriverResult<()> {
+        self.push(Call::Read { bytes });
         Ok(())
     }
     fn copy_on_device(&self, _: Handle, _: u64, _: u64, _: usize) -> DriverResult<()> {
         Ok(())
     }
-    fn alloc_pinned(&self, _: u32, _: usize) -> DriverResult<*mut u8> {
-        Err(DriverError::OUT_OF_MEMORY)
+    fn alloc_pinned(&self, _: u32, bytes: usize) -> DriverResult<*mut u8> {
+        let layout = Layout::from_size_align(bytes.max(1), 4096).map_err(|_| DriverError::OUT_OF_MEMORY)?;
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(layout) };
+        if memory.is_null() {
+            return Err(DriverError::OUT_OF_MEMORY);
+        }
+        self.pinned.lock().expect("no panic while recording").insert(memory.addr(), layout);
+        self.push(Call::AllocPinned { bytes });
+        Ok(memory)
     }
-    unsafe fn free_pinned(&self, _: *mut u8) -> DriverResult<()> {
+    unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
+        let layout = self.pinned.lock().expect("no panic while recording").remove(&memory.addr()).ok_or(DriverError(1))?;
+        // SAFETY: it was allocated with this layout, and is forgotten now.
+        unsafe { dealloc(memory, layout) };
+        self.push(Call::FreePinned);
         Ok(())
     }
     fn create_stream(&self, _: u32) -> DriverResult<Handle> {
@@ -125,6 +150,9 @@ unsafe impl Driver for Recorder {
     }
     fn record(&self, _: Handle, _: Handle) -> DriverResult<()> {
         Ok(())
+    }
+    fn is_done(&self, _: Handle) -> DriverResult<bool> {
+        Ok(!self.events_held.load(Ordering::Relaxed))
     }
     fn wait(&self, _: Handle, _: Handle) -> DriverResult<()> {
         self.push(Call::Wait);

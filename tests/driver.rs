@@ -1,0 +1,123 @@
+//! NVIDIA's library as a machine may have it: too old, incomplete, without a device, with another one. A library of its name and with
+//! its functions, made by the machine's C compiler, stands in for it; device memory is memory of the host there, and nothing is computed.
+#![cfg(all(feature = "cuda", target_os = "linux"))]
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use dropless::{Buffer, Device, Error};
+use dropless_kit::goldens::root;
+
+/// What the library answers.
+struct Answers {
+    version: u32,
+    init: u32,
+    devices: u32,
+    major: u32,
+    /// A function that it lacks.
+    without: &'static str,
+}
+
+const GOOD: Answers = Answers { version: 12040, init: 0, devices: 1, major: 9, without: "" };
+
+const FUNCTIONS: &str = r"
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+int cuDriverGetVersion(int* version) { *version = VERSION; return 0; }
+int cuInit(unsigned flags) { return INIT; }
+int cuDeviceGetCount(int* count) { *count = DEVICES; return 0; }
+int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetName(char* name, int len, int device) { strncpy(name, STANDIN, len); return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) { *value = attribute == 75 ? MAJOR : attribute == 76 ? 0 : 4; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = malloc(1); return 0; }
+int cuStreamCreate(void** stream, unsigned flags) { *stream = malloc(1); return 0; }
+int cuEventCreate(void** event, unsigned flags) { *event = malloc(1); return 0; }
+int cuEventQuery(void* event) { return 600; }
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) { *address = (uint64_t)malloc(bytes); return 0; }
+int cuMemFreeAsync(uint64_t address, void* stream) { free((void*)address); return 0; }
+int cuMemsetD8Async(uint64_t address, unsigned char value, size_t bytes, void* stream) { memset((void*)address, value, bytes); return 0; }
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { *memory = malloc(bytes); return 0; }
+int cuMemFreeHost(void* memory) { free(memory); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) { memcpy((void*)to, from, bytes); return 0; }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { memcpy(to, (void*)from, bytes); return 0; }
+int cuMemGetInfo_v2(size_t* available, size_t* total) { *available = 1000; *total = 2000; return 0; }
+";
+
+/// The library's source: the functions above, and every other one that this crate asks for, which succeeds.
+fn source(answers: &Answers) -> String {
+    let asked = std::fs::read_to_string(root().join("src/device/driver/hardware.rs")).unwrap();
+    let names: Vec<&str> =
+        asked.lines().filter_map(|line| line.trim().split_once(" = \"cu")?.1.split_once("\": fn(")).map(|(name, _)| name).collect();
+    assert!(names.len() > 30, "{names:?}");
+    let Answers { version, init, devices, major, without } = answers;
+    let functions = FUNCTIONS.replace("VERSION", &version.to_string()).replace("INIT", &init.to_string());
+    let functions =
+        functions.replace("DEVICES", &devices.to_string()).replace("MAJOR", &major.to_string()).replace("STANDIN", "\"stand-in\"");
+    let others = names.iter().filter(|name| !functions.contains(&format!("int cu{name}(")) && format!("cu{name}") != *without);
+    others.fold(functions.clone(), |source, name| source + &format!("int cu{name}(void) {{ return 0; }}\n"))
+}
+
+/// What opening the device gives where the library answers so; `None` where there is no compiler.
+fn opened(answers: &Answers) -> Option<String> {
+    let folder = std::env::temp_dir().join(format!("dropless-driver-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let library: PathBuf = folder.join("libcuda.so.1");
+    let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
+    let spawned =
+        Command::new(&compiler).args(["-shared", "-fPIC", "-x", "c", "-w", "-", "-o"]).arg(&library).stdin(Stdio::piped()).spawn();
+    let Ok(mut child) = spawned else {
+        let _ = writeln!(std::io::stderr(), "NOT TRIED with other drivers: {compiler} cannot be run");
+        return None;
+    };
+    child.stdin.take().unwrap().write_all(source(answers).as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "open_and_say", "--ignored", "--nocapture"]).env("LD_LIBRARY_PATH", &folder);
+    let output = again.output().unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let said = text.split_once("opened: ").unwrap_or_else(|| panic!("{text}")).1;
+    Some(said.lines().next().unwrap().to_owned())
+}
+
+#[test]
+fn any_driver_is_answered_with_an_error_or_a_device() {
+    for (answers, want) in [
+        (
+            Answers { version: 12020, ..GOOD },
+            "the driver supports CUDA 12.2, too old for the images; they need CUDA 12.4, driver R550 or newer",
+        ),
+        (
+            Answers { without: "cuTensorMapEncodeTiled", ..GOOD },
+            "the CUDA driver has no function `cuTensorMapEncodeTiled`; it needs CUDA 12.4, driver R550 or newer",
+        ),
+        (Answers { init: 100, ..GOOD }, "no CUDA device 0; this machine has 0"),
+        (Answers { init: 999, ..GOOD }, "no CUDA device 0; this machine has 0"),
+        (Answers { devices: 0, ..GOOD }, "no CUDA device 0; this machine has 0"),
+        (Answers { major: 8, ..GOOD }, "the GPU is sm_80; these kernels need sm_90a (H100, H200)"),
+        (Answers { major: 10, ..GOOD }, "the GPU is sm_100; these kernels need sm_90a (H100, H200)"),
+        (GOOD, "Device(cuda:0), 1000 bytes free, copied"),
+    ] {
+        let Some(said) = opened(&answers) else { return };
+        assert_eq!(said, want);
+    }
+}
+
+#[test]
+#[ignore = "run by the other test, in a process of its own"]
+fn open_and_say() {
+    let said = || -> Result<String, Error> {
+        let device = Device::cuda(0)?;
+        let stream = device.stream()?;
+        // No event is ever done here, so that no block is used twice before the stream is waited for.
+        let buffers: Vec<_> = (0..20).map(|i| Buffer::from_slice(&stream, &vec![i; 1 << 20])).collect::<Result<_, _>>()?;
+        for (i, buffer) in (0..).zip(&buffers) {
+            assert_eq!(buffer.to_vec(&stream)?, vec![i; 1 << 20]);
+        }
+        Ok(format!("{device:?}, {} bytes free, copied", device.free_bytes()?.unwrap_or(0)))
+    };
+    println!("opened: {}", said().unwrap_or_else(|error| error.to_string()));
+}
