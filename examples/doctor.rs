@@ -230,23 +230,6 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
                 Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
             })
         });
-        check("block_sparse_{sdd, dsd}, tiled", &|stream| {
-            let mut all = Vec::new();
-            for (block, transposed) in [(64, false), (64, true), (128, false), (128, true)] {
-                let topology = Topology::from_blocks(stream, block, [70, 3 * block], &[[0, 0], [0, 2]])?;
-                let turn = |rows: usize, cols: usize, seed: u64| {
-                    let [rows, cols] = if transposed { [cols, rows] } else { [rows, cols] };
-                    input(stream, seed, rows, cols, 0.1)
-                };
-                let (x, w, d) = (input(stream, 23, 70, 24, 1.0), turn(24, 3 * block, 24), turn(3 * block, D, 25));
-                let [w, d] = [w.view(), d.view()].map(|w| if transposed { Dense::from(w).t() } else { w.into() });
-                let (mut s, mut y) = (output(stream, topology.stored_rows(), block), output(stream, 70, D));
-                sdd(stream, x.view().into(), w, &topology, &mut s.view_mut())?;
-                dsd(stream, Sparse::new(&topology, s.view()), d, &mut y.view_mut())?;
-                all.extend([to_f64(&s.take(stream)), to_f64(&y.take(stream))].concat());
-            }
-            Ok(all)
-        });
         check("block_sparse_{sdd, dsd}_to_f32", &|stream| {
             let topology = Topology::from_blocks(stream, 64, [D, 2 * D], &[[0, 1]])?;
             let (x, w) = (input(stream, 19, D, 24, 1.0), input(stream, 20, 24, 2 * D, 0.1));
