@@ -4,7 +4,7 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernel: `cuda/grouped_gemm.cu`. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_plain.cu` for other types and shapes. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
