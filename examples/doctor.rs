@@ -291,6 +291,22 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             dsd(stream, Sparse::new(&topology, blocks.view()), w.view().into(), &mut y.view_mut())?;
             Ok([to_f64(&s.take(stream)), to_f64(&y.take(stream))].concat())
         });
+        for block in [64, 128] {
+            check(&format!("block_sparse_{{sdd, dsd}}_{{nt, nn}}_{block}"), &|stream| {
+                let topology = Topology::from_blocks(stream, block, [2 * block, block], &[[0, 0], [1, 0]])?;
+                let (x, turned) = (input(stream, 23, 2 * block, 24, 1.0), input(stream, 24, 24, 2 * block, 1.0));
+                let (tall, wide, blocks) =
+                    (input(stream, 25, block, 24, 0.1), input(stream, 26, 24, block, 0.1), input(stream, 27, 2 * block, block, 1.0));
+                let [mut nt, mut nn, mut plain] = [(); 3].map(|()| output(stream, 2 * block, block));
+                sdd(stream, x.view().into(), Dense::from(tall.view()).t(), &topology, &mut nt.view_mut())?;
+                sdd(stream, x.view().into(), wide.view().into(), &topology, &mut nn.view_mut())?;
+                sdd(stream, Dense::from(turned.view()).t(), wide.view().into(), &topology, &mut plain.view_mut())?;
+                let [mut dsd_nt, mut dsd_nn] = [(); 2].map(|()| output(stream, 2 * block, 24));
+                dsd(stream, Sparse::new(&topology, blocks.view()), Dense::from(wide.view()).t(), &mut dsd_nt.view_mut())?;
+                dsd(stream, Sparse::new(&topology, blocks.view()), tall.view().into(), &mut dsd_nn.view_mut())?;
+                Ok([nt, nn, plain, dsd_nt, dsd_nn].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
+            });
+        }
     }
     check("block_sparse_arrange, sdd, dsd", &|stream| {
         routed(stream, &|routing| {
