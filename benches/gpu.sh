@@ -30,13 +30,13 @@ trap 'kill $watch 2>/dev/null' EXIT
 # 1. Correctness: instructions first, since everything rests on them; each test binary is a process, so that a lost device ends one.
 if [ -n "$bin" ]; then
   one doctor "$bin/example/doctor"
-  for test in "$bin"/test/*; do one "test-$(basename "$test")" "$test" --test-threads=1; done
+  for test in "$bin"/test/*; do limit=1800 one "test-$(basename "$test")" "$test" --test-threads=1; done
 else
   limit=3600 one build-tests cargo test -p dropless --tests --no-run
   limit=3600 one build-bench cargo bench --no-run --bench gpu
   limit=3600 one build-doctor cargo build --release --example doctor
   one doctor cargo run --release --example doctor
-  for test in instructions params ops streams faults dbrx; do one "test-$test" cargo test -p dropless --test "$test" -- --test-threads=1; done
+  for test in instructions params ops streams faults dbrx; do limit=1800 one "test-$test" cargo test -p dropless --test "$test" -- --test-threads=1; done
 fi
 
 # 2. Times.
