@@ -7,12 +7,14 @@
 //!
 //! Always prints a whole report. Exit codes: 0 fine, 1 something is wrong, 2 the arguments were refused.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
 use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
+use dropless::grouped_gemm::tiles::{FORMS, Form, with_form};
 use dropless::layout::KvShape;
 use dropless::router::{Normalize, logits, route};
 use dropless::{
@@ -30,21 +32,29 @@ const D: usize = 64;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let emulated = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+    run(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).into()
+}
+
+/// Does what the command line says, and gives the exit code.
+pub(crate) fn run(arguments: &[&str]) -> u8 {
+    let emulated = match arguments {
         [] => false,
         ["--emulated"] => true,
         _ => {
             eprintln!("usage: doctor [--emulated]");
-            return ExitCode::from(2);
+            return 2;
         }
     };
     println!("dropless {}", env!("CARGO_PKG_VERSION"));
     println!("cpu      {} threads", Device::cpu().threads());
     images();
-    let found: Result<Arc<dyn Driver>, Error> =
-        if emulated { Ok(Arc::new(Emulated::new(Options::default()))) } else { Hardware::shared().map(|driver| driver as Arc<dyn Driver>) };
+    let emulator = emulated.then(|| Arc::new(Emulated::new(Options::default())));
+    let found: Result<Arc<dyn Driver>, Error> = match &emulator {
+        Some(emulator) => Ok(emulator.clone()),
+        None => Hardware::shared().map(|driver| driver as Arc<dyn Driver>),
+    };
     let fine = match found.and_then(|driver| describe(&*driver).and(Device::with_driver(driver, 0))) {
-        Ok(device) => kernels(&device),
+        Ok(device) => kernels(&device) & emulator.is_none_or(|emulator| all_were_launched(&emulator)),
         Err(error) => {
             println!("gpu      none: {error}");
             println!("works    everything on the CPU (Device::cpu()), and the kernels themselves with --emulated");
@@ -52,7 +62,7 @@ fn main() -> ExitCode {
         }
     };
     println!("{}", if fine { "all is well" } else { "something is missing or wrong" });
-    if fine { ExitCode::SUCCESS } else { ExitCode::from(1) }
+    u8::from(!fine)
 }
 
 /// What ships, and the least that a driver must read.
@@ -61,6 +71,20 @@ fn images() {
     let images: Vec<_> = MANIFEST.lines().filter(|line| line.starts_with("image ")).map(words).collect();
     let entries = MANIFEST.lines().filter(|line| line.starts_with("entry ")).count();
     println!("images   {}, {entries} kernels, PTX ISA {} for sm_90a; drivers from R550 (CUDA 12.4)", images.len(), images[0][3]);
+}
+
+/// Whether this program knows every kernel there is; an emulator has counted.
+fn all_were_launched(emulator: &Emulated) -> bool {
+    let launched: BTreeSet<String> = emulator.launches().into_iter().map(|(entry, _)| entry).collect();
+    let entries = MANIFEST.lines().filter_map(|line| line.strip_prefix("entry ")?.split(' ').next());
+    let missing: Vec<&str> = entries.filter(|entry| !launched.contains(*entry)).collect();
+    println!(
+        "launched {} kernels, {} not{}",
+        launched.len(),
+        missing.len(),
+        missing.iter().fold(String::new(), |text, entry| text + " " + entry)
+    );
+    missing.is_empty()
 }
 
 fn describe(driver: &dyn Driver) -> Result<(), Error> {
@@ -90,19 +114,24 @@ fn kernels(device: &Device) -> bool {
     println!("{:38} {:>12} {:>12}", "kernel", "relative L2", "allowed");
     let mut report = Report { stream, cpu: Device::cpu().stream().ok(), fine: true };
     of_type::<f32>(&mut report, "f32", 5e-6);
+    products::<f32>(&mut report, "f32", 5e-6);
     of_type::<Bf16>(&mut report, "bf16", 2f64.powi(-7));
+    products::<Bf16>(&mut report, "bf16", 2f64.powi(-7));
     of_type::<F16>(&mut report, "f16", 2f64.powi(-10));
-    report.check("router_choose, router_index", 1e-6, |stream| {
-        let logits = Guarded::with(stream, &normal::<f32>(1, TOKENS * 16, 1.0), TOKENS, 16, 0);
-        let mut buffers = RoutingBuffers::new(stream, TOKENS, 4, 16)?;
-        let routing = route(stream, logits.view(), Normalize::P(1.0), &mut buffers)?;
-        let maps = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
-        let mut all: Vec<f64> = routing.weights().to_vec(stream)?.into_iter().map(f64::from).collect();
-        for map in maps {
-            all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
-        }
-        Ok(all)
-    });
+    products::<F16>(&mut report, "f16", 2f64.powi(-10));
+    for (name, tokens) in [("router_route", TOKENS), ("router_choose, router_index", 200)] {
+        report.check(name, 1e-6, |stream| {
+            let logits = Guarded::with(stream, &normal::<f32>(1, tokens * 16, 1.0), tokens, 16, 0);
+            let mut buffers = RoutingBuffers::new(stream, tokens, 4, 16)?;
+            let routing = route(stream, logits.view(), Normalize::P(1.0), &mut buffers)?;
+            let maps = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
+            let mut all: Vec<f64> = routing.weights().to_vec(stream)?.into_iter().map(f64::from).collect();
+            for map in maps {
+                all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
+            }
+            Ok(all)
+        });
+    }
     report.check("sample_argmax", 0.0, |stream| {
         let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
         let mut out = Buffer::zeros(stream, TOKENS)?;
@@ -135,6 +164,65 @@ impl Report {
         };
         println!("{name:38} {line}");
     }
+}
+
+/// Calls `run` with the routing of five tokens to two of three experts, of which one has no rows.
+fn routed(stream: &Stream, run: &dyn Fn(&Routing<'_>) -> Result<Vec<f64>, Error>) -> Result<Vec<f64>, Error> {
+    let mut buffers = RoutingBuffers::new(stream, TOKENS, 2, 3)?;
+    run(&Routing::from_host(stream, &[2, 0, 0, 2, 2, 0, 0, 2, 2, 0], &[0.5; 2 * TOKENS], &mut buffers)?)
+}
+
+/// The products: on the tensor cores in each form there is, and plain, as widths of no whole 16 bytes are computed.
+fn products<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
+    if dtype != "f32" {
+        for (form, Form { name, .. }) in FORMS.iter().enumerate() {
+            with_form(form, || products_of::<T>(report, &format!("{dtype}_{name}"), allowed, 40));
+        }
+    }
+    products_of::<T>(report, dtype, allowed, 36);
+}
+
+fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64, d_ffn: usize) {
+    let input = |stream: &Stream, seed: u64, rows: usize, cols: usize, size: f64| {
+        Guarded::with(stream, &normal::<T>(seed, rows * cols, size), rows, cols, 0)
+    };
+    let output = |stream: &Stream, cols: usize| Guarded::<T>::new(stream, 2 * TOKENS, cols, 0, POISONS[0]);
+    report.check(&format!("grouped_gemm_glu_nt_{suffix}"), allowed, |stream| {
+        routed(stream, &|routing| {
+            let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, d_ffn));
+            let [w1, v1] = [12, 13].map(|seed| input(stream, seed, 3 * d_ffn, D, 0.1));
+            let [w1, v1] = [ExpertWeights::nk(w1.view(), 3)?, ExpertWeights::nk(v1.view(), 3)?];
+            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), &mut h.view_mut())?;
+            Ok(to_f64(&h.take(stream)))
+        })
+    });
+    report.check(&format!("grouped_gemm_nt_{suffix}"), allowed, |stream| {
+        routed(stream, &|routing| {
+            let (x, w, mut y) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * d_ffn, D, 0.1), output(stream, d_ffn));
+            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    report.check(&format!("grouped_gemm_nn_{suffix}"), allowed, |stream| {
+        routed(stream, &|routing| {
+            let (x, w, mut y) = (input(stream, 16, 2 * TOKENS, d_ffn, 1.0), input(stream, 17, 3 * d_ffn, D, 0.1), output(stream, D));
+            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            Ok(to_f64(&y.take(stream)))
+        })
+    });
+    if suffix == "f32" {
+        return;
+    }
+    report.check(&format!("grouped_gemm_{{nt, nn}}_to_f32, {suffix}"), allowed, |stream| {
+        routed(stream, &|routing| {
+            let [mut y, mut z] = [d_ffn, D].map(|cols| Guarded::<f32>::new(stream, 2 * TOKENS, cols, 0, POISONS[0]));
+            let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * d_ffn, D, 0.1));
+            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            let (x, w) = (input(stream, 16, 2 * TOKENS, d_ffn, 1.0), input(stream, 17, 3 * d_ffn, D, 0.1));
+            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut z.view_mut())?;
+            Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
+        })
+    });
 }
 
 /// The kernels that exist once per element type.
@@ -179,10 +267,6 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
         logits(stream, x.view(), weight.view(), &mut y.view_mut())?;
         Ok(to_f64(&y.take(stream)))
     });
-    let routed = |stream: &Stream, run: &dyn Fn(&Routing<'_>) -> Result<Vec<f64>, Error>| {
-        let mut buffers = RoutingBuffers::new(stream, TOKENS, 2, 3)?;
-        run(&Routing::from_host(stream, &[2, 0, 0, 2, 2, 0, 0, 2, 2, 0], &[0.5; 2 * TOKENS], &mut buffers)?)
-    };
     check("permute_gather", &|stream| {
         routed(stream, &|routing| {
             let (x, mut y) = (input(stream, 9, TOKENS, D, 1.0), output(stream, 2 * TOKENS, D));
@@ -197,39 +281,7 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok(to_f64(&y.take(stream)))
         })
     });
-    check("grouped_gemm_glu_nt", &|stream| {
-        routed(stream, &|routing| {
-            let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, 2 * TOKENS, 40));
-            let [w1, v1] = [12, 13].map(|seed| input(stream, seed, 3 * 40, D, 0.1));
-            let [w1, v1] = [ExpertWeights::nk(w1.view(), 3)?, ExpertWeights::nk(v1.view(), 3)?];
-            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), &mut h.view_mut())?;
-            Ok(to_f64(&h.take(stream)))
-        })
-    });
-    check("grouped_gemm_nt", &|stream| {
-        routed(stream, &|routing| {
-            let (x, w, mut y) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * 40, D, 0.1), output(stream, 2 * TOKENS, 40));
-            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
-            Ok(to_f64(&y.take(stream)))
-        })
-    });
-    check("grouped_gemm_nn", &|stream| {
-        routed(stream, &|routing| {
-            let (x, w, mut y) = (input(stream, 16, 2 * TOKENS, 40, 1.0), input(stream, 17, 3 * 40, D, 0.1), output(stream, 2 * TOKENS, D));
-            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
-            Ok(to_f64(&y.take(stream)))
-        })
-    });
     if dtype != "f32" {
-        check("grouped_gemm_{nt, nn}_to_f32", &|stream| {
-            routed(stream, &|routing| {
-                let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * D, D, 0.1));
-                let [mut y, mut z] = [(); 2].map(|()| Guarded::<f32>::new(stream, 2 * TOKENS, D, 0, POISONS[0]));
-                grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
-                grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut z.view_mut())?;
-                Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
-            })
-        });
         check("block_sparse_{sdd, dsd}_to_f32", &|stream| {
             let topology = Topology::from_blocks(stream, 64, [D, 2 * D], &[[0, 1]])?;
             let (x, w) = (input(stream, 19, D, 24, 1.0), input(stream, 20, 24, 2 * D, 0.1));
@@ -239,6 +291,22 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             dsd(stream, Sparse::new(&topology, blocks.view()), w.view().into(), &mut y.view_mut())?;
             Ok([to_f64(&s.take(stream)), to_f64(&y.take(stream))].concat())
         });
+        for block in [64, 128] {
+            check(&format!("block_sparse_{{sdd, dsd}}_{{nt, nn}}_{block}"), &|stream| {
+                let topology = Topology::from_blocks(stream, block, [2 * block, block], &[[0, 0], [1, 0]])?;
+                let (x, turned) = (input(stream, 23, 2 * block, 24, 1.0), input(stream, 24, 24, 2 * block, 1.0));
+                let (tall, wide, blocks) =
+                    (input(stream, 25, block, 24, 0.1), input(stream, 26, 24, block, 0.1), input(stream, 27, 2 * block, block, 1.0));
+                let [mut nt, mut nn, mut plain] = [(); 3].map(|()| output(stream, 2 * block, block));
+                sdd(stream, x.view().into(), Dense::from(tall.view()).t(), &topology, &mut nt.view_mut())?;
+                sdd(stream, x.view().into(), wide.view().into(), &topology, &mut nn.view_mut())?;
+                sdd(stream, Dense::from(turned.view()).t(), wide.view().into(), &topology, &mut plain.view_mut())?;
+                let [mut dsd_nt, mut dsd_nn] = [(); 2].map(|()| output(stream, 2 * block, 24));
+                dsd(stream, Sparse::new(&topology, blocks.view()), Dense::from(wide.view()).t(), &mut dsd_nt.view_mut())?;
+                dsd(stream, Sparse::new(&topology, blocks.view()), tall.view().into(), &mut dsd_nn.view_mut())?;
+                Ok([nt, nn, plain, dsd_nt, dsd_nn].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
+            });
+        }
     }
     check("block_sparse_arrange, sdd, dsd", &|stream| {
         routed(stream, &|routing| {

@@ -130,3 +130,15 @@ fn weights_are_streamed() {
         assert_eq!(text.matches("L2::cache_hint").count(), 2, "{}", entry.name);
     }
 }
+
+/// The same of the sparse products, whose operands are two matrices.
+#[test]
+fn sparse_products_use_tensor_cores_as_meant() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/block_sparse.sm_90a.ptx"));
+    let tiled = entries(&manifest, &ptx);
+    assert_eq!(tiled.len(), 16);
+    for (entry, _) in tiled {
+        assert_eq!((entry.field("hgmma"), entry.field("depbar")), ("4", "2"), "{}", entry.name);
+        assert!(entry.field("tma").split(',').all(|copy| copy == "2d"), "{}: {}", entry.name, entry.field("tma"));
+    }
+}

@@ -2,7 +2,7 @@
 """Prefill and decode of a random DBRX on the CPU: this crate, Hugging Face transformers and the machine's ceilings, in turn.
 
     cargo build --release --example dbrx
-    python3 benches/peers/cpu_dbrx.py --rounds 5 --out record.json
+    python3 benches/peers/cpu_dbrx.py --rounds 5 --out record.json          or, round by round, --rounds 1 --append
 
 Shares: prefill by the FLOP of the matrix products over the sgemm ceiling, decode by the bytes of the weights that a token needs
 over the read ceiling. Every figure is the median over the rounds of a ratio taken within one round.
@@ -49,6 +49,7 @@ def main():
     parser.add_argument("--example", type=Path, default=Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/examples/dbrx")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--append", action="store_true", help="to the rounds that --out holds, made with the same options")
     args = parser.parse_args()
 
     config = json.loads(args.config.read_text())
@@ -61,7 +62,8 @@ def main():
         command = [args.example, "--random", args.config, "--weights", weights, "--random-tokens", tokens, "--generate", args.decode_tokens]
         return last_json([*map(str, command), "--batch", str(batch), "--threads", threads, "--json"], env)
 
-    rounds = []
+    earlier = json.loads(args.out.read_text()) if args.append and args.out.exists() else {}
+    rounds = earlier.get("rounds", [])
     for number in range(args.rounds):
         row = {"ceilings": last_json([sys.executable, HERE / "ceilings.py"], env)}
         for weights in ("f32", "bf16"):
@@ -107,8 +109,8 @@ def main():
     print(json.dumps(table, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
-        args.out.write_text(json.dumps({"machine": machine, "table": table, "rounds": rounds}, indent=1) + "\n")
+        machine = earlier.get("machine", {"processor": platform.processor() or platform.machine(), "threads": args.threads})
+        args.out.write_text(json.dumps({**earlier, "machine": machine, "table": table, "rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -287,3 +287,16 @@ struct TiledProductParams {
     int64_t   y_stride;
     int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };
+
+// The tensor-core form of block_sparse, with the tiles of that of grouped_gemm.
+struct TiledBlockParams {
+    TensorMap  left;    // sdd: a as {K, M}; dsd: the blocks as {block, stored rows}; box {64, block}
+    TensorMap  right;   // sdd: b as {K, N}, box {64, block}; dsd: d as {K, N}, box {64, 256}; nn: as {N, K}, box {64, 64}; 128-byte swizzle
+    Out        y;       // sdd: [blocks, block, block]; dsd: [M, N]
+    AxisParams rows;    // blocks are numbered in its order
+    int64_t    n;       // dsd
+    int64_t    k;       // sdd
+    int64_t    groups;  // tiles of a block row
+    int64_t    y_stride;
+    int64_t    unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
+};

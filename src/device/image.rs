@@ -23,6 +23,7 @@ macro_rules! image {
 
 image!(ATTENTION, "attention.sm_90a.ptx");
 image!(BLOCK_SPARSE, "block_sparse.sm_90a.ptx");
+image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain.sm_90a.ptx");
 image!(EMBEDDING, "embedding.sm_90a.ptx");
 image!(GLU, "glu.sm_90a.ptx");
 image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");

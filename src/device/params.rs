@@ -572,3 +572,31 @@ const _: () = {
     ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 464usize];
     ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 472usize];
 };
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct TiledBlockParams {
+    pub(crate) left: TensorMap,
+    pub(crate) right: TensorMap,
+    pub(crate) y: Out,
+    pub(crate) rows: AxisParams,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) groups: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) unused: [i64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TiledBlockParams"][::std::mem::size_of::<TiledBlockParams>() - 384usize];
+    ["Alignment of TiledBlockParams"][::std::mem::align_of::<TiledBlockParams>() - 64usize];
+    ["Offset of field: TiledBlockParams::left"][::std::mem::offset_of!(TiledBlockParams, left) - 0usize];
+    ["Offset of field: TiledBlockParams::right"][::std::mem::offset_of!(TiledBlockParams, right) - 128usize];
+    ["Offset of field: TiledBlockParams::y"][::std::mem::offset_of!(TiledBlockParams, y) - 256usize];
+    ["Offset of field: TiledBlockParams::rows"][::std::mem::offset_of!(TiledBlockParams, rows) - 264usize];
+    ["Offset of field: TiledBlockParams::n"][::std::mem::offset_of!(TiledBlockParams, n) - 312usize];
+    ["Offset of field: TiledBlockParams::k"][::std::mem::offset_of!(TiledBlockParams, k) - 320usize];
+    ["Offset of field: TiledBlockParams::groups"][::std::mem::offset_of!(TiledBlockParams, groups) - 328usize];
+    ["Offset of field: TiledBlockParams::y_stride"][::std::mem::offset_of!(TiledBlockParams, y_stride) - 336usize];
+    ["Offset of field: TiledBlockParams::unused"][::std::mem::offset_of!(TiledBlockParams, unused) - 344usize];
+};

@@ -18,7 +18,7 @@
 //! an ordinary matrix, which `glu` takes as it is.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 5.
-//! Kernel: `cuda/block_sparse.cu`. Oracle: `tests/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
+//! Kernels: `cuda/block_sparse.cu`, `cuda/block_sparse_plain.cu`. Oracle: `tests/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

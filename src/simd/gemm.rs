@@ -10,6 +10,8 @@ use crate::dtype::Float;
 
 /// Length of the blocks into which sums are cut. Part of every result's bits.
 pub(crate) const KC: usize = 256;
+/// How many rows ahead [`add_rows`] and [`dots`] ask for weights that lie one behind the other.
+pub(crate) const AHEAD: usize = 8;
 /// Columns of a panel of packed weights.
 pub(crate) const NR: usize = 32;
 /// Elements from one row of widened input to the next. Not a power of two, lest the rows share a few sets of the cache.
@@ -110,11 +112,11 @@ impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
 /// `sums[i, j] += sum_k a[i, k] * row(k)[j]`, the same chains as [`add_product`], on weights where they lie: one row per k.
 ///
 /// For few rows, where packing costs more than it saves. `chains` is scratch, as many vectors for each row of `a` as hold a row of
-/// weights.
+/// weights. `row` gives also the row, as long, that memory is asked for meanwhile: one [`AHEAD`], or what the caller reads next.
 pub(crate) fn add_rows<'a, W: Float>(
     a: &[f32],
     steps: usize,
-    row: impl Fn(usize) -> &'a [W],
+    row: impl Fn(usize) -> [&'a [W]; 2],
     chains: &mut [f32],
     sums: &mut [f32],
     sum_stride: usize,
@@ -131,22 +133,20 @@ pub(super) struct AddRows<'s, R> {
     pub(super) sum_stride: usize,
 }
 
-impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
+impl<'a, W: Float, R: Fn(usize) -> [&'a [W]; 2]> Kernel for AddRows<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        const STEPS: usize = 8; // k that are added to a chain between its load and its store
+        const STEPS: usize = AHEAD; // k that are added to a chain between its load and its store
         let AddRows { a, steps, row, chains, sums, sum_stride } = self;
-        let chain_vectors = row(0).len().div_ceil(LANES);
+        let chain_vectors = row(0)[0].len().div_ceil(LANES);
         let chains = &mut chains.as_chunks_mut().0[..a.len() * chain_vectors];
         chains.fill([0.0; LANES]);
         for k in (0..steps / STEPS).map(|i| i * STEPS) {
-            let rows = std::array::from_fn(|i| row(k + i));
-            let next = std::array::from_fn(|i| row((k + STEPS + i).min(steps - 1)));
-            add_steps::<S, W, STEPS>(simd, a, k, rows, next, chains);
+            add_steps::<S, W, STEPS>(simd, a, k, std::array::from_fn(|i| row(k + i)), chains);
         }
         for k in steps / STEPS * STEPS..steps {
-            add_steps::<S, W, 1>(simd, a, k, [row(k)], [row((k + 1).min(steps - 1))], chains);
+            add_steps::<S, W, 1>(simd, a, k, [row(k)], chains);
         }
         for (chain, sums) in chains.chunks_exact(chain_vectors).zip(sums.chunks_mut(sum_stride)) {
             for (chain, sums) in chain.iter().zip(sums.as_chunks_mut::<LANES>().0) {
@@ -156,37 +156,38 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for AddRows<'_, R> {
     }
 }
 
-/// `chains[i, j] = a[i, k + N - 1] * rows[N - 1][j] + (.. + (a[i, k] * rows[0][j] + chains[i, j]))`, while asking for `next`.
+/// `chains[i, j] = a[i, k + N - 1] * rows[N - 1][j] + (.. + (a[i, k] * rows[0][j] + chains[i, j]))`, while asking for what is next.
 #[inline(always)]
 fn add_steps<S: Simd, W: Float, const N: usize>(
     simd: S,
     a: &[[f32; A_STRIDE]],
     k: usize,
-    rows: [&[W]; N],
-    next: [&[W]; N],
+    rows: [[&[W]; 2]; N],
     chains: &mut [[f32; LANES]],
 ) {
-    let whole = rows[0].len() / LANES;
-    let chain_vectors = rows[0].len().div_ceil(LANES);
-    let (mut vectors, mut next_vectors) = ([rows[0].as_chunks::<LANES>().0; N], [rows[0].as_chunks::<LANES>().0; N]);
-    for i in 0..N {
-        vectors[i] = &rows[i].as_chunks().0[..whole];
-        next_vectors[i] = &next[i].as_chunks().0[..whole];
-    }
+    let len = rows[0][0].len();
+    let (whole, chain_vectors) = (len / LANES, len.div_ceil(LANES));
+    let (vectors, next) = (whole_vectors(rows.map(|row| row[0]), whole), whole_vectors(rows.map(|row| row[1]), whole));
     let mut w = [simd.splat(0.0); N];
     for j in 0..whole {
         for i in 0..N {
-            prefetch_line(next_vectors[i][j].as_ptr());
+            prefetch_line(next[i][j].as_ptr());
             w[i] = simd.load(&vectors[i][j]);
         }
         add_column(simd, a, k, w, chains[j..].iter_mut().step_by(chain_vectors));
     }
     if whole < chain_vectors {
         for i in 0..N {
-            w[i] = simd.load_part(&rows[i][whole * LANES..]);
+            w[i] = simd.load_part(&rows[i][0][whole * LANES..]);
         }
         add_column(simd, a, k, w, chains[whole..].iter_mut().step_by(chain_vectors));
     }
+}
+
+/// The first vectors of some rows.
+#[inline(always)]
+fn whole_vectors<T, const N: usize>(rows: [&[T]; N], vectors: usize) -> [&[[T; LANES]]; N] {
+    rows.map(|row| &row.as_chunks().0[..vectors])
 }
 
 /// [`add_steps`] for one vector of columns, which is every row's chain in turn.
@@ -208,15 +209,15 @@ fn add_column<'c, S: Simd, const N: usize>(
     }
 }
 
-/// `sums[i, j] = sum_k x[i, k] * row(j)[k]` for `j < cols`, on weights where they lie: one row per column.
+/// `sums[i, j] += sum_k x[i, k] * row(j)[k]` for `j < cols`, on weights where they lie: one row per column.
 ///
 /// For few rows, where reading the weights is what takes time: they are read once, [`DOT_COLS`] rows side by side. Each sum is
-/// a chain of vectors along k, whose lanes are added at the end. Rows of `x` are `x_stride` apart.
+/// a chain of vectors along k, whose lanes are added at the end. Rows of `x` are `x_stride` apart; `row` is as in [`add_rows`].
 pub(crate) fn dots<'a, W: Float>(
     x: &[f32],
     x_stride: usize,
     cols: usize,
-    row: impl Fn(usize) -> &'a [W],
+    row: impl Fn(usize) -> [&'a [W]; 2],
     sums: &mut [f32],
     sum_stride: usize,
 ) {
@@ -235,7 +236,7 @@ pub(super) struct Dots<'s, R> {
     pub(super) sum_stride: usize,
 }
 
-impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
+impl<'a, W: Float, R: Fn(usize) -> [&'a [W]; 2]> Kernel for Dots<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -248,11 +249,11 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
                 *w = row(col + i);
             }
             let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_exact_mut(sum_stride));
-            while S::DOT_ROWS == 4 && rows.len() >= 4 {
+            while S::DOT_ROWS >= 4 && rows.len() >= 4 {
                 let four = &mut std::array::from_fn(|_| rows.next().expect("four rows"));
                 dot_tile::<S, W, 4, DOT_COLS>(simd, four, w, col, in_range);
             }
-            while S::DOT_ROWS == 2 && rows.len() >= 2 {
+            while S::DOT_ROWS >= 2 && rows.len() >= 2 {
                 let two = &mut std::array::from_fn(|_| rows.next().expect("two rows"));
                 dot_tile::<S, W, 2, 2>(simd, two, [w[0], w[1]], col, in_range.min(2));
                 dot_tile::<S, W, 2, 2>(simd, two, [w[2], w[3]], col + 2, in_range.saturating_sub(2));
@@ -269,26 +270,23 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for Dots<'_, R> {
 fn dot_tile<S: Simd, W: Float, const M: usize, const C: usize>(
     simd: S,
     rows: &mut [(&[f32], &mut [f32]); M],
-    w: [&[W]; C],
+    w: [[&[W]; 2]; C],
     col: usize,
     in_range: usize,
 ) {
-    let vectors = w[0].len() / LANES;
+    let len = w[0][0].len();
+    let vectors = len / LANES;
     let mut chains = [[simd.splat(0.0); C]; M];
     let mut x = [rows[0].0.as_chunks::<LANES>().0; M];
     for (x, row) in x.iter_mut().zip(rows.iter()) {
         *x = &row.0.as_chunks::<LANES>().0[..vectors];
     }
-    let mut w_vectors = [w[0].as_chunks::<LANES>().0; C];
-    for (vectors_of, w) in w_vectors.iter_mut().zip(w) {
-        *vectors_of = &w.as_chunks::<LANES>().0[..vectors];
-    }
+    let (w_vectors, next) = (whole_vectors(w.map(|w| w[0]), vectors), whole_vectors(w.map(|w| w[1]), vectors));
     for k in 0..vectors {
         let mut weights = [simd.splat(0.0); C];
-        for (weights, w) in weights.iter_mut().zip(w_vectors) {
-            // What lies behind these rows comes next; where rows are short, no hardware would have guessed it.
-            prefetch_line(w[k].as_ptr().wrapping_add(DOT_COLS * vectors * LANES));
-            *weights = simd.load(&w[k]);
+        for i in 0..C {
+            prefetch_line(next[i][k].as_ptr());
+            weights[i] = simd.load(&w_vectors[i][k]);
         }
         for (chains, x) in chains.iter_mut().zip(x) {
             let x = simd.load(&x[k]);
@@ -297,16 +295,22 @@ fn dot_tile<S: Simd, W: Float, const M: usize, const C: usize>(
             }
         }
     }
-    let rest = vectors * LANES..w[0].len();
-    for (chains, (x, sums)) in chains.into_iter().zip(rows) {
-        for (i, (chain, w)) in chains.into_iter().zip(w).enumerate().take(in_range) {
-            let last = if rest.is_empty() {
-                chain
-            } else {
-                simd.mul_add(simd.load_part(&x[rest.clone()]), simd.load_part(&w[rest.clone()]), chain)
-            };
-            sums[col + i] = simd.sum(last);
+    let rest = vectors * LANES..len;
+    if !rest.is_empty() {
+        for (chains, (x, _)) in chains.iter_mut().zip(rows.iter()) {
+            let x = simd.load_part(&x[rest.clone()]);
+            for (chain, w) in chains.iter_mut().zip(w) {
+                *chain = simd.mul_add(x, simd.load_part(&w[0][rest.clone()]), *chain);
+            }
         }
+    }
+    const { assert!((M * C).is_multiple_of(4)) };
+    let mut totals = [[0.0; C]; M];
+    for (totals, chains) in totals.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut().zip(chains.as_flattened().as_chunks::<4>().0) {
+        *totals = simd.sums(*chains);
+    }
+    for (totals, (_, sums)) in totals.iter().zip(rows) {
+        sums.iter_mut().skip(col).zip(totals).take(in_range).for_each(|(sum, total)| *sum += total);
     }
 }
 

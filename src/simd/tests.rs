@@ -93,6 +93,9 @@ impl Kernel for Arithmetic<'_> {
             ];
             results.iter().for_each(|v| out.extend(simd.to_array(*v)));
             out.extend([simd.sum(b), simd.max_lane(b)]);
+            let four = [simd.sub(a, b), b, simd.mul(b, b), simd.max(b, simd.splat(0.0))];
+            out.extend(simd.sums(four));
+            out.extend(four.map(|v| simd.sum(v)));
         }
         out
     }
@@ -158,10 +161,17 @@ fn products_are_near_on_every_level() {
                         let panel = panel.as_chunks().0;
                         level.run(gemm::AddProduct { a, panel, sums: &mut sums, sum_stride: stride, ahead: |_, _| () });
                     }
-                    2 => level.run(gemm::AddRows { a, steps, row: kn, chains, sums: &mut sums, sum_stride: stride }),
+                    2 => level.run(gemm::AddRows { a, steps, row: |k| [kn(k); 2], chains, sums: &mut sums, sum_stride: stride }),
                     _ => {
                         let x: Vec<f32> = a.iter().flatten().copied().collect();
-                        level.run(gemm::Dots { x: &x, x_stride: gemm::A_STRIDE, cols, row: nk, sums: &mut sums, sum_stride: stride });
+                        level.run(gemm::Dots {
+                            x: &x,
+                            x_stride: gemm::A_STRIDE,
+                            cols,
+                            row: |j| [nk(j); 2],
+                            sums: &mut sums,
+                            sum_stride: stride,
+                        });
                     }
                 }
                 (0..rows * cols).map(|i| sums[i / cols * stride + i % cols]).collect()

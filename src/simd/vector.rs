@@ -95,6 +95,12 @@ pub(crate) trait Simd: Copy {
         fold(self.to_array(a), |a, b| a + b)
     }
 
+    /// The [`sum`](Self::sum) of each.
+    #[inline(always)]
+    fn sums(self, a: [Self::V; 4]) -> [f32; 4] {
+        a.map(|a| self.sum(a))
+    }
+
     /// The largest lane; what a NaN gives is unspecified.
     #[inline(always)]
     fn max_lane(self, a: Self::V) -> f32 {

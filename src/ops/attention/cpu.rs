@@ -79,7 +79,7 @@ pub(super) fn decode<A: Float>(
         let seen = Seen { pages, sequence, keys, values, kv_head, head_dim };
         with_queries(heads, 1, |queries| {
             queries.load(0, &q.row(token)[kv_head * group * head_dim..][..group * head_dim], scale);
-            queries.attend(&seen, part_keys, position);
+            queries.attend_in_place(&seen, part_keys);
             queries.store_partial(partial);
         });
     });
@@ -133,16 +133,20 @@ struct Seen<'a, A> {
 }
 
 impl<'a, A: Float> Seen<'a, A> {
-    /// The keys and values from position `first` on.
-    fn block(&self, first: usize, count: usize) -> ([&'a [A]; BLOCK_KEYS], [&'a [A]; BLOCK_KEYS]) {
-        let (mut keys, mut values): ([&[A]; BLOCK_KEYS], [&[A]; BLOCK_KEYS]) = ([&[]; BLOCK_KEYS], [&[]; BLOCK_KEYS]);
-        for i in 0..count {
-            let row = self.pages.pool_row(self.sequence, first + i);
-            let head = self.kv_head * self.head_dim..(self.kv_head + 1) * self.head_dim;
-            (keys[i], values[i]) = (&self.keys.row(row)[head.clone()], &self.values.row(row)[head]);
-        }
-        (keys, values)
+    /// The block from position `first` on, of the positions before `end`.
+    fn block(&self, first: usize, end: usize) -> Block<'a, A> {
+        let (count, head) = (BLOCK_KEYS.min(end - first), self.kv_head * self.head_dim..(self.kv_head + 1) * self.head_dim);
+        let rows: [usize; BLOCK_KEYS] = std::array::from_fn(|i| self.pages.pool_row(self.sequence, first + i.min(count - 1)));
+        let [keys, values] = [self.keys, self.values].map(|pool| rows.map(|row| &pool.row(row)[head.clone()]));
+        Block { count, keys, values }
     }
+}
+
+/// Keys and values side by side, `count` of them and then the last again.
+struct Block<'a, A> {
+    count: usize,
+    keys: [&'a [A]; BLOCK_KEYS],
+    values: [&'a [A]; BLOCK_KEYS],
 }
 
 /// Rows of queries that share a KV head, `n = tokens * group`, and what they have gathered from the keys so far.
@@ -156,6 +160,7 @@ struct Queries<'s> {
     total: &'s mut [f32],  // [n]: the sum of exponentials
     keys: &'s mut [f32],   // [KC, NR]: a block of keys, transposed
     values: &'s mut [f32], // [d / NR, BLOCK_KEYS, NR]: a block of values, by columns
+    chains: &'s mut [f32], // [n, d]: what a block in place adds to the sums
 }
 
 /// Lends `f` room for the queries of `tokens` tokens, which have seen nothing yet.
@@ -170,13 +175,14 @@ fn with_queries<R>(heads: HeadLayout, tokens: usize, f: impl FnOnce(&mut Queries
         n.next_multiple_of(16),
         gemm::KC * gemm::NR,
         BLOCK_KEYS * sum_stride,
+        n * sum_stride,
     ];
     simd::with_scratch(lens.iter().sum(), |mut rest| {
-        let [scaled, scores, sums, max, total, keys, values] = lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
+        let [scaled, scores, sums, max, total, keys, values, chains] = lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
         sums.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        f(&mut Queries { group: heads.group(), head_dim, scaled, scores, sums, max, total, keys, values })
+        f(&mut Queries { group: heads.group(), head_dim, scaled, scores, sums, max, total, keys, values, chains })
     })
 }
 
@@ -205,8 +211,7 @@ impl Queries<'_> {
     /// Gathers from the keys at `positions`, which begin a block. Token `t` sees those up to position `first_token + t`.
     fn attend<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>, first_token: usize) {
         for first_key in positions.clone().step_by(BLOCK_KEYS) {
-            let count = BLOCK_KEYS.min(positions.end - first_key);
-            let (keys, values) = seen.block(first_key, count);
+            let Block { count, keys, values } = seen.block(first_key, positions.end);
             // Tokens before the block's first key see nothing of it; one sees the whole block if its first does.
             let blind = first_key.saturating_sub(first_token);
             self.score(blind, &keys[..count]);
@@ -221,6 +226,27 @@ impl Queries<'_> {
             } else {
                 tokens.for_each(|token| self.add_values(token..token + 1, visible(token)));
             }
+        }
+    }
+
+    /// [`attend`](Self::attend) for an only token, on keys and values where they lie: with a few rows, reading them is what takes time.
+    fn attend_in_place<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>) {
+        let (rows, sum_stride) = (self.rows(), self.sum_stride());
+        let mut block = seen.block(positions.start, positions.end);
+        // The next block is asked for meanwhile, and in the last place the first again.
+        for next in positions.clone().step_by(BLOCK_KEYS).skip(1).chain([positions.start]) {
+            let (next, count) = (seen.block(next, positions.end), block.count);
+            self.scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..count].fill(0.0));
+            for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
+                let part = start..self.head_dim.min(start + gemm::KC);
+                let key = |i: usize| [&block.keys[i][part.clone()], &next.keys[i][part.clone()]];
+                let scaled = &self.scaled[cut * rows * gemm::A_STRIDE..][..rows * gemm::A_STRIDE];
+                gemm::dots(scaled, gemm::A_STRIDE, count, key, self.scores, gemm::A_STRIDE);
+            }
+            (0..rows).for_each(|row| self.soften(row, count));
+            let value = |i: usize| [block.values[i], next.values[i]];
+            gemm::add_rows(self.scores, count, value, self.chains, self.sums, sum_stride);
+            block = next;
         }
     }
 

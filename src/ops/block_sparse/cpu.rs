@@ -15,8 +15,8 @@ use crate::dtype::{Element, Float};
 use crate::error::Error;
 use crate::layout::{ExpertRows, Topology};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, pack_kn, pack_nk};
-use crate::simd::{narrow, widen, with_scratch};
+use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, pack_kn, pack_nk};
+use crate::simd::{narrow, prefetch, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
 /// The most rows and columns of a tile of a dense result, across the blocks.
@@ -154,6 +154,47 @@ impl<T: Float> Operand<'_, T> {
             pack_nk(cols.len(), |col| &self.matrix.row(cols.start + col)[k..k + len], panel);
         }
     }
+
+    /// Asks for the i-th of n shares of what `pack` reads.
+    fn prefetch(&self, origin: Origin, cols: Range<usize>, len: usize, i: usize, n: usize) {
+        let share = |first: usize, all: usize| first + all * i / n..first + all * (i + 1) / n;
+        let (Origin { k, .. }, cols) = (origin, origin.outer + cols.start..origin.outer + cols.end);
+        if self.by_k {
+            share(k, len).for_each(|k| prefetch(&self.matrix.row(k)[cols.clone()]));
+        } else {
+            share(cols.start, cols.len()).for_each(|col| prefetch(&self.matrix.row(col)[k..k + len]));
+        }
+    }
+}
+
+/// Parts that are multiplied together.
+struct Chunk {
+    parts: [Option<Part>; MOST_PARTS],
+    len: usize,
+}
+
+/// As many parts as whole blocks have room in [`KC`].
+const MOST_PARTS: usize = KC / 64;
+
+impl Chunk {
+    /// The next parts that are at most [`KC`] long together.
+    fn collect(from: &mut Peekable<impl Iterator<Item = Part>>) -> Option<Chunk> {
+        let mut chunk = Chunk { parts: [None; MOST_PARTS], len: 0 };
+        for place in &mut chunk.parts {
+            let Some(part) = from.next_if(|part| chunk.len + part.len <= KC) else { break };
+            chunk.len += part.len;
+            *place = Some(part);
+        }
+        (chunk.len > 0).then_some(chunk)
+    }
+
+    /// The parts, and where in the chunk each begins.
+    fn parts(&self) -> impl Iterator<Item = (usize, Part)> {
+        self.parts.iter().flatten().scan(0, |end, part| {
+            *end += part.len;
+            Some((*end - part.len, *part))
+        })
+    }
 }
 
 /// Writes the sum of the parts' products, `[rows, cols]`, to the tile, and zeros where the tile is larger.
@@ -165,25 +206,24 @@ fn compute<A: Float, B: Float, O: Float>(
     mut tile: TileMut<'_, O>,
 ) {
     let stride = round_up(cols, NR);
+    let panel_cols = |col: usize| col..cols.min(col + NR);
     with_scratch(rows * stride + rows * A_STRIDE + KC * NR, |scratch| {
         let (sums, scratch) = scratch.split_at_mut(rows * stride);
         let (a, panel) = scratch.split_at_mut(rows * A_STRIDE);
         sums.fill(0.0);
         let mut parts = parts.filter(|part| part.len > 0).peekable();
-        while let Some((collected, len)) = collect(&mut parts) {
-            let collected = || collected.iter().flatten();
-            let mut at = 0;
-            for part in collected() {
-                left.widen(part.left, rows, part.len, &mut a[at..]);
-                at += part.len;
-            }
+        let mut next = Chunk::collect(&mut parts);
+        while let Some(chunk) = next {
+            next = Chunk::collect(&mut parts);
+            chunk.parts().for_each(|(at, part)| left.widen(part.left, rows, part.len, &mut a[at..]));
             for col in (0..cols).step_by(NR) {
-                let mut at = 0;
-                for part in collected() {
-                    right.pack(part.right, col..cols.min(col + NR), part.len, &mut panel[at * NR..]);
-                    at += part.len;
-                }
-                add_product(a, &panel[..len * NR], &mut sums[col..], stride);
+                chunk.parts().for_each(|(at, part)| right.pack(part.right, panel_cols(col), part.len, &mut panel[at * NR..]));
+                // While this panel is multiplied, the one after it is asked for.
+                let (ahead, ahead_col) = if col + NR < cols { (Some(&chunk), col + NR) } else { (next.as_ref(), 0) };
+                add_product_ahead(a, &panel[..chunk.len * NR], &mut sums[col..], stride, |i, n| {
+                    let parts = ahead.into_iter().flat_map(Chunk::parts);
+                    parts.for_each(|(_, part)| right.prefetch(part.right, panel_cols(ahead_col), part.len, i, n));
+                });
             }
         }
         for row in 0..tile.rows.len() {
@@ -196,17 +236,3 @@ fn compute<A: Float, B: Float, O: Float>(
         }
     });
 }
-
-/// The next parts that are at most [`KC`] long together, and their length.
-fn collect(parts: &mut Peekable<impl Iterator<Item = Part>>) -> Option<([Option<Part>; MOST_PARTS], usize)> {
-    let (mut collected, mut len) = ([None; MOST_PARTS], 0);
-    for place in &mut collected {
-        let Some(part) = parts.next_if(|part| len + part.len <= KC) else { break };
-        len += part.len;
-        *place = Some(part);
-    }
-    (len > 0).then_some((collected, len))
-}
-
-/// Parts that are multiplied together: as many as whole blocks have room.
-const MOST_PARTS: usize = KC / 64;

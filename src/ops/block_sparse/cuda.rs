@@ -1,20 +1,17 @@
-//! CUDA launches of `block_sparse`. Callers have checked the shapes; types are this backend's own need.
-#![allow(unsafe_code)] // the launches
+//! CUDA backend of `block_sparse`: which kernel takes which call. Callers have checked the shapes; types are this backend's own need.
+#![allow(unsafe_code)] // the launch
+
+mod plain;
+mod tiled;
 
 use super::{Dense, Sparse};
-use crate::device::cuda::Grid;
-use crate::device::params::{ArrangeParams, AxisParams, DsdParams, SddParams};
+use crate::device::params::{ArrangeParams, AxisParams};
 use crate::device::{Stream, image};
-use crate::dtype::{DType, Element, Float};
+use crate::dtype::{DType, Float};
 use crate::error::{Error, Op, check_one_type};
 use crate::layout::{Axis, ExpertRows, Topology};
 use crate::view::RowsMut;
 
-/// Of the plain kernels: rows and columns of a tile, and the threads that compute it.
-const TILE: u64 = 32;
-const THREADS: u32 = 64;
-/// Blocks per SM of a large product.
-const BLOCKS_PER_SM: u64 = 16;
 /// Of the kernel `arrange`, a block for each block row and block column: the threads that write its blocks.
 const ARRANGE_THREADS: u32 = 128;
 
@@ -40,7 +37,7 @@ pub(super) fn arrange(stream: &Stream, rows: ExpertRows<'_>, topology: &mut Topo
     // SAFETY: `ArrangeParams` is the struct of this entry; the offsets have the invariants of their type and the topology has room for
     // the blocks of any such offsets up to its rows, which these do not pass; both are on this stream's device and stay valid
     // until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { cuda.launch(Op::BlockSparse, &image::BLOCK_SPARSE, "block_sparse_arrange", grid, &params) }
+    unsafe { cuda.launch(Op::BlockSparse, &image::BLOCK_SPARSE_PLAIN, "block_sparse_arrange", grid, &params) }
 }
 
 pub(super) fn sdd<A: Float, B: Float, O: Float>(
@@ -50,34 +47,14 @@ pub(super) fn sdd<A: Float, B: Float, O: Float>(
     topology: &Topology,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
-    let to_f32 = ["block_sparse_sdd_bf16_to_f32", "block_sparse_sdd_f16_to_f32"];
-    let entry = entry::<A, O>(entry!("block_sparse_sdd", A), to_f32)?;
+    check_types::<A, B, O>("`b` of type")?;
     if topology.max_blocks() == 0 {
         return Ok(());
     }
-    let index = topology.addresses()?;
-    let ([a_row, a_k], [b_k, b_col]) = (strides(&a), strides(&b));
-    let params = SddParams {
-        a: a.rows.address(),
-        b: b.rows.address(),
-        y: y.address(),
-        row_ids: index.row_ids,
-        rows: axis(index.axis(false), topology.block_rows()),
-        k: a.dims()[1] as i64,
-        block: topology.block() as i64,
-        a_row,
-        a_k,
-        b_k,
-        b_col,
-        y_stride: y.stride() as i64,
-    };
-    let tiles = topology.max_blocks() as u64 * (topology.block() as u64 / TILE).pow(2);
-    let grid = grid(stream, tiles);
-    // SAFETY: `SddParams` is the struct of this entry; `a` and `b` have the rows, columns and k of the topology and of each other, `y`
-    // room for every block; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
-    // order, raw views promise it.
-    unsafe { stream.cuda().launch(Op::BlockSparse, &image::BLOCK_SPARSE, entry, grid, &params) }
+    if tiled::serves_sdd(&a, &b, topology, y) {
+        return tiled::sdd(stream, a, b, topology, y);
+    }
+    plain::sdd(stream, a, b, topology, y)
 }
 
 pub(super) fn dsd<A: Float, B: Float, O: Float>(
@@ -86,91 +63,40 @@ pub(super) fn dsd<A: Float, B: Float, O: Float>(
     b: Dense<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
-    let (dense, by_cols, y_row) = ((b.rows.address(), strides(&b)), s.transposed, y.stride() as i64);
-    sparse_dense(stream, s, by_cols, dense, y, [y_row, 1])
+    check_types::<A, B, O>("`b` of type")?;
+    if y.rows() == 0 || y.cols() == 0 {
+        return Ok(());
+    }
+    if tiled::serves_dsd(&s, &b, y) {
+        return tiled::dsd(stream, s, b, y);
+    }
+    plain::dsd(stream, s, b, y)
 }
 
-/// The transposed matrices' `dsd`.
 pub(super) fn dds<A: Float, B: Float, O: Float>(
     stream: &Stream,
     a: Dense<'_, A>,
     s: Sparse<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`s` of type")?;
-    let (dense, by_cols, y_row) = ((a.rows.address(), strides(&a.t())), !s.transposed, y.stride() as i64);
-    sparse_dense(stream, s, by_cols, dense, y, [1, y_row])
-}
-
-/// A sparse matrix, seen by its block rows or block columns, times a dense one: strides are by row and by column of each, as the
-/// product sees them.
-fn sparse_dense<T: Float, O: Float>(
-    stream: &Stream,
-    s: Sparse<'_, T>,
-    by_cols: bool,
-    (d, [d_k, d_col]): (u64, [i64; 2]),
-    y: &mut RowsMut<'_, O>,
-    [y_row, y_col]: [i64; 2],
-) -> Result<(), Error> {
-    let to_f32 = ["block_sparse_dsd_bf16_to_f32", "block_sparse_dsd_f16_to_f32"];
-    let entry = entry::<T, O>(entry!("block_sparse_dsd", T), to_f32)?;
+    check_types::<A, B, O>("`s` of type")?;
     if y.rows() == 0 || y.cols() == 0 {
         return Ok(());
     }
-    let topology = s.topology;
-    let places = if by_cols { topology.block_cols() } else { topology.block_rows() };
-    let n = if y_col == 1 { y.cols() } else { y.rows() };
-    let stride = s.blocks.stride() as i64;
-    let params = DsdParams {
-        s: s.blocks.address(),
-        d,
-        y: y.address(),
-        axis: axis(topology.addresses()?.axis(by_cols), places),
-        n: n as i64,
-        block: topology.block() as i64,
-        s_row: if by_cols { 1 } else { stride },
-        s_k: if by_cols { stride } else { 1 },
-        s_block: topology.block() as i64 * stride,
-        d_k,
-        d_col,
-        y_row,
-        y_col,
-    };
-    let tiles = (places * topology.block()) as u64 / TILE * (n as u64).div_ceil(TILE);
-    let grid = grid(stream, tiles);
-    // SAFETY: `DsdParams` is the struct of this entry; `s` stores every block of the topology, `d` has a row for each of its columns and
-    // `y` one for each of its rows (both as the product sees them) and both have n columns; all are on this stream's device and
-    // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { stream.cuda().launch(Op::BlockSparse, &image::BLOCK_SPARSE, entry, grid, &params) }
+    plain::dds(stream, a, s, y)
 }
 
-/// Elements from one row to the next and from one column to the next, of the matrix as it is used.
-fn strides<T: Element>(matrix: &Dense<'_, T>) -> [i64; 2] {
-    let stride = matrix.rows.stride() as i64;
-    if matrix.transposed { [1, stride] } else { [stride, 1] }
+/// Operands have one type, results the same or `f32`.
+fn check_types<A: Float, B: Float, O: Float>(what: &'static str) -> Result<(), Error> {
+    check_one_type::<A, B>(Op::BlockSparse, what)?;
+    if O::DTYPE != A::DTYPE && O::DTYPE != DType::F32 {
+        let (got, supported) = (O::DTYPE.name(), if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" });
+        return Err(Error::Unsupported { op: Op::BlockSparse, what: "`y` of type", got, supported });
+    }
+    Ok(())
 }
 
 fn axis(axis: Axis<u64>, places: usize) -> AxisParams {
     let Axis { starts, offsets, order, other_ids, other_starts } = axis;
     AxisParams { starts, offsets, order: order.unwrap_or(0), other_ids, other_starts, places: places as i64 }
-}
-
-/// The entry for these types: results have the type of the operands, or are `f32`.
-fn entry<A: Float, O: Float>(same: &'static str, [bf16_to_f32, f16_to_f32]: [&'static str; 2]) -> Result<&'static str, Error> {
-    match (A::DTYPE, O::DTYPE) {
-        (a, o) if a == o => Ok(same),
-        (DType::Bf16, DType::F32) => Ok(bf16_to_f32),
-        (DType::F16, DType::F32) => Ok(f16_to_f32),
-        (a, o) => {
-            let supported = if a == DType::F32 { "f32" } else { "the type of the operands, f32" };
-            Err(Error::Unsupported { op: Op::BlockSparse, what: "`y` of type", got: o.name(), supported })
-        }
-    }
-}
-
-/// Thread blocks that find no tile leave.
-fn grid(stream: &Stream, tiles: u64) -> Grid {
-    let most = u64::from(stream.cuda().attributes().sm_count) * BLOCKS_PER_SM;
-    Grid { blocks: [tiles.clamp(1, most) as u32, 1, 1], threads: THREADS, cluster: 1, shared_bytes: 0 }
 }

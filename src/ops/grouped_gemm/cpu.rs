@@ -20,7 +20,7 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, add_rows, dots, pack_kn, pack_nk};
+use crate::simd::gemm::{A_STRIDE, AHEAD, KC, NR, add_product_ahead, add_rows, dots, pack_kn, pack_nk};
 use crate::simd::{LANES, narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
@@ -98,6 +98,11 @@ struct Sums<'a> {
     stride: usize,
 }
 
+/// A part of a row, and the same part of the one that memory is asked for meanwhile.
+fn ahead<'a, W: Float>(weights: &HostRows<'a, W>, row: usize, part: Range<usize>) -> [&'a [W]; 2] {
+    [row, (row + AHEAD).min(weights.rows() - 1)].map(|row| &weights.row(row)[part.clone()])
+}
+
 /// Some columns of the output, and some of the k that are summed over.
 struct Panel {
     product: usize,
@@ -163,7 +168,7 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             widen(&mut x[..num_k], self.input(row, 0..num_k));
         }
         for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
-            dots(x, x_stride, cols, |col| weights.row(self.out_cols.start + col), sums_of, sums.stride);
+            dots(x, x_stride, cols, |col| ahead(weights, self.out_cols.start + col, 0..num_k), sums_of, sums.stride);
         }
     }
 
@@ -176,7 +181,7 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
                 for first in self.out_cols.clone().step_by(width) {
                     let cols = first..self.out_cols.end.min(first + width);
-                    let row = |step: usize| &weights.row(k.start + step)[cols.clone()];
+                    let row = |step| ahead(weights, k.start + step, cols.clone());
                     add_rows(a, k.len(), row, chains, &mut sums_of[first - self.out_cols.start..], sums.stride);
                 }
             }

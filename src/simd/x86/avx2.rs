@@ -114,6 +114,13 @@ impl Simd for Avx2 {
         both!(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a[half]), _mm256_set1_epi32(127)))))
     }
     #[inline(always)]
+    fn sums(self, a: [V; 4]) -> [f32; 4] {
+        // SAFETY: the token exists only where the features were detected.
+        let half = |a: V| unsafe { _mm256_add_ps(a[0], a[1]) };
+        let [a, b, c, d] = a;
+        super::sums([half(a), half(b), half(c), half(d)])
+    }
+    #[inline(always)]
     unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
         let Columns { data, stride } = columns;
         let block = 64 / size_of::<T>();

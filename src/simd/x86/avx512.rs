@@ -102,6 +102,14 @@ impl Simd for Avx512 {
         op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)))))
     }
     #[inline(always)]
+    fn sums(self, a: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: the token exists only where the features were detected.
+        let half =
+            |a| unsafe { _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(a)))) };
+        let [a, b, c, d] = a;
+        super::sums([half(a), half(b), half(c), half(d)])
+    }
+    #[inline(always)]
     unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
         let Columns { data, stride } = columns;
         assert!(data.len() >= (64 / size_of::<T>() - 1) * stride + LANES, "room for the columns");

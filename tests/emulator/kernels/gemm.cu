@@ -3,7 +3,7 @@
 // Work    one 64 x 64 tile per block: blockIdx.x chooses the columns, blockIdx.y the expert (at most 64 rows each).
 //         Warpgroup 0 multiplies, one thread of warpgroup 1 feeds it by TMA through two stages of 64 k each.
 // Order   a stage is full when its bytes have landed, and empty when the warpgroup has waited for the wgmma that reads it.
-// Bugs    3-11, 28, 29: each at the line that names it.
+// Bugs    3-11, 28, 29, 37: each at the line that names it.
 #include "common.cuh"
 
 struct GemmParams {
@@ -28,10 +28,12 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; ++s) {
-            mbarrier_init(full + 8 * s, 1);  // report 4
+            mbarrier_init(full + 8 * s, 1);  // report 4 37
             mbarrier_init(empty + 8 * s, 1);  // report 4
         }
+#ifndef BUG_37
         fence_mbarrier_init();
+#endif
     }
 #ifndef BUG_4
     __syncthreads();

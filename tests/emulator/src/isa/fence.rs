@@ -57,7 +57,11 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
 pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Fence, mask: u32) -> Exec {
     match inst {
         // That of `mbarrier.init` is modelled as a whole fence, so that a relaxed arrival behind it publishes the initialisation.
-        Fence::Memory | Fence::MbarrierInit => m.fence(w, mask),
+        Fence::Memory => m.fence(w, mask),
+        Fence::MbarrierInit => {
+            m.mbar_publish(w, mask);
+            m.fence(w, mask);
+        }
         Fence::ProxyAlias => {}
         Fence::ProxyAsync => m.clocks.fence_proxy(w.thread0 as usize, mask),
     }

@@ -28,6 +28,8 @@ pub(crate) struct Mbar {
     pub done: [Option<Arc<Clock>>; 2],
     /// Warps with lanes that wait.
     pub waiters: Vec<u32>,
+    /// Who initialised it: thread, its step, PC. `None` once a `fence.mbarrier_init` has made that known to the async proxy.
+    unfenced: Option<(usize, u32, u32)>,
 }
 
 impl Mbar {
@@ -89,11 +91,32 @@ impl Machine<'_> {
         let kind = READ | WRITE | ATOMIC;
         let access = Access { actor, clock, cluster: self.clocks.cluster, kind, site, known };
         let watch = race::Watch { proxy: false, ..self.clocks.watch };
-        match self.ctas[rank].shared.check(offset as usize, 8, &access, watch, &mut 1) {
-            None => Ok(()),
-            Some((_, c)) => {
-                let name = format!("mbarrier {}", self.shared_name(rank, offset as usize));
-                Err(self.conflict(c, actor, kind, name, false))
+        if let Some((_, c)) = self.ctas[rank].shared.check(offset as usize, 8, &access, watch, &mut 1) {
+            let name = format!("mbarrier {}", self.shared_name(rank, offset as usize));
+            return Err(self.conflict(c, actor, kind, name, false));
+        }
+        let cluster = self.clocks.cluster;
+        match self.ctas[rank].shared.mbars.get(&offset).and_then(|bar| bar.unfenced) {
+            Some((thread, step, pc)) if self.clocks.watch.proxy && !known.fenced(cluster, cluster, thread as u16, step) => {
+                let (me, other, name) = (self.actor_name(actor), self.actor_name(thread as u16), self.shared_name(rank, offset as usize));
+                let text = format!("missing fence.mbarrier_init or fence.proxy.async: {me} signals mbarrier {name} initialised by {other}");
+                Err(trouble(Fault::MissingProxyFence, text).other(pc))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// `fence.mbarrier_init`: the async proxy may use the mbarriers whose initialisation the thread knows of.
+    pub fn mbar_publish(&mut self, w: &Warp, mask: u32) {
+        let (clocks, cluster) = (&self.clocks, self.clocks.cluster);
+        if !clocks.on() {
+            return;
+        }
+        for bar in self.ctas[w.cta as usize].shared.mbars.values_mut() {
+            let Some((thread, step, _)) = bar.unfenced else { continue };
+            let knows = |me: usize| me == thread || clocks.threads[me].base.knows(cluster, cluster, thread as u16, step);
+            if super::warp::lanes(mask).any(|lane| knows(w.thread0 as usize + lane)) {
+                bar.unfenced = None;
             }
         }
     }
@@ -110,10 +133,13 @@ impl Machine<'_> {
             return Err(trouble(Fault::Mbarrier, format!("mbarrier {name}: init of a live mbarrier")));
         }
         self.mbar_touch(w, lane, rank, offset, WRITE)?;
+        let thread = w.thread0 as usize + lane;
+        let unfenced = self.clocks.threads.get(thread).map(|t| (thread, t.own, self.site));
         let shared = &mut self.ctas[rank].shared;
         shared.data[at..at + 8].copy_from_slice(&MAGIC.to_le_bytes());
         shared.mark(at, 8);
-        let bar = Mbar { count, pending: count, tx: 0, phase: 0, clock: SyncClock::default(), done: [None, None], waiters: Vec::new() };
+        let (clock, done, waiters) = (SyncClock::default(), [None, None], Vec::new());
+        let bar = Mbar { count, pending: count, tx: 0, phase: 0, clock, done, waiters, unfenced };
         shared.mbars.insert(offset, bar);
         Ok(())
     }

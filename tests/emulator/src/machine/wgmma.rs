@@ -167,7 +167,6 @@ pub(crate) fn queue(m: &mut Machine<'_>, w: &mut Warp, p: &Product) -> Result<()
         shape: (p.n, p.k),
     };
     let (site, first_thread, base32) = (m.site, w.thread0 as usize, w.base32);
-    let known = m.clocks.snapshot(first_thread, w.exists);
     let group = &mut m.ctas[w.cta as usize].groups[group];
     let at = (w.wgmma.queued - group.first) as usize;
     if at == group.queue.len() {
@@ -181,9 +180,7 @@ pub(crate) fn queue(m: &mut Machine<'_>, w: &mut Warp, p: &Product) -> Result<()
     let entry = &mut group.queue[at];
     entry.arrived |= 1 << member;
     entry.bases[member as usize] = base32;
-    if !known.hb.is_empty() {
-        entry.known.join(&known);
-    }
+    m.clocks.release(first_thread, w.exists, &mut entry.known);
     if entry.arrived == 0xf {
         for slot in std::mem::take(&mut group.waiters) {
             m.wakes.push(Wake::Wgmma { slot });

@@ -79,6 +79,14 @@ impl Format {
         let bits = v.to_bits();
         let negative = bits >> 63 != 0;
         let sign = if negative { self.sign_bit() } else { 0 };
+        if matches!(mode, Round::Rn) && (bits >> 52 & 0x7ff) as i32 >= 1024 - self.bias() {
+            // Neither subnormal nor, mostly, an overflow: round the bits as they stand.
+            let (shift, magnitude) = (52 - self.mantissa, (bits & !(1 << 63)) - (((1023 - self.bias()) as u64) << 52));
+            let code = (magnitude + (1 << (shift - 1)) - 1 + (magnitude >> shift & 1)) >> shift;
+            if code < u64::from(self.overflow()) {
+                return sign | code as u32;
+            }
+        }
         let up = match mode {
             Round::Rp => !negative,
             Round::Rm => negative,

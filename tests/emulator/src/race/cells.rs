@@ -91,7 +91,7 @@ impl Cells {
                 if found.is_some() {
                     return found;
                 }
-            } else if self.chunks[chunk] == sweep.before {
+            } else if alike(&self.chunks[chunk], &sweep.before) {
                 self.chunks[chunk] = sweep.after;
             } else {
                 let before = self.chunks[chunk];
@@ -122,11 +122,22 @@ impl Cells {
         let words = self.words_of(chunk);
         words.iter_mut().for_each(compact);
         let first = words[0];
-        if words.iter().all(|word| *word == first) {
+        if words.iter().all(|word| alike(word, &first)) {
             self.split &= !(1 << chunk);
             self.chunks[chunk] = first;
         }
     }
+}
+
+/// Whether two granules are equal: all of both is compared, because they mostly are.
+#[inline(always)]
+fn alike(a: &Granule, b: &Granule) -> bool {
+    let mut differ = 0;
+    for (a, b) in a.iter().zip(b) {
+        let ([a0, a1], [b0, b1]) = (a.bits(), b.bits());
+        differ |= (a0 ^ b0) | (a1 ^ b1);
+    }
+    differ == 0
 }
 
 /// Moves the empty cells behind the others.

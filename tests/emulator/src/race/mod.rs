@@ -24,7 +24,7 @@ pub(crate) const ASYNC: u8 = 8;
 pub(crate) const PENDING: u32 = u32::MAX;
 
 /// One remembered access.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cell {
     pub clock: u32,
     /// PC of the access.
@@ -35,6 +35,15 @@ pub(crate) struct Cell {
     pub mask: u8,
     /// 0 for an empty cell.
     pub kind: u8,
+}
+
+impl Cell {
+    /// All of it, as two numbers.
+    #[inline(always)]
+    fn bits(&self) -> [u64; 2] {
+        let place = u64::from(self.actor) | u64::from(self.mask) << 16 | u64::from(self.kind) << 24;
+        [u64::from(self.clock) | u64::from(self.site) << 32, u64::from(self.cluster) | place << 32]
+    }
 }
 
 /// The cells of one granule.
@@ -259,14 +268,7 @@ impl Clocks {
     /// what they do from now on is not before it.
     pub fn snapshot(&mut self, first: usize, mask: u32) -> Arc<Clock> {
         let mut all = SyncClock::default();
-        if self.on() {
-            for lane in crate::machine::warp::lanes(mask) {
-                let t = &mut self.threads[first + lane];
-                all.join(&t.base);
-                all.set(first + lane, t.own, t.fenced);
-                t.own += 1;
-            }
-        }
+        self.release(first, mask, &mut all);
         all.take().unwrap_or_default()
     }
 

@@ -161,6 +161,7 @@ bugs! {
     bug_30_accumulator_before_wait: 30 in tile_product => Expected::always(&[WgmmaRegister], "");
     bug_31_aligned_under_a_branch: 31 in tile_product => Expected::always(&[Divergence], "");
     bug_36_one_group_short: 36 in warp_gemm => Expected::always(&[DataRace], "unordered with");
+    bug_37_init_without_fence: 37 in gemm => Expected::always(&[MissingProxyFence], "mbarrier");
     bug_32_wgmma_without_proxy_fence: 32 in tile_product => Expected::always(&[MissingProxyFence], "wgmma");
 }
 
