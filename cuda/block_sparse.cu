@@ -1,248 +1,304 @@
-// block_sparse on the tensor cores: sdd y[block n] = a * b where block n lies, b as [K, N] (nn) or [N, K] (nt); dsd y = s * d, d likewise
+// block_sparse on the tensor cores: sdd y[block n] = (a * b) where block n lies; dsd y = s * d; dds as dsd of the transposed matrices
 //
-// Contract  src/ops/block_sparse/cuda.rs takes this form for bf16 and f16 where a and s are not transposed, rows begin on 16 bytes, N of dsd is
-//           a multiple of 8 and the blocks of its s stand for whole columns; everything else goes to block_sparse_plain.cu.
-// Work      a block per SM takes tile after tile: a block row x 256 columns, which for sdd are those of 2 blocks of 128 or 4 of 64, wherever
-//           they lie. One thread of warpgroup 0 loads stages of 64 of k by TMA. Warpgroups 1 and 2 multiply 64 rows x 256 columns each, or
-//           with blocks of 64 the same 64 rows x 128 columns each.
-// Cost      sdd 2 * blocks * block^2 * K FLOP, dsd 2 * blocks * block^2 * N, on the tensor cores. Block rows run fastest, in bands of 16, so
-//           that neighbours, which share columns where rows are sorted by expert, find them in the L2 cache.
-// Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: a row's bits depend on that row,
-//           on the places of its blocks and on the other operand alone.
+// Contract  src/ops/block_sparse/cuda/tiled.rs takes this form for bf16 and f16 where TMA reads the operands and y takes 16-byte stores; other
+//           calls go to block_sparse_plain.cu. The index comes from a Topology.
+// Work      a block per SM takes tile after tile: one block row (or column) x 256 columns, which for sdd are those of 2 blocks of 128 or 4 of 64, from
+//           anywhere in the row. One warp of warpgroup 0 loads stages of 64 of k by TMA, boxes of 64 x 64; warpgroups 1 and 2 multiply: 64 rows
+//           each of a block of 128, 128 columns each of a block of 64. What of k lies beyond a block's last row or column is cleared.
+// Cost      sdd 2 * blocks * block^2 * K FLOP, dsd 2 * blocks * block^2 * N on the tensor cores. Per tile and stage 48 KB (40 KB for blocks of 64)
+//           come from the L2 cache; from memory, each band of 16 block rows reads its columns once.
+// Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: an element's bits depend
+//           on its row and its column alone, and not on where the blocks are stored.
 #include "common/dtype.cuh"
 #include "common/ring.cuh"
+#include "common/tensor_tile.cuh"
 #include "common/ptx/tma.cuh"
-#include "common/ptx/warp.cuh"
-#include "common/ptx/wgmma.cuh"
 
-enum : int { WARPGROUP = 128, CONSUMERS = 2, THREADS = TILED_THREADS, STAGES = 4 };
-enum : int { PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224 }; // of 168 each at launch
-enum : int { HALF = 64, COLS = TILED_COLS, DEPTH = TILED_DEPTH }; // rows of a consumer, columns of a tile, k of a stage
-enum : int { PITCH = 128, PANEL_BYTES = DEPTH * PITCH };          // of a row in shared memory; of 64 columns that lie by k
-enum : int { W_BYTES = COLS * PITCH, SLAB_BYTES = 16 * PITCH };
+enum : int { COLS = TILED_COLS, BOX = 64, BOX_BYTES = BOX * PITCH, STAGES = 4 };
+enum : uint32_t { BAND = 16 };                // places whose tiles take turns, so that they share columns in the L2 cache
+enum : uint32_t { DEPTH_BITS = 255, LAST = 256 }; // of a note: how deep a stage is, and that it is the last of its tile
 using Stages = Ring<STAGES, 1>;
-static_assert(THREADS == (1 + CONSUMERS) * WARPGROUP && PITCH == 2 * DEPTH, "params.h");
 
-template <typename T_, bool DSD_, bool NN_, int BLOCK_> struct Form {
+// MN says of an operand that it lies with k outermost. B_BOXES are the columns of a tile.
+template <typename T_, bool A_MN_, bool B_MN_, int BLOCK_> struct Form {
     using T = T_;
-    enum : bool { DSD = DSD_, NN = NN_ };
-    enum : int { BLOCK = BLOCK_, BLOCKS = COLS / BLOCK };             // of a tile of sdd
-    enum : int { MINE = BLOCK == 2 * HALF ? COLS : COLS / CONSUMERS }; // columns of a consumer
-    enum : int { X_BYTES = BLOCK * PITCH, STAGE_BYTES = X_BYTES + W_BYTES };
-    enum : int { SLABS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SLABS_AT + 4 * CONSUMERS * SLAB_BYTES };
-    static_assert(BARRIERS_AT + Stages::BYTES <= TILED_SHARED_BYTES, "params.h");
+    enum : bool { A_MN = A_MN_, B_MN = B_MN_ };
+    enum : int { BLOCK = BLOCK_, A_BOXES = BLOCK / BOX, B_BOXES = COLS / BOX, STAGE_BYTES = (A_BOXES + B_BOXES) * BOX_BYTES };
+    enum : int { ACROSS = CONSUMERS / A_BOXES, BOXES = B_BOXES / ACROSS }; // consumers beside each other; the columns of one
+    enum : int { SLABS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SLABS_AT + SLABS * SLAB_BYTES, NOTES_AT = BARRIERS_AT + Stages::BYTES };
+    static_assert(NOTES_AT + 4 * STAGES <= BLOCK_TILED_SHARED_BYTES, "params.h");
 };
 
-// A block row, and of its blocks (sdd) or of the result's columns (dsd) the `group`-th 256 columns.
+// The rows of a place of the axis, some of its blocks, and some columns.
 struct Tile {
-    uint32_t place, group;
-    uint32_t row, num_rows;      // dense rows
-    uint32_t first, last, steps; // the blocks that are stored (sdd) or summed over (dsd); stages of k
+    uint32_t begin, end; // blocks, in the order of the axis: for sdd those to write, else those to sum over
+    uint32_t row, rows;
+    uint32_t col; // dsd
 };
 
-// The tiles of one block, by turns.
+// The tiles of one thread block, by turns. 32 bits: a result with more tiles would not fit any memory.
 template <typename F> struct Walk {
-    enum : uint32_t { BAND = 16 };
-    uint64_t index = blockIdx.x;
+    enum : uint32_t { EACH = COLS / F::BLOCK }; // blocks of a tile of sdd
+    uint32_t index = blockIdx.x, first = 0;          // the next tile, and the first of the band
+    uint32_t place = 0, places = 0, groups = 0;      // the band, and the most tiles that one of its places has
 
-    __device__ __forceinline__ bool next(const TiledBlockParams& p, Tile& tile) {
-        const uint64_t places = p.rows.places, groups = p.groups;
-        for (; index < places * groups; index += gridDim.x) {
-            const uint64_t band = index / (BAND * groups), rest = index - band * BAND * groups;
-            const uint32_t band_places = uint32_t(min(uint64_t(BAND), places - band * BAND));
-            tile.place = uint32_t(band * BAND + rest % band_places);
-            tile.group = uint32_t(rest / band_places);
-            tile.row = p.rows.starts[tile.place];
-            tile.num_rows = p.rows.starts[tile.place + 1] - tile.row;
-            tile.first = p.rows.offsets[tile.place] + (F::DSD ? 0 : tile.group * F::BLOCKS);
-            tile.last = p.rows.offsets[tile.place + 1];
-            if (F::DSD ? tile.num_rows == 0 : tile.first >= tile.last) continue;
-            tile.steps = F::DSD ? (tile.last - tile.first) * (F::BLOCK / DEPTH) : uint32_t((p.k + DEPTH - 1) / DEPTH);
+    __device__ __forceinline__ bool next(const BlockProductParams& p, Tile& tile) {
+        for (;;) {
+            if (index - first >= places * groups) {
+                first += places * groups;
+                place += places;
+                if (place >= p.axis.places) return false;
+                places = min(BAND, uint32_t(p.axis.places) - place);
+                groups = p.is_sdd ? most_groups(p.axis.offsets + place) : uint32_t((p.n + COLS - 1) / COLS);
+                continue;
+            }
+            const uint32_t i = place + (index - first) % places, group = (index - first) / places;
             index += gridDim.x;
-            return true;
+            tile.begin = p.axis.offsets[i];
+            tile.end = p.axis.offsets[i + 1];
+            tile.row = p.axis.starts[i];
+            tile.rows = p.axis.starts[i + 1] - tile.row;
+            tile.col = group * COLS;
+            if (p.is_sdd) {
+                tile.begin = min(tile.begin + group * EACH, tile.end);
+                tile.end = min(tile.begin + EACH, tile.end);
+                if (tile.begin < tile.end) return true;
+            } else if (tile.rows > 0) return true;
         }
-        return false;
+    }
+    __device__ __forceinline__ uint32_t most_groups(const uint32_t* offsets) const {
+        uint32_t most = 0;
+        for (uint32_t i = 0; i < places; i++) most = max(most, offsets[i + 1] - offsets[i]);
+        return (most + EACH - 1) / EACH;
     }
 };
 
-// COUNT columns from `col` on, at 64 of k from `k` on.
-template <typename F, int COUNT> __device__ __forceinline__ void load_columns(const TiledBlockParams& p, uint32_t to, uint32_t col, uint32_t k, uint32_t full) {
-    if constexpr (bool(F::NN)) {
-#pragma unroll
-        for (int i = 0; i < COUNT / 64; i++) tma_load_2d(to + i * PANEL_BYTES, p.right, col + 64 * i, k, full);
-    } else {
-        tma_load_2d(to, p.right, k, col, full);
-    }
-}
+// Warp 0. Lane 0 loads; for dsd all lanes find blocks, 32 at once, since each takes three reads that wait for one another.
+template <typename F> struct Producer {
+    const BlockProductParams& p;
+    const uint32_t            shared;
+    Stages                    ring;
 
-// One thread of warpgroup 0. Rows and columns behind those of a block come along: they are not stored.
-template <typename F> __device__ __forceinline__ void produce(const TiledBlockParams& p, uint32_t shared, Stages ring) {
-    if (threadIdx.x != 0) return;
-    prefetch_tensor_map(p.left);
-    prefetch_tensor_map(p.right);
-    Walk<F> walk;
-    for (Tile tile; walk.next(p, tile);) {
-        uint32_t cols[F::BLOCKS];
-#pragma unroll
-        for (uint32_t i = 0; i < F::BLOCKS; i++) // behind the last block that one again
-            if (!F::DSD) cols[i] = p.rows.other_starts[p.rows.other_ids[min(tile.first + i, tile.last - 1)]];
-        for (uint32_t step = 0; step < tile.steps; step++) {
-            const uint32_t x = shared + ring.stage * F::STAGE_BYTES, w = x + F::X_BYTES;
+    template <bool MN> __device__ __forceinline__ void load_box(const TensorMap& map, uint32_t to, uint32_t mn, uint32_t k) const {
+        tma_load_2d(to, map, MN ? mn : k, MN ? k : mn, ring.full());
+    }
+    // a from (a_mn, a_k) on, 64 columns of b from each of (b_mn, b_k) on.
+    __device__ __forceinline__ void load_stage(uint32_t a_mn, uint32_t a_k, const uint32_t (&b_mn)[F::B_BOXES], uint32_t b_k, uint32_t note) {
+        const uint32_t stage = shared + ring.stage * F::STAGE_BYTES;
+        if (threadIdx.x == 0) {
             ring.wait_empty();
+            store_shared_4(shared + F::NOTES_AT + 4 * ring.stage, note);
             mbarrier_arrive_expect(ring.full(), F::STAGE_BYTES); // boxes count in full
-            if (F::DSD) {
-                const uint32_t n = tile.first + step / (F::BLOCK / DEPTH), k = step % (F::BLOCK / DEPTH) * DEPTH;
-                tma_load_2d(x, p.left, k, n * F::BLOCK, ring.full());
-                load_columns<F, COLS>(p, w, tile.group * COLS, p.rows.other_starts[p.rows.other_ids[n]] + k, ring.full());
-            } else {
-                tma_load_2d(x, p.left, step * DEPTH, tile.row, ring.full());
 #pragma unroll
-                for (int i = 0; i < F::BLOCKS; i++) load_columns<F, F::BLOCK>(p, w + i * F::BLOCK * PITCH, cols[i], step * DEPTH, ring.full());
+            for (uint32_t i = 0; i < F::A_BOXES; i++) load_box<F::A_MN>(p.a, stage + i * BOX_BYTES, a_mn + i * BOX, a_k);
+#pragma unroll
+            for (uint32_t i = 0; i < F::B_BOXES; i++) load_box<F::B_MN>(p.b, stage + (F::A_BOXES + i) * BOX_BYTES, b_mn[i], b_k);
+        }
+        ring.advance();
+    }
+    // Rows and columns of other blocks, too, where this one has fewer: what becomes of them is not stored. k ends where the matrices end.
+    __device__ __forceinline__ void load_dense(const Tile& tile) {
+        uint32_t cols[F::B_BOXES];
+#pragma unroll
+        for (uint32_t i = 0; i < F::B_BOXES; i++) {
+            const uint32_t n = min(tile.begin + i / F::A_BOXES, tile.end - 1); // again where there are no more
+            cols[i] = p.axis.other_starts[p.axis.other_ids[n]] + i % F::A_BOXES * BOX;
+        }
+        for (uint32_t k = 0; k < p.k; k += DEPTH) load_stage(tile.row, k, cols, k, DEPTH | (k + DEPTH >= p.k ? LAST : 0));
+    }
+    __device__ __forceinline__ void load_sparse(const Tile& tile) {
+        uint32_t cols[F::B_BOXES];
+#pragma unroll
+        for (uint32_t i = 0; i < F::B_BOXES; i++) cols[i] = tile.col + i * BOX;
+        for (uint32_t first = tile.begin; first < tile.end; first += 32) {
+            const uint32_t at = min(first + threadIdx.x, tile.end - 1), stored = p.axis.order ? p.axis.order[at] : at;
+            const uint32_t other = p.axis.other_ids[stored], start = p.axis.other_starts[other], extent = p.axis.other_starts[other + 1] - start;
+            for (uint32_t i = 0; i < min(32u, tile.end - first); i++) {
+                const uint32_t row = __shfl_sync(~0u, stored, i) * F::BLOCK, first_k = __shfl_sync(~0u, start, i), depth = __shfl_sync(~0u, extent, i);
+                for (uint32_t k = 0; k < depth; k += DEPTH) {
+                    const bool last = first + i + 1 == tile.end && k + DEPTH >= depth;
+                    load_stage(F::A_MN ? 0 : row, F::A_MN ? row + k : k, cols, first_k + k, min(depth - k, uint32_t(DEPTH)) | (last ? LAST : 0));
+                }
             }
-            ring.advance();
         }
     }
-}
-
-// A consumer's products over all of k. The batch of a stage is in flight while the next stage is awaited.
-template <typename F> __device__ __forceinline__ void multiply(uint32_t steps, uint32_t shared, Stages& ring, float (&sum)[F::MINE / 2]) {
-    const uint32_t consumer = threadIdx.x / WARPGROUP - 1;
-    const uint32_t rows_at = F::BLOCK == 2 * HALF ? consumer * HALF * PITCH : 0, cols_at = F::X_BYTES + (F::MINE == COLS ? 0 : consumer * F::MINE * PITCH);
-    bool           accumulate = false;
-    for (uint32_t step = 0; step < steps; step++) {
-        const uint32_t tile = shared + ring.stage * F::STAGE_BYTES;
-        const uint64_t x = k_major(tile + rows_at), w = F::NN ? mn_major(tile + cols_at, DEPTH) : k_major(tile + cols_at);
-        ring.wait_full();
-        pin(sum);
-        wgmma_fence();
-#pragma unroll
-        for (uint32_t i = 0; i < DEPTH / 16; i++) {
-            wgmma<typename F::T, false, F::NN>(sum, x + i * K_MAJOR_STEP, w + i * (F::NN ? MN_MAJOR_STEP : K_MAJOR_STEP), accumulate);
-            accumulate = true;
+    __device__ __forceinline__ void run() {
+        if (threadIdx.x >= 32) return;
+        if (threadIdx.x == 0) {
+            prefetch_tensor_map(p.a);
+            prefetch_tensor_map(p.b);
         }
-        wgmma_commit();
-        pin(sum);
-        wgmma_wait<1>();
-        if (step > 0) ring.release_previous();
-        ring.advance();
-    }
-    wgmma_wait<0>();
-    pin(sum);
-    ring.release_previous();
-}
-
-// Hands back the stages of a tile of which this consumer has nothing.
-__device__ __forceinline__ void skip(uint32_t steps, Stages& ring) {
-    for (uint32_t step = 0; step < steps; step++) {
-        ring.wait_full();
-        ring.advance();
-        ring.release_previous();
-    }
-}
-
-// 64 columns of a warp's 16 rows leave through shared memory, so that eight threads write 128 bytes of a row. Of these `rows` and `cols`
-// are real; the others are stored as zeros (sdd) or not at all (dsd).
-template <typename F> __device__ __forceinline__ void store(typename F::T* y, int64_t stride, uint32_t slab, int rows, int cols, const float* sum) {
-    using T = typename F::T;
-    const uint32_t lane = threadIdx.x % 32, into = slab + lane % 16 * PITCH, chunk = lane / 16;
-#pragma unroll
-    for (int i = 0; i < 4; i++) { // 16 columns
-        float s[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int row = lane / 4 + 8 * (j / 2 % 2), col = 16 * i + 8 * (j / 4) + 2 * (lane % 4) + j % 2;
-            s[j] = F::DSD || (row < rows && col < cols) ? sum[8 * i + j] : 0.0f;
+        Walk<F> walk;
+        for (Tile tile; walk.next(p, tile);) {
+            if (p.is_sdd) load_dense(tile);
+            else load_sparse(tile);
         }
-        stmatrix_x4(into + ((2 * i + chunk) ^ lane % 8) * 16, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
     }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int   r = 4 * i + lane / 8, c = lane % 8;
-        const uint4 values = load_shared_16(slab + r * PITCH + (c ^ r % 8) * 16);
-        if (!F::DSD || (r < rows && 8 * c < cols)) *reinterpret_cast<uint4*>(y + r * stride + 8 * c) = values;
-    }
-    __syncwarp(); // before the next columns overwrite these
-}
+};
 
-// The same without sums.
-template <typename F> __device__ __forceinline__ void store_zeros(typename F::T* y, int64_t stride, int rows, int cols) {
-    const int lane = threadIdx.x % 32;
+// f32 elements through shared memory, 32 columns at a time: a row or, where y is turned, a column in one piece.
+__device__ __forceinline__ void store_floats_by(float* to, int64_t stride, bool turned, int rows, int cols, uint32_t slab, const float* sum) {
+    const int     lane = threadIdx.x % 32, first_r = turned ? lane % 16 : 0, first_c = turned ? lane / 16 : lane;
+    const int64_t step = turned ? 2 * stride : stride;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int r = 4 * i + lane / 8, c = lane % 8;
-        if (!F::DSD || (r < rows && 8 * c < cols)) *reinterpret_cast<uint4*>(y + r * stride + 8 * c) = make_uint4(0, 0, 0, 0);
-    }
-}
-
-// Calls `put(y, rows, cols, i)` for each 64 columns of this warp's rows: where they go, how many are real, and which of its columns they are.
-template <typename F, typename Put> __device__ __forceinline__ void each_columns(const TiledBlockParams& p, const Tile& tile, uint32_t warp, Put put) {
-    using T = typename F::T;
-    const uint32_t row = (F::BLOCK == 2 * HALF ? warp : warp % 4) * 16, first_col = F::MINE == COLS ? 0 : warp / 4 * F::MINE;
-    const int      rows = int(tile.num_rows) - int(row);
-    T* const       y = static_cast<T*>(p.y);
+    for (int first = 0; first < BOX; first += 32) {
 #pragma unroll
-    for (int i = 0; i < F::MINE / 64; i++) {
-        const uint32_t col = first_col + 64 * i;
-        if (F::DSD) {
-            const int64_t at = int64_t(tile.group) * COLS + col;
-            if (at < p.n) put(y + (int64_t(tile.row) + row) * p.y_stride + at, rows, int(min(p.n - at, int64_t(64))), i);
-        } else {
-            const uint32_t n = tile.first + col / F::BLOCK, within = col % F::BLOCK;
-            if (n >= tile.last) break;
-            const uint32_t id = p.rows.other_ids[n], width = p.rows.other_starts[id + 1] - p.rows.other_starts[id];
-            put(y + (int64_t(n) * F::BLOCK + row) * p.y_stride + within, rows, int(width) - int(within), i);
+        for (int i = 0; i < 8; i++) {
+            const int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
+            store_shared_8(slab + r * PITCH + (c ^ r % 8 * 4) * 4, sum[first / 2 + 2 * i], sum[first / 2 + 2 * i + 1]);
         }
+        __syncwarp();
+        float* y = to + (turned ? first_r + (first + first_c) * stride : first + first_c);
+#pragma unroll 4
+        for (int i = 0; i < 16; i++, y += step) {
+            const int r = turned ? first_r : i, c = turned ? first_c + 2 * i : first_c;
+            if (r < rows && first + c < cols) *y = load_shared_float(slab + r * PITCH + (c ^ r % 8 * 4) * 4);
+        }
+        __syncwarp(); // before the next columns overwrite these
+    }
+}
+
+// Clears boxes from k = `depth` on, so that what lies there adds nothing, not even a NaN. All consumers take part.
+template <bool MN> __device__ __forceinline__ void clear(uint32_t boxes, uint32_t count, uint32_t depth) {
+    const uint32_t thread = threadIdx.x - WARPGROUP;
+    if (MN) { // a row of each box for each k
+        const uint32_t rest = (DEPTH - depth) * 8; // 16-byte pieces
+        for (uint32_t i = thread; i < count * rest; i += CONSUMERS * WARPGROUP) clear_shared_16(boxes + i / rest * BOX_BYTES + depth * PITCH + i % rest * 16);
+    } else {
+        for (uint32_t row = thread; row < count * BOX; row += CONSUMERS * WARPGROUP)
+            for (uint32_t k = depth; k < DEPTH; k++) clear_shared_2(boxes + row * PITCH + (k / 8 ^ row % 8) * 16 + k % 8 * 2);
     }
 }
 
 // Warpgroups 1 and 2.
-template <typename F> __device__ __forceinline__ void consume(const TiledBlockParams& p, uint32_t shared, Stages ring) {
-    const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - WARPGROUP / 32; // uniform, and the compiler knows it
-    const uint32_t slab = shared + F::SLABS_AT + warp * SLAB_BYTES;
-    Walk<F>        walk;
-    for (Tile tile; walk.next(p, tile);) {
-        const bool no_rows = F::BLOCK == 2 * HALF && warp / 4 * HALF >= tile.num_rows;
-        const bool no_cols = !F::DSD && F::MINE != COLS && tile.first + warp / 4 * F::MINE / F::BLOCK >= tile.last;
-        if (no_rows || no_cols || tile.steps == 0) {
-            skip(tile.steps, ring);
-            each_columns<F>(p, tile, warp, [&](typename F::T* y, int rows, int cols, int) { store_zeros<F>(y, p.y_stride, rows, cols); });
-            continue;
-        }
-        float sum[F::MINE / 2];
-        multiply<F>(tile.steps, shared, ring, sum);
-        each_columns<F>(p, tile, warp, [&](typename F::T* y, int rows, int cols, int i) { store<F>(y, p.y_stride, slab, rows, cols, sum + 32 * i); });
-    }
-}
+template <typename F> struct Consumer {
+    const BlockProductParams& p;
+    const uint32_t            shared;
+    Stages                    ring;
+    const uint32_t            warp = consumer_warp();
+    const uint32_t            down = warp / 4 / F::ACROSS * BOX, across = warp / 4 % F::ACROSS * F::BOXES * BOX; // its first row and column of a tile
 
-template <typename F> __device__ __forceinline__ void product(const TiledBlockParams& p) {
+    // The next stage, as the multiplication may read it. True for the last one of a tile.
+    __device__ __forceinline__ bool await(uint32_t stage) const {
+        ring.wait_full();
+        uint32_t note = 0;
+        if (threadIdx.x % 32 == 0) note = load_shared_4(shared + F::NOTES_AT + 4 * ring.stage); // the lane that will hand the stage back
+        note = __shfl_sync(~0u, note, 0);
+        const uint32_t depth = note & DEPTH_BITS;
+        if (depth < DEPTH) {
+            clear<F::A_MN>(stage, F::A_BOXES, depth);
+            clear<F::B_MN>(stage + F::A_BOXES * BOX_BYTES, F::B_BOXES, depth);
+            fence_proxy_async();
+            barrier_among<1, CONSUMERS * WARPGROUP>();
+        }
+        return note & LAST;
+    }
+
+    // All of k. The batch of a stage is in flight while the next stage is awaited.
+    __device__ __forceinline__ void multiply(float (&sum)[1][F::BOXES * BOX / 2]) {
+        bool last, first = true;
+        do {
+            const uint32_t stage = shared + ring.stage * F::STAGE_BYTES, b = stage + F::A_BOXES * BOX_BYTES;
+            last = await(stage);
+            multiply_stage<typename F::T, F::A_MN, F::B_MN, 0>(sum, stage + down * PITCH, b + across * PITCH, !first);
+            wgmma_wait<1>();
+            if (!first) ring.release_previous();
+            ring.advance();
+            first = false;
+        } while (!last);
+        wgmma_wait<0>();
+        pin_all(sum);
+        ring.release_previous();
+    }
+
+    // Hands back the stages of a tile of which this consumer has nothing.
+    __device__ __forceinline__ void skip() {
+        bool last;
+        do {
+            last = await(shared + ring.stage * F::STAGE_BYTES);
+            ring.advance();
+            ring.release_previous();
+        } while (!last);
+    }
+
+    // 64 columns of the warp's 16 rows, as far as there are that many.
+    __device__ __forceinline__ void store(int64_t at, int rows, int cols, const float* sum) const {
+        using T = typename F::T;
+        const uint32_t slab = shared + F::SLABS_AT + warp * SLAB_BYTES;
+        T* const       y = static_cast<T*>(p.y) + at;
+        if (p.is_f32) store_floats_by(static_cast<float*>(p.y) + at, p.y_stride, p.is_turned, rows, cols, slab, sum);
+        else if (p.is_turned) store_rows_turned(y, p.y_stride, rows, cols, slab, sum);
+        else store_rows(y, p.y_stride, rows, cols, slab, sum);
+    }
+    // Zeros where a stored block goes on beyond its rows and columns.
+    __device__ __forceinline__ void store_zeros(int64_t at, int rows, int cols) const {
+        __syncwarp(); // others have just stored there
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < 16 * BOX; i += 32) {
+            const int64_t to = at + i / BOX * p.y_stride + i % BOX;
+            if (i / BOX < rows && i % BOX < cols) continue;
+            if (p.is_f32) static_cast<float*>(p.y)[to] = 0.0f;
+            else static_cast<typename F::T*>(p.y)[to].bits = 0;
+        }
+    }
+    // From 64 columns on; then the next ones.
+    template <int FROM> __device__ __forceinline__ void store_from(const Tile& tile, const float* sum) const {
+        const uint32_t row = down + warp % 4 * 16, col = across + FROM * BOX, n = tile.begin + col / F::BLOCK;
+        const int64_t  y_row = p.is_sdd ? int64_t(n) * F::BLOCK + row : tile.row + row, y_col = p.is_sdd ? col % F::BLOCK : tile.col + col;
+        const int64_t  at = p.is_turned ? y_col * p.y_stride + y_row : y_row * p.y_stride + y_col;
+        const int      rows = int(tile.rows - row);
+        if (!p.is_sdd || n < tile.end) store(at, p.is_sdd ? 16 : rows, p.is_sdd ? BOX : int(p.n - y_col), sum + FROM * BOX / 2);
+        if (p.is_sdd && n < tile.end) {
+            const uint32_t other = p.axis.other_ids[n];
+            const int      cols = int(p.axis.other_starts[other + 1] - p.axis.other_starts[other] - col % F::BLOCK);
+            if (rows < 16 || cols < BOX) store_zeros(at, rows, cols);
+        }
+        if constexpr (FROM + 1 < F::BOXES) store_from<FROM + 1>(tile, sum);
+    }
+
+    __device__ __forceinline__ void run() {
+        Walk<F> walk;
+        for (Tile tile; walk.next(p, tile);) {
+            float sum[1][F::BOXES * BOX / 2] = {};
+            const bool columns = p.is_sdd ? tile.begin + across / F::BLOCK < tile.end : tile.col + across < p.n;
+            if (tile.begin == tile.end) {} // a place without blocks has zeros
+            else if (down < tile.rows && columns) multiply(sum);
+            else skip();
+            store_from<0>(tile, sum[0]);
+        }
+    }
+};
+
+template <typename F> __device__ __forceinline__ void product(const BlockProductParams& p) {
     extern __shared__ __align__(1024) unsigned char dynamic[];
-    const uint32_t            shared = shared_address(dynamic);
-    const Stages              ring{shared + F::BARRIERS_AT};
+    const uint32_t shared = shared_address(dynamic);
+    const Stages   ring{shared + F::BARRIERS_AT};
     if (threadIdx.x == 0) {
         ring.init(1, CONSUMERS * WARPGROUP / 32);
         fence_mbarrier_init();
     }
     __syncthreads();
-    if (__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) == 0) {
+    if (is_producer()) {
         registers_dec<PRODUCER_REGISTERS>();
-        produce<F>(p, shared, ring);
+        Producer<F>{p, shared, ring}.run();
     } else {
         registers_inc<CONSUMER_REGISTERS>();
-        consume<F>(p, shared, ring);
+        Consumer<F>{p, shared, ring}.run();
     }
+    __syncwarp();
 }
 
-#define ENTRY(NAME, T, DSD, NN, BLOCK)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) block_sparse_##NAME##_##BLOCK(const __grid_constant__ TiledBlockParams p) { \
-        product<Form<T, DSD, NN, BLOCK>>(p);                                                                                     \
+// By a and b as they lie, n or t for transposed, and the block.
+#define ENTRY(NAME, T, A_MN, B_MN, BLOCK)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) block_sparse_##NAME##_##T##_##BLOCK(const __grid_constant__ BlockProductParams p) { \
+        product<Form<T, A_MN, B_MN, BLOCK>>(p);                                                                                            \
     }
-#define ENTRIES(NAME, T, DSD, NN) ENTRY(NAME, T, DSD, NN, 64) ENTRY(NAME, T, DSD, NN, 128)
-ENTRIES(sdd_nt_bf16, bf16, false, false)
-ENTRIES(sdd_nn_bf16, bf16, false, true)
-ENTRIES(dsd_nt_bf16, bf16, true, false)
-ENTRIES(dsd_nn_bf16, bf16, true, true)
-ENTRIES(sdd_nt_f16, f16, false, false)
-ENTRIES(sdd_nn_f16, f16, false, true)
-ENTRIES(dsd_nt_f16, f16, true, false)
-ENTRIES(dsd_nn_f16, f16, true, true)
+#define ENTRIES(T, BLOCK)            \
+    ENTRY(nn, T, false, true, BLOCK) \
+    ENTRY(nt, T, false, false, BLOCK) \
+    ENTRY(tn, T, true, true, BLOCK)  \
+    ENTRY(tt, T, true, false, BLOCK)
+ENTRIES(bf16, 64)
+ENTRIES(bf16, 128)
+ENTRIES(f16, 64)
+ENTRIES(f16, 128)

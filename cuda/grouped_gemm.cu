@@ -14,14 +14,8 @@
 #include "common/expert_tiles.cuh"
 #include "common/gathered_rows.cuh"
 #include "common/ring.cuh"
+#include "common/tensor_tile.cuh"
 #include "common/ptx/tma.cuh"
-#include "common/ptx/warp.cuh"
-#include "common/ptx/wgmma.cuh"
-
-enum : int { CONSUMERS = 2, THREADS = TILED_THREADS };
-enum : int { PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224 }; // of 168 each at launch
-enum : int { HALF = 64, ROWS = TILED_ROWS, DEPTH = TILED_DEPTH }; // of a tile: rows of a consumer and of all; k of a stage
-static_assert(THREADS == (1 + CONSUMERS) * WARPGROUP && ROWS == CONSUMERS * HALF && PITCH == 2 * DEPTH, "params.h");
 
 // A row of the tile table of src/ops/grouped_gemm/cuda.rs. COLS are output columns.
 template <typename T_, typename O_, bool NN_, bool GLU_, int COLS_, int STAGES_, int CLUSTER_> struct Form {
@@ -30,7 +24,6 @@ template <typename T_, typename O_, bool NN_, bool GLU_, int COLS_, int STAGES_,
     enum : bool { NN = NN_, GLU = GLU_ };
     enum : int { COLS = COLS_, PRODUCTS = GLU ? 2 : 1, STAGES = STAGES_, CLUSTER = CLUSTER_ };
     enum : int { X_BYTES = ROWS * PITCH, W_BYTES = COLS * PITCH, STAGE_BYTES = X_BYTES + PRODUCTS * W_BYTES };
-    enum : int { SLAB_BYTES = sizeof(O) == 2 ? 16 * PITCH : 0, SLABS = 4 * CONSUMERS }; // a warp's rows on their way out
     enum : int { SLABS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SLABS_AT + SLABS * SLAB_BYTES, SHARED_BYTES = BARRIERS_AT + Ring<STAGES, CLUSTER_>::BYTES };
     using Stages = Ring<STAGES, CLUSTER>;
     static_assert(PRODUCTS * COLS == TILED_COLS && SHARED_BYTES <= TILED_SHARED_BYTES, "params.h");
@@ -102,33 +95,17 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
 template <typename F>
 __device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t shared, typename F::Stages& ring, float (&sum)[F::PRODUCTS][F::COLS / 2]) {
     const uint32_t consumer = threadIdx.x / WARPGROUP - 1;
-    bool accumulate = false;
     for (uint32_t k = 0; k < p.k; k += DEPTH) {
-        const uint32_t tile = shared + ring.stage * F::STAGE_BYTES;
-        const uint64_t x = k_major(tile + consumer * HALF * PITCH);
-        const uint64_t w = F::NN ? mn_major(tile + F::X_BYTES, DEPTH) : k_major(tile + F::X_BYTES);
+        const uint32_t stage = shared + ring.stage * F::STAGE_BYTES;
         ring.wait_full();
         if (p.row_to_slot) fence_proxy_async();
-#pragma unroll
-        for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
-        wgmma_fence();
-#pragma unroll
-        for (uint32_t step = 0; step < DEPTH / 16; step++) {
-#pragma unroll
-            for (int i = 0; i < F::PRODUCTS; i++)
-                wgmma<typename F::T, false, F::NN>(sum[i], x + step * K_MAJOR_STEP, w + (i * F::W_BYTES >> 4) + step * (F::NN ? MN_MAJOR_STEP : K_MAJOR_STEP), accumulate);
-            accumulate = true;
-        }
-        wgmma_commit();
-#pragma unroll
-        for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
+        multiply_stage<typename F::T, false, F::NN, F::W_BYTES>(sum, stage + consumer * HALF * PITCH, stage + F::X_BYTES, k > 0);
         wgmma_wait<1>();
         if (k > 0) ring.release_previous();
         ring.advance();
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
+    pin_all(sum);
     ring.release_previous();
 }
 
@@ -141,46 +118,9 @@ template <typename F> __device__ __forceinline__ void skip(const TiledProductPar
     }
 }
 
-// 16-bit elements leave through shared memory, 64 columns of a warp's 16 rows at a time, so that eight threads write 128 bytes of a row.
-template <typename F> __device__ __forceinline__ void store_rows(const TiledProductParams& p, uint32_t slab, uint32_t row, const ExpertTile& tile, const float (&sum)[F::COLS / 2]) {
-    using T = typename F::T;
-    const uint32_t lane = threadIdx.x % 32, into = slab + lane % 16 * PITCH, chunk = lane / 16;
-#pragma unroll
-    for (int cols = 0; cols < F::COLS; cols += 64) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float* s = sum + cols / 2 + 8 * i; // 16 columns
-            stmatrix_x4(into + ((2 * i + chunk) ^ lane % 8) * 16, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t r = 4 * i + lane / 8, c = lane % 8, col = tile.col + cols + 8 * c;
-            const uint4    values = load_shared_16(slab + r * PITCH + (c ^ r % 8) * 16);
-            if (row + r < tile.end && col < p.n) *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + (row + r) * p.y_stride + col) = values;
-        }
-        __syncwarp(); // before the next columns overwrite these
-    }
-}
-
-// f32 elements leave as they are: four threads write 32 bytes of a row.
-template <typename F> __device__ __forceinline__ void store_floats(const TiledProductParams& p, uint32_t row, const ExpertTile& tile, const float (&sum)[F::COLS / 2]) {
-    const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint32_t r = row + lane / 4 + 8 * half;
-        float* const   y = static_cast<float*>(p.y) + r * p.y_stride;
-#pragma unroll
-        for (int i = 0; i < F::COLS / 8; i++) {
-            const uint32_t col = tile.col + 8 * i + 2 * (lane % 4);
-            if (r < tile.end && col < p.n) *reinterpret_cast<float2*>(y + col) = make_float2(sum[4 * i + 2 * half], sum[4 * i + 2 * half + 1]);
-        }
-    }
-}
-
 // Warpgroups 1 and 2.
 template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
-    const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - WARPGROUP / 32; // uniform, and the compiler knows it
+    const uint32_t warp = consumer_warp();
     Walk<F> walk(p);
     for (ExpertTile tile; walk.next(tile);) {
         const uint32_t row = tile.row + warp * 16;
@@ -193,8 +133,14 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
         if (F::GLU)
 #pragma unroll
             for (int i = 0; i < F::COLS / 2; i++) sum[0][i] = silu(sum[0][i]) * sum[F::PRODUCTS - 1][i];
-        if constexpr (sizeof(typename F::O) == 2) store_rows<F>(p, shared + F::SLABS_AT + warp * F::SLAB_BYTES, row, tile, sum[0]);
-        else store_floats<F>(p, row, tile, sum[0]);
+        const int rows = int(tile.end - row);
+#pragma unroll
+        for (uint32_t i = 0; i < F::COLS; i += 64) {
+            const uint32_t       col = tile.col + i;
+            typename F::O* const y = static_cast<typename F::O*>(p.y) + row * p.y_stride + col;
+            if constexpr (sizeof(typename F::O) == 2) store_rows(y, p.y_stride, rows, int(p.n - col), shared + F::SLABS_AT + warp * SLAB_BYTES, sum[0] + i / 2);
+            else store_floats(y, p.y_stride, rows, int(p.n - col), sum[0] + i / 2);
+        }
     }
 }
 
@@ -208,7 +154,7 @@ template <typename F> __device__ __forceinline__ void product(const TiledProduct
     }
     if (F::CLUSTER > 1) cluster_sync();
     else __syncthreads();
-    if (__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) == 0) {
+    if (is_producer()) {
         registers_dec<PRODUCER_REGISTERS>();
         produce<F>(p, shared, ring);
     } else {

@@ -108,14 +108,32 @@ fn tensor_cores_are_used_as_meant() {
         let copies: Vec<&str> = entry.field("tma").split(',').collect();
         assert_eq!(copies[0], "2d", "{}: rows", entry.name);
         assert!(copies.len() > 1 && copies[1..].iter().all(|copy| *copy == if cluster { "3d.multicast" } else { "3d" }), "{}", entry.name);
-
-        let number =
-            |name: &str| text.split(name).nth(1).unwrap().split([' ', ',', ';']).find_map(|word| word.parse::<u32>().ok()).unwrap();
-        let threads = number(".maxntid");
-        let handed = 128 * number("setmaxnreg.dec.sync.aligned.u32") + (threads - 128) * number("setmaxnreg.inc.sync.aligned.u32");
-        let launched = threads * entry.field("registers").parse::<u32>().unwrap();
-        assert!(handed <= launched && launched <= 65_536, "{}: {handed} of {launched} registers", entry.name);
+        assert_registers_handed(&entry, text);
     }
+}
+
+/// The same of the products of blocks, which load boxes of 64 x 64: one copy for each of a tile in the code for a sparse result, and in
+/// that for a dense one.
+#[test]
+fn blocks_meet_the_tensor_cores() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/block_sparse.sm_90a.ptx"));
+    let tiled = entries(&manifest, &ptx);
+    assert_eq!(tiled.len(), 16, "two types, two sizes of blocks, four ways that operands lie");
+    for (entry, text) in tiled {
+        let boxes = if entry.name.ends_with("_128") { 128 / 64 + 256 / 64 } else { 64 / 64 + 256 / 64 };
+        let copies = vec!["2d"; 2 * boxes].join(",");
+        assert_eq!([entry.field("hgmma"), entry.field("depbar"), entry.field("tma")], ["4", "2", &copies], "{}", entry.name);
+        assert_registers_handed(&entry, text);
+    }
+}
+
+/// The registers that the producer hands over and the consumers take are those that the block was launched with.
+fn assert_registers_handed(entry: &Line<'_>, text: &str) {
+    let number = |name: &str| text.split(name).nth(1).unwrap().split([' ', ',', ';']).find_map(|word| word.parse::<u32>().ok()).unwrap();
+    let threads = number(".maxntid");
+    let handed = 128 * number("setmaxnreg.dec.sync.aligned.u32") + (threads - 128) * number("setmaxnreg.inc.sync.aligned.u32");
+    let launched = threads * entry.field("registers").parse::<u32>().unwrap();
+    assert!(handed <= launched && launched <= 65_536, "{}: {handed} of {launched} registers", entry.name);
 }
 
 /// The same of the kernels for few rows: stages of 128 of k, or of 64 for two products, weights by three-dimensional copies.
@@ -128,17 +146,5 @@ fn weights_are_streamed() {
         let copies = if entry.name.contains("glu") { "2d,3d,3d" } else { "2d,2d,3d,3d" };
         assert_eq!([entry.field("hgmma"), entry.field("depbar"), entry.field("tma")], ["8", "2", copies], "{}", entry.name);
         assert_eq!(text.matches("L2::cache_hint").count(), 2, "{}", entry.name);
-    }
-}
-
-/// The same of the sparse products, whose operands are two matrices.
-#[test]
-fn sparse_products_use_tensor_cores_as_meant() {
-    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/block_sparse.sm_90a.ptx"));
-    let tiled = entries(&manifest, &ptx);
-    assert_eq!(tiled.len(), 16);
-    for (entry, _) in tiled {
-        assert_eq!((entry.field("hgmma"), entry.field("depbar")), ("4", "2"), "{}", entry.name);
-        assert!(entry.field("tma").split(',').all(|copy| copy == "2d"), "{}: {}", entry.name, entry.field("tma"));
     }
 }

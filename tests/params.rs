@@ -199,7 +199,7 @@ fn every_field_arrives() {
             &machine,
             EmbeddingParams NormParams GatherParams CombineParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
             PageParams RopeParams AttentionParams ProductParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
-            TiledBlockParams
+            BlockProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");
         for (name, fields) in echoed {

@@ -3,9 +3,7 @@
 #include "dtype.cuh"
 #include "expert_tiles.cuh"
 #include "ptx/tma.cuh"
-
-enum : int { WARPGROUP = 128 }; // threads
-enum : int { PITCH = 128 };     // bytes of a row in shared memory: 64 elements, as wide as the swizzle
+#include "warpgroup.cuh"
 
 // The input rows of a tile of ROWS that one thread copies 16 bytes of: thread / 8 + 16 i.
 template <typename T, int ROWS> struct GatheredRows {

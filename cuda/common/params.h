@@ -265,6 +265,9 @@ static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
 static const uint32_t TILED_THREADS      = 384;
 static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
 
+// And of block_sparse, which has some words beside its barriers.
+static const uint32_t BLOCK_TILED_SHARED_BYTES = TILED_SHARED_BYTES + 64;
+
 // The same of its form for few rows, whose operands are swapped: columns of each product.
 static const uint32_t FEW_COLS         = 64;
 static const uint32_t FEW_THREADS      = 256;
@@ -288,15 +291,19 @@ struct TiledProductParams {
     int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };
 
-// The tensor-core form of block_sparse, with the tiles of that of grouped_gemm.
-struct TiledBlockParams {
-    TensorMap  left;    // sdd: a as {K, M}; dsd: the blocks as {block, stored rows}; box {64, block}
-    TensorMap  right;   // sdd: b as {K, N}, box {64, block}; dsd: d as {K, N}, box {64, 256}; nn: as {N, K}, box {64, 64}; 128-byte swizzle
-    Out        y;       // sdd: [blocks, block, block]; dsd: [M, N]
-    AxisParams rows;    // blocks are numbered in its order
-    int64_t    n;       // dsd
-    int64_t    k;       // sdd
-    int64_t    groups;  // tiles of a block row
+// Products of blocks on the tensor cores, all as tiles of a * b: rows are those of a place of the axis, columns those of its blocks
+// (sdd, whose result is sparse) or of the dense operand (dsd; dds is dsd of the transposed matrices, its result stored transposed).
+struct BlockProductParams {
+    TensorMap  a; // box {64, 64} in the 128-byte swizzle: the dense operand of sdd, else the stored blocks
+    TensorMap  b; // likewise; the dense operand
+    Out        y;
+    AxisParams axis;
+    int64_t    k; // sdd
+    int64_t    n; // dsd: columns
     int64_t    y_stride;
-    int64_t    unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
+    uint32_t   is_sdd;
+    uint32_t   is_turned; // y is stored transposed
+    uint32_t   is_f32;    // y is f32, not of the operands' type
+    uint32_t   unused;
+    int64_t    unused_more[4];
 };

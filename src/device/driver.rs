@@ -9,6 +9,8 @@ pub mod hardware;
 use std::ffi::CStr;
 use std::fmt;
 
+use crate::dtype::{DType, Element};
+
 /// A CUDA driver result code other than success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DriverError(pub i32);
@@ -97,6 +99,40 @@ pub struct TensorMapDesc {
     pub swizzle: u32,
     /// 0 none, 1 64 bytes, 2 128 bytes, 3 256 bytes.
     pub l2_promotion: u32,
+}
+
+impl TensorMapDesc {
+    /// A matrix of 16-bit elements by boxes in the 128-byte swizzle, the innermost dimension first; strides in elements, of which the
+    /// first does not matter.
+    pub(crate) fn swizzled<T: Element, const RANK: usize>(
+        address: u64,
+        dims: [usize; RANK],
+        strides: [usize; RANK],
+        tile: [u32; RANK],
+    ) -> TensorMapDesc {
+        // As `CUtensorMapDataType`, `CUtensorMapSwizzle` and `CUtensorMapL2promotion` count.
+        const F16: u32 = 6;
+        const BF16: u32 = 9;
+        const SWIZZLE_128: u32 = 3;
+        const PROMOTE_256: u32 = 3;
+        let mut desc = TensorMapDesc {
+            address,
+            data_type: if T::DTYPE == DType::Bf16 { BF16 } else { F16 },
+            rank: RANK as u32,
+            dims: [1; 5],
+            strides_bytes: [0; 4],
+            tile: [1; 5],
+            swizzle: SWIZZLE_128,
+            l2_promotion: PROMOTE_256,
+        };
+        for (i, stride) in strides.into_iter().enumerate() {
+            (desc.dims[i], desc.tile[i]) = (dims[i] as u64, tile[i]);
+            if i > 0 {
+                desc.strides_bytes[i - 1] = stride as u64 * size_of::<T>() as u64; // the innermost has none
+            }
+        }
+        desc
+    }
 }
 
 /// The driver calls this crate makes. A call that takes an ordinal makes that device's context current first.

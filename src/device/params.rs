@@ -529,6 +529,7 @@ pub const TILED_COLS: u32 = 256;
 pub const TILED_DEPTH: u32 = 64;
 pub const TILED_THREADS: u32 = 384;
 pub const TILED_SHARED_BYTES: u32 = 213056;
+pub const BLOCK_TILED_SHARED_BYTES: u32 = 213120;
 pub const FEW_COLS: u32 = 64;
 pub const FEW_THREADS: u32 = 256;
 pub const FEW_SHARED_BYTES: u32 = 221184;
@@ -575,28 +576,34 @@ const _: () = {
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone)]
-pub struct TiledBlockParams {
-    pub(crate) left: TensorMap,
-    pub(crate) right: TensorMap,
+pub struct BlockProductParams {
+    pub(crate) a: TensorMap,
+    pub(crate) b: TensorMap,
     pub(crate) y: Out,
-    pub(crate) rows: AxisParams,
-    pub(crate) n: i64,
+    pub(crate) axis: AxisParams,
     pub(crate) k: i64,
-    pub(crate) groups: i64,
+    pub(crate) n: i64,
     pub(crate) y_stride: i64,
-    pub(crate) unused: [i64; 5usize],
+    pub(crate) is_sdd: u32,
+    pub(crate) is_turned: u32,
+    pub(crate) is_f32: u32,
+    pub(crate) unused: u32,
+    pub(crate) unused_more: [i64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of TiledBlockParams"][::std::mem::size_of::<TiledBlockParams>() - 384usize];
-    ["Alignment of TiledBlockParams"][::std::mem::align_of::<TiledBlockParams>() - 64usize];
-    ["Offset of field: TiledBlockParams::left"][::std::mem::offset_of!(TiledBlockParams, left) - 0usize];
-    ["Offset of field: TiledBlockParams::right"][::std::mem::offset_of!(TiledBlockParams, right) - 128usize];
-    ["Offset of field: TiledBlockParams::y"][::std::mem::offset_of!(TiledBlockParams, y) - 256usize];
-    ["Offset of field: TiledBlockParams::rows"][::std::mem::offset_of!(TiledBlockParams, rows) - 264usize];
-    ["Offset of field: TiledBlockParams::n"][::std::mem::offset_of!(TiledBlockParams, n) - 312usize];
-    ["Offset of field: TiledBlockParams::k"][::std::mem::offset_of!(TiledBlockParams, k) - 320usize];
-    ["Offset of field: TiledBlockParams::groups"][::std::mem::offset_of!(TiledBlockParams, groups) - 328usize];
-    ["Offset of field: TiledBlockParams::y_stride"][::std::mem::offset_of!(TiledBlockParams, y_stride) - 336usize];
-    ["Offset of field: TiledBlockParams::unused"][::std::mem::offset_of!(TiledBlockParams, unused) - 344usize];
+    ["Size of BlockProductParams"][::std::mem::size_of::<BlockProductParams>() - 384usize];
+    ["Alignment of BlockProductParams"][::std::mem::align_of::<BlockProductParams>() - 64usize];
+    ["Offset of field: BlockProductParams::a"][::std::mem::offset_of!(BlockProductParams, a) - 0usize];
+    ["Offset of field: BlockProductParams::b"][::std::mem::offset_of!(BlockProductParams, b) - 128usize];
+    ["Offset of field: BlockProductParams::y"][::std::mem::offset_of!(BlockProductParams, y) - 256usize];
+    ["Offset of field: BlockProductParams::axis"][::std::mem::offset_of!(BlockProductParams, axis) - 264usize];
+    ["Offset of field: BlockProductParams::k"][::std::mem::offset_of!(BlockProductParams, k) - 312usize];
+    ["Offset of field: BlockProductParams::n"][::std::mem::offset_of!(BlockProductParams, n) - 320usize];
+    ["Offset of field: BlockProductParams::y_stride"][::std::mem::offset_of!(BlockProductParams, y_stride) - 328usize];
+    ["Offset of field: BlockProductParams::is_sdd"][::std::mem::offset_of!(BlockProductParams, is_sdd) - 336usize];
+    ["Offset of field: BlockProductParams::is_turned"][::std::mem::offset_of!(BlockProductParams, is_turned) - 340usize];
+    ["Offset of field: BlockProductParams::is_f32"][::std::mem::offset_of!(BlockProductParams, is_f32) - 344usize];
+    ["Offset of field: BlockProductParams::unused"][::std::mem::offset_of!(BlockProductParams, unused) - 348usize];
+    ["Offset of field: BlockProductParams::unused_more"][::std::mem::offset_of!(BlockProductParams, unused_more) - 352usize];
 };

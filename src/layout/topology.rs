@@ -39,12 +39,9 @@ pub struct Topology {
     block_rows: usize,
     block_cols: usize,
     max_blocks: usize,
-    /// What kernels are chosen by: the most blocks in a row of blocks, and whether none is cut short at its right end.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    most_blocks_in_a_row: usize,
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    whole_cols: bool,
     num_experts: usize,
+    /// Each of the widths of experts is a multiple of 8.
+    widths_by_eights: bool,
     /// All arrays, in the order of [`Index`].
     index: Buffer<u32>,
 }
@@ -147,8 +144,6 @@ impl Topology {
         }
         topology.index.copy_from_slice(stream, &index)?;
         topology.rows = rows;
-        topology.most_blocks_in_a_row = blocks.chunk_by(|a, b| a[0] == b[0]).map(<[_]>::len).max().unwrap_or(0);
-        topology.whole_cols = cols.is_multiple_of(block);
         Ok(topology)
     }
 
@@ -184,10 +179,9 @@ impl Topology {
         let block_rows = max_rows.min((max_rows + num_experts * (block - 1)) / block);
         let max_blocks = (block_cols + max_rows / block * widest).min(max_rows * widest);
         let mut topology = Topology::empty(stream, block, [max_rows, cols], [block_rows, block_cols], max_blocks, num_experts)?;
+        topology.widths_by_eights = widths.iter().all(|width| width.is_multiple_of(8));
         starts.extend(expert_cols);
         topology.index.copy_from_slice(stream, &starts)?;
-        topology.most_blocks_in_a_row = widest;
-        topology.whole_cols = widths.iter().all(|width| width.is_multiple_of(block));
         Ok(topology)
     }
 
@@ -202,19 +196,9 @@ impl Topology {
     ) -> Result<Topology, Error> {
         checked_product(Op::Topology, "stored rows", &[max_blocks, block], MAX_ROWS)?;
         let index = Buffer::zeros(stream, 0)?;
-        let mut topology = Topology {
-            block,
-            rows: 0,
-            cols,
-            max_rows,
-            block_rows,
-            block_cols,
-            max_blocks,
-            most_blocks_in_a_row: 0,
-            whole_cols: false,
-            num_experts,
-            index,
-        };
+        let widths_by_eights = false;
+        let mut topology =
+            Topology { block, rows: 0, cols, max_rows, block_rows, block_cols, max_blocks, num_experts, widths_by_eights, index };
         topology.index = Buffer::zeros(stream, topology.lens().iter().sum())?;
         Ok(topology)
     }
@@ -276,20 +260,18 @@ impl Topology {
         Ok(row_ids.iter().zip(col_ids.iter()).map(|(row, col)| [*row, *col]).take(num_blocks).collect())
     }
 
+    /// True where every block row (or block column) begins and ends at a multiple of 8, as far as the host knows.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn by_eights(&self, by_cols: bool) -> bool {
+        match (self.num_experts, by_cols) {
+            (0, _) => (if by_cols { self.cols } else { self.rows }).is_multiple_of(8),
+            (_, true) => self.widths_by_eights,
+            (_, false) => false, // the device alone knows how many rows an expert has
+        }
+    }
+
     pub(crate) fn access(&self, write: bool) -> Access<'_> {
         self.index.access(write)
-    }
-
-    /// The most blocks that a row of blocks has.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn most_blocks_in_a_row(&self) -> usize {
-        self.most_blocks_in_a_row
-    }
-
-    /// True if every block stands for as many columns as it stores.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn has_whole_cols(&self) -> bool {
-        self.whole_cols
     }
 
     /// What the index now says: the rows of a batch.

@@ -18,7 +18,7 @@
 //! an ordinary matrix, which `glu` takes as it is.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 5.
-//! Kernels: `cuda/block_sparse.cu`, `cuda/block_sparse_plain.cu`. Oracle: `tests/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
+//! Kernels: `cuda/block_sparse.cu` on the tensor cores, `cuda/block_sparse_plain.cu` for what they do not serve. Oracle: `tests/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -130,6 +130,9 @@ pub fn arrange(stream: &Stream, rows: ExpertRows<'_>, topology: &mut Topology) -
 /// The bits of an element depend on its row of `a` and its column of `b` alone: not on the pattern, other rows, or the number of
 /// threads. They may differ between instruction sets.
 ///
+/// On a GPU the tensor cores serve `bf16` and `f16` where rows of all three begin on 16 bytes, with every transpose; `K = 0` and
+/// everything else is computed by plain kernels, right, but not fast.
+///
 /// # Errors
 ///
 /// [`Error::Shape`] if the shapes do not agree (a transposed operand's is given as it is used); [`Error::Unsupported`] on a GPU
@@ -166,6 +169,9 @@ pub fn sdd<A: Float, B: Float, O: Float>(
 ///
 /// The bits of a row depend on that row, its blocks' places and `b` alone. They may differ between instruction sets.
 ///
+/// On a GPU the tensor cores serve `bf16` and `f16` where rows of all three begin on 16 bytes and N is a multiple of 8, with every
+/// transpose and with block rows and columns of any length.
+///
 /// # Errors
 ///
 /// As [`sdd`]. Nothing is written.
@@ -189,6 +195,9 @@ pub fn dsd<A: Float, B: Float, O: Float>(stream: &Stream, s: Sparse<'_, A>, b: D
 /// | `y`      | `[M, N]` | written in full; what it held before does not matter    |
 ///
 /// Numerics and edge cases are those of [`dsd`] on the transposed matrices: a column without blocks gives zeros.
+///
+/// On a GPU the tensor cores serve it as [`dsd`], but where every block column (of a transposed `s` every block row) begins and ends at
+/// a multiple of 8: of rows that are sorted by expert the device alone knows, so a transposed `s` of experts takes the plain kernels.
 ///
 /// # Errors
 ///

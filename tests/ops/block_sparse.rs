@@ -251,7 +251,7 @@ fn dds_against_oracle<A: Float + Bits, B: Float + Bits, O: Float + Bits>(
     });
 }
 
-/// What the tensor cores take: a left operand as it lies, blocks that stand for whole columns.
+/// What the tensor cores meet most: a left operand as it lies.
 fn on_tensor_cores<T: Float + Bits>(pattern: &Pattern, inner: usize) {
     let each = |test: &dyn Fn(&Stream)| device::each_gpu(test);
     for second in [false, true] {
@@ -273,7 +273,7 @@ fn tensor_cores_at_the_edges_of_tiles() {
     for inner in [8, 56, 64, 120, 248, 256, 264, 520] {
         on_tensor_cores::<Bf16>(&Pattern::of_blocks(64, [70, 192], &[[0, 2], [1, 0], [1, 1]]), inner);
     }
-    // Columns of a block cut short, which sdd takes and dsd leaves to the plain form; k that no vector divides.
+    // Columns of a block cut short; k that no vector divides.
     on_tensor_cores::<Bf16>(&Pattern::of_experts(64, &[3, 66], &[72, 8]), 24);
 }
 
@@ -326,11 +326,11 @@ fn the_form_follows_from_shape_and_layout() {
         dsd(&stream, sparse(&topology, s.view(), transposes[0]), dense(d.view(), transposes[1]), &mut y.view_mut()).unwrap();
         driver.launches().into_iter().map(|(entry, _)| entry.replace("block_sparse_", "")).collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(entry(64, 64, 8, [false, false]), "sdd_nn_bf16_64 dsd_nn_bf16_64");
-    assert_eq!(entry(128, 128, 16, [false, true]), "sdd_nt_bf16_128 dsd_nt_bf16_128");
-    assert_eq!(entry(64, 72, 8, [false, true]), "sdd_nt_bf16_64 dsd_bf16"); // a block cut short
-    assert_eq!(entry(64, 64, 9, [false, false]), "sdd_nn_bf16_64 dsd_bf16"); // a width that no vector divides
-    assert_eq!(entry(64, 64, 8, [true, false]), "sdd_bf16 dsd_bf16"); // a left operand that is transposed
+    assert_eq!(entry(64, 64, 8, [false, false]), "nn_bf16_64 nn_bf16_64");
+    assert_eq!(entry(128, 128, 16, [false, true]), "nt_bf16_128 nt_bf16_128");
+    assert_eq!(entry(64, 72, 8, [false, true]), "nt_bf16_64 nt_bf16_64"); // a block cut short
+    assert_eq!(entry(64, 64, 9, [false, false]), "nn_bf16_64 dsd_bf16"); // a width that no vector divides
+    assert_eq!(entry(64, 64, 8, [true, false]), "tn_bf16_64 tn_bf16_64"); // a left operand that is transposed
 }
 
 /// More tiles than blocks of the grid, more block rows than a band has.

@@ -5,6 +5,7 @@ mod oracle;
 
 mod attention;
 mod block_sparse;
+mod block_sparse_tiles;
 mod embedding;
 mod glu;
 mod grouped_gemm;

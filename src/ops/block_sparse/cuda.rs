@@ -1,44 +1,17 @@
 //! CUDA backend of `block_sparse`: which kernel takes which call. Callers have checked the shapes; types are this backend's own need.
-#![allow(unsafe_code)] // the launch
 
 mod plain;
 mod tiled;
 
+pub(super) use plain::arrange;
+
 use super::{Dense, Sparse};
-use crate::device::params::{ArrangeParams, AxisParams};
-use crate::device::{Stream, image};
-use crate::dtype::{DType, Float};
+use crate::device::Stream;
+use crate::device::params::AxisParams;
+use crate::dtype::{DType, Element, Float};
 use crate::error::{Error, Op, check_one_type};
-use crate::layout::{Axis, ExpertRows, Topology};
+use crate::layout::{Axis, Topology};
 use crate::view::RowsMut;
-
-/// Of the kernel `arrange`, a block for each block row and block column: the threads that write its blocks.
-const ARRANGE_THREADS: u32 = 128;
-
-pub(super) fn arrange(stream: &Stream, rows: ExpertRows<'_>, topology: &mut Topology) -> Result<(), Error> {
-    let (index, (offsets, _, _)) = (topology.addresses()?, rows.addresses());
-    let params = ArrangeParams {
-        offsets,
-        expert_cols: index.expert_cols,
-        row_starts: index.row_starts,
-        row_offsets: index.row_offsets,
-        col_offsets: index.col_offsets,
-        row_ids: index.row_ids,
-        col_ids: index.col_ids,
-        by_col: index.by_col,
-        rows: rows.rows() as i64,
-        num_experts: rows.num_experts() as i64,
-        block: topology.block() as i64,
-        block_rows: topology.block_rows() as i64,
-        block_cols: topology.block_cols() as i64,
-    };
-    let cuda = stream.cuda();
-    let grid = cuda.grid((topology.block_rows() + topology.block_cols()) as u64 + 2, 1, ARRANGE_THREADS);
-    // SAFETY: `ArrangeParams` is the struct of this entry; the offsets have the invariants of their type and the topology has room for
-    // the blocks of any such offsets up to its rows, which these do not pass; both are on this stream's device and stay valid
-    // until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { cuda.launch(Op::BlockSparse, &image::BLOCK_SPARSE_PLAIN, "block_sparse_arrange", grid, &params) }
-}
 
 pub(super) fn sdd<A: Float, B: Float, O: Float>(
     stream: &Stream,
@@ -47,14 +20,16 @@ pub(super) fn sdd<A: Float, B: Float, O: Float>(
     topology: &Topology,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_types::<A, B, O>("`b` of type")?;
+    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
+    check_result::<A, O>()?;
     if topology.max_blocks() == 0 {
         return Ok(());
     }
-    if tiled::serves_sdd(&a, &b, topology, y) {
-        return tiled::sdd(stream, a, b, topology, y);
+    let (a, b) = (Operand::new(&a), Operand::new(&b));
+    if tiled::serves_sdd::<A, O>(&a, &b, y) {
+        return tiled::sdd::<A, O>(stream, &a, &b, topology, y);
     }
-    plain::sdd(stream, a, b, topology, y)
+    plain::sdd::<A, O>(stream, &a, &b, topology, y)
 }
 
 pub(super) fn dsd<A: Float, B: Float, O: Float>(
@@ -63,40 +38,102 @@ pub(super) fn dsd<A: Float, B: Float, O: Float>(
     b: Dense<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_types::<A, B, O>("`b` of type")?;
-    if y.rows() == 0 || y.cols() == 0 {
-        return Ok(());
-    }
-    if tiled::serves_dsd(&s, &b, y) {
-        return tiled::dsd(stream, s, b, y);
-    }
-    plain::dsd(stream, s, b, y)
+    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
+    let product =
+        SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: s.transposed, d: Operand::new(&b), turned: false };
+    sparse_dense::<A, O>(stream, &product, y)
 }
 
+/// The transposed matrices' `dsd`.
 pub(super) fn dds<A: Float, B: Float, O: Float>(
     stream: &Stream,
     a: Dense<'_, A>,
     s: Sparse<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_types::<A, B, O>("`s` of type")?;
+    check_one_type::<A, B>(Op::BlockSparse, "`s` of type")?;
+    let product =
+        SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: !s.transposed, d: Operand::new(&a.t()), turned: true };
+    sparse_dense::<A, O>(stream, &product, y)
+}
+
+fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &SparseDense<'_>, y: &mut RowsMut<'_, O>) -> Result<(), Error> {
+    check_result::<T, O>()?;
     if y.rows() == 0 || y.cols() == 0 {
         return Ok(());
     }
-    plain::dds(stream, a, s, y)
+    if tiled::serves_sparse_dense::<T, O>(product, y) {
+        return tiled::sparse_dense::<T, O>(stream, product, y);
+    }
+    plain::sparse_dense::<T, O>(stream, product, y)
 }
 
-/// Operands have one type, results the same or `f32`.
-fn check_types<A: Float, B: Float, O: Float>(what: &'static str) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, what)?;
-    if O::DTYPE != A::DTYPE && O::DTYPE != DType::F32 {
-        let (got, supported) = (O::DTYPE.name(), if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" });
-        return Err(Error::Unsupported { op: Op::BlockSparse, what: "`y` of type", got, supported });
+/// A matrix in memory: its dimensions as they lie, and whether it is used transposed.
+struct Operand {
+    address: u64,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    transposed: bool,
+}
+
+impl Operand {
+    fn new<T: Element>(dense: &Dense<'_, T>) -> Operand {
+        let rows = &dense.rows;
+        Operand { address: rows.address(), rows: rows.rows(), cols: rows.cols(), stride: rows.stride(), transposed: dense.transposed }
     }
-    Ok(())
+
+    fn of_blocks<T: Element>(s: &Sparse<'_, T>) -> Operand {
+        Operand::new(&Dense { rows: s.blocks, transposed: false })
+    }
+
+    /// Elements from one row to the next and from one column to the next, of the matrix as it is used.
+    fn strides(&self) -> [i64; 2] {
+        let stride = self.stride as i64;
+        if self.transposed { [1, stride] } else { [stride, 1] }
+    }
+
+    /// Columns of the matrix as it is used.
+    fn used_cols(&self) -> usize {
+        if self.transposed { self.rows } else { self.cols }
+    }
+}
+
+/// A sparse matrix, seen by its block rows or block columns, times a dense one; `turned`: the result is stored transposed.
+struct SparseDense<'a> {
+    topology: &'a Topology,
+    blocks: Operand,
+    by_cols: bool,
+    d: Operand,
+    turned: bool,
+}
+
+impl SparseDense<'_> {
+    /// Block rows, or block columns.
+    fn places(&self) -> usize {
+        if self.by_cols { self.topology.block_cols() } else { self.topology.block_rows() }
+    }
+
+    /// Columns of the result, as the product sees it.
+    fn n(&self) -> usize {
+        self.d.used_cols()
+    }
+
+    fn axis(&self) -> Result<AxisParams, Error> {
+        Ok(axis(self.topology.addresses()?.axis(self.by_cols), self.places()))
+    }
 }
 
 fn axis(axis: Axis<u64>, places: usize) -> AxisParams {
     let Axis { starts, offsets, order, other_ids, other_starts } = axis;
     AxisParams { starts, offsets, order: order.unwrap_or(0), other_ids, other_starts, places: places as i64 }
+}
+
+/// Results have the type of the operands, or are `f32`.
+fn check_result<A: Float, O: Float>() -> Result<(), Error> {
+    if O::DTYPE == A::DTYPE || O::DTYPE == DType::F32 {
+        return Ok(());
+    }
+    let supported = if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" };
+    Err(Error::Unsupported { op: Op::BlockSparse, what: "`y` of type", got: O::DTYPE.name(), supported })
 }

@@ -205,36 +205,9 @@ fn entries<A: Float, O: Float>(products: usize, order: WeightOrder) -> [&'static
     }
 }
 
-// As `CUtensorMapDataType`, `CUtensorMapSwizzle` and `CUtensorMapL2promotion` count.
-const F16: u32 = 6;
-const BF16: u32 = 9;
-const SWIZZLE_128: u32 = 3;
-const PROMOTE_256: u32 = 3;
-
-/// A matrix of 16-bit elements by boxes in the 128-byte swizzle, the innermost dimension first.
-fn map<T: Float, const RANK: usize>(address: u64, dims: [usize; RANK], strides: [usize; RANK], tile: [u32; RANK]) -> TensorMapDesc {
-    let mut desc = TensorMapDesc {
-        address,
-        data_type: if T::DTYPE == DType::Bf16 { BF16 } else { F16 },
-        rank: RANK as u32,
-        dims: [1; 5],
-        strides_bytes: [0; 4],
-        tile: [1; 5],
-        swizzle: SWIZZLE_128,
-        l2_promotion: PROMOTE_256,
-    };
-    for (i, stride) in strides.into_iter().enumerate() {
-        (desc.dims[i], desc.tile[i]) = (dims[i] as u64, tile[i]);
-        if i > 0 {
-            desc.strides_bytes[i - 1] = stride as u64 * size_of::<T>() as u64; // the innermost has none
-        }
-    }
-    desc
-}
-
 /// Input rows: a box is the rows of a tile.
 fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
-    map::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, rows])
+    TensorMapDesc::swizzled::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, rows])
 }
 
 /// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's. A box is
@@ -243,5 +216,5 @@ fn weights_map<W: Float>(w: &ExpertWeights<'_, W>, cols: u32) -> TensorMapDesc {
     let stacked = w.stacked();
     let (rows, stride) = (stacked.rows() / w.num_experts(), stacked.stride());
     let tile = if w.order() == WeightOrder::Nk { [TILED_DEPTH, cols, 1] } else { [64, TILED_DEPTH, 1] };
-    map::<W, 3>(stacked.address(), [stacked.cols(), rows, w.num_experts()], [1, stride, rows * stride], tile)
+    TensorMapDesc::swizzled::<W, 3>(stacked.address(), [stacked.cols(), rows, w.num_experts()], [1, stride, rows * stride], tile)
 }
