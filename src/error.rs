@@ -5,7 +5,7 @@
 use std::fmt;
 
 #[cfg(feature = "cuda")]
-use crate::dtype::Element;
+use crate::dtype::{DType, Element};
 
 /// The operation that speaks in an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -180,6 +180,17 @@ pub(crate) fn check_one_type<A: Element, W: Element>(op: Op, what: &'static str)
         return Ok(());
     }
     Err(Error::Unsupported { op, what, got: W::DTYPE.name(), supported: A::DTYPE.name() })
+}
+
+/// Of a product on a GPU: operands of one type, `what` being of type `W`, and a result `y` of that type or of `f32`.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_product_types<A: Element, W: Element, O: Element>(op: Op, what: &'static str) -> Result<(), Error> {
+    check_one_type::<A, W>(op, what)?;
+    if O::DTYPE == A::DTYPE || O::DTYPE == DType::F32 {
+        return Ok(());
+    }
+    let supported = if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" };
+    Err(Error::Unsupported { op, what: "`y` of type", got: O::DTYPE.name(), supported })
 }
 
 impl fmt::Display for Error {

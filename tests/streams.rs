@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dropless::device::driver::DriverError;
 use dropless::layout::KvShape;
-use dropless::{Buffer, Device, Error, KvCache, Stream, glu};
+use dropless::{Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, KvCache, Stream, glu, grouped_gemm};
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::recorder::{Call, Recorder};
@@ -149,6 +149,11 @@ fn a_call_refused_by_the_backend_leaves_no_trace() {
     other.join(&stream).unwrap();
     let error = glu::glu(&stream, gate.rows(2, 5).unwrap(), up.rows(2, 5).unwrap(), &mut y.rows_mut(2, 5).unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "glu: `gate` must have a row stride that is a multiple of 16 bytes, got 20");
+    let w = Buffer::<Bf16>::zeros(&stream, 10).unwrap();
+    other.join(&stream).unwrap();
+    let (w, rows) = (ExpertWeights::nk(w.rows(5, 2).unwrap(), 1).unwrap(), ExpertRows::dense(1).unwrap());
+    let error = grouped_gemm::nt(&stream, gate.rows(1, 2).unwrap(), w, rows, &mut y.rows_mut(1, 5).unwrap()).unwrap_err();
+    assert_eq!(error.to_string(), "grouped_gemm: weights of type bf16 is not supported here; supported: f32");
     glu::glu(&other, gate.rows(1, 8).unwrap(), up.rows(1, 8).unwrap(), &mut y.rows_mut(1, 8).unwrap()).unwrap();
 }
 

@@ -19,6 +19,8 @@ pub mod tiles {
 
 use crate::device::Stream;
 use crate::dtype::Float;
+#[cfg(feature = "cuda")]
+use crate::error::check_product_types;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::view::{Rows, RowsMut};
@@ -60,6 +62,7 @@ pub fn nt<A: Float, W: Float, O: Float>(
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Nk, &w, &x, &rows, y)?;
     let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
+    kernels_need!(stream, check_product_types::<A, W, O>(Op::GroupedGemm, "weights of type"));
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -89,6 +92,7 @@ pub fn nn<A: Float, W: Float, O: Float>(
     check_rows(&x, &rows, "y", "[R, N]", y)?;
     check_weights("w", WeightOrder::Kn, &w, &x, &rows, y)?;
     let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
+    kernels_need!(stream, check_product_types::<A, W, O>(Op::GroupedGemm, "weights of type"));
     admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
     run(stream, x, [w], rows, y)
 }
@@ -120,6 +124,7 @@ pub fn glu_nt<A: Float, W: Float>(
     check_weights("w1", WeightOrder::Nk, &w1, &x, &rows, h)?;
     check_weights("v1", WeightOrder::Nk, &v1, &x, &rows, h)?;
     let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
+    kernels_need!(stream, check_product_types::<A, W, A>(Op::GroupedGemm, "weights of type"));
     admit(stream, &x, &[("w1", &w1), ("v1", &v1)], &rows, ("h", h))?;
     run(stream, x, [w1, v1], rows, h)
 }

@@ -1,4 +1,4 @@
-//! CUDA backend of `block_sparse`: which kernel takes which call. Callers have checked the shapes; types are this backend's own need.
+//! CUDA backend of `block_sparse`: which kernel takes which call. Callers have checked shapes and types.
 
 mod plain;
 mod tiled;
@@ -8,8 +8,8 @@ pub(super) use plain::arrange;
 use super::{Dense, Sparse};
 use crate::device::Stream;
 use crate::device::params::AxisParams;
-use crate::dtype::{DType, Element, Float};
-use crate::error::{Error, Op, check_one_type};
+use crate::dtype::{Element, Float};
+use crate::error::Error;
 use crate::layout::{Axis, Topology};
 use crate::view::RowsMut;
 
@@ -20,8 +20,6 @@ pub(super) fn sdd<A: Float, B: Float, O: Float>(
     topology: &Topology,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
-    check_result::<A, O>()?;
     if topology.max_blocks() == 0 {
         return Ok(());
     }
@@ -38,7 +36,6 @@ pub(super) fn dsd<A: Float, B: Float, O: Float>(
     b: Dense<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`b` of type")?;
     let product =
         SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: s.transposed, d: Operand::new(&b), turned: false };
     sparse_dense::<A, O>(stream, &product, y)
@@ -51,14 +48,12 @@ pub(super) fn dds<A: Float, B: Float, O: Float>(
     s: Sparse<'_, B>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_one_type::<A, B>(Op::BlockSparse, "`s` of type")?;
     let product =
         SparseDense { topology: s.topology, blocks: Operand::of_blocks(&s), by_cols: !s.transposed, d: Operand::new(&a.t()), turned: true };
     sparse_dense::<A, O>(stream, &product, y)
 }
 
 fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &SparseDense<'_>, y: &mut RowsMut<'_, O>) -> Result<(), Error> {
-    check_result::<T, O>()?;
     if y.rows() == 0 || y.cols() == 0 {
         return Ok(());
     }
@@ -127,13 +122,4 @@ impl SparseDense<'_> {
 fn axis(axis: Axis<u64>, places: usize) -> AxisParams {
     let Axis { starts, offsets, order, other_ids, other_starts } = axis;
     AxisParams { starts, offsets, order: order.unwrap_or(0), other_ids, other_starts, places: places as i64 }
-}
-
-/// Results have the type of the operands, or are `f32`.
-fn check_result<A: Float, O: Float>() -> Result<(), Error> {
-    if O::DTYPE == A::DTYPE || O::DTYPE == DType::F32 {
-        return Ok(());
-    }
-    let supported = if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" };
-    Err(Error::Unsupported { op: Op::BlockSparse, what: "`y` of type", got: O::DTYPE.name(), supported })
 }
