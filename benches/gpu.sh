@@ -7,6 +7,7 @@
 # bench/gpu, example/doctor. Tests read their data from this folder's tree. TOKENS chooses the batches.
 # Ends with 1 if anything failed, and measures all the same.
 set -uo pipefail
+case ${1:-} in -*) echo "usage: benches/gpu.sh [FOLDER]" >&2; exit 2 ;; esac
 out=${1:+$(realpath -m "$1")}
 bin=${DROPLESS_BIN:+$(realpath -m "$DROPLESS_BIN")}
 cd "$(dirname "$0")/.." || exit 1
