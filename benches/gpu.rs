@@ -1,4 +1,4 @@
-//! Times the grouped products and the MoE layer on the GPU at DBRX's shapes, after checking elements of each result.
+//! Times the grouped and block-sparse products and the MoE layer on the GPU at DBRX's shapes, after checking elements of each result.
 //!
 //! ```text
 //! cargo bench --bench gpu -- [--tokens 1,8,64,512,8192] [--emulated] [--out FILE]
@@ -13,12 +13,13 @@ use std::fs::File;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use dropless::block_sparse::{self, Dense, Sparse};
 use dropless::grouped_gemm::tiles::{FORMS, with_form};
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Stream, TokenIds, Workspace, embedding, grouped_gemm,
-    permute,
+    Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Stream, TokenIds, Topology, Workspace, embedding,
+    grouped_gemm, permute,
 };
 use dropless_kit::device;
 use dropless_kit::fill::{Random, normal};
@@ -161,6 +162,40 @@ impl Record {
     }
 }
 
+/// The same products over blocks, one weight at a time: `sdd` is `nt` of the sorted rows, whose time stands beside it, `dsd` is `nn`.
+fn sparse(
+    stream: &Stream,
+    model: &Model,
+    emulated: bool,
+    record: &mut Record,
+    tokens: usize,
+    routing: &Routing<'_>,
+    sorted: &Buffer<Bf16>,
+) -> Result<(), Error> {
+    let Shape { d_model, d_ffn, num_experts, .. } = model.shape;
+    let rows = routing.rows();
+    let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (num_experts * d_model * d_ffn * 2) as f64);
+    let (weights, x) = (model.weights()?, sorted.rows(rows, d_model)?);
+    let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
+    let spent = time(stream, emulated, || grouped_gemm::nt(stream, x, weights.w1, routing.expert_rows(), &mut h.rows_mut(rows, d_ffn)?))?;
+    record.line("nt", "", tokens, spent, flop, bytes);
+    drop(h);
+    for block in [64, 128] {
+        let mut topology = Topology::for_experts(stream, block, rows, &vec![d_ffn; num_experts])?;
+        block_sparse::arrange(stream, routing.expert_rows(), &mut topology)?;
+        let (w1, w2) = (Dense::from(weights.w1.stacked()).t(), Dense::from(weights.w2.stacked()));
+        let mut blocks = Buffer::<Bf16>::zeros(stream, topology.stored_rows() * block)?;
+        let mut y = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+        let stored = topology.stored_rows();
+        let spent = time(stream, emulated, || block_sparse::sdd(stream, x.into(), w1, &topology, &mut blocks.rows_mut(stored, block)?))?;
+        record.line("sdd", &block.to_string(), tokens, spent, flop, bytes);
+        let s = Sparse::new(&topology, blocks.rows(stored, block)?);
+        let spent = time(stream, emulated, || block_sparse::dsd(stream, s, w2, &mut y.rows_mut(rows, d_model)?))?;
+        record.line("dsd", &block.to_string(), tokens, spent, flop, bytes);
+    }
+    Ok(())
+}
+
 /// Everything for one number of tokens.
 fn measure(stream: &Stream, model: &Model, emulated: bool, record: &mut Record, tokens: usize) -> Result<(), Error> {
     let Shape { d_model, d_ffn, num_experts, top_k, .. } = model.shape;
@@ -197,6 +232,9 @@ fn measure(stream: &Stream, model: &Model, emulated: bool, record: &mut Record, 
     };
     let spent = time(stream, emulated, &mut glu_of_sorted)?;
     record.line("glu_nt_of_sorted", "", tokens, spent, 2.0 * flop, 2.0 * bytes);
+    if tokens > 64 {
+        sparse(stream, model, emulated, record, tokens, &routing, &sorted)?;
+    }
     for (form, about) in FORMS.iter().enumerate() {
         let many = about.name.starts_with("256");
         if many != (tokens > 64) && !emulated {
