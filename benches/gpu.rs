@@ -133,7 +133,7 @@ fn time(stream: &Stream, emulated: bool, mut call: impl FnMut() -> Result<(), Er
         stream.synchronize()?;
         Ok(start.elapsed())
     };
-    let once = batch(1)?.min(batch(if emulated { 1 } else { 2 })?);
+    let once = batch(1)?.min(batch(1)?);
     let calls = if emulated { 1 } else { (20e-3 / once.as_secs_f64()).ceil().clamp(1.0, 1000.0) as u32 };
     let batches = if emulated { 1 } else { 7 };
     let mut times = (0..batches).map(|_| Ok(batch(calls)?.as_secs_f64() * 1e6 / f64::from(calls))).collect::<Result<Vec<_>, Error>>()?;
@@ -258,6 +258,9 @@ fn run() -> Result<(), String> {
                 (stream, shape, options.tokens)
             }
             Err(error) => {
+                if std::env::var_os("DROPLESS_REQUIRE_GPU").is_some_and(|value| value == "1") {
+                    return Err(format!("DROPLESS_REQUIRE_GPU=1, but: {error}"));
+                }
                 println!("nothing measured: {error}");
                 return Ok(());
             }

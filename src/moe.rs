@@ -55,6 +55,9 @@ impl<A: Float> Plan<A> {
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
         let Shape { d_model, d_ffn, num_experts, top_k, normalize } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
+        // So that they can be rounded up; no matrix is as wide.
+        checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
+        checked_product(Op::Moe, "d_ffn", &[d_ffn], isize::MAX as usize)?;
         if top_k == 0 || top_k > num_experts {
             return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "between 1 and num_experts", got: top_k as f64 });
         }

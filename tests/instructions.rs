@@ -14,7 +14,6 @@ mod cases;
 mod workloads;
 
 use std::ffi::CString;
-use std::path::PathBuf;
 
 use cases::families::{self, Family};
 use cases::{Arg, Case, Element, Swizzle};
@@ -22,6 +21,7 @@ use dropless::device::driver::hardware::Hardware;
 use dropless::device::driver::{Driver, DriverError, DriverResult, Handle, Launch, TensorMapDesc};
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
+use dropless_kit::goldens::root;
 
 /// A device, one stream, and the image the next cases are in.
 struct Launcher<'d> {
@@ -171,7 +171,7 @@ fn on(device: &str, driver: &dyn Driver, images: Images, poisoned_by_a_fault: bo
 }
 
 fn committed(path: &str) -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/kernels").join(path);
+    let path = root().join("tests/emulator/kernels").join(path);
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

@@ -76,7 +76,8 @@ pub fn nt<A: Float, W: Float, O: Float>(
 /// | `rows`   | R rows, E experts | which rows belong to which expert, and which input row each is computed from     |
 /// | `y`      | `[R, N]`          | written in full; what it held before does not matter                            |
 ///
-/// Numerics, edge cases and errors are those of [`nt`], but there is one class: the number of rows does not show at all.
+/// Numerics, edge cases and errors are those of [`nt`], but on the CPU there is one class: the number of rows does not show at all. On a
+/// GPU the classes are those of [`nt`].
 ///
 /// # Errors
 ///

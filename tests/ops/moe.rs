@@ -383,6 +383,9 @@ fn impossible_plans_are_refused() {
     let nan = Shape { normalize: Normalize::P(0.0), ..good };
     assert_eq!(text(nan, 1), "moe: `normalize` must be a norm of positive and finite p, got 0");
     assert!(Plan::<f32>::new(Shape { d_ffn: usize::MAX / 8, ..good }, 9).is_err());
+    let widest = "18446744073709551615, must be <= 9223372036854775807";
+    assert_eq!(text(Shape { d_ffn: usize::MAX, ..good }, 9), format!("moe: d_ffn is {widest}"));
+    assert_eq!(text(Shape { d_model: usize::MAX, ..good }, 9), format!("moe: d_model is {widest}"));
 }
 
 #[test]

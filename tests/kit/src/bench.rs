@@ -10,11 +10,6 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// FLOP per byte: above the machine's ratio the arithmetic binds, below it the memory.
-    pub fn intensity(&self) -> f64 {
-        self.flop as f64 / self.bytes as f64
-    }
-
     /// A label for a bench: the shape with its FLOP and bytes.
     pub fn label(&self, shape: impl std::fmt::Display) -> String {
         format!("{shape} ({:.3e} FLOP, {:.3e} B)", self.flop as f64, self.bytes as f64)
