@@ -112,7 +112,28 @@ fn tensor_cores_are_used_as_meant() {
     }
 }
 
-/// The same of the products of blocks, which load boxes of 64 x 64: one copy for each of a tile in the code for a sparse result, and in
+/// What the emulator, which knows no scopes, cannot see of the forms that share weights: what blocks of a cluster tell each other is
+/// released and acquired across the cluster, and warps are whole again when they come to the last barrier.
+#[test]
+fn clusters_are_synchronised_as_such() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm.sm_90a.ptx"));
+    let clustered: Vec<_> = entries(&manifest, &ptx).into_iter().filter(|(entry, _)| entry.name.ends_with("x2")).collect();
+    assert_eq!(clustered.len(), 10);
+    for (entry, text) in clustered {
+        let code: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.starts_with(".loc") && !line.is_empty()).collect();
+        let with = |part: &str| code.iter().filter(|line| line.contains(part)).count();
+        // Consumers release a stage while they multiply, at the end of a tile, and where they have no row.
+        assert_eq!([with("mbarrier.arrive.release.cluster.shared::cluster.b64"), with("[remote]")], [3, 3], "{}", entry.name);
+        // The producer awaits the consumers of all blocks; they await their own block's barrier, while they multiply or skip.
+        assert_eq!([with("mbarrier.try_wait.parity.acquire.cluster"), with("mbarrier.try_wait")], [1, 3], "{}", entry.name);
+        assert_eq!([with("barrier.cluster.arrive.release.aligned"), with("barrier.cluster.arrive")], [2, 2], "{}", entry.name);
+        assert_eq!([with("barrier.cluster.wait.acquire.aligned"), with("barrier.cluster.wait")], [2, 2], "{}", entry.name);
+        let last = code.iter().rposition(|line| line.contains("barrier.cluster.arrive")).unwrap();
+        assert!(code[last - 1].starts_with("bar.warp.sync"), "{}: {}", entry.name, code[last - 1]);
+    }
+}
+
+/// As [`tensor_cores_are_used_as_meant`], of the products of blocks, which load boxes of 64 x 64: one copy for each of a tile in the code for a sparse result, and in
 /// that for a dense one.
 #[test]
 fn blocks_meet_the_tensor_cores() {

@@ -1,12 +1,15 @@
 //! The tensor-core forms of `grouped_gemm` at the edges of their tiles: every form of the tile table, on every GPU there is.
 
+use std::sync::Arc;
+
 use dropless::grouped_gemm::tiles::{FORMS, with_form};
 use dropless::layout::WeightOrder;
-use dropless::{Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Stream, grouped_gemm};
+use dropless::{Bf16, Buffer, Device, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, grouped_gemm};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{Random, integers, normal, to_f64};
 use dropless_kit::guard::{self, Bits, Guarded};
+use dropless_kit::recorder::{Call, Recorder};
 
 use crate::oracle;
 use WeightOrder::{Kn, Nk};
@@ -107,6 +110,25 @@ fn many_tiles() {
     }
 }
 
+/// As many experts as there may be, most of them without rows, and a dense layer, which has no offsets.
+#[test]
+fn edges_of_experts() {
+    let mut sizes = [0; 256];
+    (sizes[1], sizes[131], sizes[254]) = (1, 66, 9);
+    for order in [Nk, Kn] {
+        edges::<Bf16>(order, &sizes, 8, 8);
+    }
+    let (rows, n, k) = (131, 72, 72);
+    let (x, w) = (integers::<Bf16>(1, rows * k), integers::<Bf16>(2, n * k));
+    each_form(|stream| {
+        let one_expert = Product { order: Nk, x: &x, w: &w, sizes: &[rows as u32], n, k }.run::<f32>(stream);
+        let (x, w) = (Guarded::with(stream, &x, rows, k, 0), Guarded::with(stream, &w, n, k, 0));
+        let w = ExpertWeights::nk(w.view(), 1).unwrap();
+        let dense = ExpertRows::dense(rows).unwrap();
+        same_bits(&guard::run::<f32>(stream, rows, n, |y| grouped_gemm::nt(stream, x.view(), w, dense, y).unwrap()), &one_expert);
+    });
+}
+
 fn against_oracle<T: Float + Bits, O: Float + Bits>() {
     let (sizes, n, k) = ([70, 0, 5], 136, 200);
     for order in [Nk, Kn] {
@@ -136,8 +158,8 @@ fn ids(tokens: usize, top_k: usize, experts: usize) -> Vec<u32> {
 }
 
 /// Both products, the activation, and rows gathered by the kernel.
-fn glu<T: Float + Bits>(tokens: usize, n: usize, k: usize) {
-    let (top_k, experts) = (2, 4);
+fn glu<T: Float + Bits>(tokens: usize, top_k: usize, n: usize, k: usize) {
+    let experts = 4;
     let scale = (k as f64).sqrt().recip();
     let x = normal::<T>(4, tokens * k, 2.0);
     let [w1, v1] = [5, 6].map(|seed| normal::<T>(seed, experts * n * k, scale));
@@ -155,7 +177,7 @@ fn glu<T: Float + Bits>(tokens: usize, n: usize, k: usize) {
         let ([gate, up], [gate_sums, up_sums]) = ([product(&w1), product(&v1)], [magnitudes(&w1), magnitudes(&v1)]);
         let want = oracle::grouped_gemm::glu(&gate, &up);
         let x = Guarded::with(stream, &x, tokens, k, 8);
-        let [w1, v1] = [&w1, &v1].map(|w| Guarded::with(stream, w, experts * n, k, 0));
+        let [w1, v1] = [(&w1, 8), (&v1, 24)].map(|(w, gap)| Guarded::with(stream, w, experts * n, k, gap));
         let [w1, v1] = [&w1, &v1].map(|w| ExpertWeights::nk(w.view(), experts).unwrap());
         let got = guard::run::<T>(stream, ids.len(), n, |h| {
             grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), h).unwrap();
@@ -171,10 +193,11 @@ fn glu<T: Float + Bits>(tokens: usize, n: usize, k: usize) {
 
 #[test]
 fn glu_of_gathered_rows() {
-    glu::<Bf16>(1, 8, 8);
-    glu::<Bf16>(70, 136, 72);
-    glu::<Bf16>(150, 40, 328);
-    glu::<F16>(33, 64, 136);
+    glu::<Bf16>(1, 2, 8, 8);
+    glu::<Bf16>(9, 1, 72, 72);
+    glu::<Bf16>(70, 2, 136, 72);
+    glu::<Bf16>(150, 2, 40, 328);
+    glu::<F16>(33, 2, 64, 136);
 }
 
 /// Rows gathered by the kernel, rows gathered beforehand, any form: the same bits.
@@ -241,5 +264,99 @@ fn a_nan_stays_where_it_is() {
             same_bits(&dirty[..2 * n], &clean[..2 * n]);
             same_bits(&dirty[3 * n..], &clean[3 * n..]);
         });
+    }
+}
+
+/// A call of `nt` on addresses that nobody reads: its sizes, and where `x`, `w` and `y` begin and how far their rows lie apart.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    rows: usize,
+    experts: usize,
+    n: usize,
+    k: usize,
+    at: [u64; 3],
+    strides: [usize; 3],
+}
+
+impl Asked {
+    fn new(rows: usize, experts: usize, n: usize, k: usize) -> Asked {
+        Asked { rows, experts, n, k, at: [0; 3], strides: [k, k, n] }
+    }
+
+    /// The form that was launched, or "" for the plain kernel. The driver takes the tensor maps, and a cluster's blocks come together.
+    fn form(self) -> String {
+        let Asked { rows, experts, n, k, at, strides } = self;
+        let recorder = Arc::new(Recorder::default());
+        let stream = Device::with_driver(recorder.clone(), 0).unwrap().stream().unwrap();
+        let place = stream.place();
+        // SAFETY: nobody reads or writes there.
+        let (x, w, mut y, owned) = unsafe {
+            let offsets = Rows::from_raw(place, 1 << 40, 1, experts + 1, experts + 1).unwrap();
+            (
+                Rows::<Bf16>::from_raw(place, (1 << 41) + at[0], rows, k, strides[0]).unwrap(),
+                Rows::<Bf16>::from_raw(place, (1 << 42) + at[1], experts * n, k, strides[1]).unwrap(),
+                RowsMut::<Bf16>::from_raw(place, (1 << 43) + at[2], rows, n, strides[2]).unwrap(),
+                ExpertRows::from_raw(offsets, rows).unwrap(),
+            )
+        };
+        grouped_gemm::nt(&stream, x, ExpertWeights::nk(w, experts).unwrap(), owned, &mut y).unwrap();
+        let [Call::Launch { entry, grid, .. }] = &recorder.launches()[..] else { panic!("not one launch: {self:?}") };
+        let form = entry.strip_prefix("grouped_gemm_nt_bf16").unwrap().trim_start_matches('_').to_owned();
+        assert!(grid[0] > 0 && (!form.ends_with("x2") || grid[0].is_multiple_of(2)), "{self:?}");
+        assert_eq!(recorder.tensor_maps().len(), if form.is_empty() { 0 } else { 3 });
+        form
+    }
+}
+
+#[test]
+fn the_rows_of_a_call_choose_the_form() {
+    let form = |rows, experts| Asked::new(rows, experts, 64, 64).form();
+    for (rows, want) in [(1, "few8"), (8, "few8"), (9, "few32"), (32, "few32"), (33, "few64"), (64, "few64"), (65, "256")] {
+        assert_eq!(form(rows, 3), want, "{rows} rows");
+    }
+    assert_eq!([form(255, 1), form(256, 1), form(1023, 4), form(1024, 4)], ["256", "256x2", "256", "256x2"]);
+}
+
+/// At the limits of TMA, of 32-bit coordinates and of 16-byte stores: this side is computed on the tensor cores, the other is not.
+#[test]
+fn limits_of_the_tensor_core_kernels() {
+    let fine = Asked::new(100, 2, 64, 64);
+    let plain = |asked: Asked| assert_eq!(asked.form(), "", "{asked:?}");
+    let tiled = |asked: Asked| assert_ne!(asked.form(), "", "{asked:?}");
+    tiled(fine);
+    for argument in 0..3 {
+        for bytes in [2, 8] {
+            let mut asked = fine;
+            asked.at[argument] = bytes;
+            plain(asked);
+        }
+        for (stride, takes) in [(68, plain as fn(Asked)), (72, tiled)] {
+            let mut asked = fine;
+            asked.strides[argument] = stride;
+            takes(asked);
+        }
+    }
+    plain(Asked::new(100, 2, 60, 64));
+    plain(Asked { strides: [64, 64, 64], ..Asked::new(100, 2, 64, 60) });
+    let widest = (1 << 31) - 520; // the last multiple of 8 that leaves two tiles below 2^31
+    for (size, takes) in [(widest, tiled as fn(Asked)), (widest + 8, plain)] {
+        takes(Asked::new(100, 2, size, 64));
+        takes(Asked::new(100, 2, 64, size));
+        takes(Asked { strides: [size, 64, 64], ..fine });
+    }
+    let longest = (1 << 31) - 257; // and so many rows
+    tiled(Asked::new(longest, 2, 64, 64));
+    plain(Asked::new(longest + 1, 2, 64, 64));
+    let farthest = 1 << 33; // an expert's 64 rows of weights make 2^40 bytes
+    tiled(Asked { strides: [64, farthest - 8, 64], ..fine });
+    plain(Asked { strides: [64, farthest, 64], ..fine });
+}
+
+/// The distance between rows means nothing where there is one row, so it may be anything.
+#[test]
+fn one_row_has_no_stride() {
+    for stride in [0, 8, 1 << 20] {
+        let asked = Asked { strides: [stride, 64, stride], ..Asked::new(1, 2, 64, 64) };
+        assert_eq!(asked.form(), "few8", "{asked:?}");
     }
 }

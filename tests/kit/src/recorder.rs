@@ -30,6 +30,7 @@ pub struct Recorder {
     compute_capability: Option<(u8, u8)>,
     calls: Mutex<Vec<Call>>,
     entries: Mutex<Vec<String>>,
+    maps: Mutex<Vec<TensorMapDesc>>,
     next: AtomicU64,
     pinned: Mutex<HashMap<usize, Layout>>,
     events_held: AtomicBool,
@@ -51,6 +52,11 @@ impl Recorder {
     /// The launches so far.
     pub fn launches(&self) -> Vec<Call> {
         self.calls().into_iter().filter(|call| matches!(call, Call::Launch { .. })).collect()
+    }
+
+    /// The tensor maps encoded so far.
+    pub fn tensor_maps(&self) -> Vec<TensorMapDesc> {
+        self.maps.lock().expect("no panic while recording").clone()
     }
 
     /// From now on there is no memory for events and, if `lost`, waiting on the host fails for good.
@@ -191,7 +197,24 @@ unsafe impl Driver for Recorder {
         self.push(Call::Launch { entry, grid, block, shared_bytes, params: params.to_vec() });
         Ok(())
     }
-    fn encode_tensor_map(&self, _: u32, _: &TensorMapDesc) -> DriverResult<TensorMap> {
+    fn encode_tensor_map(&self, _: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap> {
+        if !encodable(desc) {
+            return Err(DriverError(1));
+        }
+        self.maps.lock().expect("no panic while recording").push(desc.clone());
         Ok(TensorMap([0; 16]))
     }
+}
+
+/// What `cuTensorMapEncodeTiled` asks of a map of 16-bit elements, and that no row begins inside the one before.
+fn encodable(desc: &TensorMapDesc) -> bool {
+    let rank = desc.rank as usize;
+    let (dims, strides, tile) = (&desc.dims[..rank], &desc.strides_bytes[..rank - 1], &desc.tile[..rank]);
+    desc.address.is_multiple_of(16)
+        && dims.iter().all(|dim| (1..=1 << 32).contains(dim))
+        && strides.iter().all(|stride| stride.is_multiple_of(16) && *stride < 1 << 40)
+        && strides.iter().all(|stride| *stride >= 2 * dims[0])
+        && tile.iter().all(|elements| (1..=256).contains(elements))
+        && (2 * tile[0]).is_multiple_of(16)
+        && 2 * tile[0] <= [u32::MAX, 32, 64, 128][desc.swizzle as usize]
 }

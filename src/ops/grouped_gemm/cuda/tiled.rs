@@ -205,9 +205,9 @@ fn entries<A: Float, O: Float>(products: usize, order: WeightOrder) -> [&'static
     }
 }
 
-/// Input rows: a box is the rows of a tile.
+/// Input rows: a box is the rows of a tile. The stride of a single row may be anything, but the driver wants one.
 fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
-    TensorMapDesc::swizzled::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride()], [TILED_DEPTH, rows])
+    TensorMapDesc::swizzled::<A, 2>(x.address(), [x.cols(), x.rows()], [1, x.stride().max(x.cols())], [TILED_DEPTH, rows])
 }
 
 /// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's. A box is
