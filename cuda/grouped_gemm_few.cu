@@ -62,6 +62,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
             ring.advance();
         }
     }
+    if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
 }
 
 // All of k for one tile. The batch of a stage is in flight while the next stage is awaited.

@@ -43,5 +43,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint3
 __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// All of this thread's cp.async have landed.
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Orders shared memory written by ordinary code, which cp.async is, before asynchronous reads of it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
