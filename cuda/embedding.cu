@@ -1,6 +1,6 @@
 // embedding: y[t, :] = table[ids[t], :]
 //
-// Contract  src/ops/embedding.rs has checked shapes, dtypes and that every id is below V, embedding/cuda.rs that every row begins on 16 bytes.
+// Contract  src/ops/embedding.rs has checked shapes, dtypes, that every id is below V and that every row begins on 16 bytes.
 // Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: 2 * T * D * sizeof(T) + 4 * T bytes.
 // Order     a copy, bit for bit.

@@ -1,6 +1,6 @@
 // glu: y[r, f] = silu(gate[r, f]) * up[r, f]
 //
-// Contract  src/ops/glu.rs has checked shapes and dtypes, glu/cuda.rs that every row begins on 16 bytes; nothing is re-checked here.
+// Contract  src/ops/glu.rs has checked shapes, dtypes and that every row begins on 16 bytes; nothing is re-checked here.
 // Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: 3 * R * F * sizeof(T) bytes.
 // Order     elementwise, so the bits of a row depend on that row alone.

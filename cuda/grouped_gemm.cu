@@ -1,6 +1,6 @@
 // grouped_gemm on the tensor cores: y[r, :] = x[input(r), :] * w[expert of r], w as [N, K] (nt) or [K, N] (nn); glu_nt: silu(x w^T) * (x v^T)
 //
-// Contract  src/ops/grouped_gemm/cuda.rs takes this form for bf16 and f16 where K and N are multiples of 8 and rows begin on 16 bytes; other
+// Contract  src/ops/grouped_gemm/cuda/tiled.rs takes this form for bf16 and f16 where K and N are multiples of 8 and rows begin on 16 bytes; other
 //           shapes go to grouped_gemm_plain.cu. Offsets and maps come from a Routing, or from a caller who vouches for them.
 // Work      a block per SM takes tile after tile: 128 rows of one expert x 256 columns, or 128 columns of two products at once (glu_nt).
 //           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight threads.
@@ -17,7 +17,7 @@
 #include "common/tensor_tile.cuh"
 #include "common/ptx/tma.cuh"
 
-// A row of the tile table of src/ops/grouped_gemm/cuda.rs. COLS are output columns.
+// A row of the tile table of src/ops/grouped_gemm/cuda/tiled.rs. COLS are output columns.
 template <typename T_, typename O_, bool NN_, bool GLU_, int COLS_, int STAGES_, int CLUSTER_> struct Form {
     using T = T_;
     using O = O_;

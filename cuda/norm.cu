@@ -1,6 +1,6 @@
 // norm: y[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * weight, or x[t, :] / sqrt(mean square + eps) * weight; `add` forms first add x to the residual
 //
-// Contract  src/ops/norm.rs has checked shapes and dtypes, norm/cuda.rs that every row begins on 16 bytes and fits the registers of one block.
+// Contract  src/ops/norm.rs has checked shapes, dtypes, that every row begins on 16 bytes and fits the registers of one block.
 // Work      one block a row, grid-stride over rows; the row stays in registers between the passes over it.
 // Cost      memory bound: 2 * T * D * sizeof(T) bytes, 4 * T * D * sizeof(T) for the `add` forms.
 // Order     sums in f32, over a thread's elements, then warps, then the block: the number of threads follows from D alone.

@@ -1,6 +1,6 @@
 // permute: gather y[r, :] = x[row_to_slot[r] / k, :]; combine y[t, :] = sum over slots s of weights[t, s] * x[slot_to_row[t, s], :]
 //
-// Contract  src/ops/permute.rs has checked shapes and dtypes, permute/cuda.rs that every row begins on 16 bytes; the maps come from a Routing.
+// Contract  src/ops/permute.rs has checked shapes, dtypes and that every row begins on 16 bytes; the maps come from a Routing.
 // Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: gather 2 * R * D * sizeof(T) + 4 * R bytes, combine (R + T) * D * sizeof(T) + 8 * R bytes.
 // Order     gather copies bit for bit; combine sums in f32 in slot order and rounds once, so a token's bits depend on its own rows alone.

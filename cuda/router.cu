@@ -1,7 +1,7 @@
 // router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert;
 // route: choose and index at once, for few tokens
 //
-// Contract  src/ops/router.rs has checked shapes, dtypes, E <= 256 for choose and index, router/cuda.rs that rows of x and weight begin on 16 bytes.
+// Contract  src/ops/router.rs has checked shapes, dtypes, E <= 256 for choose and index, and that rows of x and weight begin on 16 bytes.
 // Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index and route: one block, each warp a range of slots.
 // Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R. R = T * k.
 // Order     every sum's order follows from D or E alone; index is a stable counting sort without atomics: same ids, same maps.

@@ -1,6 +1,6 @@
 // sample: ids[t] = the v with the largest logits[t, v]
 //
-// Contract  src/ops/sample.rs has checked shapes, sample/cuda.rs that every row begins on 16 bytes.
+// Contract  src/ops/sample.rs has checked shapes and that every row begins on 16 bytes.
 // Work      one block a row, grid-stride over rows; a thread reads every 16-byte vector of its own, the last cut to its elements.
 // Cost      memory bound: 4 * T * V bytes.
 // Order     a maximum over (value, index) ranks, which no order of work can change: the lowest index among equals.

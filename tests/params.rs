@@ -18,7 +18,7 @@ mod driver {
 }
 
 /// The structs as the library has them.
-#[allow(dead_code)]
+#[allow(dead_code)] // tests read layouts, the library fields
 #[path = "../src/device/params.rs"]
 #[rustfmt::skip]
 mod params;
@@ -121,7 +121,7 @@ fn a_host_compiler_agrees() {
 }
 
 /// What a kernel of `params/echo.sm_90a.ptx` takes: a struct, and where its fields go.
-#[allow(dead_code)] // a layout
+#[allow(dead_code)] // never read by name: its bytes are a kernel's parameters
 #[repr(C)]
 struct Echo<P> {
     params: P,

@@ -20,7 +20,7 @@ const GROUPS: [&[u32]; 7] = [&[5], &[0, 3, 0, 1], &[1, 1, 1], &[13, 14, 15, 0], 
 /// `[N, K]` around the edges of panels and of blocks of k.
 const SHAPES: [[usize; 2]; 6] = [[1, 1], [31, 7], [32, 64], [33, 255], [130, 257], [5, 600]];
 
-fn offsets(group_sizes: &[u32]) -> Vec<u32> {
+pub(crate) fn offsets(group_sizes: &[u32]) -> Vec<u32> {
     let ends = group_sizes.iter().scan(0, |end, size| {
         *end += size;
         Some(*end)
@@ -29,7 +29,7 @@ fn offsets(group_sizes: &[u32]) -> Vec<u32> {
 }
 
 /// The owner of each row.
-fn owners(offsets: &[u32]) -> Vec<usize> {
+pub(crate) fn owners(offsets: &[u32]) -> Vec<usize> {
     (0..offsets.len() - 1).flat_map(|e| (offsets[e]..offsets[e + 1]).map(move |_| e)).collect()
 }
 

@@ -11,21 +11,12 @@ use dropless_kit::fill::{Random, integers, normal, to_f64};
 use dropless_kit::guard::{self, Bits, Guarded};
 use dropless_kit::recorder::{Call, Recorder};
 
+use crate::grouped_gemm::{offsets, owners};
 use crate::oracle;
 use WeightOrder::{Kn, Nk};
 
 /// Rows per expert around the edges of a tile's 128 rows and a warpgroup's 64.
 const EDGES: [u32; 9] = [0, 1, 63, 64, 65, 127, 128, 129, 300];
-
-fn offsets(sizes: &[u32]) -> Vec<u32> {
-    let mut offsets = vec![0];
-    sizes.iter().for_each(|size| offsets.push(offsets[offsets.len() - 1] + size));
-    offsets
-}
-
-fn owners(offsets: &[u32]) -> Vec<usize> {
-    (0..offsets.len() - 1).flat_map(|e| (offsets[e]..offsets[e + 1]).map(move |_| e)).collect()
-}
 
 /// A product on the stream's device: `x` packed, weights `[E, N, K]` or `[E, K, N]`, each expert with its rows in order.
 struct Product<'a, T> {
