@@ -5,7 +5,7 @@
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
 use super::slices::prefetch_line;
-use super::vector::{Columns, Kernel, LANES, Simd};
+use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::Float;
 
 /// Length of the blocks into which sums are cut. Part of every result's bits.
@@ -34,17 +34,16 @@ impl<W: Float> Kernel for PackNk<'_, '_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let PackNk { rows, panel } = self;
-        let (len, block) = (rows[0].len(), 64 / size_of::<W>());
+        let len = rows[0].len();
         assert!(rows.iter().all(|row| row.len() == len) && panel.len() >= len * NR);
-        for k in (0..len / block).map(|i| i * block) {
-            for (side, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-                let columns = Columns { data: &mut panel[k * NR + side * LANES..], stride: NR };
-                // SAFETY: `k + block <= len`, the length of every row.
-                unsafe { simd.transpose(rows, k, columns) }
-            }
+        if len == 0 {
+            return;
         }
-        for k in len / block * block..len {
-            rows.iter().zip(&mut panel[k * NR..]).for_each(|(row, to)| *to = row[k].to_f32());
+        for (group, rows) in rows.as_chunks::<8>().0.iter().enumerate() {
+            let columns = &mut panel[8 * group..];
+            for k in simd.transpose(rows, columns, NR)..len {
+                rows.iter().zip(&mut columns[k * NR..]).for_each(|(row, to)| *to = row[k].to_f32());
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Plain loops that any compiler vectorises: the reference for every other instruction set, and the only one off x86.
 
 use super::gemm::{AddProduct, add_tiles};
-use super::vector::{Columns, LANES, Simd};
+use super::vector::{LANES, Simd};
 use crate::dtype::Float;
 
 /// Needs nothing.
@@ -70,13 +70,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn pow2(self, a: V) -> V {
         each(|i| f32::from_bits((((a[i] as i32) + 127) as u32) << 23))
-    }
-    #[inline(always)]
-    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
-        let columns = columns.data.chunks_mut(columns.stride);
-        for (i, column) in columns.take(64 / size_of::<T>()).enumerate() {
-            column[..LANES].copy_from_slice(&each(|j| rows[j][k + i].to_f32()));
-        }
     }
     #[inline(always)]
     fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {

@@ -1,6 +1,7 @@
 //! Every instruction set of this machine against the portable one, on the same inputs.
 
-use super::vector::{Columns, Kernel, LANES, Simd};
+use super::gemm::NR;
+use super::vector::{Kernel, LANES, Simd};
 use super::*;
 use crate::dtype::{Bf16, F16, Float};
 
@@ -197,26 +198,24 @@ fn products_are_near_on_every_level() {
     check::<F16>();
 }
 
-struct Transpose<'a, T>(&'a [T]);
-
-impl<T: Float> Kernel for Transpose<'_, T> {
-    type Output = Vec<f32>;
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> Vec<f32> {
-        let block = 64 / size_of::<T>();
-        let rows: [&[T]; LANES] = std::array::from_fn(|j| &self.0[j * (block + 3)..][..block + 3]);
-        let mut out = vec![0.0; block * 20];
-        // SAFETY: every row has `block + 3` elements.
-        unsafe { simd.transpose(&rows, 3, Columns { data: &mut out, stride: 20 }) };
-        out
-    }
-}
-
 #[test]
-fn transposes_are_exact_on_every_level() {
+fn packing_is_exact_on_every_level() {
     fn check<T: Float>() {
-        let x = samples::<T>(LANES * 40, 8);
-        same(|| Transpose(&x), |_, _| false);
+        let x = samples::<T>(NR * 40, 8);
+        for len in (0..20).chain([31, 32, 33, 37]) {
+            for (name, level) in Level::all() {
+                let mut panel = vec![-1.0; len * NR];
+                level.run(gemm::PackNk { rows: std::array::from_fn(|j| &x[j * 40 + 3..][..len]), panel: &mut panel });
+                for (i, got) in panel.into_iter().enumerate() {
+                    let want = x[i % NR * 40 + 3 + i / NR].to_f32();
+                    assert!(
+                        got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                        "{name}, k {} of {len}: {got:e}, {want:e}",
+                        i / NR
+                    );
+                }
+            }
+        }
     }
     check::<f32>();
     check::<Bf16>();

@@ -55,12 +55,14 @@ pub(crate) trait Simd: Copy {
     /// `2^a` for integers in `-126..=127`.
     fn pow2(self, a: Self::V) -> Self::V;
 
-    /// `columns[i][j] = rows[j][k + i]`, widened, for 64 bytes of each row.
+    /// `columns[k * stride + j] = rows[j][k]`, widened, for the k below what is returned, which is at most the rows' length.
     ///
-    /// # Safety
-    ///
-    /// Every row has 64 bytes at element `k`.
-    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>);
+    /// Eight rows, from end to end: rows are often a multiple of 4096 bytes apart, and then a first-level cache holds the same part of no
+    /// more.
+    #[inline(always)]
+    fn transpose<T: Float>(self, _rows: &[&[T]; 8], _columns: &mut [f32], _stride: usize) -> usize {
+        0
+    }
 
     /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
     fn add_product<F: Fn(usize, usize)>(self, product: super::gemm::AddProduct<'_, F>);
@@ -138,12 +140,6 @@ fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
         width /= 2;
     }
     lanes[0]
-}
-
-/// Where a transposed block goes: column `i` begins at `i * stride`.
-pub(crate) struct Columns<'a> {
-    pub(crate) data: &'a mut [f32],
-    pub(crate) stride: usize,
 }
 
 /// Work that is the same for every instruction set.

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use crate::dtype::{DType, Float};
 use crate::simd::gemm::{AddProduct, add_tiles};
-use crate::simd::vector::{Columns, Kernel, LANES, Simd};
+use crate::simd::vector::{Kernel, LANES, Simd};
 
 /// Proof that this machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -121,17 +121,9 @@ impl Simd for Avx2 {
         super::sums([half(a), half(b), half(c), half(d)])
     }
     #[inline(always)]
-    unsafe fn transpose<T: Float>(self, rows: &[&[T]; LANES], k: usize, columns: Columns<'_>) {
-        let Columns { data, stride } = columns;
-        let block = 64 / size_of::<T>();
-        assert!(data.len() >= (block - 1) * stride + LANES, "room for the columns");
-        // By quarters: eight rows, 32 bytes of each.
-        for (side, rows) in rows.as_chunks::<8>().0.iter().enumerate() {
-            for part in [0, block / 2] {
-                // SAFETY: the caller's duty for the rows, the assertion for the columns, detected features.
-                unsafe { transpose_block(rows, k + part, data.as_mut_ptr().add(part * stride + 8 * side), stride) }
-            }
-        }
+    fn transpose<T: Float>(self, rows: &[&[T]; 8], columns: &mut [f32], stride: usize) -> usize {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { super::transpose(rows, columns, stride) }
     }
     #[inline(always)]
     fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
@@ -149,72 +141,5 @@ fn round_to_bf16(values: __m256) -> __m128i {
     let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
     let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x0040));
     let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
-    lower_halves(_mm256_blendv_epi8(rounded, quiet, nan))
-}
-
-/// The lower halves of eight words below 2^16.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn lower_halves(words: __m256i) -> __m128i {
-    _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
-}
-
-/// The lower and the upper halves of eight words, widened.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
-    let bits = _mm256_castps_si256(words);
-    if bf16 {
-        let upper = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32));
-        [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(upper)]
-    } else {
-        let lower = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
-        [_mm256_cvtph_ps(lower_halves(lower)), _mm256_cvtph_ps(lower_halves(_mm256_srli_epi32::<16>(bits)))]
-    }
-}
-
-/// Transposes 32 bytes of eight rows: pairs of words, pairs of pairs, then halves of registers.
-///
-/// # Safety
-///
-/// Every row has 32 bytes at element `k`; at `to` there is room for that many columns, `stride` apart.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-#[allow(clippy::needless_range_loop)] // iterators over arrays by value would put registers into memory
-unsafe fn transpose_block<T: Float>(rows: &[&[T]; 8], k: usize, to: *mut f32, stride: usize) {
-    // A closure, so that it has this function's instructions.
-    let column = |i: usize, words: __m256| {
-        // SAFETY: the caller's duty; a word is one element, or two of which the first is in the lower half.
-        unsafe {
-            match T::DTYPE {
-                DType::Bf16 | DType::F16 => {
-                    let [even, odd] = widen_halves(words, T::DTYPE == DType::Bf16);
-                    _mm256_storeu_ps(to.add(2 * i * stride), even);
-                    _mm256_storeu_ps(to.add((2 * i + 1) * stride), odd);
-                }
-                _ => _mm256_storeu_ps(to.add(i * stride), words),
-            }
-        }
-    };
-    let zero = _mm256_setzero_ps();
-    // Half h of `quads[g][c]` holds column 4h + c of the rows 4g..4g + 4.
-    let mut quads = [[zero; 4]; 2];
-    for (group, quads) in quads.iter_mut().enumerate() {
-        let mut four = [zero; 4];
-        for (i, words) in four.iter_mut().enumerate() {
-            // SAFETY: the caller's duty.
-            *words = unsafe { _mm256_loadu_ps(rows[4 * group + i].as_ptr().add(k).cast()) };
-        }
-        let [a, b, c, d] = four;
-        let (ab_low, ab_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(a, b)));
-        let (cd_low, cd_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(c, d)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
-        quads[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
-        quads[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
-        quads[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
-        quads[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
-    }
-    for c in 0..4 {
-        column(c, _mm256_permute2f128_ps::<0x20>(quads[0][c], quads[1][c]));
-        column(4 + c, _mm256_permute2f128_ps::<0x31>(quads[0][c], quads[1][c]));
-    }
+    super::lower_halves(_mm256_blendv_epi8(rounded, quiet, nan))
 }

@@ -5,6 +5,8 @@ pub(super) mod avx512;
 
 use std::arch::x86_64::*;
 
+use crate::dtype::{DType, Float};
+
 /// The sums of four registers, halving each until one lane is left, the last two times side by side.
 ///
 /// Callers hold a token.
@@ -22,4 +24,81 @@ fn sums(halves: [__m256; 4]) -> [f32; 4] {
         _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
         sums
     }
+}
+
+/// The lower halves of eight words below 2^16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lower_halves(words: __m256i) -> __m128i {
+    _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+}
+
+/// The lower and the upper halves of eight words, widened.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
+    let bits = _mm256_castps_si256(words);
+    if bf16 {
+        let upper = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(upper)]
+    } else {
+        let lower = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
+        [_mm256_cvtph_ps(lower_halves(lower)), _mm256_cvtph_ps(lower_halves(_mm256_srli_epi32::<16>(bits)))]
+    }
+}
+
+/// `Simd::transpose` by blocks of 32 bytes of each row: pairs of words, pairs of pairs, then halves of registers.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn transpose<T: Float>(rows: &[&[T]; 8], columns: &mut [f32], stride: usize) -> usize {
+    let (len, block) = (rows[0].len(), 32 / size_of::<T>());
+    let steps = len / block * block;
+    assert!(rows.iter().all(|row| row.len() == len), "rows of the same length");
+    assert!(steps == 0 || columns.len() >= (steps - 1) * stride + 8, "room for the columns");
+    // A closure, so that it has this function's instructions.
+    let mut store = |k: usize, column: __m256| {
+        // SAFETY: `k` is below `steps`, and the last of those columns has room.
+        unsafe { _mm256_storeu_ps(columns.as_mut_ptr().add(k * stride), column) }
+    };
+    for k in (0..steps).step_by(block) {
+        let words = rows.each_ref().map(|row| {
+            // SAFETY: `k + block` is at most the length of every row.
+            unsafe { _mm256_loadu_ps(row.as_ptr().add(k).cast()) }
+        });
+        for (i, column) in transpose_words(words).into_iter().enumerate() {
+            match T::DTYPE {
+                // A word is two elements, of which the first is in the lower half.
+                DType::Bf16 | DType::F16 => {
+                    let [even, odd] = widen_halves(column, T::DTYPE == DType::Bf16);
+                    store(k + 2 * i, even);
+                    store(k + 2 * i + 1, odd);
+                }
+                _ => store(k + i, column),
+            }
+        }
+    }
+    steps
+}
+
+/// Eight words of eight rows, as columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_words(rows: [__m256; 8]) -> [__m256; 8] {
+    // Half h of the c-th holds word 4h + c of four rows.
+    let quads = |[a, b, c, d]: [__m256; 4]| {
+        let (ab_low, ab_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(a, b)));
+        let (cd_low, cd_high) = (_mm256_castps_pd(_mm256_unpacklo_ps(c, d)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+        [
+            _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low)),
+            _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high)),
+        ]
+    };
+    let [a, b, c, d, e, f, g, h] = rows;
+    let (first, last) = (quads([a, b, c, d]), quads([e, f, g, h]));
+    std::array::from_fn(|i| match i {
+        0..4 => _mm256_permute2f128_ps::<0x20>(first[i], last[i]),
+        _ => _mm256_permute2f128_ps::<0x31>(first[i - 4], last[i - 4]),
+    })
 }
