@@ -4,8 +4,10 @@
     cargo build --release --example dbrx
     python3 benches/peers/cpu_dbrx.py --rounds 5 --out record.json          or, round by round, --rounds 1 --append
 
-Shares: prefill by the FLOP of the matrix products over the sgemm ceiling, decode by the bytes of the weights that a token needs
-over the read ceiling. Every figure is the median over the rounds of a ratio taken within one round.
+A machine's speed drifts within seconds, so the ceilings are taken right before and right after every run of this crate, as means
+over about as long as it runs, and the peer, which is kept waiting, right after that. Shares: prefill by the FLOP of the matrix
+products over the mean of both sgemm rates, decode by the bytes of the weights that a token needs over the mean of both read
+rates. The peer has the better of two repeats. Every figure is the median over the rounds of a ratio taken within one round.
 """
 import argparse
 import json
@@ -30,11 +32,78 @@ def costs(config):
     return 2 * layers * (dense + experts), 2 * d * vocab, layers * (dense + experts) + d * vocab
 
 
-def last_json(command, env):
-    out = subprocess.run(command, capture_output=True, text=True, env=env)
+class Peer:
+    """Hugging Face transformers in a process of its own, which waits between repeats."""
+
+    def __init__(self, args):
+        command = [sys.executable, HERE / "hf_dbrx.py", args.config, "--serve", "--threads", args.threads, "--prompt-tokens", args.prompt_tokens]
+        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def repeat(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def run(args, weights, batch):
+    """One run of this crate."""
+    # Batches decode behind a shorter prompt: their prefill is not what is asked.
+    tokens = args.prompt_tokens if batch == 1 else args.batch_prompt_tokens
+    command = [args.example, "--random", args.config, "--weights", weights, "--random-tokens", tokens, "--generate", args.decode_tokens]
+    command += ["--batch", batch, "--threads", args.threads, "--json"]
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if out.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{out.stderr}")
     return json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def round_of(args, batches, ceilings, peer):
+    """Every run, with the means of the ceilings around it and the peer's repeat behind it."""
+    around = lambda: {"sgemm_gflops": ceilings.sgemm(4), "read_gb_per_s": ceilings.read(24)}
+    row, before = {}, around()
+    for weights in ("f32", "bf16"):
+        for batch in (1, *batches):
+            ours = run(args, weights, batch)
+            after = around()
+            ours["ceilings"] = {name: (before[name] + after[name]) / 2 for name in after}
+            if peer and batch == 1:
+                ours["peer"] = peer.repeat()
+                after = around()
+            row[weights if batch == 1 else f"{weights} x{batch}"], before = ours, after
+    return row
+
+
+def tabulate(rounds, batches, config):
+    layer_flop, head_flop, decode_weights = costs(config)
+    prefill = lambda run: run["prefill_tokens"] / run["prefill_s"]
+    decode = lambda run: run["decode_tokens"] / run["decode_s"]
+    ceilings = lambda name: [run["ceilings"][name] for row in rounds for run in row.values()]
+    table = {name: statistics.median(ceilings(name)) for name in ("sgemm_gflops", "read_gb_per_s")}
+    for weights, size in (("f32", 4), ("bf16", 2)):
+        over = lambda f, name=weights: statistics.median(f(row[name]) for row in rounds)
+        sgemm = lambda run, rate: rate / 1e9 / run["ceilings"]["sgemm_gflops"]
+        table[f"prefill {weights}"] = {
+            "tokens_per_s": over(prefill),
+            "share_of_sgemm": over(lambda run: sgemm(run, prefill(run) * layer_flop + head_flop / run["prefill_s"])),
+        }
+        table[f"decode {weights}"] = {
+            "tokens_per_s": over(decode),
+            "share_of_read": over(lambda run: decode(run) * decode_weights * size / 1e9 / run["ceilings"]["read_gb_per_s"]),
+        }
+        for batch in batches:
+            table[f"decode {weights} x{batch}"] = {
+                "tokens_per_s": over(decode, f"{weights} x{batch}"),
+                "share_of_sgemm": over(lambda run: sgemm(run, decode(run) * (layer_flop + head_flop)), f"{weights} x{batch}"),
+            }
+        if "peer" in rounds[0][weights]:
+            for phase, rate in (("prefill", prefill), ("decode", decode)):
+                table[f"{phase} {weights}"]["peer_tokens_per_s"] = over(lambda run: run["peer"][f"{phase}_tokens_per_s"])
+                table[f"{phase} {weights}"]["times_peer"] = over(lambda run: rate(run) / run["peer"][f"{phase}_tokens_per_s"])
+            # The peer computes the head for every token of a prompt, this crate for the last: the ratio at equal work.
+            equal = table[f"prefill {weights}"]["times_peer"] / (1 + head_flop / layer_flop)
+            table[f"prefill {weights}"]["times_peer_at_equal_work"] = equal
+            table["peer"] = rounds[0][weights]["peer"]["peer"]
+    return table
 
 
 def main():
@@ -52,60 +121,21 @@ def main():
     parser.add_argument("--append", action="store_true", help="to the rounds that --out holds, made with the same options")
     args = parser.parse_args()
 
-    config = json.loads(args.config.read_text())
-    layer_flop, head_flop, decode_weights = costs(config)
-    threads = str(args.threads)
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-    def ours(weights, batch=1):
-        # Batches decode behind a shorter prompt: their prefill is not what is asked.
-        tokens = args.prompt_tokens if batch == 1 else args.batch_prompt_tokens
-        command = [args.example, "--random", args.config, "--weights", weights, "--random-tokens", tokens, "--generate", args.decode_tokens]
-        return last_json([*map(str, command), "--batch", str(batch), "--threads", threads, "--json"], env)
+    # Before numpy is loaded, which counts threads once.
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    from ceilings import Ceilings
 
+    batches = [int(batch) for batch in filter(None, args.batches.split(","))]
     earlier = json.loads(args.out.read_text()) if args.append and args.out.exists() else {}
     rounds = earlier.get("rounds", [])
+    ceilings, peer = Ceilings(), None if args.no_peer else Peer(args)
+    if peer:
+        peer.repeat()
     for number in range(args.rounds):
-        row = {"ceilings": last_json([sys.executable, HERE / "ceilings.py"], env)}
-        for weights in ("f32", "bf16"):
-            row[weights] = ours(weights)
-            for batch in filter(None, args.batches.split(",")):
-                row[f"{weights} x{batch}"] = ours(weights, int(batch))
-        if not args.no_peer:
-            command = [sys.executable, HERE / "hf_dbrx.py", args.config, "--threads", threads, "--prompt-tokens", args.prompt_tokens, "--repeats", "2"]
-            row["peer"] = last_json([*map(str, command), "--decode-tokens", "16"], env)
-        rounds.append(row)
-        print(f"round {number + 1} of {args.rounds}: {row['ceilings']}", file=sys.stderr)
+        rounds.append(round_of(args, batches, ceilings, peer))
+        print(f"round {number + 1} of {args.rounds}: {rounds[-1]['f32']['ceilings']}", file=sys.stderr)
 
-    median = lambda f: statistics.median(f(row) for row in rounds)
-    prefill = lambda run: run["prefill_tokens"] / run["prefill_s"]
-    decode = lambda run: run["decode_tokens"] / run["decode_s"]
-    flop = lambda row, name: (prefill(row[name]) * layer_flop + head_flop / row[name]["prefill_s"]) / 1e9
-    table = {"sgemm_gflops": median(lambda r: r["ceilings"]["sgemm_gflops"]), "read_gb_per_s": median(lambda r: r["ceilings"]["read_gb_per_s"])}
-    for weights, size in (("f32", 4), ("bf16", 2)):
-        table[f"prefill {weights}"] = {
-            "tokens_per_s": median(lambda r: prefill(r[weights])),
-            "share_of_sgemm": median(lambda r: flop(r, weights) / r["ceilings"]["sgemm_gflops"]),
-        }
-        table[f"decode {weights}"] = {
-            "tokens_per_s": median(lambda r: decode(r[weights])),
-            "share_of_read": median(lambda r: decode(r[weights]) * decode_weights * size / 1e9 / r["ceilings"]["read_gb_per_s"]),
-        }
-        for batch in filter(None, args.batches.split(",")):
-            name = f"{weights} x{batch}"
-            table[f"decode {name}"] = {
-                "tokens_per_s": median(lambda r: decode(r[name])),
-                "share_of_sgemm": median(lambda r: decode(r[name]) * (layer_flop + head_flop) / 1e9 / r["ceilings"]["sgemm_gflops"]),
-            }
-    if not args.no_peer:
-        table["peer"] = {"name": rounds[0]["peer"]["peer"]}
-        for phase, rate in (("prefill", prefill), ("decode", decode)):
-            table["peer"][f"{phase}_tokens_per_s"] = median(lambda r: r["peer"][f"{phase}_tokens_per_s"])
-            for weights in ("f32", "bf16"):
-                table[f"{phase} {weights}"]["times_peer"] = median(lambda r: rate(r[weights]) / r["peer"][f"{phase}_tokens_per_s"])
-        # The peer computes the head for every token of a prompt, this crate for the last: the ratio at equal work.
-        more = 1 + head_flop / layer_flop
-        for weights in ("f32", "bf16"):
-            table[f"prefill {weights}"]["times_peer_at_equal_work"] = table[f"prefill {weights}"]["times_peer"] / more
+    table = tabulate(rounds, batches, json.loads(args.config.read_text()))
     print(json.dumps(table, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

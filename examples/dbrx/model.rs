@@ -64,7 +64,9 @@ struct Matrix<T> {
 
 impl<T: Element> Matrix<T> {
     fn new(stream: &Stream, rows: usize, cols: usize) -> Result<Matrix<T>, Error> {
-        Ok(Matrix { buffer: Buffer::zeros(stream, rows * cols)?, cols })
+        let mut buffer = Buffer::zeros(stream, rows * cols)?;
+        buffer.commit(); // all of it is used by every long prompt
+        Ok(Matrix { buffer, cols })
     }
 
     fn rows(&self, rows: usize) -> Result<Rows<'_, T>, Error> {

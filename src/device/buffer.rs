@@ -33,7 +33,7 @@ enum Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// `len` zeros on the stream's device. On the CPU, pages are committed when first written.
+    /// `len` zeros on the stream's device. On the CPU, pages are committed when first written, or by [`commit`](Buffer::commit).
     ///
     /// # Errors
     ///
@@ -51,6 +51,16 @@ impl<T: Element> Buffer<T> {
         let buffer = Buffer { memory, len, mark: Mark::default(), _elements: PhantomData };
         stream.admit(Op::Buffer, &[("self", buffer.access(true))])?;
         Ok(buffer)
+    }
+
+    /// Has the system provide all memory now, rather than page by page to the operation that first writes there: that costs more than
+    /// the writes. On a GPU memory is there from the beginning, and this does nothing.
+    pub fn commit(&mut self) {
+        match &mut self.memory {
+            Memory::Host(host) => host.commit(),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda { .. } => {}
+        }
     }
 
     /// A buffer with a copy of `values`.

@@ -101,6 +101,18 @@ impl HostMemory {
         Ok(HostMemory { block, layout, skip_bytes: if skip_bytes > ALIGN_BYTES { 0 } else { skip_bytes } })
     }
 
+    /// Writes to every page what it holds.
+    pub(crate) fn commit(&mut self) {
+        const PAGE_BYTES: usize = 4096; // the smallest there are
+        for at in (0..self.layout.size()).step_by(PAGE_BYTES) {
+            // SAFETY: within the block, whose bytes are initialised, and which is borrowed exclusively. Volatile, lest it be left out.
+            unsafe {
+                let byte = self.block.as_ptr().add(at);
+                byte.write_volatile(byte.read_volatile());
+            }
+        }
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         // SAFETY: the slack at the end of the block is `ALIGN_BYTES`, and `skip_bytes` is at most that.
         unsafe { self.block.as_ptr().add(self.skip_bytes) }
@@ -129,6 +141,17 @@ mod tests {
             });
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    #[test]
+    fn committing_changes_nothing() {
+        let mut memory = HostMemory::zeroed(3 * 4096 + 5).unwrap();
+        // SAFETY: within the memory, which nobody else has.
+        unsafe { memory.as_ptr().write(7) };
+        memory.commit();
+        // SAFETY: as above.
+        let bytes = unsafe { std::slice::from_raw_parts(memory.as_ptr(), 3 * 4096 + 5) };
+        assert!(bytes[0] == 7 && bytes[1..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -12,13 +12,15 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// A workspace of at least `bytes`, aligned to 256.
+    /// A workspace of at least `bytes`, aligned to 256, all of it [committed](Buffer::commit).
     ///
     /// # Errors
     ///
     /// [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, bytes: usize) -> Result<Workspace, Error> {
-        Ok(Workspace { words: Buffer::zeros(stream, bytes.div_ceil(size_of::<u32>()))? })
+        let mut words = Buffer::zeros(stream, bytes.div_ceil(size_of::<u32>()))?;
+        words.commit();
+        Ok(Workspace { words })
     }
 
     /// Its size.

@@ -345,6 +345,10 @@ pub(super) fn add_tile<S: Simd, const M: usize, const C: usize>(
     sums: &mut [f32],
     sum_stride: usize,
 ) {
+    // The sums are needed when the tile is done; they may have gone to a farther cache since the last block of k.
+    for row in 0..M {
+        sums[row * sum_stride..][..NR].as_chunks::<LANES>().0.iter().for_each(|line| prefetch_line(line));
+    }
     for first in (0..NR / LANES).step_by(C) {
         let mut tile = [[simd.splat(0.0); C]; M];
         for (k, b) in panel.iter().take(KC).enumerate() {
