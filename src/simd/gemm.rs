@@ -4,6 +4,7 @@
 //! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
+use super::ahead::Ahead;
 use super::slices::prefetch_line;
 use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::Float;
@@ -80,27 +81,22 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 
 /// `sums[i, j] += sum_k a[i, k] * panel[k, j]`, each sum a chain over ascending k that begins at 0.
 ///
-/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`.
-pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize) {
-    add_product_ahead(a, panel, sums, sum_stride, |_, _| ());
-}
-
-/// [`add_product`], with `ahead(i, n)` called before the i-th of n tiles of rows: to ask for a part of what is needed next while
-/// the arithmetic goes on.
-pub(crate) fn add_product_ahead(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: impl Fn(usize, usize)) {
+/// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`. What is listed `ahead` is asked for while the
+/// arithmetic goes on, evenly.
+pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: Ahead) {
     super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
 }
 
 /// The arguments of [`add_product`].
-pub(crate) struct AddProduct<'a, F> {
+pub(crate) struct AddProduct<'a> {
     pub(super) a: &'a [[f32; A_STRIDE]],
     pub(super) panel: &'a [[f32; NR]],
     pub(super) sums: &'a mut [f32],
     pub(super) sum_stride: usize,
-    pub(super) ahead: F,
+    pub(super) ahead: Ahead,
 }
 
-impl<F: Fn(usize, usize)> Kernel for AddProduct<'_, F> {
+impl Kernel for AddProduct<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -317,17 +313,19 @@ fn dot_tile<S: Simd, W: Float, const M: usize, const C: usize>(
 macro_rules! add_tiles {
     ($simd:expr, $product:expr, vectors: $vectors:literal, rows: $($rows:literal)+) => {{
         const MAX_ROWS: usize = [$($rows),+].len();
-        let product: AddProduct<'_, _> = $product;
+        let mut product: AddProduct<'_> = $product;
         let all = product.a.len();
         let tiles = all.div_ceil(MAX_ROWS);
+        let turns = tiles * $crate::simd::gemm::turns(product.panel.len(), $vectors);
+        let lines = product.ahead.lines().div_ceil(turns.max(1));
         for tile in 0..tiles {
-            (product.ahead)(tile, tiles);
             let rows = all * tile / tiles..all * (tile + 1) / tiles;
             let (a, sums) = (&product.a[rows.clone()], &mut product.sums[rows.start * product.sum_stride..]);
+            let mut ask = || product.ahead.ask(lines);
             match a.len() {
                 $($rows => {
                     let a: &[_; $rows] = a.try_into().expect("a tile's rows");
-                    $crate::simd::gemm::add_tile::<_, $rows, $vectors>($simd, a, product.panel, sums, product.sum_stride)
+                    $crate::simd::gemm::add_tile::<_, $rows, $vectors>($simd, a, product.panel, sums, product.sum_stride, &mut ask)
                 })+
                 _ => unreachable!("tiles are cut to at most {MAX_ROWS} rows"),
             }
@@ -336,7 +334,15 @@ macro_rules! add_tiles {
 }
 pub(super) use add_tiles;
 
-/// `M` rows times a panel, `C` vectors of columns at a time.
+/// Steps of k between two turns to ask for memory.
+const TURN: usize = 4;
+
+/// Turns of a tile over so many k.
+pub(super) fn turns(steps: usize, vectors: usize) -> usize {
+    NR / LANES / vectors * steps.min(KC).div_ceil(TURN)
+}
+
+/// `M` rows times a panel, `C` vectors of columns at a time, with a call of `ask` every [`TURN`] k.
 #[inline(always)]
 pub(super) fn add_tile<S: Simd, const M: usize, const C: usize>(
     simd: S,
@@ -344,6 +350,7 @@ pub(super) fn add_tile<S: Simd, const M: usize, const C: usize>(
     panel: &[[f32; NR]],
     sums: &mut [f32],
     sum_stride: usize,
+    ask: &mut impl FnMut(),
 ) {
     // The sums are needed when the tile is done; they may have gone to a farther cache since the last block of k.
     for row in 0..M {
@@ -351,13 +358,17 @@ pub(super) fn add_tile<S: Simd, const M: usize, const C: usize>(
     }
     for first in (0..NR / LANES).step_by(C) {
         let mut tile = [[simd.splat(0.0); C]; M];
-        for (k, b) in panel.iter().take(KC).enumerate() {
-            let b = b.as_chunks::<LANES>().0;
-            let b: [S::V; C] = std::array::from_fn(|c| simd.load(&b[first + c]));
-            for (tile, a) in tile.iter_mut().zip(a) {
-                let a = simd.splat(a[k]);
-                for (sum, b) in tile.iter_mut().zip(b) {
-                    *sum = simd.mul_add(a, b, *sum);
+        for (turn, panel) in panel.chunks(TURN).take(KC / TURN).enumerate() {
+            ask();
+            for (step, b) in panel.iter().enumerate() {
+                let k = turn * TURN + step;
+                let b = b.as_chunks::<LANES>().0;
+                let b: [S::V; C] = std::array::from_fn(|c| simd.load(&b[first + c]));
+                for (tile, a) in tile.iter_mut().zip(a) {
+                    let a = simd.splat(a[k]);
+                    for (sum, b) in tile.iter_mut().zip(b) {
+                        *sum = simd.mul_add(a, b, *sum);
+                    }
                 }
             }
         }

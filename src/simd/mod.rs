@@ -5,6 +5,7 @@
 //! | `vector.rs` | [`Simd`], a vector of sixteen floats: what kernels are written with, once for every instruction set |
 //! | `portable.rs`, `x86/` | the instruction sets |
 //! | `slices.rs` | primitives on rows: `dot`, `widen`, `exp_shifted`, ... |
+//! | `ahead.rs` | asking for memory before it is needed |
 //! | `gemm.rs` | packing and the micro-kernel of matrix products |
 //! | `scratch.rs` | what each worker thread keeps |
 //!
@@ -14,6 +15,7 @@
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
 #![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
 
+mod ahead;
 pub(crate) mod gemm;
 mod portable;
 mod scratch;
@@ -24,6 +26,7 @@ mod x86;
 
 use std::sync::OnceLock;
 
+pub(crate) use self::ahead::Ahead;
 pub(crate) use self::scratch::with_scratch;
 #[allow(unused_imports)]
 pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, prefetch, scale, silu_mul, widen};

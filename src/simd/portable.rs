@@ -72,7 +72,7 @@ impl Simd for Portable {
         each(|i| f32::from_bits((((a[i] as i32) + 127) as u32) << 23))
     }
     #[inline(always)]
-    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
+    fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4);
     }
 }

@@ -20,7 +20,7 @@ use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{HeadLayout, HostPages, KvLayer};
-use crate::simd::{self, gemm};
+use crate::simd::{self, Ahead, gemm};
 use crate::view::{HostRows, Rows, RowsMut, Tiling, for_each_row};
 
 /// Keys of one block: the columns of a packed panel.
@@ -260,7 +260,7 @@ impl Queries<'_> {
             let panel = &mut self.keys[..steps * gemm::NR];
             gemm::pack_nk(keys.len(), |key| &keys[key][start..start + steps], panel);
             let scaled = &self.scaled[(cut * rows + first) * gemm::A_STRIDE..(cut + 1) * rows * gemm::A_STRIDE];
-            gemm::add_product(scaled, panel, scores, gemm::A_STRIDE);
+            gemm::add_product(scaled, panel, scores, gemm::A_STRIDE, Ahead::default());
         }
     }
 
@@ -290,7 +290,7 @@ impl Queries<'_> {
         let weights = &self.scores[first * gemm::A_STRIDE..end * gemm::A_STRIDE];
         for (cut, panel) in self.values.chunks_exact(BLOCK_KEYS * gemm::NR).enumerate() {
             let sums = &mut self.sums[first * sum_stride + cut * gemm::NR..end * sum_stride];
-            gemm::add_product(weights, &panel[..count * gemm::NR], sums, sum_stride);
+            gemm::add_product(weights, &panel[..count * gemm::NR], sums, sum_stride, Ahead::default());
         }
     }
 

@@ -15,8 +15,8 @@ use crate::dtype::{Element, Float};
 use crate::error::Error;
 use crate::layout::{ExpertRows, Topology};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, KC, NR, add_product_ahead, pack_kn, pack_nk};
-use crate::simd::{narrow, prefetch, widen, with_scratch};
+use crate::simd::gemm::{A_STRIDE, KC, NR, add_product, pack_kn, pack_nk};
+use crate::simd::{Ahead, narrow, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
 /// The most rows and columns of a tile of a dense result, across the blocks.
@@ -155,14 +155,13 @@ impl<T: Float> Operand<'_, T> {
         }
     }
 
-    /// Asks for the i-th of n shares of what `pack` reads.
-    fn prefetch(&self, origin: Origin, cols: Range<usize>, len: usize, i: usize, n: usize) {
-        let share = |first: usize, all: usize| first + all * i / n..first + all * (i + 1) / n;
+    /// Lists what `pack` reads.
+    fn list(&self, origin: Origin, cols: Range<usize>, len: usize, ahead: &mut Ahead) {
         let (Origin { k, .. }, cols) = (origin, origin.outer + cols.start..origin.outer + cols.end);
         if self.by_k {
-            share(k, len).for_each(|k| prefetch(&self.matrix.row(k)[cols.clone()]));
+            ahead.list(len, |step| &self.matrix.row(k + step)[cols.clone()]);
         } else {
-            share(cols.start, cols.len()).for_each(|col| prefetch(&self.matrix.row(col)[k..k + len]));
+            ahead.list(cols.len(), |col| &self.matrix.row(cols.start + col)[k..k + len]);
         }
     }
 }
@@ -175,6 +174,8 @@ struct Chunk {
 
 /// As many parts as whole blocks have room in [`KC`].
 const MOST_PARTS: usize = KC / 64;
+
+const _: () = assert!(MOST_PARTS <= Ahead::MOST_PARTS);
 
 impl Chunk {
     /// The next parts that are at most [`KC`] long together.
@@ -219,11 +220,11 @@ fn compute<A: Float, B: Float, O: Float>(
             for col in (0..cols).step_by(NR) {
                 chunk.parts().for_each(|(at, part)| right.pack(part.right, panel_cols(col), part.len, &mut panel[at * NR..]));
                 // While this panel is multiplied, the one after it is asked for.
-                let (ahead, ahead_col) = if col + NR < cols { (Some(&chunk), col + NR) } else { (next.as_ref(), 0) };
-                add_product_ahead(a, &panel[..chunk.len * NR], &mut sums[col..], stride, |i, n| {
-                    let parts = ahead.into_iter().flat_map(Chunk::parts);
-                    parts.for_each(|(_, part)| right.prefetch(part.right, panel_cols(ahead_col), part.len, i, n));
-                });
+                let (following, first) = if col + NR < cols { (Some(&chunk), col + NR) } else { (next.as_ref(), 0) };
+                let mut ahead = Ahead::default();
+                let parts = following.into_iter().flat_map(Chunk::parts);
+                parts.for_each(|(_, part)| right.list(part.right, panel_cols(first), part.len, &mut ahead));
+                add_product(a, &panel[..chunk.len * NR], &mut sums[col..], stride, ahead);
             }
         }
         for row in 0..tile.rows.len() {

@@ -20,8 +20,8 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
-use crate::simd::gemm::{A_STRIDE, AHEAD, KC, NR, add_product_ahead, add_rows, dots, pack_kn, pack_nk};
-use crate::simd::{LANES, narrow, prefetch, silu_mul, widen, with_scratch};
+use crate::simd::gemm::{A_STRIDE, AHEAD, KC, NR, add_product, add_rows, dots, pack_kn, pack_nk};
+use crate::simd::{Ahead, LANES, narrow, prefetch, silu_mul, widen, with_scratch};
 use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
 
 /// Up to this many rows of an expert, reading its weights takes longer than the arithmetic, or not much less.
@@ -32,6 +32,8 @@ const ROW_BLOCK: usize = 256;
 const COL_BLOCKS: [usize; 2] = [512, 4096];
 /// Tiles that every thread should get, so that none waits long for the last.
 const TILES_PER_THREAD: usize = 4;
+/// How many rows ahead of the one that is widened memory is asked for.
+const ROWS_AHEAD: usize = 3;
 /// Sums that `by_rows` has under way: half of a first-level cache.
 const CHAINS: usize = 4096;
 
@@ -153,6 +155,8 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
     /// Widens a block of k of the tile's rows.
     fn widen_block(&self, k: &Range<usize>, a: &mut [f32]) {
         for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(self.out_rows.clone()) {
+            // Rows are far from each other, and copied faster than they come.
+            prefetch(self.input((row + ROWS_AHEAD).min(self.out_rows.end - 1), k.clone()));
             widen(&mut a[..k.len()], self.input(row, k.clone()));
         }
     }
@@ -197,10 +201,9 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
                 self.widen_block(&panel.k, a);
             }
             self.pack(&panel, packed);
-            let next = panels.peek();
-            let ahead = |part, parts| next.into_iter().for_each(|next| self.prefetch(next, part, parts));
+            let ahead = panels.peek().map_or_else(Ahead::default, |next| self.ahead(next));
             let at = panel.product * sums.len + panel.cols.start - self.out_cols.start;
-            add_product_ahead(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
+            add_product(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
         }
     }
 
@@ -225,13 +228,14 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
         }
     }
 
-    /// Asks for the i-th of n parts of a panel's weights.
-    fn prefetch(&self, panel: &Panel, i: usize, n: usize) {
-        let part = |all: &Range<usize>| all.start + all.len() * i / n..all.start + all.len() * (i + 1) / n;
+    /// Where a panel's weights lie.
+    fn ahead(&self, panel: &Panel) -> Ahead {
         let (weights, Panel { cols, k, .. }) = (&self.weights[panel.product], panel);
+        let mut ahead = Ahead::default();
         match self.order {
-            WeightOrder::Nk => part(cols).for_each(|col| prefetch(&weights.row(col)[k.clone()])),
-            WeightOrder::Kn => part(k).for_each(|k| prefetch(&weights.row(k)[cols.clone()])),
+            WeightOrder::Nk => ahead.list(cols.len(), |col| &weights.row(cols.start + col)[k.clone()]),
+            WeightOrder::Kn => ahead.list(k.len(), |step| &weights.row(k.start + step)[cols.clone()]),
         }
+        ahead
     }
 }

@@ -126,7 +126,7 @@ impl Simd for Avx2 {
         unsafe { super::transpose(rows, columns, stride) }
     }
     #[inline(always)]
-    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
+    fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4 5 6);
     }
 }

@@ -115,7 +115,7 @@ impl Simd for Avx512 {
         unsafe { super::transpose(rows, columns, stride) }
     }
     #[inline(always)]
-    fn add_product<F: Fn(usize, usize)>(self, product: AddProduct<'_, F>) {
+    fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 2, rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
     }
 }

@@ -1,0 +1,97 @@
+//! Memory that is asked for while something else is computed, a line at a time.
+//!
+//! Asking for many lines at once would hold up the loads of what is computed: a processor keeps only some twenty misses in mind.
+
+use super::slices::{LINE_BYTES, prefetch_line};
+
+/// The same part of some rows.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    first: usize, // the address of the first line
+    stride: usize,
+    rows: usize,
+    lines: usize, // of each row
+}
+
+/// A list of lines of memory, and how far it has been gone through. A hint: it changes no result.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ahead {
+    parts: [Part; Ahead::MOST_PARTS], // those without rows are behind all others
+    part: usize,
+    row: usize,
+    line: usize,
+}
+
+impl Ahead {
+    /// More parts than that are not listed.
+    pub(crate) const MOST_PARTS: usize = 4;
+
+    /// Lists `row(0..rows)`, which are equally long and equally far apart.
+    pub(crate) fn list<'a, T: 'a>(&mut self, rows: usize, row: impl Fn(usize) -> &'a [T]) {
+        let Some(part) = self.parts.iter_mut().find(|part| part.rows == 0) else { return };
+        if rows == 0 || row(0).is_empty() {
+            return;
+        }
+        let (first, bytes) = (row(0).as_ptr().addr(), size_of_val(row(0)));
+        let stride = if rows > 1 { row(1).as_ptr().addr().wrapping_sub(first) } else { 0 };
+        // Where rows begin differently between lines, as many as the longest covers.
+        let skip = if stride.is_multiple_of(LINE_BYTES) { first % LINE_BYTES } else { LINE_BYTES - 1 };
+        *part = Part { first: first - first % LINE_BYTES, stride, rows, lines: (skip + bytes).div_ceil(LINE_BYTES) };
+    }
+
+    /// Lines on the list.
+    pub(crate) fn lines(&self) -> usize {
+        self.parts.iter().map(|part| part.rows * part.lines).sum()
+    }
+
+    /// Asks for the next `lines` of the list.
+    #[inline(always)]
+    pub(crate) fn ask(&mut self, lines: usize) {
+        for _ in 0..lines {
+            let Some(address) = self.next() else { return };
+            prefetch_line(std::ptr::without_provenance::<u8>(address));
+        }
+    }
+
+    /// The address of the next line.
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let part = self.parts.get(self.part).filter(|part| part.rows > 0)?;
+        let address = part.first.wrapping_add(self.row.wrapping_mul(part.stride)).wrapping_add(self.line * LINE_BYTES);
+        self.line += 1;
+        if self.line == part.lines {
+            (self.line, self.row) = (0, self.row + 1);
+            if self.row == part.rows {
+                (self.row, self.part) = (0, self.part + 1);
+            }
+        }
+        Some(address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_line_of_every_row_is_asked_for() {
+        let memory = vec![0u16; 9000];
+        for (first, len, stride) in [(0, 64, 1024), (5, 64, 1024), (7, 33, 100), (1, 1, 31), (31, 500, 500)] {
+            let row = |i: usize| &memory[first + i * stride..][..len];
+            let mut ahead = Ahead::default();
+            ahead.list(3, row);
+            ahead.list(0, row);
+            ahead.list(1, |_| &memory[0..0]);
+            ahead.list(2, |i| row(i + 3));
+            let listed = ahead.lines();
+            let asked: Vec<usize> = std::iter::from_fn(|| ahead.next()).collect();
+            assert_eq!(asked.len(), listed);
+            let lines: BTreeSet<usize> = asked.iter().map(|address| address / LINE_BYTES).collect();
+            let need = (0..5).flat_map(row).map(|element| std::ptr::from_ref(element).addr() / LINE_BYTES).collect();
+            assert!(lines.is_superset(&need), "{len} elements from {first} on, {stride} apart");
+            assert!(lines.len() <= need.len() + 5, "no more than a line too many for each row");
+        }
+    }
+}
