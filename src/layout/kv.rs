@@ -521,6 +521,18 @@ impl<'a> HostPages<'a> {
         let page = self.block_table.row(sequence)[position / self.page_tokens] as usize;
         page * self.page_stride + position % self.page_tokens
     }
+
+    /// [`pool_row`](Self::pool_row) of every position of a range, page by page.
+    pub(crate) fn pool_rows(&self, sequence: usize, positions: std::ops::Range<usize>) -> impl Iterator<Item = usize> + use<'a> {
+        let HostPages { page_tokens, page_stride, .. } = *self;
+        let pages = self.block_table.row(sequence);
+        let (first, end) = (positions.start / page_tokens, positions.end.div_ceil(page_tokens));
+        (first..end).flat_map(move |page| {
+            let begin = page * page_tokens;
+            let inside = positions.start.max(begin) - begin..positions.end.min(begin + page_tokens) - begin;
+            inside.map(move |token| pages[page] as usize * page_stride + token)
+        })
+    }
 }
 
 #[cfg(test)]

@@ -28,7 +28,10 @@ const BLOCK_KEYS: usize = gemm::NR;
 /// Query rows that share a block of keys, if a token has fewer: enough to be worth packing it, few enough to stay in the cache.
 const QUERY_ROWS: usize = 96;
 
-const _: () = assert!(SPLIT_KEYS.is_multiple_of(BLOCK_KEYS) && BLOCK_KEYS <= gemm::KC);
+/// How many keys, or values, ahead of the one that is read memory is asked for.
+const KEYS_AHEAD: usize = 32;
+
+const _: () = assert!(BLOCK_KEYS <= gemm::KC && SPLIT_KEYS <= gemm::KC);
 
 pub(super) fn prefill<A: Float>(
     stream: &Stream,
@@ -133,20 +136,32 @@ struct Seen<'a, A> {
 }
 
 impl<'a, A: Float> Seen<'a, A> {
-    /// The block from position `first` on, of the positions before `end`.
-    fn block(&self, first: usize, end: usize) -> Block<'a, A> {
-        let (count, head) = (BLOCK_KEYS.min(end - first), self.kv_head * self.head_dim..(self.kv_head + 1) * self.head_dim);
-        let rows: [usize; BLOCK_KEYS] = std::array::from_fn(|i| self.pages.pool_row(self.sequence, first + i.min(count - 1)));
-        let [keys, values] = [self.keys, self.values].map(|pool| rows.map(|row| &pool.row(row)[head.clone()]));
-        Block { count, keys, values }
+    /// The keys and values at some positions, at most `MOST`.
+    fn block<const MOST: usize>(&self, positions: Range<usize>) -> Block<'a, A, MOST> {
+        let (count, mut rows) = (positions.len(), [0; MOST]);
+        rows[..count].iter_mut().zip(self.pages.pool_rows(self.sequence, positions)).for_each(|(row, pool_row)| *row = pool_row);
+        let head = self.kv_head * self.head_dim..(self.kv_head + 1) * self.head_dim;
+        Block { keys: self.keys, values: self.values, head, rows, count }
     }
 }
 
-/// Keys and values side by side, `count` of them and then the last again.
-struct Block<'a, A> {
+/// `count` keys and values of one KV head, by their rows in the pools.
+struct Block<'a, A, const MOST: usize> {
+    keys: HostRows<'a, A>,
+    values: HostRows<'a, A>,
+    head: Range<usize>,
+    rows: [usize; MOST],
     count: usize,
-    keys: [&'a [A]; BLOCK_KEYS],
-    values: [&'a [A]; BLOCK_KEYS],
+}
+
+impl<'a, A: Float, const MOST: usize> Block<'a, A, MOST> {
+    fn key(&self, i: usize) -> &'a [A] {
+        &self.keys.row(self.rows[i])[self.head.clone()]
+    }
+
+    fn value(&self, i: usize) -> &'a [A] {
+        &self.values.row(self.rows[i])[self.head.clone()]
+    }
 }
 
 /// Rows of queries that share a KV head, `n = tokens * group`, and what they have gathered from the keys so far.
@@ -211,11 +226,12 @@ impl Queries<'_> {
     /// Gathers from the keys at `positions`, which begin a block. Token `t` sees those up to position `first_token + t`.
     fn attend<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>, first_token: usize) {
         for first_key in positions.clone().step_by(BLOCK_KEYS) {
-            let Block { count, keys, values } = seen.block(first_key, positions.end);
+            let block = seen.block::<BLOCK_KEYS>(first_key..positions.end.min(first_key + BLOCK_KEYS));
+            let count = block.count;
             // Tokens before the block's first key see nothing of it; one sees the whole block if its first does.
             let blind = first_key.saturating_sub(first_token);
-            self.score(blind, &keys[..count]);
-            self.pack_values(&values[..count]);
+            self.score(blind, &block);
+            self.pack_values(&block);
             let tokens = blind..self.rows() / self.group;
             let visible = |token: usize| count.min(first_token + token + 1 - first_key);
             for token in tokens.clone() {
@@ -229,36 +245,34 @@ impl Queries<'_> {
         }
     }
 
-    /// [`attend`](Self::attend) for an only token, on keys and values where they lie: with a few rows, reading them is what takes time.
+    /// Gathers from the keys of one part, all of which an only token sees, and their values, where they lie: with a few rows, reading
+    /// them is what takes time.
     fn attend_in_place<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>) {
-        let (rows, sum_stride) = (self.rows(), self.sum_stride());
-        let mut block = seen.block(positions.start, positions.end);
-        // The next block is asked for meanwhile, and in the last place the first again.
-        for next in positions.clone().step_by(BLOCK_KEYS).skip(1).chain([positions.start]) {
-            let (next, count) = (seen.block(next, positions.end), block.count);
-            self.scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..count].fill(0.0));
-            for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
-                let part = start..self.head_dim.min(start + gemm::KC);
-                let key = |i: usize| [&block.keys[i][part.clone()], &next.keys[i][part.clone()]];
-                let scaled = &self.scaled[cut * rows * gemm::A_STRIDE..][..rows * gemm::A_STRIDE];
-                gemm::dots(scaled, gemm::A_STRIDE, count, key, self.scores, gemm::A_STRIDE);
-            }
-            (0..rows).for_each(|row| self.soften(row, count));
-            let value = |i: usize| [block.values[i], next.values[i]];
-            gemm::add_rows(self.scores, count, value, self.chains, self.sums, sum_stride);
-            block = next;
+        let (rows, sum_stride, block) = (self.rows(), self.sum_stride(), seen.block::<SPLIT_KEYS>(positions));
+        let (count, last) = (block.count, block.count - 1);
+        self.scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..count].fill(0.0));
+        for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
+            let part = start..self.head_dim.min(start + gemm::KC);
+            // Memory is asked for the keys to come, and behind the last for the first values.
+            let later = |i: usize| if i < count { block.key(i) } else { block.value((i - count).min(last)) };
+            let key = |i: usize| [&block.key(i)[part.clone()], &later(i + KEYS_AHEAD)[part.clone()]];
+            let scaled = &self.scaled[cut * rows * gemm::A_STRIDE..][..rows * gemm::A_STRIDE];
+            gemm::dots(scaled, gemm::A_STRIDE, count, key, self.scores, gemm::A_STRIDE);
         }
+        (0..rows).for_each(|row| self.soften(row, count));
+        let value = |i: usize| [block.value(i), block.value((i + KEYS_AHEAD).min(last))];
+        gemm::add_rows(self.scores, count, value, self.chains, self.sums, sum_stride);
     }
 
     /// Scores of a block of keys, for the tokens from `token` on.
-    fn score<A: Float>(&mut self, token: usize, keys: &[&[A]]) {
+    fn score<A: Float>(&mut self, token: usize, block: &Block<'_, A, BLOCK_KEYS>) {
         let (first, rows) = (token * self.group, self.rows());
         let scores = &mut self.scores[first * gemm::A_STRIDE..];
         scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..BLOCK_KEYS].fill(0.0));
         for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
             let steps = gemm::KC.min(self.head_dim - start);
             let panel = &mut self.keys[..steps * gemm::NR];
-            gemm::pack_nk(keys.len(), |key| &keys[key][start..start + steps], panel);
+            gemm::pack_nk(block.count, |i| &block.key(i)[start..start + steps], panel);
             let scaled = &self.scaled[(cut * rows + first) * gemm::A_STRIDE..(cut + 1) * rows * gemm::A_STRIDE];
             gemm::add_product(scaled, panel, scores, gemm::A_STRIDE, Ahead::default());
         }
@@ -277,10 +291,10 @@ impl Queries<'_> {
         self.max[row] = max;
     }
 
-    fn pack_values<A: Float>(&mut self, values: &[&[A]]) {
+    fn pack_values<A: Float>(&mut self, block: &Block<'_, A, BLOCK_KEYS>) {
         for (cut, panel) in self.values.chunks_exact_mut(BLOCK_KEYS * gemm::NR).enumerate() {
             let cols = cut * gemm::NR..self.head_dim.min((cut + 1) * gemm::NR);
-            gemm::pack_kn(values.len(), |key| &values[key][cols.clone()], panel);
+            gemm::pack_kn(block.count, |i| &block.value(i)[cols.clone()], panel);
         }
     }
 

@@ -114,6 +114,11 @@ impl Simd for Avx2 {
         both!(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a[half]), _mm256_set1_epi32(127)))))
     }
     #[inline(always)]
+    fn max_lane(self, a: V) -> f32 {
+        // SAFETY: the token exists only where the features were detected.
+        super::max_lane(unsafe { _mm256_max_ps(a[0], a[1]) })
+    }
+    #[inline(always)]
     fn sums(self, a: [V; 4]) -> [f32; 4] {
         // SAFETY: the token exists only where the features were detected.
         let half = |a: V| unsafe { _mm256_add_ps(a[0], a[1]) };

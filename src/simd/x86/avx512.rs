@@ -102,6 +102,11 @@ impl Simd for Avx512 {
         op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)))))
     }
     #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        let upper = op!(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(a))));
+        super::max_lane(op!(_mm256_max_ps(_mm512_castps512_ps256(a), upper)))
+    }
+    #[inline(always)]
     fn sums(self, a: [__m512; 4]) -> [f32; 4] {
         // SAFETY: the token exists only where the features were detected.
         let half =

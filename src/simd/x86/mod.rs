@@ -26,6 +26,19 @@ fn sums(halves: [__m256; 4]) -> [f32; 4] {
     }
 }
 
+/// The largest lane of a register; what a NaN gives is unspecified.
+///
+/// Callers hold a token.
+#[inline(always)]
+fn max_lane(a: __m256) -> f32 {
+    // SAFETY: every token stands for AVX at least.
+    unsafe {
+        let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+        let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+        _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+    }
+}
+
 /// The lower halves of eight words below 2^16.
 #[inline]
 #[target_feature(enable = "avx2")]
