@@ -16,3 +16,22 @@ mod permute;
 mod rope;
 mod router;
 mod sample;
+
+/// The CPU's tests again with the other instruction sets of this machine: the best one is what all tests take by themselves.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn every_instruction_set() {
+    use std::process::Command;
+
+    let mut others = vec!["portable"];
+    if is_x86_feature_detected!("avx512f") {
+        others.push("avx2");
+    }
+    for name in others {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["--skip", "tiles", "--skip", "every_instruction_set"]).env("DROPLESS_SIMD", name).env("DROPLESS_CPU_ONLY", "1");
+        let output = again.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && !text.contains("running 0 tests"), "DROPLESS_SIMD={name}\n{text}");
+    }
+}

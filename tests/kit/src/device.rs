@@ -24,8 +24,12 @@ pub fn each_device(test: impl Fn(&Stream)) {
     each_gpu(test);
 }
 
-/// Calls `test` on the emulated GPU in every schedule, and on the GPU where there is one.
+/// Calls `test` on the emulated GPU in every schedule, and on the GPU where there is one. `DROPLESS_CPU_ONLY=1` leaves both out, for
+/// what changes nothing on them.
 pub fn each_gpu(test: impl Fn(&Stream)) {
+    if cpu_only() {
+        return;
+    }
     each_schedule(&test);
     if let Some(stream) = hardware() {
         test(&stream);
@@ -36,7 +40,7 @@ pub fn each_gpu(test: impl Fn(&Stream)) {
 /// `DROPLESS_SCHEDULE`): for properties, of which many cases are tried.
 pub fn some_device(seed: u64, test: impl Fn(&Stream)) {
     test(&cpu(2));
-    if seed.is_multiple_of(32) {
+    if seed.is_multiple_of(32) && !cpu_only() {
         let order = asked_for().unwrap_or((Schedule::Random(seed), TmaCompletion::Random));
         emulating(|| EMULATED.with(|(driver, stream)| in_schedule(driver, stream, order, &test)));
     }
@@ -62,6 +66,10 @@ pub fn each_schedule(test: impl Fn(&Stream)) {
             }
         });
     });
+}
+
+fn cpu_only() -> bool {
+    std::env::var_os("DROPLESS_CPU_ONLY").is_some_and(|value| value == "1")
 }
 
 type Order = (Schedule, TmaCompletion);
