@@ -104,7 +104,8 @@ impl HostMemory {
     /// Writes to every page what it holds.
     pub(crate) fn commit(&mut self) {
         const PAGE_BYTES: usize = 4096; // the smallest there are
-        for at in (0..self.layout.size()).step_by(PAGE_BYTES) {
+        let last = self.layout.size() - 1; // there is slack, if nothing else
+        for at in (0..last).step_by(PAGE_BYTES).chain([last]) {
             // SAFETY: within the block, whose bytes are initialised, and which is borrowed exclusively. Volatile, lest it be left out.
             unsafe {
                 let byte = self.block.as_ptr().add(at);

@@ -12,7 +12,8 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// A workspace of at least `bytes`, aligned to 256, all of it [committed](Buffer::commit).
+    /// A workspace of at least `bytes`, aligned to 256, all of it [committed](Buffer::commit): on a CPU ask for no more than fits in
+    /// memory.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use super::slices::{LINE_BYTES, prefetch_line};
 /// The same part of some rows.
 #[derive(Clone, Copy, Default)]
 struct Part {
-    first: usize, // the address of the first line
+    first: usize, // an address in the first line of the first row
     stride: usize,
     rows: usize,
     lines: usize, // of each row
@@ -32,11 +32,12 @@ impl Ahead {
         if rows == 0 || row(0).is_empty() {
             return;
         }
-        let (first, bytes) = (row(0).as_ptr().addr(), size_of_val(row(0)));
-        let stride = if rows > 1 { row(1).as_ptr().addr().wrapping_sub(first) } else { 0 };
+        let (address, bytes) = (row(0).as_ptr().addr(), size_of_val(row(0)));
+        let stride = if rows > 1 { row(1).as_ptr().addr().wrapping_sub(address) } else { 0 };
+        let skip = address % LINE_BYTES;
         // Where rows begin differently between lines, as many as the longest covers.
-        let skip = if stride.is_multiple_of(LINE_BYTES) { first % LINE_BYTES } else { LINE_BYTES - 1 };
-        *part = Part { first: first - first % LINE_BYTES, stride, rows, lines: (skip + bytes).div_ceil(LINE_BYTES) };
+        let (first, covered) = if stride.is_multiple_of(LINE_BYTES) { (address - skip, skip) } else { (address, LINE_BYTES - 1) };
+        *part = Part { first, stride, rows, lines: (covered + bytes).div_ceil(LINE_BYTES) };
     }
 
     /// Lines on the list.
@@ -78,20 +79,38 @@ mod tests {
     #[test]
     fn every_line_of_every_row_is_asked_for() {
         let memory = vec![0u16; 9000];
-        for (first, len, stride) in [(0, 64, 1024), (5, 64, 1024), (7, 33, 100), (1, 1, 31), (31, 500, 500)] {
-            let row = |i: usize| &memory[first + i * stride..][..len];
-            let mut ahead = Ahead::default();
-            ahead.list(3, row);
-            ahead.list(0, row);
-            ahead.list(1, |_| &memory[0..0]);
-            ahead.list(2, |i| row(i + 3));
-            let listed = ahead.lines();
-            let asked: Vec<usize> = std::iter::from_fn(|| ahead.next()).collect();
-            assert_eq!(asked.len(), listed);
-            let lines: BTreeSet<usize> = asked.iter().map(|address| address / LINE_BYTES).collect();
-            let need = (0..5).flat_map(row).map(|element| std::ptr::from_ref(element).addr() / LINE_BYTES).collect();
-            assert!(lines.is_superset(&need), "{len} elements from {first} on, {stride} apart");
-            assert!(lines.len() <= need.len() + 5, "no more than a line too many for each row");
+        for (len, stride) in [(64, 1024), (32, 21), (33, 100), (1, 31), (500, 500)] {
+            for first in 0..64 {
+                let row = |i: usize| &memory[first + i * stride..][..len];
+                let mut ahead = Ahead::default();
+                ahead.list(3, row);
+                ahead.list(0, row);
+                (0..64).for_each(|at| ahead.list(1, |_| &memory[at..at]));
+                ahead.list(2, |i| row(i + 3));
+                let listed = ahead.lines();
+                let asked: Vec<usize> = std::iter::from_fn(|| ahead.next()).collect();
+                assert_eq!(asked.len(), listed);
+                let lines: BTreeSet<usize> = asked.iter().map(|address| address / LINE_BYTES).collect();
+                let need = (0..5).flat_map(row).map(|element| std::ptr::from_ref(element).addr() / LINE_BYTES).collect();
+                assert!(lines.is_superset(&need), "{len} elements from {first} on, {stride} apart");
+                assert!(lines.len() <= need.len() + 5, "no more than a line too many for each row");
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_asks_for_the_whole_list() {
+        use crate::simd::gemm::{A_STRIDE, KC, NR, add_product};
+        let memory = vec![0f32; 1 << 14];
+        for (rows, steps) in [1, 14, 15, 40].into_iter().flat_map(|rows| [1, 4, 5, 255, 256].map(|steps| (rows, steps))) {
+            for listed in [1, 3, NR, 300] {
+                let mut ahead = Ahead::default();
+                ahead.list(listed, |i| &memory[i * 50..][..20]);
+                assert!(ahead.lines() >= listed);
+                let (a, panel, mut sums) = (vec![0.0; rows * A_STRIDE], vec![0.0; KC * NR], vec![0.0; rows * NR]);
+                add_product(&a, &panel[..steps * NR], &mut sums, NR, &mut ahead);
+                assert_eq!(ahead.next(), None, "{listed} rows, asked for by {rows} rows of {steps}");
+            }
         }
     }
 }

@@ -83,7 +83,7 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 ///
 /// Rows of `a` are [`A_STRIDE`] apart, of `sums` `sum_stride`; `panel` is `[k, NR]`. What is listed `ahead` is asked for while the
 /// arithmetic goes on, evenly.
-pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: Ahead) {
+pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: &mut Ahead) {
     super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
 }
 
@@ -93,13 +93,14 @@ pub(crate) struct AddProduct<'a> {
     pub(super) panel: &'a [[f32; NR]],
     pub(super) sums: &'a mut [f32],
     pub(super) sum_stride: usize,
-    pub(super) ahead: Ahead,
+    pub(super) ahead: &'a mut Ahead,
 }
 
 impl Kernel for AddProduct<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        assert!(self.panel.len() <= KC, "{} steps in a panel", self.panel.len());
         simd.add_product(self);
     }
 }
@@ -313,7 +314,7 @@ fn dot_tile<S: Simd, W: Float, const M: usize, const C: usize>(
 macro_rules! add_tiles {
     ($simd:expr, $product:expr, vectors: $vectors:literal, rows: $($rows:literal)+) => {{
         const MAX_ROWS: usize = [$($rows),+].len();
-        let mut product: AddProduct<'_> = $product;
+        let product: AddProduct<'_> = $product;
         let all = product.a.len();
         let tiles = all.div_ceil(MAX_ROWS);
         let turns = tiles * $crate::simd::gemm::turns(product.panel.len(), $vectors);

@@ -12,6 +12,8 @@
 //!
 //! Rows do not mix, and a row's blocks begin at multiples of [`BLOCK_KEYS`], so that its bits are its own. A row's product with V
 //! ends at the last key it sees: beyond it `p` would be 0, and 0 times another token's infinity is NaN.
+//!
+//! `decode` has one token's rows: a block is a whole part of [`SPLIT_KEYS`] keys, which are read where they lie.
 
 use std::ops::Range;
 
@@ -274,7 +276,7 @@ impl Queries<'_> {
             let panel = &mut self.keys[..steps * gemm::NR];
             gemm::pack_nk(block.count, |i| &block.key(i)[start..start + steps], panel);
             let scaled = &self.scaled[(cut * rows + first) * gemm::A_STRIDE..(cut + 1) * rows * gemm::A_STRIDE];
-            gemm::add_product(scaled, panel, scores, gemm::A_STRIDE, Ahead::default());
+            gemm::add_product(scaled, panel, scores, gemm::A_STRIDE, &mut Ahead::default());
         }
     }
 
@@ -304,7 +306,7 @@ impl Queries<'_> {
         let weights = &self.scores[first * gemm::A_STRIDE..end * gemm::A_STRIDE];
         for (cut, panel) in self.values.chunks_exact(BLOCK_KEYS * gemm::NR).enumerate() {
             let sums = &mut self.sums[first * sum_stride + cut * gemm::NR..end * sum_stride];
-            gemm::add_product(weights, &panel[..count * gemm::NR], sums, sum_stride, Ahead::default());
+            gemm::add_product(weights, &panel[..count * gemm::NR], sums, sum_stride, &mut Ahead::default());
         }
     }
 

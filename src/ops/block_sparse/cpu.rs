@@ -224,7 +224,7 @@ fn compute<A: Float, B: Float, O: Float>(
                 let mut ahead = Ahead::default();
                 let parts = following.into_iter().flat_map(Chunk::parts);
                 parts.for_each(|(_, part)| right.list(part.right, panel_cols(first), part.len, &mut ahead));
-                add_product(a, &panel[..chunk.len * NR], &mut sums[col..], stride, ahead);
+                add_product(a, &panel[..chunk.len * NR], &mut sums[col..], stride, &mut ahead);
             }
         }
         for row in 0..tile.rows.len() {

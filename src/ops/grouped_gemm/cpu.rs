@@ -201,9 +201,9 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
                 self.widen_block(&panel.k, a);
             }
             self.pack(&panel, packed);
-            let ahead = panels.peek().map_or_else(Ahead::default, |next| self.ahead(next));
+            let mut ahead = panels.peek().map_or_else(Ahead::default, |next| self.ahead(next));
             let at = panel.product * sums.len + panel.cols.start - self.out_cols.start;
-            add_product(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, ahead);
+            add_product(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, &mut ahead);
         }
     }
 

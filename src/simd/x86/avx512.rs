@@ -6,17 +6,18 @@ use crate::dtype::{DType, Float};
 use crate::simd::gemm::{AddProduct, add_tiles};
 use crate::simd::vector::{Kernel, LANES, Simd};
 
-/// Proof that this machine has AVX-512 F and FMA.
+/// Proof that this machine has AVX-512 F and VL. The latter for its registers: without it what a 256-bit instruction touches must be in
+/// the lower sixteen, and with that all sums of a product's tile.
 #[derive(Clone, Copy)]
 pub(in crate::simd) struct Avx512(());
 
 impl Avx512 {
     pub(in crate::simd) fn detect() -> Option<Avx512> {
-        is_x86_feature_detected!("avx512f").then_some(Avx512(()))
+        (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")).then_some(Avx512(()))
     }
 
     pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f")]
+        #[target_feature(enable = "avx512f,avx512vl")]
         fn with_features<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
             kernel.run(simd)
         }
@@ -25,7 +26,7 @@ impl Avx512 {
     }
 }
 
-/// Calls an intrinsic that needs AVX-512 F and touches no memory.
+/// Calls an intrinsic that needs AVX-512 and touches no memory.
 macro_rules! op {
     ($call:expr) => {
         // SAFETY: the token exists only where the features were detected.
