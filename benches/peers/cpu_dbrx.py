@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -59,10 +60,14 @@ def run(args, weights, batch):
 
 def round_of(args, batches, ceilings, peer):
     """Every run, with the means of the ceilings around it and the peer's repeat behind it."""
-    around = lambda: {"sgemm_gflops": ceilings.sgemm(4), "read_gb_per_s": ceilings.read(24)}
+    def around():
+        rates = {"read_gb_per_s": ceilings.read(24), "sgemm_gflops": ceilings.sgemm(4)}
+        time.sleep(0.2)  # OpenBLAS's threads go on waiting busily for a while
+        return rates
+
     row, before = {}, around()
-    for weights in ("f32", "bf16"):
-        for batch in (1, *batches):
+    for batch in (1, *batches):
+        for weights in ("f32", "bf16"):
             ours = run(args, weights, batch)
             after = around()
             ours["ceilings"] = {name: (before[name] + after[name]) / 2 for name in after}
