@@ -4,8 +4,7 @@
 //! registers, some rows by one or two vectors of columns, and for each k adds an element of every row times a row of the panel.
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
-use super::ahead::Ahead;
-use super::slices::prefetch_line;
+use super::ahead::{Ahead, prefetch_line};
 use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::Float;
 

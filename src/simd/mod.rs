@@ -26,10 +26,10 @@ mod x86;
 
 use std::sync::OnceLock;
 
-pub(crate) use self::ahead::Ahead;
+pub(crate) use self::ahead::{Ahead, prefetch};
 pub(crate) use self::scratch::with_scratch;
 #[allow(unused_imports)]
-pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, prefetch, scale, silu_mul, widen};
+pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, silu_mul, widen};
 #[allow(unused_imports)]
 pub(crate) use self::vector::{Kernel, LANES, Simd};
 

@@ -153,25 +153,3 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     }
     run(Max(x))
 }
-
-/// What memory is fetched in.
-pub(super) const LINE_BYTES: usize = 64;
-
-/// Asks for the cache lines of a slice that will be read soon. A hint: it changes no result, and may do nothing.
-pub(crate) fn prefetch<T>(x: &[T]) {
-    let (first, bytes) = (x.as_ptr().cast::<u8>(), size_of_val(x));
-    let skip = first.addr() % LINE_BYTES; // rows need not begin on a line: then the last one begins in what is left over
-    (0..bytes + skip).step_by(LINE_BYTES).for_each(|at| prefetch_line(first.wrapping_add(at).wrapping_sub(skip)));
-}
-
-/// Asks for the cache line of an address, which need not be one.
-#[inline(always)]
-pub(super) fn prefetch_line<T>(at: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 has the instruction, and it does not fault.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}

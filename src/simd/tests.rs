@@ -142,7 +142,9 @@ fn near_sum(got: f32, want: f32) -> bool {
 #[test]
 fn products_are_near_on_every_level() {
     fn check<W: Float>() {
-        for (rows, cols, steps) in [(1, 32, 256), (14, 32, 256), (15, 31, 37), (29, 1, 64), (8, 16, 255), (3, 17, 1)] {
+        let all = [(3, 17, 1), (5, 31, 9), (1, 32, 256), (14, 32, 256), (15, 31, 37), (29, 1, 64), (8, 16, 255)];
+        let few = if cfg!(miri) { 2 } else { all.len() }; // an interpreter has no hours
+        for (rows, cols, steps) in all.into_iter().take(few) {
             let weights: Vec<W> = tame(cols.max(steps) * 256, 5).iter().map(|w| W::from_f32(*w)).collect();
             let mut a = vec![0.0; rows * gemm::A_STRIDE];
             a.copy_from_slice(&tame(rows * gemm::A_STRIDE, 6));

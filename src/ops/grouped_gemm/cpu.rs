@@ -52,11 +52,7 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     let few = rows.rows() <= FEW_ROWS * rows.num_experts();
     rows.with_offsets(|offsets| {
         let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
-        let cuts = match weights[0].order() {
-            WeightOrder::Kn if few => cuts_of_rows(groups.max(1), stream.workers().threads()),
-            _ => (TILES_PER_THREAD * stream.workers().threads()).div_ceil(groups.max(1)),
-        };
-        let col_block = round_up(cols.div_ceil(cuts), NR).clamp(2 * NR, COL_BLOCKS[usize::from(few)]);
+        let col_block = col_block(weights[0].order(), few, cols, groups.max(1), stream.workers().threads());
         let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block);
         y.host().for_each_tile(stream, &tiling, |tile| {
             let product = Product {
@@ -71,6 +67,15 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         });
     });
     Ok(())
+}
+
+/// Columns of a tile, such that there are enough tiles for all threads.
+fn col_block(order: WeightOrder, few: bool, cols: usize, groups: usize, threads: usize) -> usize {
+    let cuts = match order {
+        WeightOrder::Kn if few => cuts_of_rows(groups, threads),
+        _ => (TILES_PER_THREAD * threads).div_ceil(groups),
+    };
+    round_up(cols.div_ceil(cuts), NR).clamp(2 * NR, COL_BLOCKS[usize::from(few)])
 }
 
 /// Into how many parts columns are cut where rows of weights are read as they lie: memory is read fastest in long pieces, so no more
@@ -237,5 +242,29 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             WeightOrder::Kn => ahead.list(k.len(), |step| &weights.row(k.start + step)[cols.clone()]),
         }
         ahead
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// At DBRX's widths, on a laptop and on a server, whatever the routing: tiles are equal but for the last of a row, so their number
+    /// says how long threads idle.
+    #[test]
+    fn threads_have_enough_to_do() {
+        let all_to_one = [0, 0, 2048, 2048, 2048];
+        let evenly: Vec<u32> = (0..=16).map(|expert| 128 * expert).collect();
+        let one_token = [0, 1, 2, 3, 4];
+        for (order, cols) in [(WeightOrder::Nk, 10752), (WeightOrder::Kn, 6144)] {
+            for (offsets, few) in [(&all_to_one[..], false), (&evenly, false), (&one_token, true)] {
+                for threads in [2, 64] {
+                    let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
+                    let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block(order, few, cols, groups, threads));
+                    let busy = tiling.len() as f64 / tiling.len().next_multiple_of(threads) as f64;
+                    assert!(busy >= 0.8, "{order:?}, {groups} experts with rows, {threads} threads: {} tiles", tiling.len());
+                }
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Instruction sets of x86-64.
+//! Instruction sets of x86-64, and what they share.
 
 pub(super) mod avx2;
 pub(super) mod avx512;
