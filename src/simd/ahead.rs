@@ -122,8 +122,9 @@ mod tests {
     fn a_product_asks_for_the_whole_list() {
         use crate::simd::gemm::{A_STRIDE, KC, NR, add_product};
         let memory = vec![0f32; 1 << 14];
-        let most = if cfg!(miri) { 5 } else { KC }; // an interpreter has no hours
-        for (rows, steps) in [1, 14, 15, 40].into_iter().flat_map(|rows| [1, 4, 5, most - 1, most].map(|steps| (rows, steps))) {
+        let (heights, most) = if cfg!(miri) { (1, 5) } else { (4, KC) }; // an interpreter has no hours
+        let heights = [1, 14, 15, 40].into_iter().take(heights);
+        for (rows, steps) in heights.flat_map(|rows| [1, 4, 5, most - 1, most].map(|steps| (rows, steps))) {
             for listed in [1, 3, NR, 300] {
                 let mut ahead = Ahead::default();
                 ahead.list(listed, |i| &memory[i * 50..][..20]);
