@@ -88,7 +88,12 @@ fn all_were_launched(emulator: &Emulated) -> bool {
 }
 
 fn describe(driver: &dyn Driver) -> Result<(), Error> {
-    let lost = |error: dropless::device::driver::DriverError| Error::DeviceLost { code: error.0, first_op: dropless::Op::Device };
+    let lost = |error: dropless::device::driver::DriverError| Error::DeviceLost {
+        first_op: dropless::Op::Device,
+        call: error.call,
+        code: error.code,
+        name: error.name,
+    };
     let version = driver.version().map_err(lost)?;
     let count = driver.device_count().map_err(lost)?;
     println!("driver   CUDA {}.{}, {count} device(s)", version / 1000, version % 1000 / 10);

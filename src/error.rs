@@ -139,15 +139,21 @@ pub enum Error {
     /// The device's architecture is not the one the images are built for.
     #[allow(missing_docs)]
     Arch { have: (u8, u8), need: (u8, u8) },
-    /// An image was refused by the driver, or lacks an entry point.
+    /// The driver is there but does not start.
     #[allow(missing_docs)]
-    Image { file: &'static str, entry: &'static str, code: i32 },
+    DriverStart { code: i32, name: &'static str },
+    /// An image was refused by the driver, or lacks an entry point. `log` is what the driver's compiler said, if anything.
+    #[allow(missing_docs)]
+    Image { file: &'static str, entry: &'static str, code: i32, name: &'static str, log: Box<str> },
+    /// The driver refused a call; the device is as it was. An operation of several launches may have run the earlier ones.
+    #[allow(missing_docs)]
+    Driver { op: Op, call: &'static str, code: i32, name: &'static str },
     /// Memory could not be had.
     #[allow(missing_docs)]
     OutOfMemory { op: Op, need_bytes: u64 },
     /// The device failed. Sticky: every later call on this device returns it.
     #[allow(missing_docs)]
-    DeviceLost { code: i32, first_op: Op },
+    DeviceLost { first_op: Op, call: &'static str, code: i32, name: &'static str },
 }
 
 impl Error {
@@ -232,12 +238,29 @@ impl fmt::Display for Error {
             Error::Arch { have, need } => {
                 write!(f, "the GPU is sm_{}{}; these kernels need sm_{}{}a (H100, H200)", have.0, have.1, need.0, need.1)
             }
-            Error::Image { file, entry, code } => write!(f, "the driver refused {file} at entry `{entry}` (CUDA {code})"),
+            Error::DriverStart { code, name } => {
+                write!(f, "the CUDA driver does not start: CUDA {code} ({name}){}", start_advice(code))
+            }
+            Error::Image { file, entry, code, name, ref log } => {
+                write!(f, "the driver refused {file} at entry `{entry}`: CUDA {code} ({name})")?;
+                if log.is_empty() { Ok(()) } else { write!(f, "; its compiler says: {log}") }
+            }
+            Error::Driver { op, call, code, name } => write!(f, "{op}: {call} gave CUDA {code} ({name})"),
             Error::OutOfMemory { op, need_bytes } => write!(f, "out of memory: {op} needs {need_bytes} bytes"),
-            Error::DeviceLost { code, first_op } => {
-                write!(f, "device lost in {first_op} (CUDA {code}); this process cannot use the device again")
+            Error::DeviceLost { first_op, call, code, name } => {
+                let after = "this process cannot use the device again";
+                write!(f, "device lost in {first_op}: {call} gave CUDA {code} ({name}); {after}")
             }
         }
+    }
+}
+
+/// What to do about a driver that does not start, by its code.
+fn start_advice(code: i32) -> &'static str {
+    match code {
+        802 => "; where GPUs are joined by NVSwitch, the fabric manager has to run first (nvidia-fabricmanager)",
+        803 => "; the library and the kernel module are of different versions: reload the module or reboot",
+        _ => "",
     }
 }
 
@@ -259,7 +282,9 @@ mod tests {
 
     #[test]
     fn only_a_lost_device_is_fatal() {
-        assert!(Error::DeviceLost { code: 700, first_op: Op::Glu }.is_fatal());
+        assert!(
+            Error::DeviceLost { first_op: Op::Glu, call: "cuLaunchKernelEx", code: 700, name: "CUDA_ERROR_ILLEGAL_ADDRESS" }.is_fatal()
+        );
         assert!(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }.is_refusal());
     }
 }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use dropless::{Buffer, Device, Error};
+use dropless::{Buffer, Device, Error, sample};
 use dropless_kit::goldens::root;
 
 /// What the library answers.
@@ -17,12 +17,17 @@ struct Answers {
     major: u32,
     /// A function that it lacks.
     without: &'static str,
+    /// What it refuses of machine code, of PTX, and of launches.
+    cubin: u32,
+    ptx: u32,
+    launch: u32,
 }
 
-const GOOD: Answers = Answers { version: 12040, init: 0, devices: 1, major: 9, without: "" };
+const GOOD: Answers = Answers { version: 12040, init: 0, devices: 1, major: 9, without: "", cubin: 0, ptx: 0, launch: 0 };
 
-const FUNCTIONS: &str = r"
+const FUNCTIONS: &str = r#"
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 int cuDriverGetVersion(int* version) { *version = VERSION; return 0; }
@@ -42,8 +47,30 @@ int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { *memory = mall
 int cuMemFreeHost(void* memory) { free(memory); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) { memcpy((void*)to, from, bytes); return 0; }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { memcpy(to, (void*)from, bytes); return 0; }
+/* The names of the codes, as the driver gives them. */
+int cuGetErrorName(int code, const char** name) {
+  static char names[8][32];
+  static int next;
+  sprintf(names[next % 8], STANDIN_NAME, code);
+  *name = names[next++ % 8];
+  return 0;
+}
+/* Option 5 is the buffer of the compiler's errors, 6 its size. */
+int cuModuleLoadDataEx(void** module, const char* image, unsigned options, const int* names, void** values) {
+  int code = memcmp(image, ELF, 4) ? PTX : CUBIN;
+  *module = malloc(1);
+  if (code && options == 2 && names[0] == 5 && names[1] == 6)
+    strncpy(values[0], image[0] == 127 ? "" : LOG, (size_t)values[1]);
+  return code;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) { *function = malloc(1); return 0; }
+/* Parameters come as one pointer each. Through `extra` the driver would want the sizes and offsets of the image's own layout. */
+int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
+  if (extra || !params || !params[0]) return 701;
+  return LAUNCH;
+}
 int cuMemGetInfo_v2(size_t* available, size_t* total) { *available = 1000; *total = 2000; return 0; }
-";
+"#;
 
 /// The library's source: the functions above, and every other one that this crate asks for, which succeeds.
 fn source(answers: &Answers) -> String {
@@ -51,10 +78,13 @@ fn source(answers: &Answers) -> String {
     let names: Vec<&str> =
         asked.lines().filter_map(|line| line.trim().split_once(" = \"cu")?.1.split_once("\": fn(")).map(|(name, _)| name).collect();
     assert!(names.len() > 30, "{names:?}");
-    let Answers { version, init, devices, major, without } = answers;
-    let functions = FUNCTIONS.replace("VERSION", &version.to_string()).replace("INIT", &init.to_string());
-    let functions =
-        functions.replace("DEVICES", &devices.to_string()).replace("MAJOR", &major.to_string()).replace("STANDIN", "\"stand-in\"");
+    let Answers { version, init, devices, major, without, cubin, ptx, launch } = answers;
+    let macros = [("VERSION", version), ("INIT", init), ("DEVICES", devices), ("MAJOR", major)];
+    let macros = macros.into_iter().chain([("CUBIN", cubin), ("PTX", ptx), ("LAUNCH", launch)]);
+    let defined = macros.map(|(name, value)| format!("#define {name} {value}\n")).collect::<String>();
+    let texts = [("STANDIN", "stand-in"), ("STANDIN_NAME", "NAME_OF_%d"), ("LOG", "line 7: fatal"), ("ELF", "\\177ELF")];
+    let texts = texts.map(|(name, text)| format!("#define {name} \"{text}\"\n")).concat();
+    let functions = defined + &texts + FUNCTIONS;
     let others = names.iter().filter(|name| !functions.contains(&format!("int cu{name}(")) && format!("cu{name}") != *without);
     others.fold(functions.clone(), |source, name| source + &format!("int cu{name}(void) {{ return 0; }}\n"))
 }
@@ -95,11 +125,31 @@ fn any_driver_is_answered_with_an_error_or_a_device() {
             "the CUDA driver has no function `cuTensorMapEncodeTiled`; it needs CUDA 12.4, driver R550 or newer",
         ),
         (Answers { init: 100, ..GOOD }, "no CUDA device 0; this machine has 0"),
-        (Answers { init: 999, ..GOOD }, "no CUDA device 0; this machine has 0"),
+        (Answers { init: 999, ..GOOD }, "the CUDA driver does not start: CUDA 999 (NAME_OF_999)"),
+        (
+            Answers { init: 802, ..GOOD },
+            "the CUDA driver does not start: CUDA 802 (NAME_OF_802); where GPUs are joined by NVSwitch, the fabric manager has to run \
+             first (nvidia-fabricmanager)",
+        ),
+        (
+            Answers { init: 803, ..GOOD },
+            "the CUDA driver does not start: CUDA 803 (NAME_OF_803); the library and the kernel module are of different versions: \
+             reload the module or reboot",
+        ),
         (Answers { devices: 0, ..GOOD }, "no CUDA device 0; this machine has 0"),
         (Answers { major: 8, ..GOOD }, "the GPU is sm_80; these kernels need sm_90a (H100, H200)"),
         (Answers { major: 10, ..GOOD }, "the GPU is sm_100; these kernels need sm_90a (H100, H200)"),
-        (GOOD, "Device(cuda:0), 1000 bytes free, copied"),
+        (GOOD, "Device(cuda:0), 1000 bytes free, copied, launched from ptx/sample.sm_90a.cubin"),
+        (Answers { cubin: 209, ..GOOD }, "Device(cuda:0), 1000 bytes free, copied, launched from ptx/sample.sm_90a.ptx"),
+        (
+            Answers { cubin: 209, ptx: 218, ..GOOD },
+            "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 218 (NAME_OF_218); its compiler says: line 7: fatal",
+        ),
+        (Answers { launch: 1, ..GOOD }, "sample: cuLaunchKernelEx gave CUDA 1 (NAME_OF_1)"),
+        (
+            Answers { launch: 719, ..GOOD },
+            "device lost in sample: cuLaunchKernelEx gave CUDA 719 (NAME_OF_719); this process cannot use the device again",
+        ),
     ] {
         let Some(said) = opened(&answers) else { return };
         assert_eq!(said, want);
@@ -117,7 +167,10 @@ fn open_and_say() {
         for (i, buffer) in (0..).zip(&buffers) {
             assert_eq!(buffer.to_vec(&stream)?, vec![i; 1 << 20]);
         }
-        Ok(format!("{device:?}, {} bytes free, copied", device.free_bytes()?.unwrap_or(0)))
+        let (logits, mut ids) = (Buffer::<f32>::zeros(&stream, 8)?, Buffer::zeros(&stream, 2)?);
+        sample::argmax(&stream, logits.rows(2, 4)?, &mut ids)?;
+        let (free, images) = (device.free_bytes()?.unwrap_or(0), device.loaded_images().join(", "));
+        Ok(format!("{device:?}, {free} bytes free, copied, launched from {images}"))
     };
     println!("opened: {}", said().unwrap_or_else(|error| error.to_string()));
 }

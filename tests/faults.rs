@@ -3,11 +3,10 @@
 #![cfg(feature = "cuda")]
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::sync::Arc;
 
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
-use dropless::device::driver::{Driver, DriverError};
+use dropless::device::driver::{Driver, DriverError, ImageError};
 use dropless::layout::KvShape;
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::{Normalize, logits};
@@ -141,7 +140,7 @@ fn scenario(driver: Arc<dyn Driver>) -> Result<(), Error> {
 
 #[test]
 fn every_call_may_fail() {
-    for code in [DriverError::OUT_OF_MEMORY, DriverError(719)] {
+    for code in [DriverError::OUT_OF_MEMORY, DriverError::new(719)] {
         let (mut failing, mut reported) = (0, BTreeMap::<&str, u32>::new());
         loop {
             let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), failing, code));
@@ -211,17 +210,21 @@ fn one_error_passes_another_stays() {
     assert_eq!(text, "out of memory: buffer needs 100 bytes");
     Buffer::<f32>::zeros(&stream, 25).unwrap();
 
-    let stream = open(calls_so_far, DriverError(719));
-    let lost = Error::DeviceLost { code: 719, first_op: Op::Buffer };
+    let stream = open(calls_so_far, DriverError::new(719));
+    let DriverError { name, call, code } = DriverError::new(719);
+    let lost = Error::DeviceLost { first_op: Op::Buffer, call, code, name };
     assert_eq!(Buffer::<f32>::zeros(&stream, 25).unwrap_err(), lost);
     assert_eq!(Buffer::<f32>::zeros(&stream, 25).unwrap_err(), lost);
     assert_eq!(stream.synchronize().unwrap_err(), lost);
-    assert_eq!(lost.to_string(), "device lost in buffer (CUDA 719); this process cannot use the device again");
+    assert_eq!(
+        lost.to_string(),
+        "device lost in buffer: the driver gave CUDA 719 (of a stand-in); this process cannot use the device again"
+    );
 }
 
 /// Whether the call number `n` of opening a device, a stream and a buffer is the allocation.
 fn scenario_fails_in_alloc(n: usize) -> bool {
-    let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), n, DriverError(719)));
+    let driver = Arc::new(Faulty::new(Arc::new(Recorder::default()), n, DriverError::new(719)));
     let _ = Device::with_driver(driver.clone(), 0).and_then(|device| device.stream()).and_then(|stream| Buffer::<f32>::zeros(&stream, 25));
     driver.failed() == Some("alloc")
 }
@@ -234,19 +237,52 @@ fn the_wrong_device_is_refused() {
     assert_eq!(text(Recorder::default(), 3), "no CUDA device 3; this machine has 1");
 }
 
-/// An image that the driver refuses: an error that names file and entry; nothing is launched and the device goes on.
+/// Machine code that the driver refuses is compiled from its PTX; where that is refused too, the error carries the driver's code and
+/// what its compiler said. Nothing is launched then, and the device goes on.
 #[test]
 fn a_refused_image_names_itself() {
     let recorder = Arc::new(Recorder::default());
-    let failing = (0..).find(|n| {
-        let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError(222)));
-        let _ = argmax_once(driver.clone());
-        driver.failed() == Some("load_image")
-    });
-    let before = recorder.launches().len();
-    let error = argmax_once(Arc::new(Faulty::new(recorder.clone(), failing.unwrap(), DriverError(222)))).unwrap_err();
-    assert_eq!(error.to_string(), "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax` (CUDA 222)");
-    assert!(error.is_refusal() && recorder.launches().len() == before);
+    let open = || Device::with_driver(recorder.clone(), 0).unwrap();
+    let refused = |code, log: &str| Some(ImageError { error: DriverError { name: "NAME", ..DriverError::new(code) }, log: log.to_owned() });
+    let device = open();
+    argmax_on(&device.stream().unwrap()).unwrap();
+    assert_eq!(device.loaded_images(), ["ptx/sample.sm_90a.cubin"]);
+
+    recorder.refuse_images(refused(209, ""), None);
+    let device = open();
+    argmax_on(&device.stream().unwrap()).unwrap();
+    assert_eq!(device.loaded_images(), ["ptx/sample.sm_90a.ptx"]);
+
+    recorder.refuse_images(refused(209, ""), refused(222, "ptxas application ptx input, line 1; fatal"));
+    let device = open();
+    let (stream, before) = (device.stream().unwrap(), recorder.launches().len());
+    let error = argmax_on(&stream).unwrap_err();
+    let text = "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 222 (NAME); its compiler says: ptxas application \
+                ptx input, line 1; fatal";
+    assert_eq!(error.to_string(), text);
+    assert!(error.is_refusal() && recorder.launches().len() == before && device.loaded_images().is_empty());
+    recorder.refuse_images(None, None);
+    argmax_on(&stream).unwrap();
+}
+
+/// A call that the driver refuses for its arguments says which call it was, and the device goes on.
+#[test]
+fn a_refused_call_loses_no_device() {
+    for code in [1, 400, 701] {
+        let recorder = Arc::new(Recorder::default());
+        let launch = (0..).find(|n| {
+            let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError::new(code)));
+            let _ = argmax_once(driver.clone());
+            driver.failed() == Some("launch")
+        });
+        let call = DriverError { name: "NAME", call: "cuLaunchKernelEx", ..DriverError::new(code) };
+        let driver = Arc::new(Faulty::new(recorder.clone(), launch.unwrap(), call));
+        let stream = Device::with_driver(driver, 0).unwrap().stream().unwrap();
+        let error = argmax_on(&stream).unwrap_err();
+        assert_eq!(error.to_string(), format!("sample: cuLaunchKernelEx gave CUDA {code} (NAME)"));
+        assert!(error.is_refusal());
+        argmax_on(&stream).unwrap();
+    }
 }
 
 /// An error of the context that is first noticed while an image is loaded is the device's, and stays; want of memory is neither's fault.
@@ -255,24 +291,31 @@ fn a_device_lost_while_loading_is_lost() {
     let fail = |at: &str, code| {
         let recorder = Arc::new(Recorder::default());
         let nth = (0..).find(|n| {
-            let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError(code)));
+            let driver = Arc::new(Faulty::new(recorder.clone(), *n, DriverError::new(code)));
             let _ = argmax_once(driver.clone());
             driver.failed() == Some(at)
         });
         let before = recorder.launches().len();
-        let stream =
-            Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError(code))), 0).unwrap().stream().unwrap();
+        let stream = Device::with_driver(Arc::new(Faulty::new(recorder.clone(), nth.unwrap(), DriverError::new(code))), 0)
+            .unwrap()
+            .stream()
+            .unwrap();
         let errors = [(); 2].map(|()| argmax_on(&stream));
         (errors, recorder.launches().len() - before)
     };
     for at in ["load_image", "function"] {
-        for code in [4, 214, 400, 700, 719, 999] {
-            let lost = || Err(Error::DeviceLost { code, first_op: Op::Sample });
+        for code in [4, 214, 700, 719, 999] {
+            let DriverError { name, call, .. } = DriverError::new(code);
+            let lost = || Err(Error::DeviceLost { first_op: Op::Sample, call, code, name });
             assert_eq!(fail(at, code), ([lost(), lost()], 0), "{at} {code}");
         }
         for code in [200, 209, 218, 222, 500] {
             let ([first, second], launches) = fail(at, code);
-            assert_eq!(first, Err(Error::Image { file: "ptx/sample.sm_90a.ptx", entry: "sample_argmax", code }));
+            if at == "load_image" {
+                assert_eq!((first, second, launches), (Ok(()), Ok(()), 2), "{at} {code}: the PTX is loaded instead");
+                continue;
+            }
+            assert!(matches!(first, Err(Error::Image { entry: "sample_argmax", .. })), "{first:?}");
             assert_eq!((second, launches), (Ok(()), 1), "{at} {code}: the device goes on");
         }
         let ([first, second], _) = fail(at, 2);
@@ -295,10 +338,11 @@ fn corrupt_images_are_refused() {
         &whole.replace(".version 8.4", ".version 99.0"),
         &whole.replace("ld.", "ldd."),
     ] {
-        let error = driver.load_image(0, &CString::new(text).unwrap()).unwrap_err();
-        assert!(error.is_of_image(), "{error}");
+        let refused = driver.load_image(0, &[text.as_bytes(), b"\0"].concat()).unwrap_err();
+        assert!(refused.error.is_of_image(), "{}", refused.error);
     }
-    driver.load_image(0, &CString::new(whole).unwrap()).unwrap();
+    assert!(driver.load_image(0, whole.as_bytes()).is_err(), "without its NUL");
+    driver.load_image(0, &[whole.as_bytes(), b"\0"].concat()).unwrap();
 }
 
 fn argmax_once(driver: Arc<dyn Driver>) -> Result<(), Error> {

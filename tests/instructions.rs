@@ -23,6 +23,11 @@ use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::goldens::root;
 
+/// A text as the driver takes it.
+fn with_nul(ptx: &str) -> Vec<u8> {
+    [ptx.as_bytes(), b"\0"].concat()
+}
+
 /// A device, one stream, and the image the next cases are in.
 struct Launcher<'d> {
     driver: &'d dyn Driver,
@@ -39,7 +44,7 @@ impl Launcher<'_> {
     }
 
     fn load(&mut self, ptx: &str) -> DriverResult<()> {
-        self.image = self.driver.load_image(0, &CString::new(ptx).expect("text without NUL"))?;
+        self.image = self.driver.load_image(0, &with_nul(ptx)).map_err(|refused| refused.error)?;
         self.launched.clear();
         Ok(())
     }
@@ -73,8 +78,9 @@ impl Launcher<'_> {
             params[offsets[i]..offsets[i] + bytes.len()].copy_from_slice(&bytes);
         }
         let Case { grid, block, cluster, shared_bytes, .. } = *case;
+        let offsets = if case.one_struct { &[0] } else { &offsets[..] };
         // SAFETY: the parameters are laid out as the case says its kernel declares them; the buffers are as long as the case says.
-        unsafe { driver.launch(stream, &Launch { function, grid, block, cluster, shared_bytes, params: &params })? };
+        unsafe { driver.launch(stream, &Launch { function, grid, block, cluster, shared_bytes, params: &params, offsets })? };
         driver.synchronize(stream)?;
         let mut outputs = vec![Vec::new(); case.args.len()];
         for (i, arg) in case.args.iter().enumerate() {
@@ -193,7 +199,7 @@ families!(async_copy, atomic, barrier, cluster, control, convert, float, half, i
 #[test]
 fn rare() {
     let images = || families::rare::singles().into_iter().map(|(ptx, case)| (ptx, vec![case]));
-    let known = |ptx: &str| Emulated::new(Options::default()).load_image(0, &CString::new(ptx).expect("text")).is_ok();
+    let known = |ptx: &str| Emulated::new(Options::default()).load_image(0, &with_nul(ptx)).is_ok();
     let emulated = Emulated::new(Options::default());
     on("emulator", &emulated, images().filter(|(ptx, _)| known(ptx)).collect(), false);
     if dropless_kit::device::hardware().is_some() {

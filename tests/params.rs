@@ -143,7 +143,7 @@ fn machines() -> Vec<Machine> {
     assert!(image.starts_with(&format!("// of cuda/common/params.h {hash:016x};")), "params.h has changed: run cuda/build.py");
     let emulated: Arc<dyn Driver> = Arc::new(Emulated::new(Options::default()));
     let hardware = dropless_kit::device::hardware().map(|_| Hardware::shared().unwrap() as Arc<dyn Driver>);
-    let text = CString::new(image).unwrap();
+    let text = [image.as_bytes(), b"\0"].concat();
     let open = |driver: Arc<dyn Driver>| {
         let (stream, image) = (driver.create_stream(0).unwrap(), driver.load_image(0, &text).unwrap());
         Machine { driver, stream, image }
@@ -174,7 +174,7 @@ fn echo<P: Copy + Debug>(machine: &Machine) -> usize {
     arguments[std::mem::offset_of!(Echo<P>, out)..][..8].copy_from_slice(&out.to_ne_bytes());
     let function = driver.function(*image, &CString::new(format!("echo_{name}")).unwrap()).unwrap();
     let one = [1, 1, 1];
-    let launch = Launch { function, grid: one, block: one, cluster: one, shared_bytes: 0, params: &arguments };
+    let launch = Launch { function, grid: one, block: one, cluster: one, shared_bytes: 0, params: &arguments, offsets: &[0] };
     let mut got = vec![0u64; want.len()];
     // SAFETY: the kernel's own arguments; it writes as many words as the struct has fields, and one more; they are read once it is done.
     unsafe {

@@ -125,7 +125,7 @@ fn later_copies_do_not_disturb_earlier_ones() {
 fn a_stream_ends_with_copies_on_their_way() {
     // The emulator reports a copy that reads memory which is not pinned any more.
     let driver = Arc::new(Emulated::new(Options::default()));
-    let faulty = Arc::new(Faulty::new(driver.clone(), usize::MAX, DriverError(1)));
+    let faulty = Arc::new(Faulty::new(driver.clone(), usize::MAX, DriverError::new(1)));
     let stream = Device::with_driver(faulty.clone(), 0).unwrap().stream().unwrap();
     let mut buffer = Buffer::<u32>::zeros(&stream, 3).unwrap();
     buffer.copy_from_slice(&stream, &[1, 2, 3]).unwrap();

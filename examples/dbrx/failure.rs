@@ -71,9 +71,12 @@ mod tests {
 
     #[test]
     fn classes_have_their_exit_codes() {
-        let lost = Failure::from(Error::DeviceLost { code: 700, first_op: Op::Moe });
+        let (call, name) = ("cuLaunchKernelEx", "CUDA_ERROR_ILLEGAL_ADDRESS");
+        let lost = Failure::from(Error::DeviceLost { first_op: Op::Moe, call, code: 700, name });
         assert_eq!(lost.exit_code(), 3);
-        assert_eq!(lost.text().unwrap(), "device failed: device lost in moe (CUDA 700); this process cannot use the device again");
+        let text = "device failed: device lost in moe: cuLaunchKernelEx gave CUDA 700 (CUDA_ERROR_ILLEGAL_ADDRESS); this process cannot \
+                    use the device again";
+        assert_eq!(lost.text().unwrap(), text);
         assert_eq!(Failure::from(Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 }).exit_code(), 2);
         assert_eq!(Failure::Differs("all".into()).exit_code(), 1);
     }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
+use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 use super::image::{COMPUTE_CAPABILITY, Image};
 use super::staging::Staging;
 use crate::dtype::Element;
@@ -19,14 +19,14 @@ pub(crate) struct CudaDevice {
     driver: Arc<dyn Driver>,
     pub(crate) ordinal: u32,
     pub(crate) attributes: Attributes,
-    images: Mutex<HashMap<&'static str, Handle>>,
+    images: Mutex<HashMap<&'static str, Loaded>>,    // by the PTX's file name
     functions: Mutex<HashMap<&'static str, Handle>>, // by entry point; those are unique across images
     lost: OnceLock<Error>,
 }
 
 impl CudaDevice {
     pub(crate) fn open(driver: Arc<dyn Driver>, ordinal: u32) -> Result<Arc<CudaDevice>, Error> {
-        let lost = |DriverError(code)| Error::DeviceLost { code, first_op: Op::Device };
+        let lost = |error| device_lost(Op::Device, error);
         let count = driver.device_count().map_err(lost)?;
         if ordinal >= count {
             return Err(Error::NoDevice { ordinal, count });
@@ -56,9 +56,10 @@ impl CudaDevice {
     /// The error of a failed call; remembered if the device is lost with it.
     fn failed(&self, op: Op, need_bytes: usize, error: DriverError) -> Error {
         match error {
-            DriverError::OUT_OF_MEMORY => Error::OutOfMemory { op, need_bytes: need_bytes as u64 },
+            _ if error.is_out_of_memory() => Error::OutOfMemory { op, need_bytes: need_bytes as u64 },
             _ if error.is_of_capture() => within_capture(op, "this call"),
-            DriverError(code) => self.lost.get_or_init(|| Error::DeviceLost { code, first_op: op }).clone(),
+            DriverError { code, name, call } if error.loses_nothing() => Error::Driver { op, call, code, name },
+            _ => self.lost.get_or_init(|| device_lost(op, error)).clone(),
         }
     }
 
@@ -85,25 +86,60 @@ impl CudaDevice {
         if functions.contains_key(entry) || !may_load {
             return Ok(functions.get(entry).copied());
         }
-        let refused = |error: DriverError| match error {
-            DriverError(code) if error.is_of_image() => Error::Image { file: image.file, entry, code },
+        let refused = |file: &'static str, ImageError { error, log }: ImageError| match error {
+            DriverError { code, name, .. } if error.is_of_image() => Error::Image { file, entry, code, name, log: log.into() },
             _ => self.failed(op, image.bytes(), error),
         };
+        let in_image = |error: DriverError| refused(image.ptx_file, error.into());
+        self.driver.make_current(self.ordinal).map_err(in_image)?;
         let mut images = lock(&self.images);
-        self.driver.make_current(self.ordinal).map_err(refused)?;
-        let loaded = match images.get(image.file) {
-            Some(&loaded) => loaded,
-            None => self.driver.load_image(self.ordinal, image.as_c_str()).map_err(refused)?,
+        let loaded = match images.get(image.ptx_file) {
+            Some(loaded) => loaded.handle,
+            None => {
+                let loaded = self.load(image).map_err(|error| refused(image.ptx_file, error))?;
+                images.insert(image.ptx_file, loaded);
+                loaded.handle
+            }
         };
-        images.insert(image.file, loaded);
         let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
-        let function = self.driver.function(loaded, &name).map_err(refused)?;
+        let function = self.driver.function(loaded, &name).map_err(in_image)?;
         if shared_bytes > SHARED_BYTES_UNASKED {
-            self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
+            self.driver.set_shared_limit(function, shared_bytes).map_err(in_image)?;
         }
         functions.insert(entry, function);
         Ok(Some(function))
     }
+
+    /// Loads the machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
+    fn load(&self, image: &'static Image) -> Result<Loaded, ImageError> {
+        if let Some((file, cubin)) = image.cubin() {
+            match self.driver.load_image(self.ordinal, cubin) {
+                Ok(handle) => return Ok(Loaded { file, handle }),
+                Err(refused) if refused.error.is_of_image() => {}
+                Err(failed) => return Err(failed),
+            }
+        }
+        let handle = self.driver.load_image(self.ordinal, image.ptx_with_nul())?;
+        Ok(Loaded { file: image.ptx_file, handle })
+    }
+
+    /// The files of the images loaded so far, in the order of their names.
+    pub(crate) fn loaded_images(&self) -> Vec<&'static str> {
+        let mut files: Vec<_> = lock(&self.images).values().map(|loaded| loaded.file).collect();
+        files.sort_unstable();
+        files
+    }
+}
+
+/// An image that the driver has, and the file that it was loaded from.
+#[derive(Clone, Copy)]
+struct Loaded {
+    file: &'static str,
+    handle: Handle,
+}
+
+fn device_lost(first_op: Op, DriverError { code, name, call }: DriverError) -> Error {
+    Error::DeviceLost { first_op, call, code, name }
 }
 
 /// The refusal of something that a graph cannot hold.
@@ -256,7 +292,8 @@ impl RawStream {
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes, cluster } = grid;
-        let launch = Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [cluster, 1, 1], shared_bytes, params };
+        let launch =
+            Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [cluster, 1, 1], shared_bytes, params, offsets: &[0] };
         // SAFETY: the caller's duty.
         self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
     }

@@ -11,31 +11,70 @@ use std::fmt;
 
 use crate::dtype::{DType, Element};
 
-/// A CUDA driver result code other than success.
+/// A CUDA driver result code other than success, and the call that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DriverError(pub i32);
+pub struct DriverError {
+    /// As CUDA's `CUresult` counts.
+    pub code: i32,
+    /// The driver's name for the code, as `CUDA_ERROR_ILLEGAL_ADDRESS`.
+    pub name: &'static str,
+    /// The driver's function, as `cuLaunchKernelEx`.
+    pub call: &'static str,
+}
 
 impl DriverError {
     /// `CUDA_ERROR_OUT_OF_MEMORY`.
-    pub const OUT_OF_MEMORY: DriverError = DriverError(2);
+    pub const OUT_OF_MEMORY: DriverError = DriverError { name: "CUDA_ERROR_OUT_OF_MEMORY", ..DriverError::new(2) };
     /// `CUDA_ERROR_NOT_FOUND`: no such entry point.
-    pub const NOT_FOUND: DriverError = DriverError(500);
+    pub const NOT_FOUND: DriverError = DriverError { name: "CUDA_ERROR_NOT_FOUND", ..DriverError::new(500) };
+
+    /// A code of a stand-in for the driver, which has no names.
+    pub const fn new(code: i32) -> DriverError {
+        DriverError { code, name: "of a stand-in", call: "the driver" }
+    }
+
+    /// True where memory of either kind could not be had.
+    pub fn is_out_of_memory(self) -> bool {
+        self.code == DriverError::OUT_OF_MEMORY.code
+    }
 
     /// Codes by which the driver refuses an image, and would again on any device in good order: invalid, for another device, of a newer
     /// PTX ISA, no compiler for it, no such entry.
     pub fn is_of_image(self) -> bool {
-        matches!(self.0, 200 | 209 | 218 | 221..=223 | 225 | 300..=303 | 500)
+        matches!(self.code, 200 | 209 | 218 | 221..=223 | 225 | 300..=303 | 500)
     }
 
     /// Codes by which the driver refuses a call while a graph is captured. The device is as it was.
     pub fn is_of_capture(self) -> bool {
-        matches!(self.0, 900..=908)
+        matches!(self.code, 900..=908)
+    }
+
+    /// Codes by which the driver refuses a call for its arguments, and the device is as it was: an invalid value, handle or
+    /// device; a launch that asks for more registers, shared memory or blocks than there are; something not permitted or not
+    /// supported; a cluster that does not fit.
+    pub fn loses_nothing(self) -> bool {
+        matches!(self.code, 1 | 101 | 400 | 701 | 720 | 800 | 801 | 912)
     }
 }
 
 impl fmt::Display for DriverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CUDA {}", self.0)
+        write!(f, "{} gave CUDA {} ({})", self.call, self.code, self.name)
+    }
+}
+
+/// Why an image was refused.
+#[derive(Clone, Debug)]
+pub struct ImageError {
+    /// The driver's code.
+    pub error: DriverError,
+    /// What its compiler said; empty for a cubin, which is not compiled.
+    pub log: String,
+}
+
+impl From<DriverError> for ImageError {
+    fn from(error: DriverError) -> ImageError {
+        ImageError { error, log: String::new() }
     }
 }
 
@@ -58,7 +97,7 @@ pub struct Attributes {
     pub name: String,
 }
 
-/// One kernel launch. All of a kernel's parameters are one struct, passed by value.
+/// One kernel launch. All of this crate's kernels have one parameter, a struct passed by value.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
     /// From [`Driver::function`].
@@ -71,8 +110,10 @@ pub struct Launch<'a> {
     pub cluster: [u32; 3],
     /// Dynamic shared memory.
     pub shared_bytes: u32,
-    /// The parameter struct's bytes.
+    /// The parameters' bytes.
     pub params: &'a [u8],
+    /// Where in `params` each parameter begins: `&[0]` for a single one. Their sizes are the image's.
+    pub offsets: &'a [usize],
 }
 
 /// The 128 opaque bytes of a tensor map. Only the driver that made one can read it.
@@ -207,8 +248,8 @@ pub unsafe trait Driver: Send + Sync {
     /// Destroys a captured graph.
     fn destroy_graph(&self, graph: Handle) -> DriverResult<()>;
 
-    /// Loads an image (PTX with its closing NUL) for a device.
-    fn load_image(&self, ordinal: u32, image: &CStr) -> DriverResult<Handle>;
+    /// Loads an image for a device: a whole cubin, or PTX with its closing NUL.
+    fn load_image(&self, ordinal: u32, image: &[u8]) -> Result<Handle, ImageError>;
     /// An entry point of an image.
     fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle>;
     /// Allows a function that much dynamic shared memory.

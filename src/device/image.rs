@@ -1,49 +1,80 @@
 //! The images that ship: which file holds which operation's entry points.
+//!
+//! Each is there twice: machine code (a cubin), which the driver loads as it is, and the PTX that it was assembled from, which the
+//! driver compiles in seconds. `sm_90a` code of either kind runs on compute capability 9.0 alone, so the cubin serves every device
+//! that the PTX serves. The PTX is for a driver that refuses the cubin, and for the emulator, which runs nothing else.
 
-use std::ffi::CStr;
-
-/// A PTX image, with the NUL that the driver wants at its end.
+/// An image, as PTX and as machine code.
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// As it is named in the repository.
-    pub(crate) file: &'static str,
-    text: &'static str,
+    /// The PTX, as it is named in the repository.
+    pub(crate) ptx_file: &'static str,
+    ptx: &'static str, // with the NUL that the driver wants at its end
+    #[cfg(not(feature = "build-kernels"))]
+    cubin_file: &'static str,
+    #[cfg(not(feature = "build-kernels"))]
+    cubin: &'static Aligned<[u8]>,
 }
 
+/// Bytes that begin where the headers of a cubin may be read in place.
+#[cfg(not(feature = "build-kernels"))]
+#[derive(Debug)]
+#[repr(C, align(16))]
+struct Aligned<B: ?Sized>(B);
+
 macro_rules! image {
-    ($name:ident, $file:literal) => {
+    ($name:ident, $stem:literal) => {
         #[cfg(not(feature = "build-kernels"))]
-        pub(crate) static $name: Image =
-            Image { file: concat!("ptx/", $file), text: concat!(include_str!(concat!("../../ptx/", $file)), "\0") };
+        pub(crate) static $name: Image = Image {
+            ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
+            ptx: concat!(include_str!(concat!("../../ptx/", $stem, ".sm_90a.ptx")), "\0"),
+            cubin_file: concat!("ptx/", $stem, ".sm_90a.cubin"),
+            cubin: &Aligned(*include_bytes!(concat!("../../ptx/", $stem, ".sm_90a.cubin"))),
+        };
         #[cfg(feature = "build-kernels")]
-        pub(crate) static $name: Image =
-            Image { file: concat!("ptx/", $file), text: concat!(include_str!(concat!(env!("OUT_DIR"), "/", $file)), "\0") };
+        pub(crate) static $name: Image = Image {
+            ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
+            ptx: concat!(include_str!(concat!(env!("OUT_DIR"), "/", $stem, ".sm_90a.ptx")), "\0"),
+        };
     };
 }
 
-image!(ATTENTION, "attention.sm_90a.ptx");
-image!(BLOCK_SPARSE, "block_sparse.sm_90a.ptx");
-image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain.sm_90a.ptx");
-image!(EMBEDDING, "embedding.sm_90a.ptx");
-image!(GLU, "glu.sm_90a.ptx");
-image!(GROUPED_GEMM, "grouped_gemm.sm_90a.ptx");
-image!(GROUPED_GEMM_FEW, "grouped_gemm_few.sm_90a.ptx");
-image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain.sm_90a.ptx");
-image!(NORM, "norm.sm_90a.ptx");
-image!(PERMUTE, "permute.sm_90a.ptx");
-image!(ROPE, "rope.sm_90a.ptx");
-image!(ROUTER, "router.sm_90a.ptx");
-image!(SAMPLE, "sample.sm_90a.ptx");
+image!(ATTENTION, "attention");
+image!(BLOCK_SPARSE, "block_sparse");
+image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain");
+image!(EMBEDDING, "embedding");
+image!(GLU, "glu");
+image!(GROUPED_GEMM, "grouped_gemm");
+image!(GROUPED_GEMM_FEW, "grouped_gemm_few");
+image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain");
+image!(NORM, "norm");
+image!(PERMUTE, "permute");
+image!(ROPE, "rope");
+image!(ROUTER, "router");
+image!(SAMPLE, "sample");
 
 /// The architecture all images are built for; `a` images run on no other.
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);
 
 impl Image {
+    /// Of the PTX.
     pub(crate) fn bytes(&self) -> usize {
-        self.text.len()
+        self.ptx.len()
     }
 
-    pub(crate) fn as_c_str(&self) -> &'static CStr {
-        CStr::from_bytes_with_nul(self.text.as_bytes()).unwrap_or_else(|_| unreachable!("{} holds a NUL", self.file))
+    pub(crate) fn ptx_with_nul(&self) -> &'static [u8] {
+        self.ptx.as_bytes()
+    }
+
+    /// The machine code and its file; none where the kernels were compiled by this machine's nvcc.
+    #[cfg(not(feature = "build-kernels"))]
+    pub(crate) fn cubin(&self) -> Option<(&'static str, &'static [u8])> {
+        Some((self.cubin_file, &self.cubin.0))
+    }
+
+    /// The machine code and its file; none where the kernels were compiled by this machine's nvcc.
+    #[cfg(feature = "build-kernels")]
+    pub(crate) fn cubin(&self) -> Option<(&'static str, &'static [u8])> {
+        None
     }
 }

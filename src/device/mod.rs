@@ -63,7 +63,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::NoDevice`], [`Error::Arch`].
+    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::DriverStart`], [`Error::NoDevice`],
+    /// [`Error::Arch`].
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: u32) -> Result<Device, Error> {
         Device::with_driver(driver::hardware::Hardware::shared()?, ordinal)
@@ -108,6 +109,16 @@ impl Device {
             Backend::Cpu(_) => Ok(None),
             #[cfg(feature = "cuda")]
             Backend::Cuda(device) => device.free_bytes().map(Some),
+        }
+    }
+
+    /// The files of the images that a GPU has loaded so far: `ptx/glu.sm_90a.cubin` is machine code that ships, `ptx/glu.sm_90a.ptx`
+    /// was compiled by the driver, because it refused the other. Empty on the CPU.
+    pub fn loaded_images(&self) -> Vec<&'static str> {
+        match &self.0 {
+            Backend::Cpu(_) => Vec::new(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => device.loaded_images(),
         }
     }
 

@@ -88,7 +88,7 @@ impl Staging {
         }
         let held: usize = self.idle.iter().chain(&self.busy).map(|block| block.bytes).sum();
         let made = if held + bytes <= MAX_BYTES { Block::new(driver, ordinal, bytes) } else { Err(DriverError::OUT_OF_MEMORY) };
-        if !matches!(made, Err(DriverError::OUT_OF_MEMORY)) {
+        if !made.as_ref().is_err_and(|error| error.is_out_of_memory()) {
             return made;
         }
         driver.synchronize(stream)?;
@@ -110,7 +110,7 @@ impl Staging {
         driver.synchronize(stream)?;
         self.idle.push(block);
         match copied {
-            Ok(()) if error == DriverError::OUT_OF_MEMORY => Ok(()), // waited for, so that nothing is amiss
+            Ok(()) if error.is_out_of_memory() => Ok(()), // waited for, so that nothing is amiss
             _ => Err(error),
         }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
 
-use super::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
+use super::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 use crate::error::Error;
 
 /// Names under which the library is looked for.
@@ -47,11 +47,13 @@ struct LaunchConfig {
 const _: () = assert!(size_of::<LaunchConfig>() == 56);
 
 const ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
-const LAUNCH_PARAM_END: Pointer = null_mut();
-const LAUNCH_PARAM_BUFFER_POINTER: Pointer = 1 as Pointer;
-const LAUNCH_PARAM_BUFFER_SIZE: Pointer = 2 as Pointer;
 const FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
-const NOT_READY: DriverError = DriverError(600);
+/// Parameters of one kernel at most.
+const MAX_PARAMS: usize = 16;
+const NO_DEVICE: Code = 100;
+const NOT_READY: Code = 600;
+const JIT_ERROR_LOG_BUFFER: c_int = 5;
+const JIT_ERROR_LOG_BUFFER_SIZE_BYTES: c_int = 6;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DEFAULT: c_uint = 0;
 const EVENT_DISABLE_TIMING: c_uint = 2;
@@ -61,66 +63,101 @@ const ATTR_CC_MAJOR: c_int = 75;
 const ATTR_CC_MINOR: c_int = 76;
 const ATTR_MAX_SHARED_OPTIN: c_int = 97;
 
-/// A table of the library's functions, each as `field = "versioned name": fn(arguments)`.
+/// A table of the library's functions, each as `method = "versioned name": fn(arguments)`. The method calls it and names it in an error.
 macro_rules! functions {
-    ($($field:ident = $name:literal: fn($($arg:ty),*);)*) => {
+    ($($method:ident = $name:literal: fn($($arg:ident: $kind:ty),*);)*) => {
         struct Functions {
-            $($field: unsafe extern "C" fn($($arg),*) -> Code,)*
+            $($method: unsafe extern "C" fn($($kind),*) -> Code,)*
+            error_name: unsafe extern "C" fn(Code, *mut *const c_char) -> Code,
         }
 
         impl Functions {
             fn resolve(library: &Library) -> Result<Functions, Error> {
                 Ok(Functions {
-                    $($field: {
+                    $($method: {
                         // SAFETY: the type is the function's, as CUDA's driver API documents it for this version suffix.
-                        let symbol = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> Code>(concat!($name, "\0").as_bytes()) };
+                        let symbol = unsafe {
+                            library.get::<unsafe extern "C" fn($($kind),*) -> Code>(concat!($name, "\0").as_bytes())
+                        };
                         *symbol.map_err(|_| Error::DriverFunction { name: $name })?
                     },)*
+                    error_name: {
+                        // SAFETY: as above.
+                        let symbol = unsafe { library.get(b"cuGetErrorName\0") };
+                        *symbol.map_err(|_| Error::DriverFunction { name: "cuGetErrorName" })?
+                    },
                 })
+            }
+
+            $(
+                #[allow(clippy::too_many_arguments)] // as many as the driver wants
+                unsafe fn $method(&self, $($arg: $kind),*) -> DriverResult<()> {
+                    // SAFETY: the caller's duty.
+                    match unsafe { (self.$method)($($arg),*) } {
+                        0 => Ok(()),
+                        code => Err(DriverError { code, name: self.name_of(code), call: $name }),
+                    }
+                }
+            )*
+
+            /// The driver's name for a result code.
+            fn name_of(&self, code: Code) -> &'static str {
+                let mut name = std::ptr::null();
+                // SAFETY: writes one pointer, which stays null for a code that the driver does not know.
+                if unsafe { (self.error_name)(code, &mut name) } != 0 || name.is_null() {
+                    return "unknown to the driver";
+                }
+                // SAFETY: a text of the library, closed by a NUL; the library is never unloaded.
+                unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("unknown to the driver")
             }
         }
     };
 }
 
 functions! {
-    init = "cuInit": fn(c_uint);
-    driver_version = "cuDriverGetVersion": fn(*mut c_int);
-    device_count = "cuDeviceGetCount": fn(*mut c_int);
-    device_get = "cuDeviceGet": fn(*mut c_int, c_int);
-    device_name = "cuDeviceGetName": fn(*mut c_char, c_int, c_int);
-    device_attribute = "cuDeviceGetAttribute": fn(*mut c_int, c_int, c_int);
-    context_retain = "cuDevicePrimaryCtxRetain": fn(*mut Pointer, c_int);
-    context_set = "cuCtxSetCurrent": fn(Pointer);
-    memory_info = "cuMemGetInfo_v2": fn(*mut usize, *mut usize);
-    alloc = "cuMemAllocAsync": fn(*mut u64, usize, Pointer);
-    free = "cuMemFreeAsync": fn(u64, Pointer);
-    fill = "cuMemsetD8Async": fn(u64, u8, usize, Pointer);
-    copy_to_device = "cuMemcpyHtoDAsync_v2": fn(u64, *const c_void, usize, Pointer);
-    copy_to_host = "cuMemcpyDtoHAsync_v2": fn(Pointer, u64, usize, Pointer);
-    copy_on_device = "cuMemcpyDtoDAsync_v2": fn(u64, u64, usize, Pointer);
-    host_alloc = "cuMemHostAlloc": fn(*mut Pointer, usize, c_uint);
-    host_free = "cuMemFreeHost": fn(Pointer);
-    stream_create = "cuStreamCreate": fn(*mut Pointer, c_uint);
-    stream_destroy = "cuStreamDestroy_v2": fn(Pointer);
-    stream_synchronize = "cuStreamSynchronize": fn(Pointer);
-    stream_wait = "cuStreamWaitEvent": fn(Pointer, Pointer, c_uint);
-    event_create = "cuEventCreate": fn(*mut Pointer, c_uint);
-    event_destroy = "cuEventDestroy_v2": fn(Pointer);
-    event_record = "cuEventRecord": fn(Pointer, Pointer);
-    event_query = "cuEventQuery": fn(Pointer);
-    event_elapsed = "cuEventElapsedTime": fn(*mut f32, Pointer, Pointer);
-    capture_begin = "cuStreamBeginCapture_v2": fn(Pointer, c_int);
-    capture_end = "cuStreamEndCapture": fn(Pointer, *mut Pointer);
-    graph_instantiate = "cuGraphInstantiateWithFlags": fn(*mut Pointer, Pointer, u64);
-    graph_launch = "cuGraphLaunch": fn(Pointer, Pointer);
-    graph_destroy = "cuGraphDestroy": fn(Pointer);
-    graph_exec_destroy = "cuGraphExecDestroy": fn(Pointer);
-    module_load = "cuModuleLoadData": fn(*mut Pointer, *const c_void);
-    module_function = "cuModuleGetFunction": fn(*mut Pointer, Pointer, *const c_char);
-    function_attribute = "cuFuncSetAttribute": fn(Pointer, c_int, c_int);
-    launch = "cuLaunchKernelEx": fn(*const LaunchConfig, Pointer, *mut Pointer, *mut Pointer);
+    init = "cuInit": fn(flags: c_uint);
+    driver_version = "cuDriverGetVersion": fn(version: *mut c_int);
+    device_count = "cuDeviceGetCount": fn(count: *mut c_int);
+    device_get = "cuDeviceGet": fn(device: *mut c_int, ordinal: c_int);
+    device_name = "cuDeviceGetName": fn(name: *mut c_char, bytes: c_int, device: c_int);
+    device_attribute = "cuDeviceGetAttribute": fn(value: *mut c_int, attribute: c_int, device: c_int);
+    context_retain = "cuDevicePrimaryCtxRetain": fn(context: *mut Pointer, device: c_int);
+    context_set = "cuCtxSetCurrent": fn(context: Pointer);
+    memory_info = "cuMemGetInfo_v2": fn(free: *mut usize, total: *mut usize);
+    alloc = "cuMemAllocAsync": fn(address: *mut u64, bytes: usize, stream: Pointer);
+    free = "cuMemFreeAsync": fn(address: u64, stream: Pointer);
+    fill = "cuMemsetD8Async": fn(address: u64, value: u8, bytes: usize, stream: Pointer);
+    copy_to_device = "cuMemcpyHtoDAsync_v2": fn(target: u64, source: *const c_void, bytes: usize, stream: Pointer);
+    copy_to_host = "cuMemcpyDtoHAsync_v2": fn(target: Pointer, source: u64, bytes: usize, stream: Pointer);
+    copy_on_device = "cuMemcpyDtoDAsync_v2": fn(target: u64, source: u64, bytes: usize, stream: Pointer);
+    host_alloc = "cuMemHostAlloc": fn(memory: *mut Pointer, bytes: usize, flags: c_uint);
+    host_free = "cuMemFreeHost": fn(memory: Pointer);
+    stream_create = "cuStreamCreate": fn(stream: *mut Pointer, flags: c_uint);
+    stream_destroy = "cuStreamDestroy_v2": fn(stream: Pointer);
+    stream_synchronize = "cuStreamSynchronize": fn(stream: Pointer);
+    stream_wait = "cuStreamWaitEvent": fn(stream: Pointer, event: Pointer, flags: c_uint);
+    event_create = "cuEventCreate": fn(event: *mut Pointer, flags: c_uint);
+    event_destroy = "cuEventDestroy_v2": fn(event: Pointer);
+    event_record = "cuEventRecord": fn(event: Pointer, stream: Pointer);
+    event_query = "cuEventQuery": fn(event: Pointer);
+    event_elapsed = "cuEventElapsedTime": fn(milliseconds: *mut f32, from: Pointer, to: Pointer);
+    capture_begin = "cuStreamBeginCapture_v2": fn(stream: Pointer, mode: c_int);
+    capture_end = "cuStreamEndCapture": fn(stream: Pointer, graph: *mut Pointer);
+    graph_instantiate = "cuGraphInstantiateWithFlags": fn(instance: *mut Pointer, graph: Pointer, flags: u64);
+    graph_launch = "cuGraphLaunch": fn(instance: Pointer, stream: Pointer);
+    graph_destroy = "cuGraphDestroy": fn(graph: Pointer);
+    graph_exec_destroy = "cuGraphExecDestroy": fn(instance: Pointer);
+    module_load = "cuModuleLoadDataEx": fn(
+        module: *mut Pointer, image: *const c_void, options: c_uint, names: *const c_int, values: *const Pointer
+    );
+    module_function = "cuModuleGetFunction": fn(function: *mut Pointer, module: Pointer, name: *const c_char);
+    function_attribute = "cuFuncSetAttribute": fn(function: Pointer, attribute: c_int, value: c_int);
+    launch = "cuLaunchKernelEx": fn(
+        config: *const LaunchConfig, function: Pointer, params: *mut Pointer, extra: *mut Pointer
+    );
     tensor_map = "cuTensorMapEncodeTiled": fn(
-        *mut TensorMap, c_uint, u32, Pointer, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint, c_uint, c_uint
+        map: *mut TensorMap, data_type: c_uint, rank: u32, address: Pointer, dims: *const u64, strides: *const u64,
+        tile: *const u32, element_strides: *const u32, interleave: c_uint, swizzle: c_uint, promotion: c_uint, fill: c_uint
     );
 }
 
@@ -151,34 +188,33 @@ impl Hardware {
         let functions = Functions::resolve(library)?;
         let mut version = 0;
         // SAFETY: writes one integer.
-        let known = check(unsafe { (functions.driver_version)(&mut version) });
+        let known = unsafe { functions.driver_version(&mut version) };
         let have = known.map_or(0, |()| version as u32);
         if have < MIN_VERSION {
             return Err(Error::OldDriver { have, need: MIN_VERSION });
         }
         // SAFETY: no arguments beyond the reserved zero.
-        check(unsafe { (functions.init)(0) }).map_err(|_| Error::NoDevice { ordinal: 0, count: 0 })?;
+        let started = unsafe { functions.init(0) };
+        started.map_err(|DriverError { code, name, .. }| match code {
+            NO_DEVICE => Error::NoDevice { ordinal: 0, count: 0 },
+            _ => Error::DriverStart { code, name },
+        })?;
         Ok(Hardware { functions, contexts: Mutex::new(Vec::new()) })
     }
 
     fn device(&self, ordinal: u32) -> DriverResult<c_int> {
         let mut device = 0;
         // SAFETY: writes one integer.
-        check(unsafe { (self.functions.device_get)(&mut device, ordinal as c_int) })?;
+        unsafe { self.functions.device_get(&mut device, ordinal as c_int) }?;
         Ok(device)
     }
 
     fn attribute(&self, device: c_int, attribute: c_int) -> DriverResult<u32> {
         let mut value = 0;
         // SAFETY: writes one integer.
-        check(unsafe { (self.functions.device_attribute)(&mut value, attribute, device) })?;
+        unsafe { self.functions.device_attribute(&mut value, attribute, device) }?;
         Ok(value as u32)
     }
-}
-
-/// A result code as a result.
-fn check(code: Code) -> DriverResult<()> {
-    if code == 0 { Ok(()) } else { Err(DriverError(code)) }
 }
 
 fn pointer(handle: Handle) -> Pointer {
@@ -186,9 +222,9 @@ fn pointer(handle: Handle) -> Pointer {
 }
 
 /// Calls a function that creates something through its first argument.
-fn created(create: impl FnOnce(*mut Pointer) -> Code) -> DriverResult<Handle> {
+fn created(create: impl FnOnce(*mut Pointer) -> DriverResult<()>) -> DriverResult<Handle> {
     let mut created = null_mut();
-    check(create(&mut created))?;
+    create(&mut created)?;
     Ok(created as usize as Handle)
 }
 
@@ -198,14 +234,14 @@ unsafe impl Driver for Hardware {
     fn version(&self) -> DriverResult<u32> {
         let mut version = 0;
         // SAFETY: writes one integer.
-        check(unsafe { (self.functions.driver_version)(&mut version) })?;
+        unsafe { self.functions.driver_version(&mut version) }?;
         Ok(version as u32)
     }
 
     fn device_count(&self) -> DriverResult<u32> {
         let mut count = 0;
         // SAFETY: writes one integer.
-        check(unsafe { (self.functions.device_count)(&mut count) })?;
+        unsafe { self.functions.device_count(&mut count) }?;
         Ok(count as u32)
     }
 
@@ -219,19 +255,19 @@ unsafe impl Driver for Hardware {
             None => {
                 let device = self.device(ordinal)?;
                 // SAFETY: writes one handle.
-                created(|out| unsafe { (self.functions.context_retain)(out, device) })? as usize
+                created(|out| unsafe { self.functions.context_retain(out, device) })? as usize
             }
         };
         contexts[ordinal as usize] = Some(context);
         // SAFETY: a retained primary context.
-        check(unsafe { (self.functions.context_set)(context as Pointer) })
+        unsafe { self.functions.context_set(context as Pointer) }
     }
 
     fn attributes(&self, ordinal: u32) -> DriverResult<Attributes> {
         let device = self.device(ordinal)?;
         let mut name = [0 as c_char; 128];
         // SAFETY: writes at most that many characters, closed by a NUL.
-        check(unsafe { (self.functions.device_name)(name.as_mut_ptr(), name.len() as c_int - 1, device) })?;
+        unsafe { self.functions.device_name(name.as_mut_ptr(), name.len() as c_int - 1, device) }?;
         // SAFETY: the last character is still 0.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         Ok(Attributes {
@@ -246,148 +282,160 @@ unsafe impl Driver for Hardware {
         self.make_current(ordinal)?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two integers.
-        check(unsafe { (self.functions.memory_info)(&mut free, &mut total) })?;
+        unsafe { self.functions.memory_info(&mut free, &mut total) }?;
         Ok((free as u64, total as u64))
     }
 
     fn alloc(&self, stream: Handle, bytes: usize) -> DriverResult<u64> {
         let mut address = 0;
         // SAFETY: writes one address.
-        check(unsafe { (self.functions.alloc)(&mut address, bytes, pointer(stream)) })?;
+        unsafe { self.functions.alloc(&mut address, bytes, pointer(stream)) }?;
         Ok(address)
     }
 
     fn free(&self, stream: Handle, address: u64) -> DriverResult<()> {
         // SAFETY: the driver refuses an address it did not give.
-        check(unsafe { (self.functions.free)(address, pointer(stream)) })
+        unsafe { self.functions.free(address, pointer(stream)) }
     }
 
     fn fill(&self, stream: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()> {
         // SAFETY: device memory only.
-        check(unsafe { (self.functions.fill)(address, value, bytes, pointer(stream)) })
+        unsafe { self.functions.fill(address, value, bytes, pointer(stream)) }
     }
 
     unsafe fn copy_to_device(&self, stream: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
         // SAFETY: the caller's duty. The source is page-locked, so the driver returns at once and reads it later.
-        check(unsafe { (self.functions.copy_to_device)(address, source.cast(), bytes, pointer(stream)) })
+        unsafe { self.functions.copy_to_device(address, source.cast(), bytes, pointer(stream)) }
     }
 
     unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
         // SAFETY: the caller's duty; complete when this returns.
-        check(unsafe { (self.functions.copy_to_host)(target.cast(), address, bytes, pointer(stream)) })?;
+        unsafe { self.functions.copy_to_host(target.cast(), address, bytes, pointer(stream)) }?;
         self.synchronize(stream)
     }
 
     fn copy_on_device(&self, stream: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()> {
         // SAFETY: device memory only.
-        check(unsafe { (self.functions.copy_on_device)(target, source, bytes, pointer(stream)) })
+        unsafe { self.functions.copy_on_device(target, source, bytes, pointer(stream)) }
     }
 
     fn alloc_pinned(&self, ordinal: u32, bytes: usize) -> DriverResult<*mut u8> {
         self.make_current(ordinal)?;
         // SAFETY: writes one pointer. Flags 0: not write-combined, so that the host can read it at speed.
-        Ok(created(|out| unsafe { (self.functions.host_alloc)(out, bytes, 0) })? as usize as *mut u8)
+        Ok(created(|out| unsafe { self.functions.host_alloc(out, bytes, 0) })? as usize as *mut u8)
     }
 
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
         // SAFETY: the caller's duty.
-        check(unsafe { (self.functions.host_free)(memory.cast()) })
+        unsafe { self.functions.host_free(memory.cast()) }
     }
 
     fn create_stream(&self, ordinal: u32) -> DriverResult<Handle> {
         self.make_current(ordinal)?;
         // SAFETY: writes one handle.
-        created(|out| unsafe { (self.functions.stream_create)(out, STREAM_NON_BLOCKING) })
+        created(|out| unsafe { self.functions.stream_create(out, STREAM_NON_BLOCKING) })
     }
 
     fn destroy_stream(&self, stream: Handle) -> DriverResult<()> {
         // SAFETY: a stream of this driver; its work completes first.
-        check(unsafe { (self.functions.stream_destroy)(pointer(stream)) })
+        unsafe { self.functions.stream_destroy(pointer(stream)) }
     }
 
     fn synchronize(&self, stream: Handle) -> DriverResult<()> {
         // SAFETY: a stream of this driver.
-        check(unsafe { (self.functions.stream_synchronize)(pointer(stream)) })
+        unsafe { self.functions.stream_synchronize(pointer(stream)) }
     }
 
     fn create_event(&self, ordinal: u32, timing: bool) -> DriverResult<Handle> {
         self.make_current(ordinal)?;
         let flags = if timing { EVENT_DEFAULT } else { EVENT_DISABLE_TIMING };
         // SAFETY: writes one handle.
-        created(|out| unsafe { (self.functions.event_create)(out, flags) })
+        created(|out| unsafe { self.functions.event_create(out, flags) })
     }
 
     fn destroy_event(&self, event: Handle) -> DriverResult<()> {
         // SAFETY: an event of this driver.
-        check(unsafe { (self.functions.event_destroy)(pointer(event)) })
+        unsafe { self.functions.event_destroy(pointer(event)) }
     }
 
     fn record(&self, event: Handle, stream: Handle) -> DriverResult<()> {
         // SAFETY: handles of this driver.
-        check(unsafe { (self.functions.event_record)(pointer(event), pointer(stream)) })
+        unsafe { self.functions.event_record(pointer(event), pointer(stream)) }
     }
 
     fn is_done(&self, event: Handle) -> DriverResult<bool> {
         // SAFETY: an event of this driver.
-        match check(unsafe { (self.functions.event_query)(pointer(event)) }) {
-            Err(NOT_READY) => Ok(false),
+        match unsafe { self.functions.event_query(pointer(event)) } {
+            Err(DriverError { code: NOT_READY, .. }) => Ok(false),
             done => done.map(|()| true),
         }
     }
 
     fn wait(&self, stream: Handle, event: Handle) -> DriverResult<()> {
         // SAFETY: handles of this driver.
-        check(unsafe { (self.functions.stream_wait)(pointer(stream), pointer(event), 0) })
+        unsafe { self.functions.stream_wait(pointer(stream), pointer(event), 0) }
     }
 
     fn elapsed_ms(&self, from: Handle, to: Handle) -> DriverResult<f32> {
         let mut elapsed = 0.0;
         // SAFETY: handles of this driver; writes one number.
-        check(unsafe { (self.functions.event_elapsed)(&mut elapsed, pointer(from), pointer(to)) })?;
+        unsafe { self.functions.event_elapsed(&mut elapsed, pointer(from), pointer(to)) }?;
         Ok(elapsed)
     }
 
     fn begin_capture(&self, stream: Handle) -> DriverResult<()> {
         // SAFETY: a stream of this driver.
-        check(unsafe { (self.functions.capture_begin)(pointer(stream), CAPTURE_THREAD_LOCAL) })
+        unsafe { self.functions.capture_begin(pointer(stream), CAPTURE_THREAD_LOCAL) }
     }
 
     fn end_capture(&self, stream: Handle) -> DriverResult<Handle> {
         // SAFETY: a stream of this driver; writes one handle.
-        let graph = created(|out| unsafe { (self.functions.capture_end)(pointer(stream), out) })?;
+        let graph = created(|out| unsafe { self.functions.capture_end(pointer(stream), out) })?;
         // SAFETY: the graph just captured.
-        let instance = created(|out| unsafe { (self.functions.graph_instantiate)(out, pointer(graph), 0) });
+        let instance = created(|out| unsafe { self.functions.graph_instantiate(out, pointer(graph), 0) });
         // SAFETY: as above; the instance does not need it any more.
-        check(unsafe { (self.functions.graph_destroy)(pointer(graph)) }).and(instance)
+        unsafe { self.functions.graph_destroy(pointer(graph)) }.and(instance)
     }
 
     fn launch_graph(&self, graph: Handle, stream: Handle) -> DriverResult<()> {
         // SAFETY: handles of this driver.
-        check(unsafe { (self.functions.graph_launch)(pointer(graph), pointer(stream)) })
+        unsafe { self.functions.graph_launch(pointer(graph), pointer(stream)) }
     }
 
     fn destroy_graph(&self, graph: Handle) -> DriverResult<()> {
         // SAFETY: an instance of this driver.
-        check(unsafe { (self.functions.graph_exec_destroy)(pointer(graph)) })
+        unsafe { self.functions.graph_exec_destroy(pointer(graph)) }
     }
 
-    fn load_image(&self, ordinal: u32, image: &CStr) -> DriverResult<Handle> {
+    fn load_image(&self, ordinal: u32, image: &[u8]) -> Result<Handle, ImageError> {
+        const LOG_BYTES: usize = 8 << 10;
         self.make_current(ordinal)?;
-        // SAFETY: text closed by a NUL; writes one handle.
-        created(|out| unsafe { (self.functions.module_load)(out, image.as_ptr().cast()) })
+        let mut log = vec![0u8; LOG_BYTES];
+        let names = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let values = [log.as_mut_ptr().cast(), LOG_BYTES as Pointer];
+        // SAFETY: a cubin, whose header says how long it is, or text closed by a NUL; two options with their values, of which
+        // the driver writes at most `LOG_BYTES` through the first; writes one handle.
+        let loaded = created(|out| unsafe { self.functions.module_load(out, image.as_ptr().cast(), 2, names.as_ptr(), values.as_ptr()) });
+        loaded.map_err(|error| {
+            let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
+            ImageError { error, log: String::from_utf8_lossy(text).trim().to_owned() }
+        })
     }
 
     fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle> {
         // SAFETY: a module of this driver, a name closed by a NUL; writes one handle.
-        created(|out| unsafe { (self.functions.module_function)(out, pointer(image), entry.as_ptr()) })
+        created(|out| unsafe { self.functions.module_function(out, pointer(image), entry.as_ptr()) })
     }
 
     fn set_shared_limit(&self, function: Handle, bytes: u32) -> DriverResult<()> {
         // SAFETY: a function of this driver.
-        check(unsafe { (self.functions.function_attribute)(pointer(function), FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) })
+        unsafe { self.functions.function_attribute(pointer(function), FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) }
     }
 
     unsafe fn launch(&self, stream: Handle, launch: &Launch<'_>) -> DriverResult<()> {
+        if launch.offsets.len() > MAX_PARAMS {
+            return Err(DriverError::new(1));
+        }
         let attribute = LaunchAttribute { id: ATTRIBUTE_CLUSTER_DIMENSION, pad: 0, cluster: launch.cluster, rest: [0; 52] };
         let config = LaunchConfig {
             grid: launch.grid,
@@ -397,16 +445,14 @@ unsafe impl Driver for Hardware {
             attributes: &attribute,
             num_attributes: c_uint::from(launch.cluster != [1, 1, 1]),
         };
-        let mut size = launch.params.len();
-        let mut extra = [
-            LAUNCH_PARAM_BUFFER_POINTER,
-            launch.params.as_ptr().cast_mut().cast(),
-            LAUNCH_PARAM_BUFFER_SIZE,
-            (&raw mut size).cast(),
-            LAUNCH_PARAM_END,
-        ];
-        // SAFETY: the parameters are the caller's duty; the driver copies their bytes before it returns.
-        check(unsafe { (self.functions.launch)(&config, pointer(launch.function), null_mut(), extra.as_mut_ptr()) })
+        // One pointer for each parameter: the driver takes sizes and places from the image, where the compiler may have put a
+        // parameter elsewhere than at the start (a struct aligned to 64 bytes begins 48 bytes into the parameters).
+        let mut params = [null_mut(); MAX_PARAMS];
+        for (pointer, offset) in params.iter_mut().zip(launch.offsets) {
+            *pointer = launch.params[*offset..].as_ptr().cast_mut().cast();
+        }
+        // SAFETY: the parameters are the caller's duty; the driver copies them before it returns.
+        unsafe { self.functions.launch(&config, pointer(launch.function), params.as_mut_ptr(), null_mut()) }
     }
 
     fn encode_tensor_map(&self, ordinal: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap> {
@@ -415,8 +461,8 @@ unsafe impl Driver for Hardware {
         let element_strides = [1u32; 5];
         // SAFETY: five dimensions, four strides and five tile sizes are there to be read, of which the driver reads `rank`; it
         // checks their values. Interleave 0 is none, out-of-bounds fill 0 is zero.
-        check(unsafe {
-            (self.functions.tensor_map)(
+        unsafe {
+            self.functions.tensor_map(
                 &mut map,
                 desc.data_type,
                 desc.rank,
@@ -430,7 +476,7 @@ unsafe impl Driver for Hardware {
                 desc.l2_promotion,
                 0,
             )
-        })?;
+        }?;
         Ok(map)
     }
 }
@@ -446,7 +492,11 @@ mod tests {
             Ok(hardware) => assert!(hardware.version().unwrap() >= MIN_VERSION),
             Err(Error::NoDriver { searched }) => assert_eq!(searched, LIBRARIES),
             Err(error) => {
-                assert!(matches!(error, Error::DriverFunction { .. } | Error::OldDriver { .. } | Error::NoDevice { .. }), "{error}")
+                let known = matches!(
+                    error,
+                    Error::DriverFunction { .. } | Error::OldDriver { .. } | Error::DriverStart { .. } | Error::NoDevice { .. }
+                );
+                assert!(known, "{error}")
             }
         }
     }

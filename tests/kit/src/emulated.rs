@@ -9,15 +9,16 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, TensorMap};
+use dropless::device::driver::{self, Attributes, Driver, DriverError, DriverResult, Handle, ImageError, TensorMap};
 use ptx_emulator::{ElementType, Gpu, Interleave, Kernel, L2Promotion, Launch, Module, OobFill, Stats, Swizzle, TensorMapDesc};
 pub use ptx_emulator::{Options, Schedule, TmaCompletion};
 
-const INVALID_VALUE: DriverError = DriverError(1);
-const INVALID_PTX: DriverError = DriverError(218);
-const INVALID_HANDLE: DriverError = DriverError(400);
-const LAUNCH_FAILED: DriverError = DriverError(719);
-const CAPTURE_UNSUPPORTED: DriverError = DriverError(900);
+const INVALID_VALUE: DriverError = DriverError::new(1);
+const NO_BINARY_FOR_GPU: DriverError = DriverError::new(209);
+const INVALID_PTX: DriverError = DriverError::new(218);
+const INVALID_HANDLE: DriverError = DriverError::new(400);
+const LAUNCH_FAILED: DriverError = DriverError::new(719);
+const CAPTURE_UNSUPPORTED: DriverError = DriverError::new(900);
 
 /// One emulated device.
 pub struct Emulated(Mutex<State>);
@@ -306,11 +307,16 @@ unsafe impl Driver for Emulated {
         Ok(())
     }
 
-    fn load_image(&self, _: u32, image: &CStr) -> DriverResult<Handle> {
+    /// PTX alone: a cubin is refused as one for another device, without a report.
+    fn load_image(&self, _: u32, image: &[u8]) -> Result<Handle, ImageError> {
+        if image.starts_with(b"\x7fELF") {
+            return Err(NO_BINARY_FOR_GPU.into());
+        }
         let mut state = self.state();
-        match state.gpu.load("image", image.to_bytes()) {
+        let Some((0, text)) = image.split_last() else { return Err(INVALID_PTX.into()) };
+        match state.gpu.load("image", text) {
             Ok(module) => state.modules.push(module),
-            Err(error) => return state.report(&error, INVALID_PTX),
+            Err(error) => return Err(ImageError { log: error.to_string(), ..state.report::<()>(&error, INVALID_PTX).unwrap_err().into() }),
         }
         Ok(state.modules.len() as Handle)
     }
@@ -327,9 +333,15 @@ unsafe impl Driver for Emulated {
         kernel.set_max_dynamic_shared(bytes).map_err(|_| INVALID_VALUE)
     }
     unsafe fn launch(&self, _: Handle, launch: &driver::Launch<'_>) -> DriverResult<()> {
-        let driver::Launch { function, grid, block, cluster, shared_bytes, params } = *launch;
+        let driver::Launch { function, grid, block, cluster, shared_bytes, params, offsets } = *launch;
         let kernel = (function as usize).wrapping_sub(1);
-        self.state().enqueue(Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params: params.to_vec() })
+        let mut state = self.state();
+        let declared: Vec<usize> = state.kernels.get(kernel).ok_or(INVALID_HANDLE)?.params().iter().map(|param| param.0).collect();
+        if declared != offsets {
+            let error = format!("parameters begin at {offsets:?}, the kernel declares them at {declared:?}");
+            return state.report(&error, INVALID_VALUE);
+        }
+        state.enqueue(Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params: params.to_vec() })
     }
     fn encode_tensor_map(&self, _: u32, desc: &driver::TensorMapDesc) -> DriverResult<TensorMap> {
         let mut state = self.state();

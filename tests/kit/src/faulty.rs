@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
+use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 
 /// Passes calls on to another driver, except for one, which fails without being passed on.
 pub struct Faulty {
@@ -137,8 +137,8 @@ unsafe impl Driver for Faulty {
     fn destroy_graph(&self, graph: Handle) -> DriverResult<()> {
         self.release("graph", "destroy_graph", graph, || self.inner.destroy_graph(graph))
     }
-    fn load_image(&self, ordinal: u32, image: &CStr) -> DriverResult<Handle> {
-        self.call("load_image", || self.inner.load_image(ordinal, image))
+    fn load_image(&self, ordinal: u32, image: &[u8]) -> Result<Handle, ImageError> {
+        self.call("load_image", || Ok(self.inner.load_image(ordinal, image)))?
     }
     fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle> {
         self.call("function", || self.inner.function(image, entry))

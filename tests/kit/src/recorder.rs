@@ -6,7 +6,7 @@ use std::ffi::CStr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, Launch, TensorMap, TensorMapDesc};
+use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 
 /// One recorded call.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +36,7 @@ pub struct Recorder {
     events_held: AtomicBool,
     events_refused: AtomicBool,
     synchronize_refused: AtomicBool,
+    images_refused: Mutex<[Option<ImageError>; 2]>,
 }
 
 impl Recorder {
@@ -68,6 +69,11 @@ impl Recorder {
     /// From now on no event is ever done; with false, every one at once.
     pub fn hold_events(&self, held: bool) {
         self.events_held.store(held, Ordering::Relaxed);
+    }
+
+    /// From now on cubins and PTX are refused so; `None` loads them.
+    pub fn refuse_images(&self, cubin: Option<ImageError>, ptx: Option<ImageError>) {
+        *self.images_refused.lock().expect("no panic while recording") = [cubin, ptx];
     }
 
     fn push(&self, call: Call) {
@@ -132,7 +138,7 @@ unsafe impl Driver for Recorder {
         Ok(memory)
     }
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
-        let layout = self.pinned.lock().expect("no panic while recording").remove(&memory.addr()).ok_or(DriverError(1))?;
+        let layout = self.pinned.lock().expect("no panic while recording").remove(&memory.addr()).ok_or(DriverError::new(1))?;
         // SAFETY: it was allocated with this layout, and is forgotten now.
         unsafe { dealloc(memory, layout) };
         self.push(Call::FreePinned);
@@ -146,7 +152,7 @@ unsafe impl Driver for Recorder {
     }
     fn synchronize(&self, stream: Handle) -> DriverResult<()> {
         self.push(Call::Synchronize { stream });
-        if self.synchronize_refused.load(Ordering::Relaxed) { Err(DriverError(700)) } else { Ok(()) }
+        if self.synchronize_refused.load(Ordering::Relaxed) { Err(DriverError::new(700)) } else { Ok(()) }
     }
     fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
         if self.events_refused.load(Ordering::Relaxed) { Err(DriverError::OUT_OF_MEMORY) } else { Ok(self.handle()) }
@@ -179,8 +185,12 @@ unsafe impl Driver for Recorder {
     fn destroy_graph(&self, _: Handle) -> DriverResult<()> {
         Ok(())
     }
-    fn load_image(&self, _: u32, image: &CStr) -> DriverResult<Handle> {
-        self.push(Call::Load { bytes: image.count_bytes() });
+    fn load_image(&self, _: u32, image: &[u8]) -> Result<Handle, ImageError> {
+        self.push(Call::Load { bytes: image.len() });
+        let [cubin, ptx] = self.images_refused.lock().expect("no panic while recording").clone();
+        if let Some(error) = if image.starts_with(b"\x7fELF") { cubin } else { ptx } {
+            return Err(error);
+        }
         Ok(self.handle())
     }
     fn function(&self, _: Handle, entry: &CStr) -> DriverResult<Handle> {
@@ -199,7 +209,7 @@ unsafe impl Driver for Recorder {
     }
     fn encode_tensor_map(&self, _: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap> {
         if !encodable(desc) {
-            return Err(DriverError(1));
+            return Err(DriverError::new(1));
         }
         self.maps.lock().expect("no panic while recording").push(desc.clone());
         Ok(TensorMap([0; 16]))
