@@ -1,69 +1,38 @@
 #!/usr/bin/env python3
-"""Rebuilds ptx/ and its MANIFEST from cuda/*.cu with NVRTC 12.4, whose PTX (ISA 8.4) loads on drivers from R550 on.
+"""Rebuilds ptx/ and its MANIFEST from cuda/*.cu. Needs nothing but Python and pip: no GPU, driver or CUDA toolkit.
 
-    pip install nvidia-cuda-nvrtc-cu12==12.4.127
-    NVRTC_12_4=path/to/libnvrtc.so.12 python3 cuda/build.py
+    python3 cuda/build.py            writes ptx/ and tests/params/echo.sm_90a.ptx
+    python3 cuda/build.py --check    compares with what is committed and writes nothing
 
-`ptxas` on PATH (any version from 12.4 on) assembles each image for the MANIFEST's figures: registers, stack, spills and static
-shared memory of every entry. A kernel with a stack frame or a spill fails the build. Images carry line info; file names in
-it are relative to the repository, so that the output depends on the sources and the compiler alone.
+Each file becomes PTX (with line information, whose file names are relative) and, assembled from it, the cubin that is loaded. The output
+depends on the sources and the compilers alone; `toolchain.py` names their versions. Every committed PTX, the emulator's test kernels
+included, is assembled by the oldest and the newest assembler. A kernel of ours fails the build if either of them says that it spills,
+has a stack, or that wgmma is serialised (C75xx); if it uses local memory; or if a loop waits for the whole GPU's memory or flushes
+the L1 cache.
 """
 
-import ctypes
-import os
+import argparse
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--gpu-architecture=compute_90a", "--std=c++17", "--generate-line-info"]
+import sass
+from toolchain import NVRTC_FLAGS, ROOT, Nvrtc, assemblers, disassemble, install, without_lines
+
 MAX_ISA = (8, 4)
 HEADER = """\
 # The images of this folder; written by cuda/build.py, read by tests/manifest.rs.
-# Per image: PTX ISA, hash of its sources (cuda/<stem>.cu and all of cuda/common), hash of the image; hashes are FNV-1a, 64 bits.
-# Per entry: bytes of parameters; registers, stack bytes, spilled bytes and static shared bytes as ptxas counts them; and, counted in the
-# machine code, tensor-core products (hgmma), waits for them (depbar) and tensor copies by their rank (tma).
+# Per image: PTX ISA; hashes (FNV-1a, 64 bits) of its sources (cuda/<stem>.cu and all of cuda/common), of the PTX, and of the cubin, which
+# the first of the assemblers made from that PTX.
+# Per entry: bytes of parameters; then, where both assemblers agree one figure, else the first's / the second's: registers, stack bytes,
+# spilled bytes and static shared bytes; and, counted in the machine code, tensor-core products (hgmma), waits for them (depbar), tensor
+# copies by their rank (tma), accesses to local memory (local), and, within loops, barriers that wait for the whole GPU's memory and
+# flushes of the L1 cache.
 """
-
-
-class Nvrtc:
-    """libnvrtc, as far as it is needed to turn a source text into PTX."""
-
-    def __init__(self, library):
-        self.lib = ctypes.CDLL(library)
-        self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self.check(self.lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
-        self.version = f"{major.value}.{minor.value}"
-
-    def check(self, code, what):
-        if code:
-            sys.exit(f"{what}: {self.lib.nvrtcGetErrorString(code).decode()}")
-
-    def text(self, program, get_size, get):
-        size = ctypes.c_size_t()
-        get_size(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        get(program, buffer)
-        return buffer.value.decode()
-
-    def compile(self, source, text):
-        """The PTX of one file's text; the compiler's messages go to stderr and a failure ends the run."""
-        program = ctypes.c_void_p()
-        self.check(self.lib.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None), source.name)
-        flags = [flag.encode() for flag in [*FLAGS, f"--include-path={ROOT / 'cuda'}"]]
-        code = self.lib.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
-        if log := self.text(program, self.lib.nvrtcGetProgramLogSize, self.lib.nvrtcGetProgramLog).strip():
-            print(log, file=sys.stderr)
-        self.check(code, source.name)
-        ptx = self.text(program, self.lib.nvrtcGetPTXSize, self.lib.nvrtcGetPTX)
-        self.lib.nvrtcDestroyProgram(ctypes.byref(program))
-        ptx = ptx[ptx.index(".version") :].rstrip() + "\n"  # without the compiler's banner
-        ptx = re.sub(r"(?m)^\s*// (begin|end) inline asm\n", "", ptx)
-        return re.sub(rf'(?m)^(\s*\.file\s+\d+ )"{re.escape(str(ROOT))}/', r'\1"', ptx)
+# What must be nothing, by both assemblers.
+NOTHING = ["stack", "spills", "local", "membar_in_loops", "flush_in_loops"]
+# wgmma serialised, or registers not handed over.
+SERIALISED = re.compile(r"\bC75[01]\d\b.*")
 
 
 def fnv(*texts):
@@ -74,33 +43,70 @@ def fnv(*texts):
     return f"{value:016x}"
 
 
-def assembled(ptxas, cuobjdump, ptx):
-    """Per entry: registers, stack, spills, shared bytes, products, waits, tensor copies; nothing without ptxas and cuobjdump."""
-    if not (ptxas and cuobjdump):
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        source, code = Path(folder, "image.ptx"), Path(folder, "image.cubin")
-        source.write_text(ptx)
-        run = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "-o", code, source], capture_output=True, text=True)
-        # C7500 to C7519: wgmma serialised, or registers not handed over.
-        if run.returncode or re.search(r"\bC75[01]\d\b", run.stderr):
-            sys.exit(run.stderr)
-        sass = subprocess.run([cuobjdump, "--dump-sass", code], capture_output=True, text=True, check=True).stdout
-    code = {text.split("\n")[0].strip(): text for text in sass.split("Function : ")[1:]}
+def reported(log):
+    """Per entry, what an assembler says of it: registers, stack, spills, static shared memory."""
     figures = {}
-    for entry in re.split(r"Compiling entry function '", run.stderr)[1:]:
+    for entry in re.split(r"Compiling entry function '", log)[1:]:
         number = lambda pattern: int(found[1]) if (found := re.search(pattern, entry)) else 0
-        name, text = entry.split("'")[0], code[entry.split("'")[0]]
-        stack, spills = number(r"(\d+) bytes stack"), number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-        count = lambda pattern: len(re.findall(pattern, text))
-        copies = sorted(re.findall(r"\bUTMALDG\.(\dD(?:\.MULTICAST)?)", text))
-        figures[name] = (number(r"Used (\d+) registers"), stack, spills, number(r"(\d+) bytes smem"), count(r"\b[HQ]GMMA\."), count(r"WARPGROUP\.DEPBAR"), ",".join(copies).lower() or 0)
+        figures[entry.split("'")[0]] = {
+            "registers": number(r"Used (\d+) registers"),
+            "stack": number(r"(\d+) bytes stack"),
+            "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "shared": number(r"(\d+) bytes smem"),
+        }
     return figures
+
+
+def figures(cubin, log):
+    """Per entry, what the assembler says and what is counted in its code."""
+    code = disassemble(cubin)
+    return {entry: {**said, **sass.counts(code[entry])} for entry, said in reported(log).items()}
+
+
+def image(source, common, nvrtc, tools):
+    """The files of one source, their lines in the manifest, and what is wrong with them."""
+    ptx = nvrtc.compile(source, source.read_bytes())
+    isa = re.search(r"\.version (\S+)", ptx)[1]
+    wrong = [] if tuple(map(int, isa.split("."))) <= MAX_ISA else [f"{source.name}: PTX ISA {isa}"]
+    assembled = [tool.assemble(without_lines(ptx)) for tool in tools]
+    for tool, (cubin, log) in zip(tools, assembled):
+        wrong += [f"{source.name}, ptxas {tool.version}: {text}" for text in SERIALISED.findall(log)]
+        wrong += [] if cubin else [f"{source.name}, ptxas {tool.version}: {log}"]
+    if not all(cubin for cubin, _ in assembled):
+        return {}, "", wrong
+    name, cubin = f"{source.stem}.sm_90a", assembled[0][0]
+    hashes = f"sources {fnv(source.read_bytes(), *common)} ptx {fnv(ptx.encode())} cubin {fnv(cubin)}"
+    lines, by_tool = f"\nimage {name} isa {isa} {hashes}\n", [figures(*both) for both in assembled]
+    for entry, param_bytes in re.findall(r"\.entry (\w+)\(\s*\.param [^\[]*\[(\d+)\]", ptx):
+        both = [by[entry] for by in by_tool]
+        lines += f"entry {entry} params {param_bytes}"
+        for figure in both[0]:
+            values = [str(of[figure]) for of in both]
+            lines += f" {figure} {values[0] if len(set(values)) == 1 else '/'.join(values)}"
+            if figure in NOTHING and set(values) != {"0"}:
+                wrong.append(f"{entry}: {figure} {values} with ptxas {[tool.version for tool in tools]}")
+        lines += "\n"
+    return {f"ptx/{name}.ptx": ptx.encode(), f"ptx/{name}.cubin": cubin}, lines, wrong
+
+
+def test_kernel(path, tools):
+    """What is wrong with a committed PTX that is run by tests alone: it must be assembled. A planted bug may serialise wgmma."""
+    wrong = []
+    for tool in tools:
+        cubin, log = tool.assemble(path.read_text())
+        name = f"{path.relative_to(ROOT)}, ptxas {tool.version}"
+        if not cubin:
+            wrong.append(f"{name}: {log}")
+        elif ".bug_" not in path.name:
+            wrong += [f"{name}: {text}" for text in SERIALISED.findall(log)]
+            wrong += [f"{name}: {entry} spills" for entry, of in reported(log).items() if of["spills"]]
+    return wrong
 
 
 def echo(params):
     """Source of kernels that write back every field of the parameter structs, one kernel a struct: the size first, then the fields' bits."""
-    structs = {name: re.findall(r"^ +(\w+) +(\w+)(?:\[(\d+)\])?;", body, re.M) for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", params, re.M | re.S)}
+    body = re.findall(r"^struct (\w+) \{(.*?)^\};", params, re.M | re.S)
+    structs = {name: re.findall(r"^ +(\w+) +(\w+)(?:\[(\d+)\])?;", fields, re.M) for name, fields in body}
 
     def leaves(struct, path):
         for kind, field, count in structs[struct]:
@@ -125,32 +131,47 @@ __device__ uint64_t bits(float x) { return __float_as_uint(x); }
     return source
 
 
-def main():
-    nvrtc, tools = Nvrtc(os.environ.get("NVRTC_12_4", "libnvrtc.so.12")), [shutil.which(tool) for tool in ("ptxas", "cuobjdump")]
-    common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").rglob("*.*h"))]
-    manifest, bad = HEADER + f"compiler NVRTC {nvrtc.version}\nflags {' '.join(FLAGS)}\n", []
-    for source in sorted((ROOT / "cuda").glob("*.cu")):
-        ptx = nvrtc.compile(source, source.read_bytes())
-        isa = re.search(r"\.version (\S+)", ptx)[1]
-        if tuple(map(int, isa.split("."))) > MAX_ISA:
-            sys.exit(f"this NVRTC emits PTX ISA {isa}; use NVRTC 12.4")
-        target = ROOT / "ptx" / f"{source.stem}.sm_90a.ptx"
-        target.write_text(ptx)
-        manifest += f"\nimage {target.name} isa {isa} sources {fnv(source.read_bytes(), *common)} image {fnv(ptx.encode())}\n"
-        figures = assembled(*tools, ptx)
-        for entry, bytes_of_params in re.findall(r"\.entry (\w+)\(\s*\.param [^\[]*\[(\d+)\]", ptx):
-            registers, stack, spills, shared, hgmma, depbar, tma = figures.get(entry, ("-",) * 7)
-            manifest += f"entry {entry} params {bytes_of_params} registers {registers} stack {stack} spills {spills} shared {shared} hgmma {hgmma} depbar {depbar} tma {tma}\n"
-            if stack not in (0, "-") or spills not in (0, "-"):
-                bad.append(f"{entry}: {stack} bytes of stack, {spills} bytes spilled")
-        print(target.relative_to(ROOT))
-    (ROOT / "ptx/MANIFEST").write_text(manifest)
-    params, target = (ROOT / "cuda/common/params.h").read_bytes(), ROOT / "tests/params/echo.sm_90a.ptx"
+def echo_image(nvrtc):
+    """The echo kernels' PTX, tied to the header that they are of."""
+    params = (ROOT / "cuda/common/params.h").read_bytes()
     ptx = nvrtc.compile(ROOT / "echo.cu", echo(params.decode()).encode())
-    target.write_text(f"// of cuda/common/params.h {fnv(params)}; written by cuda/build.py, run by tests/params.rs\n{ptx}")
-    print(target.relative_to(ROOT))
-    if bad:
-        sys.exit("\n".join(bad))
+    return f"// of cuda/common/params.h {fnv(params)}; written by cuda/build.py, run by tests/params.rs\n{ptx}".encode()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with what is committed, write nothing")
+    check = parser.parse_args().check
+
+    install()
+    nvrtc, tools = Nvrtc(), assemblers()
+    common = [path.read_bytes() for path in sorted((ROOT / "cuda/common").rglob("*.*h"))]
+    sources = sorted((ROOT / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(lambda source: image(source, common, nvrtc, tools), sources))
+    files = {"tests/params/echo.sm_90a.ptx": echo_image(nvrtc)}
+    versions = " ".join(tool.version for tool in tools)
+    manifest = f"{HEADER}compiler NVRTC {nvrtc.version}\nflags {' '.join(NVRTC_FLAGS)}\nassemblers {versions}\n"
+    wrong = []
+    for written, lines, complaints in images:
+        files |= written
+        manifest += lines
+        wrong += complaints
+    files["ptx/MANIFEST"] = manifest.encode()
+
+    for name, content in files.items():
+        path = ROOT / name
+        if check:
+            wrong += [] if path.exists() and path.read_bytes() == content else [f"{name} is not what cuda/build.py writes"]
+        else:
+            path.write_bytes(content)
+    kernels = [ROOT / "tests/params/echo.sm_90a.ptx", *sorted((ROOT / "tests/emulator/kernels").rglob("*.ptx"))]
+    with ThreadPoolExecutor() as pool:
+        wrong += [text for texts in pool.map(lambda path: test_kernel(path, tools), kernels) for text in texts]
+    if wrong:
+        sys.exit("\n".join(wrong))
+    entries = manifest.count("\nentry ")
+    print(f"{'checked' if check else 'written'}: {len(images)} images of {entries} entries, {len(kernels)} test kernels, ptxas {versions}")
 
 
 if __name__ == "__main__":

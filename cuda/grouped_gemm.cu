@@ -129,7 +129,8 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
             skip<F>(p, ring);
             continue;
         }
-        float sum[F::PRODUCTS][F::COLS / 2];
+        // The first product of a tile overwrites these zeros. Without them ptxas 12.4 serialises every wgmma (C7515).
+        float sum[F::PRODUCTS][F::COLS / 2] = {};
         multiply<F>(p, shared, ring, sum);
         if (F::GLU)
 #pragma unroll

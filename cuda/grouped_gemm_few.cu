@@ -107,7 +107,8 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
     ExpertTiles tiles = tiles_of(p, F::TOKENS);
     ExpertTile  tile;
     for (uint32_t index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
-        float sum[F::PRODUCTS][F::TOKENS / 2];
+        // The first product of a tile overwrites these zeros. Without them ptxas 12.4 serialises every wgmma (C7515).
+        float sum[F::PRODUCTS][F::TOKENS / 2] = {};
         multiply<F>(p, shared, ring, sum);
 #pragma unroll
         for (int i = 0; i < F::TOKENS / 2; i++) {

@@ -54,7 +54,11 @@ pub(crate) fn run(arguments: &[&str]) -> u8 {
         None => Hardware::shared().map(|driver| driver as Arc<dyn Driver>),
     };
     let fine = match found.and_then(|driver| describe(&*driver).and(Device::with_driver(driver, 0))) {
-        Ok(device) => kernels(&device) & emulator.is_none_or(|emulator| all_were_launched(&emulator)),
+        Ok(device) => {
+            let agree = kernels(&device);
+            loaded(&device);
+            agree & emulator.is_none_or(|emulator| all_were_launched(&emulator))
+        }
         Err(error) => {
             println!("gpu      none: {error}");
             println!("works    everything on the CPU (Device::cpu()), and the kernels themselves with --emulated");
@@ -70,7 +74,15 @@ fn images() {
     let words = |line: &'static str| line.split(' ').collect::<Vec<_>>();
     let images: Vec<_> = MANIFEST.lines().filter(|line| line.starts_with("image ")).map(words).collect();
     let entries = MANIFEST.lines().filter(|line| line.starts_with("entry ")).count();
-    println!("images   {}, {entries} kernels, PTX ISA {} for sm_90a; drivers from R550 (CUDA 12.4)", images.len(), images[0][3]);
+    let isa = images[0][3];
+    println!("images   {}, {entries} kernels for sm_90a, as cubin and PTX ISA {isa}; drivers from R550 (CUDA 12.4)", images.len());
+}
+
+/// Which of the two forms of each image the driver took.
+fn loaded(device: &Device) {
+    let (cubin, ptx): (Vec<_>, Vec<_>) = device.loaded_images().into_iter().partition(|file| file.ends_with(".cubin"));
+    let compiled = if ptx.is_empty() { String::new() } else { format!(" ({})", ptx.join(", ")) };
+    println!("loaded   {} images as they ship (cubin), {} compiled by the driver (PTX){compiled}", cubin.len(), ptx.len());
 }
 
 /// Whether this program knows every kernel there is; an emulator has counted.

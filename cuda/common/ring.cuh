@@ -26,11 +26,7 @@ template <int STAGES, int CLUSTER> struct Ring {
         while (!mbarrier_try_wait(full(), phase)) {}
     }
     __device__ __forceinline__ void wait_empty() const {
-        if (CLUSTER > 1) {
-            while (!mbarrier_try_wait_cluster(empty(), phase ^ 1)) {}
-        } else {
-            while (!mbarrier_try_wait(empty(), phase ^ 1)) {}
-        }
+        while (!mbarrier_try_wait(empty(), phase ^ 1)) {}
     }
     // The stage before this one, by consumers that have waited for their products. Each warp arrives for itself, in every block: so no
     // stage can be filled twice while a warp is still on its way to see it full.

@@ -15,35 +15,25 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the barrier of the same offset in CTA `rank` of the cluster.
+// Arrives at the barrier of the same offset in CTA `rank` of the cluster. It orders nothing for the cluster: it says that this CTA's
+// products have read a stage, which is over once they have been waited for, and what follows in the other CTA are tensor copies. As
+// `.release.cluster` it would cost a GPU-wide memory barrier (MEMBAR.ALL.GPU) for each warp and stage.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n"
                  ".reg .b32 remote;\n"
                  "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
                  "}" ::"r"(barrier), "r"(rank)
                  : "memory");
 }
 
-// True once the phase of that parity has completed.
+// True once the phase of that parity has completed, by arrivals of any CTA of the cluster. As `.acquire.cluster` it would drop the L1
+// cache (CCTL.IVALL) at each try; nothing is read after it that another CTA has written.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile("{\n"
                  ".reg .pred done;\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, done;\n"
-                 "}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return done != 0;
-}
-// The same, for arrivals from other CTAs of the cluster.
-__device__ __forceinline__ bool mbarrier_try_wait_cluster(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, done;\n"
                  "}"
                  : "=r"(done)

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
         const u32 half = staging + (group - 1) * STAGING_BYTES;
         const u32 warp = thread / 32, lane = thread % 32;
         const u32 row = 16 * warp + lane % 16;
-        float acc[128];
+        float acc[128] = {}; // without zeros ptxas 12.4 serialises every wgmma
         for (u32 tile = blockIdx.x / 2; tile < tiles; tile += gridDim.x / 2) {
             const u32 row0 = (tile % p.row_pairs * 2 + rank) * 128 + (group - 1) * 64, column0 = tile / p.row_pairs * 256;
             u32 previous = 0;
