@@ -242,7 +242,8 @@ impl fmt::Display for Error {
                 write!(f, "the CUDA driver does not start: CUDA {code} ({name}){}", start_advice(code))
             }
             Error::Image { file, entry, code, name, ref log } => {
-                write!(f, "the driver refused {file} at entry `{entry}`: CUDA {code} ({name})")?;
+                let at = if entry.is_empty() { String::new() } else { format!(" at entry `{entry}`") };
+                write!(f, "the driver refused {file}{at}: CUDA {code} ({name})")?;
                 if log.is_empty() { Ok(()) } else { write!(f, "; its compiler says: {log}") }
             }
             Error::Driver { op, call, code, name } => write!(f, "{op}: {call} gave CUDA {code} ({name})"),

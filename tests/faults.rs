@@ -261,8 +261,17 @@ fn a_refused_image_names_itself() {
                 ptx input, line 1; fatal";
     assert_eq!(error.to_string(), text);
     assert!(error.is_refusal() && recorder.launches().len() == before && device.loaded_images().is_empty());
+    assert_eq!(
+        device.load_images().unwrap_err().to_string(),
+        "the driver refused ptx/attention.sm_90a.ptx: CUDA 222 (NAME); its compiler says: ptxas application ptx input, line 1; fatal"
+    );
     recorder.refuse_images(None, None);
     argmax_on(&stream).unwrap();
+    device.load_images().unwrap();
+    assert_eq!(device.loaded_images().len(), 13);
+    let before = recorder.calls().len();
+    device.load_images().unwrap(); // each is loaded once
+    assert_eq!(recorder.calls().len(), before);
 }
 
 /// A call that the driver refuses for its arguments says which call it was, and the device goes on.

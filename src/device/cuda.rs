@@ -9,7 +9,7 @@ use std::ffi::CString;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
-use super::image::{COMPUTE_CAPABILITY, Image};
+use super::image::{ALL, COMPUTE_CAPABILITY, Image};
 use super::staging::Staging;
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place};
@@ -86,31 +86,39 @@ impl CudaDevice {
         if functions.contains_key(entry) || !may_load {
             return Ok(functions.get(entry).copied());
         }
-        let refused = |file: &'static str, ImageError { error, log }: ImageError| match error {
-            DriverError { code, name, .. } if error.is_of_image() => Error::Image { file, entry, code, name, log: log.into() },
-            _ => self.failed(op, image.bytes(), error),
-        };
-        let in_image = |error: DriverError| refused(image.ptx_file, error.into());
-        self.driver.make_current(self.ordinal).map_err(in_image)?;
-        let mut images = lock(&self.images);
-        let loaded = match images.get(image.ptx_file) {
-            Some(loaded) => loaded.handle,
-            None => {
-                let loaded = self.load(image).map_err(|error| refused(image.ptx_file, error))?;
-                images.insert(image.ptx_file, loaded);
-                loaded.handle
-            }
-        };
+        let refused = |error: DriverError| self.image_refused(op, image, entry, error.into());
+        self.driver.make_current(self.ordinal).map_err(refused)?;
+        let loaded = self.loaded(image).map_err(|error| self.image_refused(op, image, entry, error))?;
         let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
-        let function = self.driver.function(loaded, &name).map_err(in_image)?;
+        let function = self.driver.function(loaded, &name).map_err(refused)?;
         if shared_bytes > SHARED_BYTES_UNASKED {
-            self.driver.set_shared_limit(function, shared_bytes).map_err(in_image)?;
+            self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
         }
         functions.insert(entry, function);
         Ok(Some(function))
     }
 
-    /// Loads the machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
+    /// Loads every image that is not loaded yet.
+    pub(crate) fn load_images(&self) -> Result<(), Error> {
+        self.call(Op::Device, 0, |_| Ok(()))?; // not on a lost device
+        ALL.iter().try_for_each(|image| {
+            let loaded = self.loaded(image);
+            loaded.map(drop).map_err(|error| self.image_refused(Op::Device, image, "", error))
+        })
+    }
+
+    /// An image, loaded on first use.
+    fn loaded(&self, image: &'static Image) -> Result<Handle, ImageError> {
+        let mut images = lock(&self.images);
+        if let Some(loaded) = images.get(image.ptx_file) {
+            return Ok(loaded.handle);
+        }
+        let loaded = self.load(image)?;
+        images.insert(image.ptx_file, loaded);
+        Ok(loaded.handle)
+    }
+
+    /// The machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
     fn load(&self, image: &'static Image) -> Result<Loaded, ImageError> {
         if let Some((file, cubin)) = image.cubin() {
             match self.driver.load_image(self.ordinal, cubin) {
@@ -121,6 +129,16 @@ impl CudaDevice {
         }
         let handle = self.driver.load_image(self.ordinal, image.ptx_with_nul())?;
         Ok(Loaded { file: image.ptx_file, handle })
+    }
+
+    /// The error of an image that could not be loaded, or of an entry that it lacks.
+    fn image_refused(&self, op: Op, image: &Image, entry: &'static str, ImageError { error, log }: ImageError) -> Error {
+        match error {
+            DriverError { code, name, .. } if error.is_of_image() => {
+                Error::Image { file: image.ptx_file, entry, code, name, log: log.into() }
+            }
+            _ => self.failed(op, image.bytes(), error),
+        }
     }
 
     /// The files of the images loaded so far, in the order of their names.

@@ -22,36 +22,43 @@ pub(crate) struct Image {
 #[repr(C, align(16))]
 struct Aligned<B: ?Sized>(B);
 
-macro_rules! image {
-    ($name:ident, $stem:literal) => {
-        #[cfg(not(feature = "build-kernels"))]
-        pub(crate) static $name: Image = Image {
-            ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
-            ptx: concat!(include_str!(concat!("../../ptx/", $stem, ".sm_90a.ptx")), "\0"),
-            cubin_file: concat!("ptx/", $stem, ".sm_90a.cubin"),
-            cubin: &Aligned(*include_bytes!(concat!("../../ptx/", $stem, ".sm_90a.cubin"))),
-        };
-        #[cfg(feature = "build-kernels")]
-        pub(crate) static $name: Image = Image {
-            ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
-            ptx: concat!(include_str!(concat!(env!("OUT_DIR"), "/", $stem, ".sm_90a.ptx")), "\0"),
-        };
+macro_rules! images {
+    ($($name:ident = $stem:literal;)*) => {
+        $(
+            #[cfg(not(feature = "build-kernels"))]
+            pub(crate) static $name: Image = Image {
+                ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
+                ptx: concat!(include_str!(concat!("../../ptx/", $stem, ".sm_90a.ptx")), "\0"),
+                cubin_file: concat!("ptx/", $stem, ".sm_90a.cubin"),
+                cubin: &Aligned(*include_bytes!(concat!("../../ptx/", $stem, ".sm_90a.cubin"))),
+            };
+            #[cfg(feature = "build-kernels")]
+            pub(crate) static $name: Image = Image {
+                ptx_file: concat!("ptx/", $stem, ".sm_90a.ptx"),
+                ptx: concat!(include_str!(concat!(env!("OUT_DIR"), "/", $stem, ".sm_90a.ptx")), "\0"),
+            };
+        )*
+
+        /// All of them.
+        pub(crate) static ALL: &[&Image] = &[$(&$name),*];
     };
 }
 
-image!(ATTENTION, "attention");
-image!(BLOCK_SPARSE, "block_sparse");
-image!(BLOCK_SPARSE_PLAIN, "block_sparse_plain");
-image!(EMBEDDING, "embedding");
-image!(GLU, "glu");
-image!(GROUPED_GEMM, "grouped_gemm");
-image!(GROUPED_GEMM_FEW, "grouped_gemm_few");
-image!(GROUPED_GEMM_PLAIN, "grouped_gemm_plain");
-image!(NORM, "norm");
-image!(PERMUTE, "permute");
-image!(ROPE, "rope");
-image!(ROUTER, "router");
-image!(SAMPLE, "sample");
+images! {
+    ATTENTION = "attention";
+    BLOCK_SPARSE = "block_sparse";
+    BLOCK_SPARSE_PLAIN = "block_sparse_plain";
+    EMBEDDING = "embedding";
+    GLU = "glu";
+    GROUPED_GEMM = "grouped_gemm";
+    GROUPED_GEMM_FEW = "grouped_gemm_few";
+    GROUPED_GEMM_PLAIN = "grouped_gemm_plain";
+    NORM = "norm";
+    PERMUTE = "permute";
+    ROPE = "rope";
+    ROUTER = "router";
+    SAMPLE = "sample";
+}
 
 /// The architecture all images are built for; `a` images run on no other.
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);

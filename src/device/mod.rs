@@ -112,6 +112,20 @@ impl Device {
         }
     }
 
+    /// Loads all kernels of a GPU now, rather than each image when one of its kernels is first used: milliseconds, or half a minute where
+    /// the driver refuses the machine code that ships and compiles the PTX behind it. Nothing to do on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Image`]; what the driver reports.
+    pub fn load_images(&self) -> Result<(), Error> {
+        match &self.0 {
+            Backend::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => device.load_images(),
+        }
+    }
+
     /// The files of the images that a GPU has loaded so far: `ptx/glu.sm_90a.cubin` is machine code that ships, `ptx/glu.sm_90a.ptx`
     /// was compiled by the driver, because it refused the other. Empty on the CPU.
     pub fn loaded_images(&self) -> Vec<&'static str> {

@@ -407,3 +407,22 @@ fn who_takes_which_call() {
     assert_eq!(launched(&|| turned(&topology(64, 50, 48))), "block_sparse_tt_bf16_64");
     assert_eq!(launched(&|| turned(&topology(64, 50, 49))), "block_sparse_dsd_bf16_to_f32", "a result of 49 columns");
 }
+
+/// The stride of a single row may be anything; the driver is given one that it takes.
+#[test]
+fn a_single_row_of_any_stride() {
+    let driver = Arc::new(Recorder::default());
+    let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
+    let topology = Topology::from_blocks(&stream, 64, [1, 64], &[[0, 0]]).unwrap();
+    let w = Buffer::<Bf16>::zeros(&stream, 64 * 24).unwrap();
+    let mut y = Buffer::<f32>::zeros(&stream, topology.stored_rows() * 64).unwrap();
+    for stride in [0, 8, 24] {
+        // SAFETY: nobody reads there.
+        let x = unsafe { Rows::<Bf16>::from_raw(stream.place(), 1 << 40, 1, 24, stride).unwrap() };
+        let before = driver.launches().len();
+        let mut y = y.rows_mut(topology.stored_rows(), 64).unwrap();
+        sdd(&stream, x.into(), Dense::from(w.rows(64, 24).unwrap()).t(), &topology, &mut y).unwrap();
+        let [Call::Launch { entry, .. }] = &driver.launches()[before..] else { panic!("not one launch") };
+        assert_eq!(entry, "block_sparse_nt_bf16_64");
+    }
+}

@@ -84,7 +84,8 @@ fn common<T: Float, O: Float>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<BlockProductParams, Error> {
     let map = |x: &Operand| -> Result<TensorMap, Error> {
-        let desc = TensorMapDesc::swizzled::<T, 2>(x.address, [x.cols, x.rows], [1, x.stride], [BOX; 2]);
+        let stride = x.stride.max(x.cols); // of a single row it may be anything, but the driver wants one
+        let desc = TensorMapDesc::swizzled::<T, 2>(x.address, [x.cols, x.rows], [1, stride], [BOX; 2]);
         stream.cuda().tensor_map(Op::BlockSparse, &desc)
     };
     Ok(BlockProductParams {

@@ -161,10 +161,11 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
     let (offsets, row_to_slot, top_k) = rows.addresses();
     let maps = weights.map(|w| weights_map(&w, tile_cols / form.cluster));
     let map = |desc: &TensorMapDesc| cuda.tensor_map(Op::GroupedGemm, desc);
+    let w_map = map(&maps[0])?;
     let params = TiledProductParams {
         x_map: if row_to_slot == 0 { map(&rows_map(&x, form.rows))? } else { TensorMap([0; 16]) },
-        w: map(&maps[0])?,
-        v: map(&maps[P - 1])?,
+        w: w_map,
+        v: if P == 1 { w_map } else { map(&maps[P - 1])? },
         x: x.address(),
         offsets,
         row_to_slot,
