@@ -142,7 +142,8 @@ pub enum Error {
     /// The driver is there but does not start.
     #[allow(missing_docs)]
     DriverStart { code: i32, name: &'static str },
-    /// An image was refused by the driver, or lacks an entry point. `log` is what the driver's compiler said, if anything.
+    /// An image was refused by the driver, or lacks an entry point. `log` is what the driver's compiler said, or why
+    /// there was nothing to load.
     #[allow(missing_docs)]
     Image { file: &'static str, entry: &'static str, code: i32, name: &'static str, log: Box<str> },
     /// The driver refused a call; the device is as it was. An operation of several launches may have run the earlier ones.
@@ -244,7 +245,7 @@ impl fmt::Display for Error {
             Error::Image { file, entry, code, name, ref log } => {
                 let at = if entry.is_empty() { String::new() } else { format!(" at entry `{entry}`") };
                 write!(f, "the driver refused {file}{at}: CUDA {code} ({name})")?;
-                if log.is_empty() { Ok(()) } else { write!(f, "; its compiler says: {log}") }
+                if log.is_empty() { Ok(()) } else { write!(f, "; {log}") }
             }
             Error::Driver { op, call, code, name } => write!(f, "{op}: {call} gave CUDA {code} ({name})"),
             Error::OutOfMemory { op, need_bytes } => write!(f, "out of memory: {op} needs {need_bytes} bytes"),

@@ -3,7 +3,7 @@
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use dropless::{Buffer, Device, Error, sample};
@@ -90,8 +90,8 @@ fn source(answers: &Answers) -> String {
 }
 
 /// What opening the device gives where the library answers so; `None` where there is no compiler.
-fn opened(answers: &Answers) -> Option<String> {
-    let folder = std::env::temp_dir().join(format!("dropless-driver-{}", std::process::id()));
+fn opened(answers: &Answers, images: Option<&Path>) -> Option<String> {
+    let folder = std::env::temp_dir().join(format!("dropless-driver-{}-{:?}", std::process::id(), std::thread::current().id()));
     std::fs::create_dir_all(&folder).unwrap();
     let library: PathBuf = folder.join("libcuda.so.1");
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
@@ -105,6 +105,10 @@ fn opened(answers: &Answers) -> Option<String> {
     assert!(child.wait().unwrap().success());
     let mut again = Command::new(std::env::current_exe().unwrap());
     again.args(["--exact", "open_and_say", "--ignored", "--nocapture"]).env("LD_LIBRARY_PATH", &folder);
+    match images {
+        Some(images) => again.env("DROPLESS_IMAGES", images),
+        None => again.env_remove("DROPLESS_IMAGES"),
+    };
     let output = again.output().unwrap();
     std::fs::remove_dir_all(folder).unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -143,7 +147,7 @@ fn any_driver_is_answered_with_an_error_or_a_device() {
         (Answers { cubin: 209, ..GOOD }, "Device(cuda:0), 1000 bytes free, copied, launched from ptx/sample.sm_90a.ptx"),
         (
             Answers { cubin: 209, ptx: 218, ..GOOD },
-            "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 218 (NAME_OF_218); its compiler says: line 7: fatal",
+            "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 218 (NAME_OF_218); line 7: fatal",
         ),
         (Answers { launch: 1, ..GOOD }, "sample: cuLaunchKernelEx gave CUDA 1 (NAME_OF_1)"),
         (
@@ -151,13 +155,34 @@ fn any_driver_is_answered_with_an_error_or_a_device() {
             "device lost in sample: cuLaunchKernelEx gave CUDA 719 (NAME_OF_719); this process cannot use the device again",
         ),
     ] {
-        let Some(said) = opened(&answers) else { return };
+        let Some(said) = opened(&answers, None) else { return };
         assert_eq!(said, want);
     }
 }
 
+/// Kernels from a folder instead of those built in.
 #[test]
-#[ignore = "run by the other test, in a process of its own"]
+fn images_may_come_from_a_folder() {
+    let images = std::env::temp_dir().join(format!("dropless-images-{}", std::process::id()));
+    std::fs::create_dir_all(&images).unwrap();
+    let ptx = images.join("sample.sm_90a.ptx");
+    let want = format!(
+        "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 301 (CUDA_ERROR_FILE_NOT_FOUND); DROPLESS_IMAGES: {}: No \
+         such file or directory (os error 2)",
+        ptx.display()
+    );
+    let Some(said) = opened(&GOOD, Some(&images)) else { return };
+    assert_eq!(said, want);
+    std::fs::copy(root().join("ptx/sample.sm_90a.ptx"), &ptx).unwrap();
+    let launched = |file: &Path| format!("Device(cuda:0), 1000 bytes free, copied, launched from {}", file.display());
+    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(&ptx));
+    std::fs::write(ptx.with_extension("cubin"), b"\x7fELF").unwrap();
+    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(&ptx.with_extension("cubin")));
+    std::fs::remove_dir_all(images).unwrap();
+}
+
+#[test]
+#[ignore = "run by the other tests, in a process of its own"]
 fn open_and_say() {
     let said = || -> Result<String, Error> {
         let device = Device::cuda(0)?;

@@ -257,13 +257,13 @@ fn a_refused_image_names_itself() {
     let device = open();
     let (stream, before) = (device.stream().unwrap(), recorder.launches().len());
     let error = argmax_on(&stream).unwrap_err();
-    let text = "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 222 (NAME); its compiler says: ptxas application \
+    let text = "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 222 (NAME); ptxas application \
                 ptx input, line 1; fatal";
     assert_eq!(error.to_string(), text);
     assert!(error.is_refusal() && recorder.launches().len() == before && device.loaded_images().is_empty());
     assert_eq!(
         device.load_images().unwrap_err().to_string(),
-        "the driver refused ptx/attention.sm_90a.ptx: CUDA 222 (NAME); its compiler says: ptxas application ptx input, line 1; fatal"
+        "the driver refused ptx/attention.sm_90a.ptx: CUDA 222 (NAME); ptxas application ptx input, line 1; fatal"
     );
     recorder.refuse_images(None, None);
     argmax_on(&stream).unwrap();

@@ -120,15 +120,16 @@ impl CudaDevice {
 
     /// The machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
     fn load(&self, image: &'static Image) -> Result<Loaded, ImageError> {
-        if let Some((file, cubin)) = image.cubin() {
-            match self.driver.load_image(self.ordinal, cubin) {
+        let mut refused = ImageError::from(DriverError::FILE_NOT_FOUND);
+        let candidates = image.candidates().map_err(|log| ImageError { error: DriverError::FILE_NOT_FOUND, log })?;
+        for (file, bytes) in candidates {
+            match self.driver.load_image(self.ordinal, &bytes) {
                 Ok(handle) => return Ok(Loaded { file, handle }),
-                Err(refused) if refused.error.is_of_image() => {}
+                Err(error) if error.error.is_of_image() => refused = error,
                 Err(failed) => return Err(failed),
             }
         }
-        let handle = self.driver.load_image(self.ordinal, image.ptx_with_nul())?;
-        Ok(Loaded { file: image.ptx_file, handle })
+        Err(refused)
     }
 
     /// The error of an image that could not be loaded, or of an entry that it lacks.

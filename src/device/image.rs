@@ -3,6 +3,11 @@
 //! Each is there twice: machine code (a cubin), which the driver loads as it is, and the PTX that it was assembled from, which the
 //! driver compiles in seconds. `sm_90a` code of either kind runs on compute capability 9.0 alone, so the cubin serves every device
 //! that the PTX serves. The PTX is for a driver that refuses the cubin, and for the emulator, which runs nothing else.
+//!
+//! `DROPLESS_IMAGES=DIR` loads `DIR/<stem>.sm_90a.cubin`, or else `.ptx`, instead of what is built in: to try a kernel without a build.
+
+use std::borrow::Cow;
+use std::path::Path;
 
 /// An image, as PTX and as machine code.
 #[derive(Debug)]
@@ -69,19 +74,36 @@ impl Image {
         self.ptx.len()
     }
 
-    pub(crate) fn ptx_with_nul(&self) -> &'static [u8] {
-        self.ptx.as_bytes()
+    /// What may be loaded, in the order of trying, each with the name of its file.
+    ///
+    /// # Errors
+    ///
+    /// A folder was asked for, and the image cannot be read there.
+    pub(crate) fn candidates(&self) -> Result<Vec<(&'static str, Cow<'static, [u8]>)>, String> {
+        match std::env::var_os("DROPLESS_IMAGES") {
+            Some(folder) => self.in_folder(Path::new(&folder)).map(|found| vec![found]),
+            None => Ok(self.built_in()),
+        }
     }
 
-    /// The machine code and its file; none where the kernels were compiled by this machine's nvcc.
-    #[cfg(not(feature = "build-kernels"))]
-    pub(crate) fn cubin(&self) -> Option<(&'static str, &'static [u8])> {
-        Some((self.cubin_file, &self.cubin.0))
+    /// Machine code, then PTX; PTX alone where the kernels were compiled by this machine's nvcc.
+    fn built_in(&self) -> Vec<(&'static str, Cow<'static, [u8]>)> {
+        let ptx = (self.ptx_file, self.ptx.as_bytes().into());
+        #[cfg(not(feature = "build-kernels"))]
+        return vec![(self.cubin_file, (&self.cubin.0).into()), ptx];
+        #[cfg(feature = "build-kernels")]
+        vec![ptx]
     }
 
-    /// The machine code and its file; none where the kernels were compiled by this machine's nvcc.
-    #[cfg(feature = "build-kernels")]
-    pub(crate) fn cubin(&self) -> Option<(&'static str, &'static [u8])> {
-        None
+    fn in_folder(&self, folder: &Path) -> Result<(&'static str, Cow<'static, [u8]>), String> {
+        let ptx = folder.join(self.ptx_file.trim_start_matches("ptx/"));
+        let cubin = ptx.with_extension("cubin");
+        let path = if cubin.is_file() { cubin } else { ptx };
+        let mut image = std::fs::read(&path).map_err(|error| format!("DROPLESS_IMAGES: {}: {error}", path.display()))?;
+        if path.extension().is_some_and(|extension| extension == "ptx") {
+            image.push(0); // which the driver wants at the end of a text
+        }
+        // Leaked: once for each image, and only where somebody tries kernels.
+        Ok((String::leak(path.display().to_string()), image.into()))
     }
 }
