@@ -434,7 +434,7 @@ unsafe impl Driver for Hardware {
 
     unsafe fn launch(&self, stream: Handle, launch: &Launch<'_>) -> DriverResult<()> {
         if launch.offsets.len() > MAX_PARAMS {
-            return Err(DriverError::new(1));
+            return Err(DriverError { name: "CUDA_ERROR_INVALID_VALUE", call: "cuLaunchKernelEx", code: 1 });
         }
         let attribute = LaunchAttribute { id: ATTRIBUTE_CLUSTER_DIMENSION, pad: 0, cluster: launch.cluster, rest: [0; 52] };
         let config = LaunchConfig {
