@@ -124,6 +124,12 @@ pub enum Error {
     /// A buffer was last used on another stream that this one has not joined.
     #[allow(missing_docs)]
     NotJoined { op: Op, arg: &'static str, stream: u64, used_on: u64 },
+    /// What is to be read is written by a graph that was captured and not launched yet.
+    #[allow(missing_docs)]
+    NotRun { op: Op, arg: &'static str },
+    /// A graph is to be launched for another size than it was captured for.
+    #[allow(missing_docs)]
+    Recorded { op: Op, what: &'static str, recorded: usize, now: usize },
     /// No CUDA driver library on this machine.
     #[allow(missing_docs)]
     NoDriver { searched: &'static [&'static str] },
@@ -223,6 +229,12 @@ impl fmt::Display for Error {
                     f,
                     "{op}: `{arg}` was last used on stream {used_on}, which stream {stream} has not joined; call `stream.join(&other)` first"
                 )
+            }
+            Error::NotRun { op, arg } => {
+                write!(f, "{op}: `{arg}` is written by a graph that was not launched; launch it first, or write it anew")
+            }
+            Error::Recorded { op, what, recorded, now } => {
+                write!(f, "{op}: the graph was captured for {recorded} {what}, there are {now} now")
             }
             Error::NoDriver { searched } => {
                 write!(f, "no CUDA driver (searched: {}); the CPU device works without it: Device::cpu()", searched.join(", "))

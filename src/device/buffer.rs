@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use super::cpu::HostMemory;
-use super::stream::{Access, Mark};
+use super::mark::{Access, Mark};
 use super::{Backend, Stream};
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place, check_shape};
@@ -48,7 +48,7 @@ impl<T: Element> Buffer<T> {
                 Memory::Cuda { memory: super::cuda::CudaMemory::zeroed(stream.cuda(), bytes)?, home: stream.timeline.clone() }
             }
         };
-        let buffer = Buffer { memory, len, mark: Mark::default(), _elements: PhantomData };
+        let buffer = Buffer { memory, len, mark: Mark::of(stream.device()), _elements: PhantomData };
         stream.admit(Op::Buffer, &[("self", buffer.access(true))])?;
         Ok(buffer)
     }

@@ -40,6 +40,11 @@ impl CudaDevice {
         Ok(Arc::new(CudaDevice { driver, ordinal, attributes, images, functions, lost: OnceLock::new() }))
     }
 
+    /// Tells drivers apart: two of them may have a device of one number.
+    pub(crate) fn driver_id(&self) -> usize {
+        Arc::as_ptr(&self.driver).cast::<()>().addr()
+    }
+
     pub(crate) fn free_bytes(&self) -> Result<u64, Error> {
         self.call(Op::Device, 0, |driver| driver.memory_info(self.ordinal)).map(|(free, _)| free)
     }
@@ -173,7 +178,12 @@ pub(crate) struct RawStream {
     staging: Mutex<Staging>,
     /// While a graph is captured: the memory whose owners went meanwhile.
     captured: Mutex<Option<Vec<u64>>>,
+    /// Zeros that kernels of this stream may count in, if they leave zeros behind.
+    scratch: u64,
 }
+
+/// Bytes of a stream's scratch.
+pub(crate) const SCRATCH_BYTES: usize = 1024;
 
 /// Blocks per SM of a launch over many small items: enough to hide latency. Such kernels are grid-stride, so that any number
 /// of blocks is correct.
@@ -198,7 +208,20 @@ impl RawStream {
     pub(crate) fn new(device: &Arc<CudaDevice>) -> Result<RawStream, Error> {
         let handle = device.call(Op::Stream, 0, |driver| driver.create_stream(device.ordinal))?;
         let (staging, captured) = Default::default();
-        Ok(RawStream { device: device.clone(), handle, staging, captured })
+        let mut stream = RawStream { device: device.clone(), handle, staging, captured, scratch: 0 };
+        stream.scratch = device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.alloc(handle, SCRATCH_BYTES))?;
+        device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.fill(handle, stream.scratch, 0, SCRATCH_BYTES))?;
+        Ok(stream)
+    }
+
+    /// The address of [`SCRATCH_BYTES`] zeros.
+    pub(crate) fn scratch(&self) -> u64 {
+        self.scratch
+    }
+
+    /// Waits for all work, on a lost device too, where there is nothing to wait for.
+    pub(crate) fn finish(&self) {
+        self.device.release(|driver| driver.synchronize(self.handle));
     }
 
     pub(crate) fn attributes(&self) -> &Attributes {
@@ -264,18 +287,30 @@ impl RawStream {
     /// Starts recording work instead of running it, until the capture ends.
     pub(crate) fn capture(&self) -> Result<Capture<'_>, Error> {
         self.outside_capture(Op::Stream, "another capture")?;
+        // Held over both, so that no memory is freed on a stream that has begun to record.
+        let mut captured = lock(&self.captured);
         self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))?;
-        *lock(&self.captured) = Some(Vec::new());
+        *captured = Some(Vec::new());
         Ok(Capture(self))
     }
 
     /// Ends recording, whatever became of it; gives the graph.
     fn end_capture(&self) -> Result<Handle, Error> {
-        let graph = self.device.call(Op::Stream, 0, |driver| driver.end_capture(self.handle));
-        for address in lock(&self.captured).take().unwrap_or_default() {
+        let mut captured = lock(&self.captured);
+        // On a lost device, too: the driver would go on recording what comes behind.
+        let _ = self.device.driver.make_current(self.device.ordinal);
+        let ended = self.device.driver.end_capture(self.handle);
+        for address in captured.take().unwrap_or_default() {
             self.device.release(|driver| driver.free(self.handle, address));
         }
-        graph
+        let graph = ended.map_err(|error| self.device.failed(Op::Stream, 0, error))?;
+        match self.device.lost.get() {
+            None => Ok(graph),
+            Some(error) => {
+                self.destroy_graph(graph);
+                Err(error.clone())
+            }
+        }
     }
 
     pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
@@ -323,6 +358,9 @@ impl Drop for RawStream {
         let staging = self.staging.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.device.release(|driver| {
             staging.free(driver, self.handle);
+            if self.scratch != 0 {
+                let _ = driver.free(self.handle, self.scratch);
+            }
             driver.destroy_stream(self.handle)
         });
     }

@@ -1,38 +1,83 @@
 //! Recorded work, to be launched as often as wanted.
 #![allow(unsafe_code)] // a launch, which trusts addresses recorded earlier
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use super::stream::Timeline;
+use super::stream::{Timeline, lock};
 use crate::error::Error;
+
+/// What a launch asks first.
+type Check = Box<dyn Fn() -> Result<(), Error> + Send + Sync>;
+
+/// A capture, under way or done, as the marks of the buffers know it that it uses.
+pub(super) struct Recording {
+    /// The stream's operation that launched the graph last; 0 before the first.
+    launched: AtomicU64,
+    /// Nobody can launch it any more.
+    given_up: AtomicBool,
+    checks: Mutex<Vec<Check>>,
+}
+
+impl Recording {
+    #[cfg(feature = "cuda")]
+    pub(super) fn new() -> Recording {
+        Recording { launched: AtomicU64::new(0), given_up: AtomicBool::new(false), checks: Mutex::default() }
+    }
+
+    pub(super) fn launched(&self) -> u64 {
+        self.launched.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Acquire)
+    }
+
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
+    }
+
+    pub(super) fn add(&self, check: Check) {
+        lock(&self.checks).push(check);
+    }
+}
 
 /// Recorded work of one stream: kernels with the addresses they were given.
 pub struct Graph {
     timeline: Arc<Timeline>,
+    recording: Arc<Recording>,
     #[cfg(feature = "cuda")]
     handle: super::driver::Handle,
 }
 
 impl Graph {
     #[cfg(feature = "cuda")]
-    pub(super) fn new(timeline: Arc<Timeline>, handle: super::driver::Handle) -> Graph {
-        Graph { timeline, handle }
+    pub(super) fn new(timeline: Arc<Timeline>, handle: super::driver::Handle, recording: Arc<Recording>) -> Graph {
+        Graph { timeline, recording, handle }
     }
 
-    /// Queues the recorded work on the stream that recorded it.
+    /// Queues the recorded work on the stream that recorded it. Like an operation, it counts as a use of every buffer that the
+    /// recorded operations were given: what comes behind it on another stream is refused until that stream has joined this one.
     ///
     /// # Safety
     ///
-    /// Everything that the recorded operations were given is still there: the buffers, workspaces and raw memory behind every view.
-    /// No other stream uses them, unless ordered by [`Stream::join`](super::Stream::join); a graph's own uses are not remembered.
+    /// * Everything that the recorded operations were given is still there: the buffers, workspaces and raw memory behind every view.
+    /// * Earlier work on other streams that uses any of it is ordered before, by [`Stream::join`](super::Stream::join).
+    /// * Nothing vouches for the contents of what the graph writes but what operations gave within the capture: no
+    ///   [`Routing`](crate::Routing) or [`TokenIds`](crate::TokenIds) that was made over the same memory otherwise is used
+    ///   afterwards, and no [`Topology`](crate::Topology) that was arranged again since, unless for as many rows.
     ///
     /// # Errors
     ///
-    /// What the driver reports.
+    /// Nothing is launched by these: [`Error::Recorded`] if the open step of a [`KvCache`](crate::KvCache) has another number of tokens
+    /// than the one that was recorded; [`Error::Capacity`] if a sequence of it has become longer than a recorded operation serves. What
+    /// the driver reports.
     pub unsafe fn launch(&self) -> Result<(), Error> {
+        lock(&self.recording.checks).iter().try_for_each(|check| check())?;
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
-            return cuda.launch_graph(self.handle);
+            cuda.launch_graph(self.handle)?;
+            self.recording.launched.store(self.timeline.next_operation(), Ordering::Release);
         }
         Ok(())
     }
@@ -40,6 +85,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        self.recording.give_up();
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
             cuda.destroy_graph(self.handle);

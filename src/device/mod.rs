@@ -16,6 +16,7 @@ pub(crate) mod image;
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;
+mod mark;
 #[cfg(feature = "cuda")]
 mod staging;
 mod stream;
@@ -27,8 +28,8 @@ use std::sync::Arc;
 pub use self::buffer::Buffer;
 pub(crate) use self::buffer::Upload;
 pub use self::graph::Graph;
+pub(crate) use self::mark::{Access, Mark};
 pub use self::stream::Stream;
-pub(crate) use self::stream::{Access, Mark};
 pub use self::workspace::Workspace;
 use crate::error::{Error, Place};
 
@@ -79,6 +80,15 @@ impl Device {
     #[doc(hidden)]
     pub fn with_driver(driver: Arc<dyn driver::Driver>, ordinal: u32) -> Result<Device, Error> {
         Ok(Device(Backend::Cuda(cuda::CudaDevice::open(driver, ordinal)?)))
+    }
+
+    /// Tells the drivers of GPUs apart; the same for all CPUs.
+    pub(crate) fn driver_id(&self) -> usize {
+        match &self.0 {
+            Backend::Cpu(_) => 0,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => device.driver_id(),
+        }
     }
 
     /// Where this device's buffers live.

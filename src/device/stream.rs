@@ -1,14 +1,16 @@
 //! Streams, and the rule that a buffer used on one stream is not used on another before they are joined.
 //!
-//! Each stream counts the operations it was given. A buffer's [`Mark`] remembers, per stream, the count of its last
+//! Each stream counts the operations it was given. A buffer's [`Mark`](super::mark::Mark) remembers, per stream, the count of its last
 //! use; joining records how far one stream has waited for another. Reads on several streams need no join among
 //! themselves; a write needs every earlier use behind it, a read needs the last write behind it.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::graph::Recording;
+use super::mark::{Access, Conflict};
 use super::{Backend, Device, Graph};
 use crate::error::{Error, Op, Place};
 
@@ -18,6 +20,9 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 ///
 /// A stream may move to another thread, but is used by one at a time: between the check that an operation's arguments are in
 /// order and its launch, nobody else may add to the stream or join it. Two threads use two streams.
+///
+/// A dropped stream of a GPU ends when nothing was made on it any more: no [`Buffer`](super::Buffer), no [`Graph`]. The host then waits
+/// for its work.
 ///
 /// ```compile_fail
 /// fn shared<T: Sync>() {}
@@ -29,14 +34,24 @@ pub struct Stream {
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
-/// The part of a stream that buffers remember.
+/// The part of a stream that its buffers and graphs keep, since they end on it.
 pub(super) struct Timeline {
     pub(super) id: u64,
     operations: AtomicU64,
     /// For each stream joined: up to which of its operations this one has waited.
-    joined: Mutex<Vec<(u64, u64)>>,
+    joined: Mutex<Vec<Joined>>,
+    /// The capture under way.
+    recording: Mutex<Option<Arc<Recording>>>,
+    ended: Arc<AtomicBool>,
     #[cfg(feature = "cuda")]
     pub(super) cuda: Option<super::cuda::RawStream>,
+}
+
+struct Joined {
+    id: u64,
+    upto: u64,
+    /// Nobody asks any more about a stream that has ended.
+    ended: Arc<AtomicBool>,
 }
 
 impl Timeline {
@@ -45,7 +60,9 @@ impl Timeline {
         Ok(Timeline {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             operations: AtomicU64::new(0),
-            joined: Mutex::new(Vec::new()),
+            joined: Mutex::default(),
+            recording: Mutex::default(),
+            ended: Arc::default(),
             #[cfg(feature = "cuda")]
             cuda: match &device.0 {
                 Backend::Cpu(_) => None,
@@ -55,8 +72,28 @@ impl Timeline {
     }
 
     /// True when everything up to `operation` of the stream `id` is ordered before this stream's next work.
-    fn has_seen(&self, id: u64, operation: u64) -> bool {
-        self.id == id || lock(&self.joined).iter().any(|&(other, upto)| other == id && upto >= operation)
+    pub(super) fn has_seen(&self, id: u64, operation: u64) -> bool {
+        self.id == id || lock(&self.joined).iter().any(|joined| joined.id == id && joined.upto >= operation)
+    }
+
+    /// Set once all work of the stream is done and none can come.
+    pub(super) fn ended(&self) -> &Arc<AtomicBool> {
+        &self.ended
+    }
+
+    /// Counts one more operation; gives its number, which is never 0.
+    pub(super) fn next_operation(&self) -> u64 {
+        self.operations.fetch_add(1, Ordering::AcqRel) + 1
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Drop for Timeline {
+    fn drop(&mut self) {
+        if let Some(cuda) = &self.cuda {
+            cuda.finish();
+        }
+        self.ended.store(true, Ordering::Release);
     }
 }
 
@@ -84,15 +121,19 @@ impl Stream {
         if self.place() != other.place() {
             return Err(Error::Place { op: Op::Stream, arg: "other", want: self.place(), got: other.place() });
         }
+        if self.device.driver_id() != other.device.driver_id() {
+            return Err(other_driver(Op::Stream, "`other`"));
+        }
         let upto = other.timeline.operations.load(Ordering::Acquire); // first: what comes while it waits is not waited for
         #[cfg(feature = "cuda")]
         if let (Some(this), Some(that)) = (&self.timeline.cuda, &other.timeline.cuda) {
             this.wait_for(that)?;
         }
         let mut joined = lock(&self.timeline.joined);
-        match joined.iter_mut().find(|(id, _)| *id == other.timeline.id) {
-            Some(entry) => entry.1 = upto.max(entry.1),
-            None => joined.push((other.timeline.id, upto)),
+        joined.retain(|joined| !joined.ended.load(Ordering::Acquire));
+        match joined.iter_mut().find(|joined| joined.id == other.timeline.id) {
+            Some(joined) => joined.upto = upto.max(joined.upto),
+            None => joined.push(Joined { id: other.timeline.id, upto, ended: other.timeline.ended.clone() }),
         }
         Ok(())
     }
@@ -105,6 +146,10 @@ impl Stream {
     /// graph would repeat the values of the day it was captured. What changes from launch to launch, such as token ids and the
     /// lengths in a [`KvCache`](crate::KvCache), is written before each launch, outside. Memory dropped meanwhile is freed at the end.
     ///
+    /// What `work` writes is not there until the graph was launched: an operation outside that would read it, by whatever an operation
+    /// within gave (a [`Routing`](crate::Routing), [`TokenIds`](crate::TokenIds), a [`Topology`](crate::Topology)), is refused with
+    /// [`Error::NotRun`], until then or until it is written anew. So is everything that a capture has written which failed.
+    ///
     /// # Errors
     ///
     /// [`Error::Unsupported`] on the CPU; the first error of `work`, which is [`Error::Unsupported`] for what a graph cannot hold;
@@ -113,8 +158,16 @@ impl Stream {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
             let capture = cuda.capture()?;
-            let worked = work();
-            let graph = capture.end().map(|handle| Graph::new(self.timeline.clone(), handle));
+            let recording = Arc::new(Recording::new());
+            let worked = {
+                let _until_the_end = self.record(recording.clone());
+                work()
+            };
+            // Dropped, the graph gives up its recording, whatever became of the capture.
+            let graph = capture.end().map(|handle| Graph::new(self.timeline.clone(), handle, recording.clone()));
+            if graph.is_err() {
+                recording.give_up();
+            }
             return worked.and(graph);
         }
         let _ = work;
@@ -144,6 +197,31 @@ impl Stream {
         Ok(())
     }
 
+    /// Has operations record in `recording` instead of running, until the value is dropped.
+    #[cfg(feature = "cuda")]
+    fn record(&self, recording: Arc<Recording>) -> impl Drop {
+        struct Recorded<'a>(&'a Timeline, Option<Arc<Recording>>);
+        impl Drop for Recorded<'_> {
+            fn drop(&mut self) {
+                *lock(&self.0.recording) = None;
+                if std::thread::panicking()
+                    && let Some(recording) = self.1.take()
+                {
+                    recording.give_up();
+                }
+            }
+        }
+        *lock(&self.timeline.recording) = Some(recording.clone());
+        Recorded(&self.timeline, Some(recording))
+    }
+
+    /// Within a capture: has each launch of the graph ask first whether what the host knows still fits what was recorded.
+    pub(crate) fn before_launch(&self, check: impl FnOnce() -> Box<dyn Fn() -> Result<(), Error> + Send + Sync>) {
+        if let Some(recording) = &*lock(&self.timeline.recording) {
+            recording.add(check());
+        }
+    }
+
     /// Admits an operation's arguments: all on this stream's device, on a GPU all aligned as its kernel needs and ordered after their
     /// last use. Marks them as used only when every one passed, so that a refusal leaves no trace.
     pub(crate) fn admit(&self, op: Op, arguments: &[(&'static str, Access<'_>)]) -> Result<(), Error> {
@@ -161,15 +239,24 @@ impl Stream {
                 return Err(Error::Layout { op, arg, need, got });
             }
         }
+        let recording = lock(&self.timeline.recording);
         for &(arg, Access { mark, write, .. }) in arguments {
-            if let Some(used_on) = mark.and_then(|mark| mark.conflict(&self.timeline, write)) {
-                return Err(Error::NotJoined { op, arg, stream: self.timeline.id, used_on });
+            let Some(mark) = mark else { continue };
+            if mark.driver_id() != self.device.driver_id() {
+                return Err(other_driver(op, arg));
+            }
+            match mark.conflict(&self.timeline, recording.as_ref(), write) {
+                Some(Conflict::NotJoined(used_on)) => {
+                    return Err(Error::NotJoined { op, arg, stream: self.timeline.id, used_on });
+                }
+                Some(Conflict::NotRun) => return Err(Error::NotRun { op, arg }),
+                None => {}
             }
         }
-        let now = self.timeline.operations.fetch_add(1, Ordering::AcqRel) + 1;
+        let now = self.timeline.next_operation();
         for (_, Access { mark, write, .. }) in arguments {
             if let Some(mark) = mark {
-                mark.record(&self.timeline, now, *write);
+                mark.record(&self.timeline, recording.as_ref(), now, *write);
             }
         }
         Ok(())
@@ -184,6 +271,13 @@ impl Stream {
         }
     }
 
+    /// Address and size of the zeros that kernels may count in, on a GPU.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    pub fn scratch(&self) -> Option<(u64, usize)> {
+        self.timeline.cuda.as_ref().map(|cuda| (cuda.scratch(), super::cuda::SCRATCH_BYTES))
+    }
+
     /// The CUDA side. Only CUDA backends call this, after dispatch.
     #[cfg(feature = "cuda")]
     pub(crate) fn cuda(&self) -> &super::cuda::RawStream {
@@ -191,57 +285,11 @@ impl Stream {
     }
 }
 
-/// How an operation uses one argument.
-#[derive(Clone, Copy)]
-pub(crate) struct Access<'a> {
-    pub(crate) place: Place,
-    /// None for raw views, whose contract leaves the order to the caller.
-    pub(crate) mark: Option<&'a Mark>,
-    pub(crate) write: bool,
-    /// What the kernel that is to use it needs of its alignment, and what there is instead.
-    pub(crate) misfit: Option<(&'static str, usize)>,
+/// The refusal of what belongs to another driver's device of the same number.
+fn other_driver(op: Op, what: &'static str) -> Error {
+    Error::Unsupported { op, what, got: "of another driver", supported: "what belongs to the stream's driver" }
 }
 
-/// A buffer's memory of the streams that used it.
-#[derive(Default)]
-pub(crate) struct Mark(Mutex<Vec<Use>>);
-
-struct Use {
-    timeline: Arc<Timeline>,
-    operation: u64,
-    write: bool,
-}
-
-impl Mark {
-    /// The stream of an earlier use that `timeline` has not seen and that the new use must not overtake.
-    fn conflict(&self, timeline: &Timeline, write: bool) -> Option<u64> {
-        let uses = lock(&self.0);
-        uses.iter().find(|u| (write || u.write) && !timeline.has_seen(u.timeline.id, u.operation)).map(|u| u.timeline.id)
-    }
-
-    fn record(&self, timeline: &Arc<Timeline>, operation: u64, write: bool) {
-        let mut uses = lock(&self.0);
-        if write {
-            uses.clear(); // everything earlier is ordered before this write
-        }
-        match uses.iter_mut().find(|u| u.timeline.id == timeline.id) {
-            Some(u) => (u.operation, u.write) = (operation, u.write || write),
-            None => uses.push(Use { timeline: timeline.clone(), operation, write }),
-        }
-    }
-
-    /// Makes `home` wait for every use elsewhere, so that freeing on `home` comes last. False if neither it nor the host could
-    /// wait: then the memory may be in use.
-    #[cfg(feature = "cuda")]
-    pub(super) fn settle(&self, home: &Timeline) -> bool {
-        lock(&self.0).iter().all(|u| match (home.has_seen(u.timeline.id, u.operation), &home.cuda, &u.timeline.cuda) {
-            // An event may be refused for want of memory, which loses no device.
-            (false, Some(home), Some(other)) => home.wait_for(other).is_ok() || other.synchronize().is_ok(),
-            _ => true,
-        })
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

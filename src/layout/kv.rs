@@ -8,6 +8,9 @@
 //! of the batch, and the last of them is at position `seq_lens[b] - 1`.
 #![allow(unsafe_code)] // the raw constructors
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 #[cfg(feature = "cuda")]
 use crate::device::params::PageParams;
 use crate::device::{Access, Buffer, Stream, Upload};
@@ -54,6 +57,14 @@ pub struct KvCache<T> {
     seq_lens: Buffer<u32>,              // [1, B]
     query_offsets: Buffer<u32>,         // [1, B + 1]
     host: HostState,
+    step: Arc<Step>,
+}
+
+/// Of the step that is open: what graphs compare before each launch with what they recorded.
+#[derive(Debug, Default)]
+struct Step {
+    num_tokens: AtomicUsize,
+    max_len: AtomicUsize,
 }
 
 /// The host's mirror of what lies on the device, by which capacity is checked.
@@ -63,6 +74,16 @@ struct HostState {
     lens: Vec<u32>,
     offsets: Vec<u32>,
     free_pages: Vec<u32>,
+}
+
+impl HostState {
+    fn num_tokens(&self) -> usize {
+        self.offsets.last().map_or(0, |&end| end as usize)
+    }
+
+    fn max_len(&self) -> usize {
+        self.lens.iter().copied().max().unwrap_or(0) as usize
+    }
 }
 
 impl<T: Element> KvCache<T> {
@@ -102,6 +123,7 @@ impl<T: Element> KvCache<T> {
             query_offsets: Buffer::zeros(stream, num_sequences + 1)?,
             shape,
             host,
+            step: Arc::default(),
         })
     }
 
@@ -190,6 +212,8 @@ impl<T: Element> KvCache<T> {
             ("query_offsets", self.query_offsets.upload(&host.offsets)?),
         ];
         Upload::queue(stream, Op::KvCache, &uploads)?;
+        self.step.num_tokens.store(host.num_tokens(), Ordering::Release);
+        self.step.max_len.store(host.max_len(), Ordering::Release);
         self.host = host;
         Ok(())
     }
@@ -200,10 +224,10 @@ impl<T: Element> KvCache<T> {
     ///
     /// [`Error::Index`] for a layer that does not exist.
     pub fn layer(&self, layer: usize) -> Result<KvLayer<'_, T>, Error> {
-        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host } = self;
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step } = self;
         let (rows, cols) = (shape.num_pages * shape.page_tokens, shape.row_cols());
         let (keys, values) = pools.get(layer).ok_or(no_layer(layer, pools.len()))?;
-        let pages = KvPages::new(shape, host, block_table, seq_lens, query_offsets)?;
+        let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;
         Ok(KvLayer { pages, keys: keys.rows(rows, cols)?, values: values.rows(rows, cols)? })
     }
 
@@ -213,10 +237,10 @@ impl<T: Element> KvCache<T> {
     ///
     /// [`Error::Index`] for a layer that does not exist.
     pub fn layer_mut(&mut self, layer: usize) -> Result<KvLayerMut<'_, T>, Error> {
-        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host } = self;
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step } = self;
         let (rows, cols, count) = (shape.num_pages * shape.page_tokens, shape.row_cols(), pools.len());
         let (keys, values) = pools.get_mut(layer).ok_or(no_layer(layer, count))?;
-        let pages = KvPages::new(shape, host, block_table, seq_lens, query_offsets)?;
+        let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;
         Ok(KvLayerMut { pages, keys: keys.rows_mut(rows, cols)?, values: values.rows_mut(rows, cols)? })
     }
 }
@@ -242,6 +266,7 @@ pub struct KvPages<'a> {
     block_table: Rows<'a, u32>,   // [B, max_pages]
     seq_lens: Rows<'a, u32>,      // [1, B]
     query_offsets: Rows<'a, u32>, // [1, B + 1]
+    step: Option<&'a Arc<Step>>,  // of a cache
 }
 
 /// The sizes that go with the device arrays of [`KvPages::from_raw`].
@@ -263,20 +288,20 @@ impl<'a> KvPages<'a> {
     fn new(
         shape: &KvShape,
         host: &HostState,
-        block_table: &'a Buffer<u32>,
-        seq_lens: &'a Buffer<u32>,
-        query_offsets: &'a Buffer<u32>,
+        step: &'a Arc<Step>,
+        [block_table, seq_lens, query_offsets]: [&'a Buffer<u32>; 3],
     ) -> Result<KvPages<'a>, Error> {
         let sequences = shape.num_sequences;
         Ok(KvPages {
             page_tokens: shape.page_tokens,
             page_stride: shape.page_tokens,
             num_pages: shape.num_pages,
-            num_tokens: host.offsets[sequences] as usize,
-            max_len: host.lens.iter().copied().max().unwrap_or(0) as usize,
+            num_tokens: host.num_tokens(),
+            max_len: host.max_len(),
             block_table: block_table.rows(sequences, shape.max_pages)?,
             seq_lens: seq_lens.rows(1, sequences)?,
             query_offsets: query_offsets.rows(1, sequences + 1)?,
+            step: Some(step),
         })
     }
 
@@ -308,7 +333,7 @@ impl<'a> KvPages<'a> {
         }
         checked_product(Op::KvCache, "tokens", &[num_pages, page_stride], MAX_ROWS)?;
         checked_product(Op::KvCache, "step tokens", &[num_tokens.max(max_len)], MAX_ROWS)?;
-        Ok(KvPages { page_tokens, page_stride, num_pages, num_tokens, max_len, block_table, seq_lens, query_offsets })
+        Ok(KvPages { page_tokens, page_stride, num_pages, num_tokens, max_len, block_table, seq_lens, query_offsets, step: None })
     }
 
     /// B.
@@ -324,6 +349,25 @@ impl<'a> KvPages<'a> {
     /// An upper bound of the sequences' lengths, the step's tokens included.
     pub fn max_len(&self) -> usize {
         self.max_len
+    }
+
+    /// Within a capture: has each launch compare the cache's open step with this one, and its lengths with `most`, which counts `what`.
+    /// Of raw pages that is the caller's duty.
+    pub(crate) fn compare_at_launch(&self, stream: &Stream, op: Op, what: &'static str, most: usize) {
+        let (Some(step), recorded) = (self.step, self.num_tokens) else { return };
+        stream.before_launch(|| {
+            let step = step.clone();
+            Box::new(move || {
+                let (num_tokens, max_len) = (step.num_tokens.load(Ordering::Acquire), step.max_len.load(Ordering::Acquire));
+                if num_tokens != recorded {
+                    return Err(Error::Recorded { op, what: "tokens in the step", recorded, now: num_tokens });
+                }
+                if max_len > most {
+                    return Err(Error::Capacity { op, what, need: max_len, have: most });
+                }
+                Ok(())
+            })
+        });
     }
 
     /// Rows that a pool must have.

@@ -63,7 +63,9 @@ pub fn prefill<A: Float>(
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access) = (("q", q.access()), ("out", out.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, out_access])?;
-    run(stream, q, heads, scale, cache, out)
+    run(stream, q, heads, scale, cache, out)?;
+    compare_at_launch(stream, cache);
+    Ok(())
 }
 
 /// Attention of a step with about one token for each sequence: the same function as [`prefill`], with the same arguments.
@@ -96,7 +98,14 @@ pub fn decode<A: Float>(
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
     let (q_access, out_access, workspace) = (("q", q.access()), ("out", out.access()), ("workspace", partials.access()));
     stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, workspace, out_access])?;
-    run(stream, q, heads, scale, cache, &mut partials, out)
+    run(stream, q, heads, scale, cache, &mut partials, out)?;
+    compare_at_launch(stream, cache);
+    Ok(())
+}
+
+/// A graph serves steps of as many tokens as it recorded, whatever the lengths: kernels read those on the device.
+fn compare_at_launch<A: Float>(stream: &Stream, cache: &KvLayer<'_, A>) {
+    cache.pages().compare_at_launch(stream, Op::Attention, "tokens of one sequence", usize::MAX);
 }
 
 /// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most `max_len`.

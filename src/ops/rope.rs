@@ -88,5 +88,7 @@ pub fn clip_rotate_append<A: Float>(
             ("q", q.access()),
         ],
     )?;
-    run(stream, qkv, heads, clip, [cos, sin], cache, q)
+    run(stream, qkv, heads, clip, [cos, sin], cache, q)?;
+    cache.pages().compare_at_launch(stream, Op::Rope, "positions of `table`", table.max_positions());
+    Ok(())
 }

@@ -27,7 +27,7 @@ impl Faulty {
         *self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was made and not released: memory, pinned memory, streams, events, graphs. A release that failed counts as one.
+    /// What was made and not released: memory, pinned memory, streams, events, captures, graphs. A release that failed counts as one.
     pub fn live(&self) -> Vec<(&'static str, u64)> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -126,9 +126,10 @@ unsafe impl Driver for Faulty {
         self.call("elapsed_ms", || self.inner.elapsed_ms(from, to))
     }
     fn begin_capture(&self, stream: Handle) -> DriverResult<()> {
-        self.call("begin_capture", || self.inner.begin_capture(stream))
+        self.make("capture", "begin_capture", || self.inner.begin_capture(stream).map(|()| stream)).map(drop)
     }
     fn end_capture(&self, stream: Handle) -> DriverResult<Handle> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).retain(|live| *live != ("capture", stream));
         self.make("graph", "end_capture", || self.inner.end_capture(stream))
     }
     fn launch_graph(&self, graph: Handle, stream: Handle) -> DriverResult<()> {

@@ -22,6 +22,8 @@ pub enum Call {
     Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, params: Vec<u8> },
     Wait,
     Synchronize { stream: Handle },
+    BeginCapture,
+    EndCapture,
 }
 
 /// A device with made-up addresses. Everything succeeds, unless told otherwise; nothing is computed.
@@ -37,6 +39,7 @@ pub struct Recorder {
     events_refused: AtomicBool,
     synchronize_refused: AtomicBool,
     images_refused: Mutex<[Option<ImageError>; 2]>,
+    while_capture_begins: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Recorder {
@@ -74,6 +77,11 @@ impl Recorder {
     /// From now on cubins and PTX are refused so; `None` loads them.
     pub fn refuse_images(&self, cubin: Option<ImageError>, ptx: Option<ImageError>) {
         *self.images_refused.lock().expect("no panic while recording") = [cubin, ptx];
+    }
+
+    /// Calls `hook` once, when a stream has begun to record and whoever asked for it has not heard yet.
+    pub fn while_capture_begins(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.while_capture_begins.lock().expect("no panic while recording") = Some(Box::new(hook));
     }
 
     fn push(&self, call: Call) {
@@ -174,9 +182,13 @@ unsafe impl Driver for Recorder {
         Ok(0.0)
     }
     fn begin_capture(&self, _: Handle) -> DriverResult<()> {
+        self.push(Call::BeginCapture);
+        let hook = self.while_capture_begins.lock().expect("no panic while recording").take();
+        hook.into_iter().for_each(|hook| hook());
         Ok(())
     }
     fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
+        self.push(Call::EndCapture);
         Ok(self.handle())
     }
     fn launch_graph(&self, _: Handle, _: Handle) -> DriverResult<()> {

@@ -1,0 +1,322 @@
+//! What a capture leaves behind: results that are not there before their graph was launched, uses that count from the launch, and
+//! sizes that a launch compares.
+#![cfg(feature = "cuda")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dropless::block_sparse::{Sparse, arrange, dsd};
+use dropless::device::Graph;
+use dropless::layout::KvShape;
+use dropless::router::{Normalize, route};
+use dropless::{
+    Buffer, Device, Error, ExpertRows, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, Topology, embedding, glu, permute, rope,
+    sample,
+};
+use dropless_kit::device;
+use dropless_kit::emulated::Emulated;
+use dropless_kit::fill::normal;
+use dropless_kit::recorder::{Call, Recorder};
+
+fn silent(driver: &Emulated) {
+    assert_eq!(driver.reports(), [""; 0]);
+}
+
+fn zeros(stream: &Stream, len: usize) -> Buffer<f32> {
+    Buffer::zeros(stream, len).unwrap()
+}
+
+/// Launches a graph whose buffers the caller still has, on the only stream.
+fn launch(graph: &Graph) -> Result<(), Error> {
+    // SAFETY: as said; nothing else vouches for what it writes.
+    unsafe { graph.launch() }
+}
+
+/// Ids below 8 by their type, while the device still holds 999.
+#[test]
+fn ids_of_a_capture_vouch_for_nothing() {
+    let (driver, stream) = device::emulated();
+    let (logits, table, mut y) = (zeros(&stream, 16), zeros(&stream, 64), zeros(&stream, 16));
+    let mut out = Buffer::from_slice(&stream, &[999u32; 2]).unwrap();
+    sample::argmax(&stream, logits.rows(2, 8).unwrap(), &mut Buffer::zeros(&stream, 2).unwrap()).unwrap(); // loads the kernel
+    let mut ids = None;
+    let graph = stream.capture(|| {
+        ids = Some(sample::argmax(&stream, logits.rows(2, 8)?, &mut out)?);
+        Ok(())
+    });
+    let graph = graph.unwrap();
+    let mut lookup = || embedding::lookup(&stream, ids.unwrap(), table.rows(8, 8).unwrap(), &mut y.rows_mut(2, 8).unwrap());
+    assert_eq!(lookup(), Err(Error::NotRun { op: Op::Embedding, arg: "ids" }));
+    let text = "embedding: `ids` is written by a graph that was not launched; launch it first, or write it anew";
+    assert_eq!(lookup().unwrap_err().to_string(), text);
+    launch(&graph).unwrap();
+    lookup().unwrap();
+    silent(&driver);
+}
+
+/// A routing of 2 tokens by its type, while the device still holds that of 50.
+#[test]
+fn a_routing_of_a_capture_vouches_for_nothing() {
+    let (driver, stream) = device::emulated();
+    let (logits, x, mut y) = (Buffer::from_slice(&stream, &normal::<f32>(1, 200, 1.0)).unwrap(), zeros(&stream, 16), zeros(&stream, 32));
+    let mut buffers = RoutingBuffers::new(&stream, 50, 2, 4).unwrap();
+    route(&stream, logits.rows(50, 4).unwrap(), Normalize::None, &mut buffers).unwrap();
+    route(&stream, logits.rows(2, 4).unwrap(), Normalize::None, &mut buffers).unwrap();
+    route(&stream, logits.rows(50, 4).unwrap(), Normalize::None, &mut buffers).unwrap();
+    let mut routing = None;
+    let graph = stream.capture(|| {
+        routing = Some(route(&stream, logits.rows(2, 4)?, Normalize::None, &mut buffers)?);
+        Ok(())
+    });
+    let graph = graph.unwrap();
+    let routing = routing.unwrap();
+    let mut gather = || permute::gather(&stream, x.rows(2, 8).unwrap(), &routing, &mut y.rows_mut(4, 8).unwrap());
+    assert!(matches!(gather(), Err(Error::NotRun { op: Op::Permute, .. })));
+    assert!(matches!(routing.offsets().to_vec(&stream), Err(Error::NotRun { .. })));
+    launch(&graph).unwrap();
+    gather().unwrap();
+    silent(&driver);
+}
+
+/// A pattern of 3 rows by its type, while the device still holds that of 300.
+#[test]
+fn a_topology_of_a_capture_vouches_for_nothing() {
+    let (driver, stream) = device::emulated();
+    let mut topology = Topology::for_experts(&stream, 64, 300, &[8, 8]).unwrap();
+    let [many, few] = [[0, 150, 300], [0, 1, 3]].map(|offsets: [u32; 3]| Buffer::from_slice(&stream, &offsets).unwrap());
+    let arranged = |offsets: &Buffer<u32>, rows, topology: &mut Topology| {
+        // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
+        let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, rows)? };
+        arrange(&stream, rows, topology)
+    };
+    arranged(&many, 300, &mut topology).unwrap();
+    let graph = stream.capture(|| arranged(&few, 3, &mut topology)).unwrap();
+    let (blocks, w) = (zeros(&stream, topology.stored_rows() * 64), zeros(&stream, 16 * 8));
+    let product = |topology: &Topology| {
+        let [rows, _] = topology.dims();
+        let s = Sparse::new(topology, blocks.rows(topology.stored_rows(), 64).unwrap());
+        dsd(&stream, s, w.rows(16, 8).unwrap().into(), &mut zeros(&stream, rows * 8).rows_mut(rows, 8).unwrap())
+    };
+    assert_eq!(product(&topology), Err(Error::NotRun { op: Op::BlockSparse, arg: "topology" }));
+    launch(&graph).unwrap();
+    product(&topology).unwrap();
+    arranged(&many, 300, &mut topology).unwrap();
+    product(&topology).unwrap();
+    silent(&driver);
+}
+
+/// A device whose kernels are loaded, and two streams.
+fn two_streams() -> (Arc<Recorder>, Stream, Stream) {
+    let driver = Arc::new(Recorder::default());
+    let device = Device::with_driver(driver.clone(), 0).unwrap();
+    let (stream, other) = (device.stream().unwrap(), device.stream().unwrap());
+    glu_of(&stream, &zeros(&stream, 8), &mut zeros(&stream, 8)).unwrap();
+    (driver, stream, other)
+}
+
+/// An operation that reads `x` and writes `y`.
+fn glu_of(stream: &Stream, x: &Buffer<f32>, y: &mut Buffer<f32>) -> Result<(), Error> {
+    glu::glu(stream, x.rows(1, 8)?, x.rows(1, 8)?, &mut y.rows_mut(1, 8)?)
+}
+
+const GATE_IS_NOT_RUN: Error = Error::NotRun { op: Op::Glu, arg: "gate" };
+
+/// What was to be written stays unreadable when the graph is dropped, and when the capture failed or its work panicked: until it is
+/// written anew.
+#[test]
+fn what_never_ran_is_never_read() {
+    let (_, stream, _) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    for way in 0..3 {
+        glu_of(&stream, &y, &mut z).unwrap();
+        let work = |y: &mut Buffer<f32>| {
+            glu_of(&stream, &x, y)?;
+            match way {
+                0 => Ok(()),
+                1 => stream.synchronize(), // which a capture refuses
+                _ => panic!("on purpose"),
+            }
+        };
+        let captured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.capture(|| work(&mut y)).map(drop)));
+        assert_eq!([captured.is_err(), matches!(captured, Ok(Err(_)))], [way == 2, way == 1]);
+        assert_eq!(glu_of(&stream, &y, &mut z), Err(GATE_IS_NOT_RUN), "way {way}");
+        y.copy_from_slice(&stream, &[1.0]).unwrap();
+    }
+    glu_of(&stream, &y, &mut z).unwrap();
+}
+
+/// Within its capture an operation reads what earlier ones write; another capture does not, before the first graph has run.
+#[test]
+fn a_capture_reads_what_it_writes() {
+    let (_, stream, other) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    let graph = stream.capture(|| {
+        glu_of(&stream, &x, &mut y)?;
+        glu_of(&stream, &y, &mut z)?;
+        other.join(&stream).unwrap_err();
+        Ok(())
+    });
+    let graph = graph.unwrap();
+    assert_eq!(stream.capture(|| glu_of(&stream, &z, &mut y)).unwrap_err(), GATE_IS_NOT_RUN);
+    launch(&graph).unwrap();
+    stream.capture(|| glu_of(&stream, &z, &mut y)).unwrap();
+}
+
+/// Two streams capture at the same time, each for itself.
+#[test]
+fn captures_side_by_side() {
+    let (_, stream, other) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    other.join(&stream).unwrap();
+    let mut inner = None;
+    let outer = stream.capture(|| {
+        inner = Some(other.capture(|| glu_of(&other, &x, &mut z))?);
+        glu_of(&stream, &x, &mut y)
+    });
+    let (outer, inner) = (outer.unwrap(), inner.unwrap());
+    launch(&inner).unwrap();
+    let mut out = zeros(&other, 8);
+    glu_of(&other, &z, &mut out).unwrap();
+    assert_eq!(glu_of(&other, &y, &mut out), Err(GATE_IS_NOT_RUN));
+    launch(&outer).unwrap();
+    assert!(matches!(glu_of(&other, &y, &mut out), Err(Error::NotJoined { .. })));
+}
+
+/// A launch uses what its operations were given, each time: another stream has to join the graph's behind it.
+#[test]
+fn a_launch_is_a_use() {
+    let (_, stream, other) = two_streams();
+    let [mut x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    other.join(&stream).unwrap();
+    let graph = stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap();
+    // Not launched, it stands in nobody's way.
+    x.copy_from_slice(&other, &[1.0]).unwrap();
+    stream.join(&other).unwrap();
+    let not_joined = |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotJoined { .. })), "{result:?}");
+    for _ in 0..2 {
+        launch(&graph).unwrap();
+        not_joined(glu_of(&other, &y, &mut z));
+        not_joined(x.copy_from_slice(&other, &[1.0]));
+        glu_of(&stream, &y, &mut z).unwrap();
+        other.join(&stream).unwrap();
+        glu_of(&other, &y, &mut z).unwrap();
+        stream.join(&other).unwrap();
+    }
+    // A write that is ordered behind a launch takes its place, until the next one.
+    y.copy_from_slice(&other, &[2.0]).unwrap();
+    stream.join(&other).unwrap();
+    glu_of(&stream, &y, &mut z).unwrap();
+    launch(&graph).unwrap();
+    other.join(&stream).unwrap();
+    y.copy_from_slice(&other, &[2.0]).unwrap();
+    launch(&graph).unwrap();
+    not_joined(glu_of(&other, &y, &mut z));
+    // A graph that is gone may still be at work.
+    launch(&graph).unwrap();
+    drop(graph);
+    not_joined(glu_of(&other, &y, &mut z));
+    other.join(&stream).unwrap();
+    glu_of(&other, &y, &mut z).unwrap();
+}
+
+/// Graphs that come and go leave nothing in a buffer that all of them read, but the order behind the last launch.
+#[test]
+fn graphs_come_and_go() {
+    let (_, stream, other) = two_streams();
+    let [mut x, mut y] = [(); 2].map(|()| zeros(&stream, 8));
+    for _ in 0..100 {
+        let graph = stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap();
+        launch(&graph).unwrap();
+    }
+    assert!(matches!(x.copy_from_slice(&other, &[1.0]), Err(Error::NotJoined { .. })));
+    other.join(&stream).unwrap();
+    x.copy_from_slice(&other, &[1.0]).unwrap();
+}
+
+/// A buffer that is dropped on another thread while a capture begins is freed before it or behind it.
+#[test]
+fn nothing_is_freed_on_a_stream_that_records() {
+    let (driver, stream, _) = two_streams();
+    let buffer = zeros(&stream, 8);
+    let (send, dropper) = std::sync::mpsc::channel();
+    driver.while_capture_begins(move || {
+        let thread = std::thread::spawn(move || drop(buffer));
+        std::thread::sleep(Duration::from_millis(50)); // time for it to come to the driver
+        send.send(thread).unwrap();
+    });
+    let before = driver.calls().len();
+    drop(stream.capture(|| Ok(())).unwrap());
+    dropper.recv().unwrap().join().unwrap();
+    let calls = driver.calls()[before..].to_vec();
+    let at = |which: &dyn Fn(&Call) -> bool| calls.iter().position(which).unwrap();
+    let [begin, end] = [at(&|call| *call == Call::BeginCapture), at(&|call| *call == Call::EndCapture)];
+    let free = at(&|call| matches!(call, Call::Free { .. }));
+    assert!(free < begin || free > end, "{calls:?}");
+}
+
+/// A step of `tokens` tokens through the operation that writes to the cache.
+struct Rotated {
+    heads: HeadLayout,
+    qkv: Buffer<f32>,
+    q: Buffer<f32>,
+    table: RopeTable,
+    cache: KvCache<f32>,
+}
+
+impl Rotated {
+    fn new(stream: &Stream, positions: usize) -> Rotated {
+        let heads = HeadLayout::new(1, 1, 4).unwrap();
+        let shape = KvShape { num_kv_heads: 1, head_dim: 4, page_tokens: 8, num_pages: 16, max_pages: 8, num_sequences: 1 };
+        Rotated {
+            heads,
+            qkv: zeros(stream, 3 * 12),
+            q: zeros(stream, 3 * 4),
+            table: RopeTable::new(stream, 1e4, 4, positions).unwrap(),
+            cache: KvCache::new(stream, 1, shape).unwrap(),
+        }
+    }
+
+    fn step(&mut self, stream: &Stream, tokens: usize) -> Result<(), Error> {
+        let Rotated { heads, qkv, q, table, cache } = self;
+        let (qkv, mut q) = (qkv.rows(tokens, 12)?, q.rows_mut(tokens, 4)?);
+        rope::clip_rotate_append(stream, qkv, *heads, None, table, &mut cache.layer_mut(0)?, &mut q)
+    }
+}
+
+/// A graph of one token serves as many positions as its table has, whatever the length was when it was captured.
+#[test]
+fn a_launch_beyond_the_table_is_refused() {
+    let (driver, stream) = device::emulated();
+    let mut rotated = Rotated::new(&stream, 4);
+    rotated.cache.append(&stream, &[1]).unwrap();
+    rotated.step(&stream, 1).unwrap();
+    let graph = stream.capture(|| rotated.step(&stream, 1)).unwrap();
+    for _ in 2..=4 {
+        rotated.cache.append(&stream, &[1]).unwrap();
+        launch(&graph).unwrap();
+    }
+    rotated.cache.append(&stream, &[1]).unwrap();
+    let before = driver.launches().len();
+    let error = launch(&graph).unwrap_err();
+    assert_eq!(error.to_string(), "rope: needs 5 positions of `table`, has 4");
+    assert_eq!(driver.launches().len(), before);
+    silent(&driver);
+}
+
+/// A graph of three tokens is not launched for a step of one, whose two surplus tokens would be another sequence's.
+#[test]
+fn a_launch_for_another_step_is_refused() {
+    let (driver, stream) = device::emulated();
+    let mut rotated = Rotated::new(&stream, 64);
+    rotated.cache.append(&stream, &[3]).unwrap();
+    rotated.step(&stream, 3).unwrap();
+    let graph = stream.capture(|| rotated.step(&stream, 3)).unwrap();
+    launch(&graph).unwrap();
+    rotated.cache.append(&stream, &[1]).unwrap();
+    assert_eq!(launch(&graph).unwrap_err().to_string(), "rope: the graph was captured for 3 tokens in the step, there are 1 now");
+    rotated.cache.clear(&stream, 0).unwrap();
+    assert!(matches!(launch(&graph), Err(Error::Recorded { recorded: 3, now: 0, .. })), "no step is open");
+    rotated.cache.append(&stream, &[3]).unwrap();
+    launch(&graph).unwrap();
+    silent(&driver);
+}
