@@ -24,6 +24,15 @@ pub(crate) const fn round_up(value: usize, step: usize) -> usize {
     value.div_ceil(step) * step
 }
 
+/// `len` copies of a value, or an error where there is no memory for them.
+pub(crate) fn filled<T: Clone>(op: Op, len: usize, value: T) -> Result<Vec<T>, Error> {
+    let mut values = Vec::new();
+    let need_bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
+    values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { op, need_bytes })?;
+    values.resize(len, value);
+    Ok(values)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -40,5 +49,12 @@ mod tests {
     #[test]
     fn rounding_up() {
         assert_eq!([round_up(0, 256), round_up(1, 256), round_up(256, 256), round_up(257, 256)], [0, 256, 256, 512]);
+    }
+
+    #[test]
+    fn no_memory_is_an_error() {
+        assert_eq!(filled(Op::KvCache, 3, 7u32).unwrap(), [7; 3]);
+        let want = Error::OutOfMemory { op: Op::KvCache, need_bytes: 1 << 58 };
+        assert_eq!(filled(Op::KvCache, 1 << 56, 7u32).unwrap_err(), want);
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dropless::device::driver::DriverError;
 use dropless::layout::KvShape;
-use dropless::{Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, KvCache, Stream, glu, grouped_gemm};
+use dropless::{Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, KvCache, Rows, Stream, glu, grouped_gemm};
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::recorder::{Call, Recorder};
@@ -73,7 +73,7 @@ fn count(driver: &Recorder, which: impl Fn(&Call) -> bool) -> usize {
 #[test]
 fn pinned_memory_is_used_again() {
     let (pinned, waits) = (|call: &Call| matches!(call, Call::AllocPinned { .. }), |call: &Call| matches!(call, Call::Synchronize { .. }));
-    let (driver, stream, _) = two_streams();
+    let (driver, stream, _other) = two_streams();
     let mut buffer = Buffer::<f32>::zeros(&stream, 1 << 20).unwrap();
     (0..100).for_each(|i| buffer.copy_from_slice(&stream, &[i as f32; 8]).unwrap());
     assert_eq!((count(&driver, pinned), count(&driver, waits)), (1, 0));
@@ -168,6 +168,148 @@ fn a_lost_device_is_reported_before_anything_is_loaded() {
     let error = glu::glu(&stream, gate.rows(1, 8).unwrap(), up.rows(1, 8).unwrap(), &mut y.rows_mut(1, 8).unwrap()).unwrap_err();
     assert!(error.is_fatal(), "{error}");
     assert_eq!(driver.calls().len(), before);
+}
+
+/// A copy is as long as the buffer at most.
+#[test]
+fn copies_are_no_longer_than_the_buffer() {
+    let (_, emulated) = dropless_kit::device::emulated();
+    for stream in [dropless_kit::device::cpu(1), emulated] {
+        let mut buffer = Buffer::from_slice(&stream, &[1u32, 2, 3]).unwrap();
+        let mut out = [7u32; 4];
+        let text = |result: Result<(), Error>| result.unwrap_err().to_string();
+        assert_eq!(text(buffer.copy_from_slice(&stream, &[9; 4])), "buffer: `values` must be [<= len] = [3], got [4]");
+        assert_eq!(text(buffer.copy_to_slice(&stream, &mut out)), "buffer: `values` must be [<= len] = [3], got [4]");
+        assert_eq!((buffer.to_vec(&stream).unwrap(), out), (vec![1, 2, 3], [7; 4]));
+        buffer.copy_from_slice(&stream, &[9; 3]).unwrap();
+        buffer.copy_to_slice(&stream, &mut out[..3]).unwrap();
+        assert_eq!(out, [9, 9, 9, 7]);
+    }
+}
+
+/// Every pair of uses on two streams: a read waits for a write, a write for both, two reads for nothing.
+#[test]
+fn uses_on_two_streams_are_ordered() {
+    let not_joined = |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotJoined { .. })), "{result:?}");
+    let (_, stream, other) = two_streams();
+    let mut buffer = Buffer::<f32>::zeros(&stream, 8).unwrap();
+    let mut out = [0.0; 8];
+    other.join(&stream).unwrap();
+    // Two reads, then a write that waits for the other stream's.
+    buffer.copy_to_slice(&stream, &mut out).unwrap();
+    buffer.copy_to_slice(&other, &mut out).unwrap();
+    not_joined(buffer.copy_from_slice(&other, &out));
+    not_joined(buffer.copy_from_slice(&stream, &out));
+    // A join reaches as far as the stream had come, and no further.
+    stream.join(&other).unwrap();
+    buffer.copy_to_slice(&other, &mut out).unwrap();
+    not_joined(buffer.copy_from_slice(&stream, &out));
+    stream.join(&other).unwrap();
+    buffer.copy_from_slice(&stream, &out).unwrap();
+    // A read waits for the write, and its stream's own read behind the write does not make it forgotten.
+    not_joined(buffer.copy_to_slice(&other, &mut out));
+    buffer.copy_to_slice(&stream, &mut out).unwrap();
+    not_joined(buffer.copy_to_slice(&other, &mut out));
+    other.join(&stream).unwrap();
+    buffer.copy_to_slice(&other, &mut out).unwrap();
+}
+
+/// Devices of one number, but of two drivers or of none, do not mix.
+#[test]
+fn streams_and_buffers_stay_with_their_driver() {
+    let (driver, stream, _other) = two_streams();
+    let (_, stranger, _) = two_streams();
+    let same = Device::with_driver(driver, 0).unwrap().stream().unwrap();
+    let mut buffer = Buffer::<f32>::zeros(&stream, 8).unwrap();
+    let text = "stream: `other` of another driver is not supported here; supported: what belongs to the stream's driver";
+    assert_eq!(stranger.join(&stream).unwrap_err().to_string(), text);
+    let text = "buffer: self of another driver is not supported here; supported: what belongs to the stream's driver";
+    assert_eq!(buffer.copy_from_slice(&stranger, &[1.0]).unwrap_err().to_string(), text);
+    // The same GPU, opened twice.
+    same.join(&stream).unwrap();
+    buffer.copy_from_slice(&same, &[1.0]).unwrap();
+    let cpu = dropless_kit::device::cpu(1);
+    assert!(matches!(cpu.join(&stream), Err(Error::Place { .. })) && matches!(stream.join(&cpu), Err(Error::Place { .. })));
+}
+
+/// Whoever read weights once does not live as long as they do.
+#[test]
+fn streams_end_before_what_they_have_read() {
+    let driver = Arc::new(Recorder::default());
+    let faulty = Arc::new(Faulty::new(driver.clone(), usize::MAX, DriverError::new(1)));
+    let device = Device::with_driver(faulty.clone(), 0).unwrap();
+    let home = device.stream().unwrap();
+    let mut weights = Buffer::from_slice(&home, &[1.0f32; 8]).unwrap();
+    let before = faulty.live().len();
+    for _ in 0..100 {
+        let stream = device.stream().unwrap();
+        stream.join(&home).unwrap();
+        let mut own = Buffer::<f32>::zeros(&stream, 8).unwrap();
+        own.copy_from_slice(&stream, &[2.0; 8]).unwrap();
+        weights.to_vec(&stream).unwrap();
+    }
+    assert_eq!(faulty.live().len(), before);
+    // They were waited for: what comes behind need not join them.
+    weights.copy_from_slice(&home, &[3.0]).unwrap();
+    // Every other use is still known.
+    let stream = device.stream().unwrap();
+    stream.join(&home).unwrap();
+    weights.to_vec(&stream).unwrap();
+    assert!(matches!(weights.copy_from_slice(&home, &[3.0]), Err(Error::NotJoined { .. })));
+    let waits = |driver: &Recorder| count(driver, |call| matches!(call, Call::Synchronize { .. }));
+    let waited = waits(&driver);
+    drop(stream);
+    assert_eq!(waits(&driver), waited + 1);
+    weights.copy_from_slice(&home, &[3.0]).unwrap();
+}
+
+/// A stream has zeros to count in, of its own.
+#[test]
+fn streams_have_scratch() {
+    let (driver, stream) = dropless_kit::device::emulated();
+    let other = stream.device().stream().unwrap();
+    let [(here, bytes), (there, _)] = [&stream, &other].map(|stream| stream.scratch().unwrap());
+    assert!(here != there && bytes >= 1024 && dropless_kit::device::cpu(1).scratch().is_none());
+    // SAFETY: as many bytes as the stream has there.
+    let scratch = unsafe { Rows::<u32>::from_raw(stream.place(), here, 1, bytes / 4, bytes / 4).unwrap() };
+    assert!(scratch.to_vec(&stream).unwrap().iter().all(|word| *word == 0));
+    assert!(driver.reports().is_empty());
+}
+
+/// No event behind a copy: its block may not be used again before the stream was waited for, and where that is the device's error, it
+/// is the copy's.
+#[test]
+fn a_copy_whose_event_fails_is_waited_for() {
+    for (code, fails) in [(DriverError::OUT_OF_MEMORY, false), (DriverError::new(719), true)] {
+        let driver = Arc::new(Recorder::default());
+        let record = (0..).find(|n| {
+            let faulty = Arc::new(Faulty::new(driver.clone(), *n, code));
+            let _ = copied(&faulty);
+            faulty.failed() == Some("record")
+        });
+        let before = count(&driver, |call| matches!(call, Call::Synchronize { .. }));
+        let faulty = Arc::new(Faulty::new(driver.clone(), record.unwrap(), code));
+        let result = copied(&faulty);
+        assert_eq!(result.is_err_and(|error| error.is_fatal()), fails);
+        // For the copy, and at the end of the stream.
+        assert_eq!(count(&driver, |call| matches!(call, Call::Synchronize { .. })) - before, 2);
+    }
+}
+
+fn copied(driver: &Arc<Faulty>) -> Result<(), Error> {
+    let stream = Device::with_driver(driver.clone(), 0)?.stream()?;
+    Buffer::<u32>::zeros(&stream, 3)?.copy_from_slice(&stream, &[1, 2, 3])
+}
+
+/// Rows of a device that do not lie side by side.
+#[test]
+fn strided_views_of_a_device_are_read_row_by_row() {
+    let (_, stream) = dropless_kit::device::emulated();
+    let mut buffer = Buffer::from_slice(&stream, &(0..24).collect::<Vec<u32>>()).unwrap();
+    let view = buffer.rows(4, 6).unwrap().col_range(1..3).unwrap();
+    assert_eq!(view.to_vec(&stream).unwrap(), [1, 2, 7, 8, 13, 14, 19, 20]);
+    let view = buffer.rows_mut(4, 6).unwrap().col_range(1..3).unwrap().row_range(1..3).unwrap();
+    assert_eq!(view.as_rows().to_vec(&stream).unwrap(), [7, 8, 13, 14]);
 }
 
 #[test]

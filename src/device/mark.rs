@@ -37,7 +37,7 @@ pub(super) enum Conflict {
     NotRun,
 }
 
-/// The last use on one stream, or in one graph.
+/// The last read or the last write on one stream, or in one graph.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // without CUDA nobody waits for the timeline
 struct Use {
     stream: u64,
@@ -84,8 +84,8 @@ impl Use {
     }
 }
 
-/// Drops uses that can refuse nothing any more. The launch of a graph that is gone is an operation like others, of which one on each
-/// stream is enough: the last, and a write if one of them is.
+/// Drops uses that can refuse nothing any more. The launch of a graph that is gone is an operation like others, of which the last
+/// read and the last write on each stream are enough.
 fn forget(uses: &mut Vec<Use>) {
     uses.retain(Use::matters);
     for i in (0..uses.len()).rev() {
@@ -93,9 +93,10 @@ fn forget(uses: &mut Vec<Use>) {
         let When::Launch { recording, .. } = &later[0].when else { continue };
         let (true, Some(operation)) = (recording.is_given_up(), later[0].operation()) else { continue };
         later[0].when = When::Operation(operation);
-        let same = |u: &&mut Use| u.stream == later[0].stream && matches!(u.when, When::Operation(_));
-        if let Some(Use { when: When::Operation(last), write, .. }) = earlier.iter_mut().find(same) {
-            (*last, *write) = (operation.max(*last), later[0].write || *write);
+        let Use { stream, write, .. } = later[0];
+        let same = |u: &&mut Use| (u.stream, u.write) == (stream, write) && matches!(u.when, When::Operation(_));
+        if let Some(Use { when: When::Operation(last), .. }) = earlier.iter_mut().find(same) {
+            *last = operation.max(*last);
             uses.remove(i);
         }
     }
@@ -139,16 +140,19 @@ impl Mark {
             });
         }
         forget(&mut uses);
-        let same = |u: &&mut Use| match graph {
-            Some(_) => u.is_of(graph),
-            None => u.stream == timeline.id && matches!(u.when, When::Operation(_)),
+        let same = |u: &&mut Use| {
+            let of_same = match graph {
+                Some(_) => u.is_of(graph),
+                None => u.stream == timeline.id && matches!(u.when, When::Operation(_)),
+            };
+            of_same && u.write == write
         };
         let when = match graph {
             Some(graph) => When::Launch { recording: graph.clone(), settled: None },
             None => When::Operation(operation),
         };
         match uses.iter_mut().find(same) {
-            Some(u) => (u.when, u.write) = (when, u.write || write),
+            Some(u) => u.when = when,
             None => {
                 uses.push(Use { stream: timeline.id, timeline: Arc::downgrade(timeline), ended: timeline.ended().clone(), when, write })
             }

@@ -252,5 +252,22 @@ mod tests {
         assert_eq!((nk.n(), nk.k(), kn.n(), kn.k()), (3, 4, 4, 3));
         assert!(ExpertWeights::nk(stacked, 4).is_err());
         assert!(ExpertWeights::nk(stacked, 0).is_err());
+        assert!(ExpertWeights::nk(Rows::from_slice(&data[..0], 0, 4).unwrap(), 0).is_err(), "no experts of no rows");
+    }
+
+    #[test]
+    fn rows_of_experts_are_limited() {
+        assert_eq!(ExpertRows::dense(MAX_ROWS).unwrap().rows(), MAX_ROWS);
+        let text = "expert_rows: rows is 2147483648, must be <= 2147483647";
+        assert_eq!(ExpertRows::dense(MAX_ROWS + 1).err().unwrap().to_string(), text);
+        let offsets = [0u32; 6];
+        let raw = |rows, cols, count| {
+            // SAFETY: what is refused is not used.
+            unsafe { ExpertRows::from_raw(Rows::from_slice(&offsets[..rows * cols], rows, cols).unwrap(), count) }
+        };
+        assert_eq!(raw(1, 6, MAX_ROWS).unwrap().num_experts(), 5);
+        assert_eq!(raw(1, 6, MAX_ROWS + 1).err().unwrap().to_string(), text);
+        assert_eq!(raw(1, 1, 0).err().unwrap().to_string(), "expert_rows: `offsets` must be [1, E + 1] = [1, 2], got [1, 1]");
+        assert_eq!(raw(2, 3, 0).err().unwrap().to_string(), "expert_rows: `offsets` must be [1, E + 1] = [1, 3], got [2, 3]");
     }
 }

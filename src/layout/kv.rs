@@ -17,7 +17,7 @@ use crate::device::{Access, Buffer, Stream, Upload};
 use crate::dtype::Element;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::HeadLayout;
-use crate::shape::{MAX_ROWS, checked_product};
+use crate::shape::{MAX_ROWS, checked_product, filled};
 use crate::view::{HostRows, HostRowsMut, RowOutputs, Rows, RowsMut};
 
 /// The sizes of a cache.
@@ -110,11 +110,13 @@ impl<T: Element> KvCache<T> {
         let elements = checked_product(Op::KvCache, "elements", &elements, isize::MAX as usize)?;
         let table = checked_product(Op::KvCache, "block table", &[num_sequences, max_pages], MAX_ROWS)?;
         let pool = || Buffer::zeros(stream, elements);
+        let mut free_pages = filled(Op::KvCache, num_pages, 0)?;
+        free_pages.iter_mut().rev().zip(0..).for_each(|(page, number)| *page = number);
         let host = HostState {
-            pages: vec![Vec::new(); num_sequences],
-            lens: vec![0; num_sequences],
-            offsets: vec![0; num_sequences + 1],
-            free_pages: (0..num_pages as u32).rev().collect(),
+            pages: filled(Op::KvCache, num_sequences, Vec::new())?,
+            lens: filled(Op::KvCache, num_sequences, 0)?,
+            offsets: filled(Op::KvCache, num_sequences + 1, 0)?,
+            free_pages,
         };
         Ok(KvCache {
             pools: (0..num_layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_, Error>>()?,
@@ -628,5 +630,77 @@ mod tests {
         assert!(KvCache::<f32>::new(&stream, 1, KvShape { num_pages: 1 << 40, ..paged() }).is_err());
         let wide = KvShape { num_kv_heads: 1 << 32, head_dim: 1 << 32, ..paged() }; // the product of these two wraps to 0
         assert!(matches!(KvCache::<f32>::new(&stream, 1, wide), Err(Error::TooLarge { .. })));
+        let long = KvShape { page_tokens: 1 << 12, num_pages: 1 << 20, ..paged() };
+        let error = KvCache::<f32>::new(&stream, 1, long).unwrap_err();
+        assert_eq!(error.to_string(), "kv_cache: tokens is 4294967296, must be <= 2147483647");
+    }
+
+    /// The first step gets the first pages, which a test of addresses may rely on.
+    #[test]
+    fn pages_are_given_in_order() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, paged()).unwrap();
+        cache.append(&stream, &[5, 3]).unwrap();
+        assert_eq!(cache.host.pages, [vec![0, 1], vec![2]]);
+    }
+
+    #[test]
+    fn a_cleared_sequence_closes_the_step() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, paged()).unwrap();
+        cache.append(&stream, &[3, 2]).unwrap();
+        assert_eq!(cache.layer(0).unwrap().pages().num_tokens(), 5);
+        cache.clear(&stream, 0).unwrap();
+        let layer = cache.layer(0).unwrap();
+        assert_eq!((layer.pages().num_tokens(), layer.pages().max_len()), (0, 2));
+        assert_eq!(layer.pages().host().query_offsets(), [0, 0, 0]);
+    }
+
+    #[test]
+    fn raw_pages_are_checked() {
+        let (table, lens, offsets) = ([0u32, 1, 2, 3], [3u32, 1], [0u32, 2, 3]);
+        let sizes = KvPageSizes { page_tokens: 4, page_stride: 6, num_pages: 4, num_tokens: 3, max_len: 3 };
+        let view = |data: &'static [u32], cols| Rows::from_slice(data, data.len() / cols, cols).unwrap();
+        let (table, lens, offsets): (&'static [u32], &'static [u32], &'static [u32]) =
+            (Box::leak(Box::new(table)), Box::leak(Box::new(lens)), Box::leak(Box::new(offsets)));
+        let pages = |sizes, lens: &'static [u32], offsets: &'static [u32]| {
+            // SAFETY: pages below 4, each once; lengths within them; offsets from 0 to 3. What is refused is not used.
+            unsafe { KvPages::from_raw(sizes, view(table, 2), view(lens, lens.len()), view(offsets, offsets.len())) }
+        };
+        let refused = |sizes| pages(sizes, lens, offsets).err().map(|error| error.to_string());
+        let layout = |got| Some(format!("kv_cache: `page_stride` must have at least `page_tokens` >= 1 rows, got {got}"));
+        assert_eq!(refused(sizes), None);
+        assert_eq!(refused(KvPageSizes { page_stride: 4, ..sizes }), None);
+        assert_eq!(refused(KvPageSizes { page_stride: 3, ..sizes }), layout(3));
+        assert_eq!(refused(KvPageSizes { page_tokens: 0, ..sizes }), layout(6));
+        let too_large = |what, got: u64| Some(format!("kv_cache: {what} is {got}, must be <= 2147483647"));
+        assert_eq!(refused(KvPageSizes { num_pages: 1 << 30, ..sizes }), too_large("tokens", 6 << 30));
+        assert_eq!(refused(KvPageSizes { num_tokens: 1 << 31, ..sizes }), too_large("step tokens", 1 << 31));
+        assert_eq!(refused(KvPageSizes { max_len: 1 << 31, ..sizes }), too_large("step tokens", 1 << 31));
+        let text = |lens, offsets| pages(sizes, lens, offsets).err().unwrap().to_string();
+        assert_eq!(text(&lens[..1], offsets), "kv_cache: `seq_lens` must be [1, B] = [1, 2], got [1, 1]");
+        assert_eq!(text(lens, &offsets[..2]), "kv_cache: `query_offsets` must be [1, B + 1] = [1, 3], got [1, 2]");
+    }
+
+    /// A pool ends with its last page: the gap behind that one need not be there.
+    #[test]
+    fn pools_hold_every_page() {
+        let (table, lens, offsets) = ([0u32, 1], [1u32], [0u32, 1]);
+        let sizes = KvPageSizes { page_tokens: 4, page_stride: 6, num_pages: 3, num_tokens: 1, max_len: 1 };
+        let view = |data| Rows::from_slice(data, 1, <[u32]>::len(data)).unwrap();
+        // SAFETY: page 0 holds the one token.
+        let pages = unsafe { KvPages::from_raw(sizes, view(&table), view(&lens), view(&offsets)).unwrap() };
+        let pool = [0f32; 2 * 17];
+        let layer = |keys, values| {
+            let rows = |rows| Rows::from_slice(&pool[..2 * rows], rows, 2).unwrap();
+            KvLayer::new(pages, rows(keys), rows(values)).map(drop).map_err(|error| error.to_string())
+        };
+        assert_eq!(layer(16, 16), Ok(()));
+        assert_eq!(layer(15, 15), Err("kv_cache: needs 16 rows of a pool, has 15".to_owned()));
+        let text = "kv_cache: `values` must be [num_pages * page_tokens, Hkv * d] = [17, 2], got [16, 2]";
+        assert_eq!(layer(17, 16), Err(text.to_owned()));
+        let (mut keys, mut values) = ([0f32; 30], [0f32; 30]);
+        let rows = |data| RowsMut::from_slice(data, 15, 2).unwrap();
+        assert!(KvLayerMut::new(pages, rows(&mut keys), rows(&mut values)).is_err());
     }
 }
