@@ -647,6 +647,17 @@ mod tests {
         assert_eq!(view.row_range(2..2).unwrap().rows(), 0);
     }
 
+    /// A part of strided rows begins at a row of the whole.
+    #[test]
+    fn parts_keep_the_stride() {
+        let stream = Device::cpu().stream().unwrap();
+        let mut data = [0u32, 1, 2, 3, 4, 5, 6, 7, 8, 9];
+        let view = Rows::from_slice_strided(&data, 3, 2, 4).unwrap();
+        assert_eq!(view.row_range(1..3).unwrap().to_vec(&stream).unwrap(), [4, 5, 8, 9]);
+        let view = RowsMut::from_slice_strided(&mut data, 3, 2, 4).unwrap();
+        assert_eq!(view.row_range(1..3).unwrap().as_rows().to_vec(&stream).unwrap(), [4, 5, 8, 9]);
+    }
+
     #[test]
     fn views_of_nothing_stay_within_the_address_space() {
         let (none, stream) = ([0.0f32; 0], Device::cpu().stream().unwrap());

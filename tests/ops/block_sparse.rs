@@ -686,6 +686,8 @@ fn refusals_write_nothing() {
     assert_eq!(text, "block_sparse: `a` must be [M, K] = [3, 70], got [3, 71]");
     let text = guard::refused::<f32>(&stream, 3, 70, |y| dds(&stream, view(3, 70).into(), s(), y));
     assert_eq!(text, "block_sparse: `y` must be [M, N] = [3, 100], got [3, 70]");
+    let text = guard::refused::<f32>(&stream, 3, 100, |y| dds(&stream, view(3, 70).into(), Sparse::new(&topology, view(64, 64)), y));
+    assert_eq!(text, "block_sparse: `s` must be [blocks * b, b] = [128, 64], got [64, 64]");
 
     let mut fixed = Topology::from_blocks(&stream, 64, [70, 100], &[[0, 1]]).unwrap();
     let refused =

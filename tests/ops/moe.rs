@@ -1,17 +1,20 @@
 //! The layer against its oracle, its goldens, and what it must refuse.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use dropless::moe::{self, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
-    Bf16, Buffer, Error, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm, permute,
+    Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm,
+    permute,
 };
 use dropless_kit::compare::{relative_l2, rounding, same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::goldens::Goldens;
 use dropless_kit::guard::{self, Bits, Guarded};
+use dropless_kit::recorder::Recorder;
 use proptest::prelude::*;
 
 use crate::oracle;
@@ -386,6 +389,47 @@ fn impossible_plans_are_refused() {
     let widest = "18446744073709551615, must be <= 9223372036854775807";
     assert_eq!(text(Shape { d_ffn: usize::MAX, ..good }, 9), format!("moe: d_ffn is {widest}"));
     assert_eq!(text(Shape { d_model: usize::MAX, ..good }, 9), format!("moe: d_model is {widest}"));
+    // Each part fits in the address space, all together do not.
+    let wide = 3 * (isize::MAX as usize / 4 / 5); // of f32, three fifths of it
+    let together = text(Shape { d_model: wide, d_ffn: wide, num_experts: 1, top_k: 1, ..good }, 1);
+    assert!(together.starts_with("moe: workspace bytes is 110680464442257"), "{together}");
+}
+
+/// What the steps of a layer would refuse one by one is refused before the first of them: types, and where rows begin.
+#[test]
+fn a_gpu_refuses_before_the_first_step() {
+    let shape = Shape { d_model: 8, d_ffn: 8, num_experts: 2, top_k: 1, normalize: Normalize::None };
+    let driver = Arc::new(Recorder::default());
+    let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
+    let plan = Plan::<f32>::new(shape, 3).unwrap();
+    let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(&stream, 3, 1, 2).unwrap();
+    let layer = Layer::<f32>::random(shape, 1);
+    let placed = layer.placed(&stream);
+    let mut rows = Buffer::<f32>::zeros(&stream, 3 * 12).unwrap();
+    let x = Buffer::<f32>::zeros(&stream, 3 * 12).unwrap();
+    let at = |rows, first| x.rows(rows, 12).unwrap().col_range(first..first + 8).unwrap();
+    let good = placed.weights();
+    let mut refused = |x: Rows<'_, f32>, weights: Weights<'_, f32>, first: usize| {
+        let mut y = rows.rows_mut(3, 12).unwrap().col_range(first..first + 8).unwrap();
+        let before = driver.launches().len();
+        let error = moe::forward(&stream, &plan, x, &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).err();
+        assert!(error.is_none() || driver.launches().len() == before);
+        error.map(|error| error.to_string())
+    };
+    let misplaced = |arg| Some(format!("moe: `{arg}` must have a first address that is a multiple of 16 bytes, remainder 0, got 4"));
+    assert_eq!(refused(at(3, 1), good, 0), misplaced("x"));
+    assert_eq!(refused(at(3, 0), Weights { router: at(2, 1), ..good }, 0), misplaced("router"));
+    assert_eq!(refused(at(3, 0), good, 1), misplaced("y"));
+    assert_eq!(refused(at(3, 4), good, 4), None);
+
+    let other = Layer::<Bf16>::random(shape, 1);
+    let (placed, mut y) = (other.placed(&stream), Buffer::<f32>::zeros(&stream, 24).unwrap());
+    let before = driver.launches().len();
+    let (weights, mut y) = (placed.weights(), y.rows_mut(3, 8).unwrap());
+    let error = moe::forward(&stream, &plan, at(3, 0), &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).unwrap_err();
+    assert_eq!(error.to_string(), "moe: weights of type bf16 is not supported here; supported: f32");
+    assert_eq!(driver.launches().len(), before);
 }
 
 #[test]
