@@ -13,52 +13,60 @@ pub(crate) const ALIGN_BYTES: usize = 256;
 const MAX_THREADS: usize = 1024;
 
 /// The threads that share an operation's tasks.
-pub(crate) struct Workers {
+pub(crate) struct Workers(Threads);
+
+enum Threads {
+    /// None but the one that calls.
+    Caller,
+    /// The process-wide pool, which has no handle.
     #[cfg(feature = "rayon")]
-    pool: Option<rayon::ThreadPool>, // none: the process-wide pool
+    Shared,
+    #[cfg(feature = "rayon")]
+    Own(rayon::ThreadPool),
 }
 
 impl Workers {
+    /// Those of the process-wide pool; the calling thread alone where they cannot be started.
     pub(crate) fn global() -> Workers {
-        Workers {
-            #[cfg(feature = "rayon")]
-            pool: None,
+        #[cfg(feature = "rayon")]
+        if shared_pool_runs() {
+            return Workers(Threads::Shared);
         }
+        Workers(Threads::Caller)
     }
 
     pub(crate) fn new(threads: usize) -> Result<Workers, Error> {
         if threads == 0 || threads > MAX_THREADS {
             return Err(Error::Value { op: Op::Device, arg: "threads", need: "between 1 and 1024", got: threads as f64 });
         }
-        Ok(Workers {
-            #[cfg(feature = "rayon")]
-            pool: Some(
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|i| format!("dropless-{i}"))
-                    .build()
-                    .map_err(|_| Error::OutOfMemory { op: Op::Device, need_bytes: 0 })?,
-            ),
-        })
+        #[cfg(feature = "rayon")]
+        {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("dropless-{i}")).build();
+            Ok(Workers(Threads::Own(pool.map_err(|_| Error::Threads { op: Op::Device, need: threads })?)))
+        }
+        #[cfg(not(feature = "rayon"))]
+        Ok(Workers(Threads::Caller))
     }
 
     pub(crate) fn threads(&self) -> usize {
-        #[cfg(feature = "rayon")]
-        return self.pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads);
-        #[cfg(not(feature = "rayon"))]
-        1
+        match &self.0 {
+            Threads::Caller => 1,
+            #[cfg(feature = "rayon")]
+            Threads::Shared => rayon::current_num_threads(),
+            #[cfg(feature = "rayon")]
+            Threads::Own(pool) => pool.current_num_threads(),
+        }
     }
 
     /// Calls `f` on one of the threads, from which `run` needs no hand-over.
     pub(crate) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        #[cfg(feature = "rayon")]
-        return match &self.pool {
-            Some(pool) => pool.install(f),
-            // The process-wide pool has no handle; a scope enters it.
-            None => rayon::scope(|_| f()),
-        };
-        #[cfg(not(feature = "rayon"))]
-        f()
+        match &self.0 {
+            Threads::Caller => f(),
+            #[cfg(feature = "rayon")]
+            Threads::Shared => rayon::scope(|_| f()),
+            #[cfg(feature = "rayon")]
+            Threads::Own(pool) => pool.install(f),
+        }
     }
 
     /// Calls `task(0..tasks)`, each once, on whatever threads are free. Tasks must not depend on each other's order.
@@ -67,13 +75,26 @@ impl Workers {
         if tasks > 1 && self.threads() > 1 {
             use rayon::prelude::*;
             let all = || (0..tasks).into_par_iter().with_max_len(1).for_each(&task);
-            return match &self.pool {
-                Some(pool) => pool.install(all),
-                None => all(),
+            return match &self.0 {
+                Threads::Own(pool) => pool.install(all),
+                _ => all(),
             };
         }
         (0..tasks).for_each(task);
     }
+}
+
+/// Starts the process-wide pool, unless somebody has, and says whether it runs. Asked once: a pool that failed to start stays away.
+#[cfg(feature = "rayon")]
+fn shared_pool_runs() -> bool {
+    static RUNS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *RUNS.get_or_init(|| {
+        let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| number.parse::<usize>().ok());
+        let at_most = asked.filter(|asked| *asked > MAX_THREADS).map_or(0, |_| MAX_THREADS); // 0: as rayon decides
+        let built = rayon::ThreadPoolBuilder::new().num_threads(at_most).build_global();
+        // A pool that was there before is an error too, but one without a cause.
+        built.err().and_then(|error| std::error::Error::source(&error).map(drop)).is_none()
+    })
 }
 
 /// Zeroed host memory, aligned to [`ALIGN_BYTES`]; pages are committed when first written.
@@ -142,6 +163,44 @@ mod tests {
             });
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    /// Calls the test of that name again, in a process with this environment.
+    #[cfg(all(feature = "rayon", not(miri)))]
+    fn again(test: &str, name: &str, value: &str) {
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        let test = format!("device::cpu::tests::{test}");
+        let output = again.args(["--exact", &test, "--test-threads=1"]).env(name, value).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+
+    /// A stack that no address space has room for: then no thread can be started, whoever asks.
+    #[test]
+    #[cfg(all(feature = "rayon", not(miri), target_pointer_width = "64", target_os = "linux"))]
+    fn without_threads_the_caller_works() {
+        const STACK: (&str, &str) = ("RUST_MIN_STACK", "1125899906842624");
+        if std::env::var(STACK.0).as_deref() != Ok(STACK.1) {
+            return again("without_threads_the_caller_works", STACK.0, STACK.1);
+        }
+        assert!(std::thread::Builder::new().spawn(|| {}).is_err());
+        let (workers, sum) = (Workers::global(), AtomicUsize::new(0));
+        assert_eq!((workers.threads(), workers.install(|| 5)), (1, 5));
+        workers.run(10, |i| drop(sum.fetch_add(i, Ordering::Relaxed)));
+        assert_eq!(sum.into_inner(), 45);
+        let refused = Workers::new(4).err().unwrap();
+        assert_eq!(refused, Error::Threads { op: Op::Device, need: 4 });
+        assert_eq!(refused.to_string(), "device: the 4 threads it was asked for could not be started");
+    }
+
+    #[test]
+    #[cfg(all(feature = "rayon", not(miri)))]
+    fn the_number_of_threads_in_the_environment_is_limited() {
+        const NUMBER: (&str, &str) = ("RAYON_NUM_THREADS", "4294967295");
+        if std::env::var(NUMBER.0).as_deref() != Ok(NUMBER.1) {
+            return again("the_number_of_threads_in_the_environment_is_limited", NUMBER.0, NUMBER.1);
+        }
+        assert!([1, MAX_THREADS].contains(&Workers::global().threads())); // one where not even these can be started
     }
 
     #[test]
