@@ -7,6 +7,7 @@ mod attention;
 mod block_sparse;
 mod block_sparse_tiles;
 mod embedding;
+mod far;
 mod glu;
 mod grouped_gemm;
 mod grouped_gemm_tiles;
