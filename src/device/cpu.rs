@@ -13,60 +13,57 @@ pub(crate) const ALIGN_BYTES: usize = 256;
 const MAX_THREADS: usize = 1024;
 
 /// The threads that share an operation's tasks.
-pub(crate) struct Workers(Threads);
-
-enum Threads {
-    /// None but the one that calls.
-    Caller,
-    /// The process-wide pool, which has no handle.
+pub(crate) struct Workers {
     #[cfg(feature = "rayon")]
-    Shared,
-    #[cfg(feature = "rayon")]
-    Own(rayon::ThreadPool),
+    pool: Option<rayon::ThreadPool>, // none: the process-wide pool
 }
 
 impl Workers {
-    /// Those of the process-wide pool; the calling thread alone where they cannot be started.
     pub(crate) fn global() -> Workers {
-        #[cfg(feature = "rayon")]
-        if shared_pool_runs() {
-            return Workers(Threads::Shared);
+        Workers {
+            #[cfg(feature = "rayon")]
+            pool: None,
         }
-        Workers(Threads::Caller)
     }
 
     pub(crate) fn new(threads: usize) -> Result<Workers, Error> {
         if threads == 0 || threads > MAX_THREADS {
             return Err(Error::Value { op: Op::Device, arg: "threads", need: "between 1 and 1024", got: threads as f64 });
         }
-        #[cfg(feature = "rayon")]
-        {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("dropless-{i}")).build();
-            Ok(Workers(Threads::Own(pool.map_err(|_| Error::Threads { op: Op::Device, need: threads })?)))
-        }
-        #[cfg(not(feature = "rayon"))]
-        Ok(Workers(Threads::Caller))
+        Ok(Workers {
+            #[cfg(feature = "rayon")]
+            pool: Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .thread_name(|i| format!("dropless-{i}"))
+                    .build()
+                    .map_err(|_| Error::Threads { op: Op::Device, need: threads })?,
+            ),
+        })
     }
 
     pub(crate) fn threads(&self) -> usize {
-        match &self.0 {
-            Threads::Caller => 1,
-            #[cfg(feature = "rayon")]
-            Threads::Shared => rayon::current_num_threads(),
-            #[cfg(feature = "rayon")]
-            Threads::Own(pool) => pool.current_num_threads(),
-        }
+        #[cfg(feature = "rayon")]
+        return match &self.pool {
+            Some(pool) => pool.current_num_threads(),
+            None if shared_pool_runs() => rayon::current_num_threads(),
+            None => 1,
+        };
+        #[cfg(not(feature = "rayon"))]
+        1
     }
 
     /// Calls `f` on one of the threads, from which `run` needs no hand-over.
     pub(crate) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        match &self.0 {
-            Threads::Caller => f(),
-            #[cfg(feature = "rayon")]
-            Threads::Shared => rayon::scope(|_| f()),
-            #[cfg(feature = "rayon")]
-            Threads::Own(pool) => pool.install(f),
-        }
+        #[cfg(feature = "rayon")]
+        return match &self.pool {
+            Some(pool) => pool.install(f),
+            // The process-wide pool has no handle; a scope enters it.
+            None if shared_pool_runs() => rayon::scope(|_| f()),
+            None => f(),
+        };
+        #[cfg(not(feature = "rayon"))]
+        f()
     }
 
     /// Calls `task(0..tasks)`, each once, on whatever threads are free. Tasks must not depend on each other's order.
@@ -75,26 +72,32 @@ impl Workers {
         if tasks > 1 && self.threads() > 1 {
             use rayon::prelude::*;
             let all = || (0..tasks).into_par_iter().with_max_len(1).for_each(&task);
-            return match &self.0 {
-                Threads::Own(pool) => pool.install(all),
-                _ => all(),
+            return match &self.pool {
+                Some(pool) => pool.install(all),
+                None => all(),
             };
         }
         (0..tasks).for_each(task);
     }
 }
 
-/// Starts the process-wide pool, unless somebody has, and says whether it runs. Asked once: a pool that failed to start stays away.
+/// Starts the process-wide pool, unless somebody has, and says whether there is one. Where it could not be
+/// started, nobody can start it any more: rayon tries once.
 #[cfg(feature = "rayon")]
 fn shared_pool_runs() -> bool {
     static RUNS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *RUNS.get_or_init(|| {
-        let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| number.parse::<usize>().ok());
-        let at_most = asked.filter(|asked| *asked > MAX_THREADS).map_or(0, |_| MAX_THREADS); // 0: as rayon decides
-        let built = rayon::ThreadPoolBuilder::new().num_threads(at_most).build_global();
-        // A pool that was there before is an error too, but one without a cause.
-        built.err().and_then(|error| std::error::Error::source(&error).map(drop)).is_none()
-    })
+    // A worker shares its tasks with its own pool, whichever that is.
+    rayon::current_thread_index().is_some()
+        || *RUNS.get_or_init(|| {
+            let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| number.parse::<usize>().ok());
+            let threads = match asked {
+                Some(asked) if asked > MAX_THREADS => std::thread::available_parallelism().map_or(1, Into::into),
+                _ => 0, // as rayon decides
+            };
+            let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+            // That there is a pool already is an error too, but one without a cause.
+            built.err().is_none_or(|error| std::error::Error::source(&error).is_none())
+        })
 }
 
 /// Zeroed host memory, aligned to [`ALIGN_BYTES`]; pages are committed when first written.
@@ -186,7 +189,9 @@ mod tests {
         assert!(std::thread::Builder::new().spawn(|| {}).is_err());
         let (workers, sum) = (Workers::global(), AtomicUsize::new(0));
         assert_eq!((workers.threads(), workers.install(|| 5)), (1, 5));
-        workers.run(10, |i| drop(sum.fetch_add(i, Ordering::Relaxed)));
+        workers.run(10, |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
         assert_eq!(sum.into_inner(), 45);
         let refused = Workers::new(4).err().unwrap();
         assert_eq!(refused, Error::Threads { op: Op::Device, need: 4 });
@@ -195,12 +200,13 @@ mod tests {
 
     #[test]
     #[cfg(all(feature = "rayon", not(miri)))]
-    fn the_number_of_threads_in_the_environment_is_limited() {
+    fn a_number_of_threads_beyond_the_limit_is_ignored() {
         const NUMBER: (&str, &str) = ("RAYON_NUM_THREADS", "4294967295");
         if std::env::var(NUMBER.0).as_deref() != Ok(NUMBER.1) {
-            return again("the_number_of_threads_in_the_environment_is_limited", NUMBER.0, NUMBER.1);
+            return again("a_number_of_threads_beyond_the_limit_is_ignored", NUMBER.0, NUMBER.1);
         }
-        assert!([1, MAX_THREADS].contains(&Workers::global().threads())); // one where not even these can be started
+        let offered = std::thread::available_parallelism().unwrap().into();
+        assert_eq!(Workers::global().threads(), offered);
     }
 
     #[test]

@@ -45,8 +45,9 @@ pub(crate) enum Backend {
 }
 
 impl Device {
-    /// The CPU, with the threads of rayon's process-wide pool: as many as the machine offers, or as `RAYON_NUM_THREADS` says, which
-    /// counts as 1024 where it is more. Where these threads cannot be started, the calling thread does all the work.
+    /// The CPU, with the threads of rayon's process-wide pool: as many as the machine offers, or as
+    /// `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they cannot be started, the calling
+    /// thread does all the work.
     pub fn cpu() -> Device {
         Device(Backend::Cpu(Arc::new(cpu::Workers::global())))
     }
@@ -139,7 +140,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// What the driver reports; on the CPU [`Error::Unsupported`] if `DROPLESS_SIMD` names an instruction set that this machine has not.
+    /// What the driver reports; on the CPU [`Error::Unsupported`] if `DROPLESS_SIMD` names an instruction set
+    /// that this machine does not have.
     pub fn stream(&self) -> Result<Stream, Error> {
         if let Backend::Cpu(_) = self.0 {
             crate::simd::check()?;

@@ -10,7 +10,8 @@
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names (`portable`, `avx2`,
-//! `avx512`; empty: the best). Of a name that is unknown, or that this machine does not have, there is no stream on the CPU.
+//! `avx512`; empty: the best). With a name that is unknown, or that this machine does not have, opening a
+//! stream on the CPU is an error.
 //!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
 #![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
@@ -95,7 +96,8 @@ pub(crate) fn check() -> Result<(), Error> {
     Err(Error::Unsupported { op: Op::Device, what: "DROPLESS_SIMD =", got: wanted(), supported })
 }
 
-/// Runs a kernel with this process's instruction set. Where there is a stream, the one that was asked for is there.
+/// Runs a kernel with this process's instruction set. Where there is a stream, the one that was asked for is
+/// there.
 pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable))).run(kernel)

@@ -57,6 +57,7 @@ fn against_oracle<A: Float + Bits>() {
         for (tokens, top_k, num_experts, skew, cols) in [
             (0, 2, 4, 0, 5),
             (3, 1, 1, 0, 0),
+            (1, 1, 2, 0, 5),
             (1, 4, 16, 0, 1),
             (19, 2, 6, 3, 33),
             (130, 4, 16, 0, 7),
