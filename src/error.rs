@@ -158,6 +158,9 @@ pub enum Error {
     /// Memory could not be had.
     #[allow(missing_docs)]
     OutOfMemory { op: Op, need_bytes: u64 },
+    /// Worker threads could not be started.
+    #[allow(missing_docs)]
+    Threads { op: Op, need: usize },
     /// The device failed. Sticky: every later call on this device returns it.
     #[allow(missing_docs)]
     DeviceLost { first_op: Op, call: &'static str, code: i32, name: &'static str },
@@ -261,6 +264,7 @@ impl fmt::Display for Error {
             }
             Error::Driver { op, call, code, name } => write!(f, "{op}: {call} gave CUDA {code} ({name})"),
             Error::OutOfMemory { op, need_bytes } => write!(f, "out of memory: {op} needs {need_bytes} bytes"),
+            Error::Threads { op, need } => write!(f, "{op}: the {need} threads it was asked for could not be started"),
             Error::DeviceLost { first_op, call, code, name } => {
                 let after = "this process cannot use the device again";
                 write!(f, "device lost in {first_op}: {call} gave CUDA {code} ({name}); {after}")

@@ -3,15 +3,16 @@
 //! Everything is mapped and nothing is copied. Opening checks that every tensor of the model is there, has the shape that
 //! `config.json` gives it, and is of one type with all others.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use dropless::{DType, Element, Rows};
 
 use super::config::{Config, TensorSpec};
-use super::failure::{Failure, io_text, refuse, refuse_file};
+use super::failure::{Failure, refuse, refuse_file};
 use super::header::{Tensor, TensorFile};
-use super::json::Object;
+use super::input::{MAX_TEXT_BYTES, brief, read_text};
+use super::json::{Object, Strict, Value};
 use super::progress::Progress;
 
 const SINGLE: &str = "model.safetensors";
@@ -29,19 +30,15 @@ impl Checkpoint {
         if cfg!(target_endian = "big") {
             return refuse("weights are used where they lie, in little-endian order; this machine is big-endian");
         }
-        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
-        let names = if single.exists() {
-            vec![single]
-        } else if index.exists() {
-            shards(dir, &index)?
-        } else {
-            return refuse_file(dir, format_args!("has neither {SINGLE} nor {INDEX}"));
-        };
-        let bar = progress.count("opening", names.len() as u64, names.len() > 1);
+        let single = dir.join(SINGLE);
+        let index = if single.exists() { None } else { Some(Index::read(dir)?) };
+        let paths = index.as_ref().map_or_else(|| vec![single], |index| index.shards.iter().map(|shard| dir.join(shard)).collect());
+        let bar = progress.count("opening", paths.len() as u64, paths.len() > 1);
         let open = |path: &PathBuf| TensorFile::open(path).inspect(|_| bar.inc(1));
-        let files = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let mut checkpoint = Checkpoint { files, dtype: DType::F32 };
         checkpoint.dtype = checkpoint.check(dir, config)?;
+        index.map_or(Ok(()), |index| index.check(&checkpoint.files))?;
         Ok(checkpoint)
     }
 
@@ -127,32 +124,72 @@ impl Checkpoint {
     }
 }
 
-/// The shards that an index names, each once, in order of name.
-fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>, Failure> {
-    let text = std::fs::read_to_string(index).or_else(|error| refuse_file(index, io_text(&error)))?;
-    let object: Object<serde_json::Value> = match serde_json::from_str(&text) {
-        Ok(object) => object,
-        Err(error) => return refuse_file(index, format_args!("not a JSON object: {error}")),
-    };
-    let Some(map) = object.get("weight_map").and_then(|map| map.as_object()).filter(|map| !map.is_empty()) else {
-        return refuse_file(index, "`weight_map` must be an object of tensor and file names");
-    };
-    let mut files = HashMap::new();
-    for (tensor, file) in map {
-        let Some(name) = file.as_str().filter(|name| !name.is_empty()) else {
-            return refuse_file(index, format_args!("`weight_map.{tensor}` must be a file name, got {file}"));
+/// What an index says: which shard holds which tensor.
+struct Index {
+    path: PathBuf,
+    /// The shards, each once, in order of name.
+    shards: Vec<String>,
+    /// For each tensor, the number of its shard.
+    places: BTreeMap<String, usize>,
+}
+
+impl Index {
+    fn read(dir: &Path) -> Result<Index, Failure> {
+        let path = dir.join(INDEX);
+        if !path.exists() {
+            return refuse_file(dir, format_args!("has neither {SINGLE} nor {INDEX}"));
+        }
+        let object: Object<Strict> = match serde_json::from_str(&read_text(&path, MAX_TEXT_BYTES)?) {
+            Ok(object) => object,
+            Err(error) => return refuse_file(&path, format_args!("not a JSON object: {}", brief(error))),
         };
-        if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
-            return refuse_file(index, format_args!("`weight_map.{tensor}` must lie in the checkpoint's folder, got {file}"));
+        let Some(map) = object.get("weight_map").and_then(|map| map.as_object()).filter(|map| !map.is_empty()) else {
+            return refuse_file(&path, "`weight_map` must be an object of tensor and file names");
+        };
+        let mut first = BTreeMap::new(); // for each shard, one of its tensors
+        for (tensor, file) in map {
+            let place = || format!("`weight_map.{}`", brief(tensor));
+            let Some(name) = file.as_str().filter(|name| !name.is_empty()) else {
+                return refuse_file(&path, format_args!("{} must be a file name, got {}", place(), brief(file)));
+            };
+            if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
+                return refuse_file(&path, format_args!("{} must lie in the checkpoint's folder, got {}", place(), brief(file)));
+            }
+            first.entry(name).or_insert(tensor);
         }
-        files.entry(name).or_insert(tensor);
-    }
-    let mut names: Vec<_> = files.into_iter().collect();
-    names.sort_unstable();
-    for (name, tensor) in &names {
-        if !dir.join(name).exists() {
-            return refuse_file(&dir.join(name), format_args!("shard not found; {INDEX} expects `{tensor}` in it"));
+        for (name, tensor) in &first {
+            if !dir.join(name).exists() {
+                return refuse_file(&dir.join(brief(name)), format_args!("shard not found; {INDEX} expects `{}` in it", brief(tensor)));
+            }
         }
+        let shards: Vec<String> = first.into_keys().map(str::to_owned).collect();
+        let shard = |file: &Value| shards.iter().position(|shard| Some(shard.as_str()) == file.as_str());
+        let places = map.iter().filter_map(|(tensor, file)| Some((tensor.clone(), shard(file)?))).collect();
+        Ok(Index { path, shards, places })
     }
-    Ok(names.into_iter().map(|(name, _)| dir.join(name)).collect())
+
+    /// Every tensor lies where the index says, and it says so of every tensor. `files` are the shards in
+    /// their order.
+    fn check(&self, files: &[TensorFile]) -> Result<(), Failure> {
+        for (number, file) in files.iter().enumerate() {
+            for Tensor { name, .. } in file.tensors() {
+                let (tensor, here) = (brief(name), &self.shards[number]);
+                match self.places.get(name) {
+                    Some(place) if *place == number => {}
+                    Some(place) => {
+                        let there = &self.shards[*place];
+                        return refuse_file(&self.path, format_args!("`weight_map.{tensor}` is {there}, but {here} holds that tensor"));
+                    }
+                    None => return refuse_file(&self.path, format_args!("`weight_map` lacks `{tensor}`, which {here} holds")),
+                }
+            }
+        }
+        for (name, place) in &self.places {
+            if files[*place].find(name).is_none() {
+                let (tensor, there) = (brief(name), &self.shards[*place]);
+                return refuse_file(&self.path, format_args!("`weight_map.{tensor}` is {there}, which holds no such tensor"));
+            }
+        }
+        Ok(())
+    }
 }

@@ -9,11 +9,16 @@ use std::path::Path;
 use dropless::HeadLayout;
 use dropless::layout::MAX_EXPERTS;
 
-use super::failure::{Failure, io_text, refuse_file};
-use super::json::{Object, Value};
+use serde_json::json;
+
+use super::failure::{Failure, refuse_file};
+use super::input::{brief, read_text};
+use super::json::{Object, Strict, Value};
 
 /// No size in a configuration may pass this; the products of sizes are checked besides.
 const MAX_SIZE: u64 = (1 << 31) - 1;
+/// A configuration has some kilobytes.
+const MAX_CONFIG_BYTES: u64 = 1_000_000;
 /// What LayerNorm adds to the variance: a constant of the model, not a field.
 pub const NORM_EPS: f32 = 1e-5;
 
@@ -57,29 +62,29 @@ pub struct Part {
 impl Config {
     /// Reads and checks a configuration.
     pub fn read(file: &Path) -> Result<Config, Failure> {
-        let text = std::fs::read_to_string(file).or_else(|error| refuse_file(file, io_text(&error)))?;
-        Config::parse(file, &text)
+        Config::parse(file, &read_text(file, MAX_CONFIG_BYTES)?)
     }
 
     fn parse(file: &Path, text: &str) -> Result<Config, Failure> {
-        let object: Object<Value> = match serde_json::from_str(text) {
+        let object: Object<Strict> = match serde_json::from_str(text) {
             Ok(object) => object,
-            Err(error) => return refuse_file(file, format_args!("not a JSON object: {error}")),
+            Err(error) => return refuse_file(file, format_args!("not a JSON object: {}", brief(error))),
         };
-        let top = Fields { file, section: "", entries: object.0 };
+        let top = Fields { file, section: "", entries: object.0.into_iter().map(|(name, Strict(value))| (name, value)).collect() };
         let (attention, ffn) = (top.section("attn_config.")?, top.section("ffn_config.")?);
-
-        top.must_be("model_type", "dbrx")?;
-        if top.get("tie_word_embeddings") == Some(&Value::Bool(true)) {
-            return top.refuse("tie_word_embeddings", "must be false, got true");
-        }
-        if let Some(Value::Object(activation)) = ffn.get("ffn_act_fn")
-            && let Some(name) = activation.get("name").filter(|name| *name != "silu")
-        {
-            return ffn.refuse("ffn_act_fn.name", format_args!("must be \"silu\", got {name}"));
-        }
         let rope = top.section("rope_parameters.")?;
-        rope.must_be("rope_type", "default")?;
+
+        // What would make it another model than the one that is computed here.
+        top.must_be("model_type", json!("dbrx"))?;
+        top.must_be("tie_word_embeddings", json!(false))?;
+        top.must_be("quantization_config", Value::Null)?;
+        ffn.must_be("ffn_act_fn", json!({ "name": "silu" }))?;
+        for section in [&top, &attention] {
+            section.must_be("attn_type", json!("grouped_query_attention"))?;
+            section.must_be("rope_scaling", Value::Null)?;
+        }
+        rope.must_be("rope_type", json!("default"))?;
+        rope.must_be("type", json!("default"))?; // its older name
 
         let (num_layers, d_model) = (top.size("n_layers", MAX_SIZE)?, top.size("d_model", MAX_SIZE)?);
         let (num_heads, num_kv_heads) = (top.size("n_heads", MAX_SIZE)?, attention.size("kv_n_heads", MAX_SIZE)?);
@@ -281,21 +286,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A word that is the only one served here, where it is given at all.
-    fn must_be(&self, name: &str, word: &str) -> Result<(), Failure> {
+    /// A value that is the only one served here, where one is given at all.
+    fn must_be(&self, name: &str, want: Value) -> Result<(), Failure> {
         match self.get(name) {
             None | Some(Value::Null) => Ok(()),
-            Some(Value::String(got)) if got == word => Ok(()),
-            Some(other) => self.refuse(name, format_args!("must be \"{word}\", got {}", brief(other))),
+            Some(got) if *got == want => Ok(()),
+            Some(other) => self.refuse(name, format_args!("must be {want}, got {}", brief(other))),
         }
-    }
-}
-
-/// A value as it stands in the file, cut where it is long.
-fn brief(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(40) {
-        Some((cut, _)) => format!("{}...", &text[..cut]),
-        None => text,
     }
 }

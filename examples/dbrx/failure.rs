@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
+use super::input::printable;
+
 /// Why a run ended early.
 #[derive(Debug)]
 pub enum Failure {
@@ -44,9 +46,9 @@ impl From<dropless::Error> for Failure {
     }
 }
 
-/// A refusal.
-pub fn refuse<T>(text: impl Into<String>) -> Result<T, Failure> {
-    Err(Failure::Refused(text.into()))
+/// A refusal. Files and arguments may be anybody's, so what it says of them is made printable.
+pub fn refuse<T>(text: impl AsRef<str>) -> Result<T, Failure> {
+    Err(Failure::Refused(printable(text.as_ref())))
 }
 
 /// A refusal that begins with the file at fault.

@@ -10,10 +10,8 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use super::failure::{Failure, io_text, refuse_file};
-use super::json::{Object, Value};
-
-/// A longer header is refused, as by other readers of the format.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+use super::input::{MAX_TEXT_BYTES, brief, check_kind};
+use super::json::{Object, Strict, Value};
 
 /// The types of the format that have whole bytes, with their sizes.
 const TYPES: &[(&str, u64)] = &[
@@ -89,14 +87,7 @@ impl TensorFile {
 
 #[allow(unsafe_code)]
 fn map(path: &Path) -> std::io::Result<Mmap> {
-    // Asked before it is opened: opening a pipe would wait for somebody to write to it.
-    let kind = std::fs::metadata(path)?;
-    if kind.is_dir() {
-        return Err(std::io::ErrorKind::IsADirectory.into());
-    }
-    if !kind.is_file() {
-        return Err(std::io::Error::other("is a device or a pipe, not a file"));
-    }
+    check_kind(path)?;
     let file = File::open(path)?;
     // SAFETY: the mapping is private to this process and only read. Whoever changes the file under a running model changes its
     // weights, and whoever truncates it ends the process: the price of using weights in place.
@@ -110,21 +101,21 @@ fn read_header(file: &[u8]) -> Result<Vec<Tensor>, String> {
         return Err(format!("not a safetensors file: it has {file_bytes} bytes, the header's length alone takes 8"));
     };
     let header_bytes = u64::from_le_bytes(*length);
-    if header_bytes > MAX_HEADER_BYTES {
-        return Err(format!("not a safetensors file: the header should have {header_bytes} bytes, must be <= {MAX_HEADER_BYTES}"));
+    if header_bytes > MAX_TEXT_BYTES {
+        return Err(format!("not a safetensors file: the header should have {header_bytes} bytes, must be <= {MAX_TEXT_BYTES}"));
     }
     let Some((header, data)) = rest.split_at_checked(header_bytes as usize) else {
         return Err(format!("header of {header_bytes} bytes does not fit in a file of {file_bytes} bytes"));
     };
     let text = std::str::from_utf8(header).map_err(|error| format!("header is not UTF-8: {error}"))?;
-    let entries: Object<Object<Value>> = serde_json::from_str(text).map_err(|error| format!("header is not valid: {error}"))?;
+    let entries: Object<Object<Strict>> = serde_json::from_str(text).map_err(|error| format!("header is not valid: {}", brief(error)))?;
 
     let named = entries.0.into_iter().filter(|(name, _)| name != "__metadata__");
     let mut tensors = named.map(|(name, fields)| read_tensor(name, &fields)).collect::<Result<Vec<Entry>, String>>()?;
     tensors.sort_by_key(|tensor| (tensor.begin, tensor.end));
     let mut end = 0;
     for tensor in &tensors {
-        let Entry { name, begin, .. } = tensor;
+        let (name, begin) = (brief(&tensor.name), &tensor.begin);
         if *begin != end {
             let fault = if *begin < end { "overlaps another tensor" } else { "leaves a hole" };
             return Err(format!("tensor `{name}`: `data_offsets` {fault}: must begin at {end}, got {begin}"));
@@ -134,7 +125,10 @@ fn read_header(file: &[u8]) -> Result<Vec<Tensor>, String> {
     if end != data.len() as u64 {
         let have = data.len();
         return Err(match tensors.last().filter(|_| end > have as u64) {
-            Some(last) => format!("tensor `{}`: ends at byte {end} of the data, the file holds {have} (is it truncated?)", last.name),
+            Some(last) => {
+                let name = brief(&last.name);
+                format!("tensor `{name}`: ends at byte {end} of the data, the file holds {have} (is it truncated?)")
+            }
             None => format!("the header describes {end} bytes of data, the file holds {have}"),
         });
     }
@@ -159,15 +153,15 @@ struct Entry {
     end: u64,
 }
 
-fn read_tensor(name: String, fields: &Object<Value>) -> Result<Entry, String> {
-    let fault = |field: &str, text: String| Err(format!("tensor `{name}`: `{field}` {text}"));
+fn read_tensor(name: String, fields: &Object<Strict>) -> Result<Entry, String> {
+    let fault = |field: &str, text: String| Err(format!("tensor `{}`: `{field}` {text}", brief(&name)));
     let sizes = |field: &str| -> Option<Vec<u64>> { fields.get(field)?.as_array()?.iter().map(Value::as_u64).collect() };
 
-    let Some(dtype) = fields.get("dtype").and_then(Value::as_str) else {
+    let Some(dtype) = fields.get("dtype").and_then(|dtype| dtype.as_str()) else {
         return fault("dtype", "must be a word".into());
     };
     let Some(&(_, size_bytes)) = TYPES.iter().find(|(known, _)| *known == dtype) else {
-        return fault("dtype", format!("is {dtype}, which is not supported"));
+        return fault("dtype", format!("is {}, which is not supported", brief(dtype)));
     };
     let Some(shape) = sizes("shape") else {
         return fault("shape", "must be a list of whole numbers".into());
@@ -175,11 +169,12 @@ fn read_tensor(name: String, fields: &Object<Value>) -> Result<Entry, String> {
     let Some(&[begin, end]) = sizes("data_offsets").as_deref() else {
         return fault("data_offsets", "must be two whole numbers".into());
     };
+    let dims = brief(format_args!("{shape:?}"));
     let Some(bytes) = shape.iter().try_fold(size_bytes, |bytes, size| bytes.checked_mul(*size)).filter(|bytes| *bytes <= 1 << 62) else {
-        return fault("shape", format!("{shape:?} of {dtype} has more than 2^62 bytes"));
+        return fault("shape", format!("{dims} of {dtype} has more than 2^62 bytes"));
     };
     if end < begin || end - begin != bytes {
-        return fault("data_offsets", format!("must span {bytes} bytes for {shape:?} of {dtype}, got [{begin}, {end}]"));
+        return fault("data_offsets", format!("must span {bytes} bytes for {dims} of {dtype}, got [{begin}, {end}]"));
     }
     let shape = shape.into_iter().map(|size| size as usize).collect();
     Ok(Entry { dtype: dtype.to_owned(), shape, begin, end, name })

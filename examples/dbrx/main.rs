@@ -9,7 +9,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `options`, `prompt`, `text` | what was asked for |
-//! | `config`, `header`, `checkpoint`, `json` | what lies on disk, believed only after checks |
+//! | `config`, `header`, `checkpoint`, `json`, `input` | what lies on disk, believed only after checks |
 //! | `setup`, `memory` | everything that is settled before memory is taken |
 //! | `weights`, `random`, `model`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
@@ -28,6 +28,7 @@ mod course;
 mod failure;
 mod generate;
 mod header;
+mod input;
 mod json;
 mod memory;
 mod model;

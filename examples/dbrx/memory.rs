@@ -1,6 +1,7 @@
 //! How much memory a run needs, how much there is, and how much was used in the end.
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -109,19 +110,71 @@ pub fn product(factors: &[usize]) -> Option<u64> {
     factors.iter().try_fold(1u64, |product, factor| product.checked_mul(*factor as u64)).filter(|product| *product <= 1 << 63)
 }
 
-/// What the machine could give without swapping, or the control group if that is less, where they say so.
+/// What the machine could give without swapping, or the control groups or the limits of this process if that
+/// is less, where they say so.
 pub fn available_bytes() -> Option<u64> {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| kibibytes(&text, "MemAvailable:"));
-    [machine, group_bytes("/sys/fs/cgroup")].into_iter().flatten().min()
+    let read = |name: &str| fs::read_to_string(Path::new("/proc").join(name)).ok();
+    let machine = read("meminfo").and_then(|text| kibibytes(&text, "MemAvailable:"));
+    let groups = read("self/cgroup").and_then(|text| groups_bytes(Path::new("/sys/fs/cgroup"), &text));
+    let process = read("self/limits").zip(read("self/status")).and_then(|(limits, status)| process_bytes(&limits, &status));
+    [machine, groups, process].into_iter().flatten().min()
 }
 
-/// What a control group (version 2) has left: pages of files can be dropped, so they count as free.
-fn group_bytes(folder: &str) -> Option<u64> {
-    let read = |name: &str| fs::read_to_string(format!("{folder}/{name}")).ok();
+/// What the control groups of a process have left: its own and those around it, each of which limits it.
+/// `root` is where they are mounted, `groups` the text of `/proc/self/cgroup`: lines of a number, the
+/// controllers and the group's path.
+fn groups_bytes(root: &Path, groups: &str) -> Option<u64> {
+    let left = |line: &str| {
+        let mut fields = line.splitn(3, ':');
+        let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        // Version 2 has one tree for all controllers; of version 1 there is a tree for each.
+        let (tree, names) = match controllers {
+            "" => (root.to_owned(), &VERSION_2),
+            list if list.split(',').any(|controller| controller == "memory") => (root.join("memory"), &VERSION_1),
+            _ => return None,
+        };
+        // A container may see its own group as the root, and yet be told the whole path: then only the root
+        // is there.
+        let path = Path::new(path.trim_start_matches('/'));
+        path.ancestors().filter_map(|group| group_bytes(&tree.join(group), names)).min()
+    };
+    groups.lines().filter_map(left).min()
+}
+
+/// The files of a group: the limit, what is used of it, and the lines of `memory.stat` that count pages of
+/// files.
+struct GroupFiles {
+    limit: &'static str,
+    used: &'static str,
+    file_pages: [&'static str; 2],
+}
+
+const VERSION_1: GroupFiles = GroupFiles {
+    limit: "memory.limit_in_bytes",
+    used: "memory.usage_in_bytes",
+    file_pages: ["total_active_file ", "total_inactive_file "],
+};
+const VERSION_2: GroupFiles = GroupFiles { limit: "memory.max", used: "memory.current", file_pages: ["active_file ", "inactive_file "] };
+
+/// What one control group has left: pages of files can be dropped, so they count as free.
+fn group_bytes(folder: &Path, names: &GroupFiles) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
-    let statistics = read("memory.stat")?;
-    let files: u64 = statistics.lines().find_map(|line| line.strip_prefix("file "))?.trim().parse().ok()?;
-    Some(number("memory.max")?.saturating_sub(number("memory.current")?.saturating_sub(files)))
+    let limit = number(names.limit)?; // none, or the word `max`: no limit
+    let statistics = read("memory.stat").unwrap_or_default();
+    let pages = |key: &&str| statistics.lines().find_map(|line| line.strip_prefix(*key))?.trim().parse::<u64>().ok();
+    let files: u64 = names.file_pages.iter().filter_map(pages).sum();
+    Some(limit.saturating_sub(number(names.used).unwrap_or(0).saturating_sub(files)))
+}
+
+/// What the limits of a process leave it: addresses, and memory that is its own. From `/proc/self/limits` and
+/// `/proc/self/status`.
+fn process_bytes(limits: &str, status: &str) -> Option<u64> {
+    let left = |[limit, used]: [&str; 2]| {
+        let soft = limits.lines().find_map(|line| line.strip_prefix(limit))?.split_whitespace().next()?;
+        Some(soft.parse::<u64>().ok()?.saturating_sub(kibibytes(status, used)?))
+    };
+    [["Max address space", "VmSize:"], ["Max data size", "VmData:"]].into_iter().filter_map(left).min()
 }
 
 /// The most memory this process has had, mapped files included, where the machine says so.
@@ -197,7 +250,87 @@ mod tests {
         assert_eq!(kibibytes("VmHWM:\t    1024 kB\nRssAnon:\t 3 kB\n", "RssAnon:"), Some(3072));
         assert_eq!(kibibytes("VmHWM:", "VmHWM:"), None);
         assert_eq!(kibibytes("", "VmHWM:"), None);
-        assert_eq!(group_bytes("/nowhere"), None);
+    }
+
+    /// A tree of control groups, by path and content, that goes when it is dropped.
+    struct Groups(std::path::PathBuf);
+
+    impl Groups {
+        fn new(name: &str, files: &[(&str, &str)]) -> Groups {
+            let root = std::env::temp_dir().join(format!("dropless-groups-{}-{name}", std::process::id()));
+            for (file, text) in files {
+                let file = root.join(file);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(file, text).unwrap();
+            }
+            Groups(root)
+        }
+
+        fn left(&self, groups: &str) -> Option<u64> {
+            groups_bytes(&self.0, groups)
+        }
+    }
+
+    impl Drop for Groups {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn groups_of_version_2_limit_what_is_inside_them() {
+        let stat = "anon 500\nfile 350\nshmem 50\ninactive_file 100\nactive_file 200\n";
+        let files = [
+            ("a/memory.max", "1000\n"),
+            ("a/memory.current", "800\n"),
+            ("a/memory.stat", stat),
+            ("a/b/memory.max", "max\n"),
+            ("a/b/memory.current", "700\n"),
+            ("a/b/c/memory.max", "900\n"),
+            ("a/b/c/memory.current", "100\n"),
+        ];
+        let groups = Groups::new("v2", &files);
+        assert_eq!(groups.left("0::/a/b\n"), Some(500)); // 1000 - (800 - 300)
+        assert_eq!(groups.left("0::/a/b/c\n"), Some(500));
+        assert_eq!(groups.left("0::/\n"), None);
+        assert_eq!(groups.left("0::/elsewhere/x\n"), None);
+        // Its own group is the root of what a container sees.
+        let own = Groups::new("own", &[("memory.max", "100"), ("memory.current", "300"), ("memory.stat", "active_file 290\n")]);
+        assert_eq!(own.left("0::/docker/0123\n"), Some(90));
+        assert_eq!(own.left("0::/../../x\n"), Some(90));
+    }
+
+    #[test]
+    fn groups_of_version_1_limit_memory_by_their_own_tree() {
+        let no_limit = "9223372036854771712\n";
+        let files = [
+            ("memory/memory.limit_in_bytes", no_limit),
+            ("memory/memory.usage_in_bytes", "5000"),
+            ("memory/x/memory.limit_in_bytes", "2000"),
+            ("memory/x/memory.usage_in_bytes", "1500"),
+            ("memory/x/memory.stat", "cache 700\nactive_file 1\ntotal_inactive_file 400\ntotal_active_file 300\n"),
+            ("memory/x/y/memory.limit_in_bytes", no_limit),
+            ("cpu/x/y/memory.limit_in_bytes", "1"),
+        ];
+        let groups = Groups::new("v1", &files);
+        let text = "12:cpu,cpuacct:/x/y\n5:memory:/x/y\n1:name=systemd:/x\n0::/x:with:colons\n";
+        assert_eq!(groups.left(text), Some(1200)); // 2000 - (1500 - 700)
+        assert_eq!(groups.left("5:hugetlb,memory:/x\n"), Some(1200));
+        assert!(groups.left("5:memory:/\n").unwrap() > 1 << 60);
+        assert_eq!(groups.left("2:cpu:/x/y\n"), None);
+        assert!(["", "5", "5:memory", "garbage\n\n"].iter().all(|text| groups.left(text).is_none()));
+    }
+
+    #[test]
+    fn limits_of_the_process() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max data size             unlimited            unlimited            bytes     \n\
+                      Max address space         104857600            209715200            bytes     \n";
+        let status = "VmPeak:\t   99999 kB\nVmSize:\t    2400 kB\nVmData:\t     400 kB\n";
+        assert_eq!(process_bytes(limits, status), Some((102_400 - 2400) * 1024));
+        assert_eq!(process_bytes(&limits.replace("104857600", "unlimited"), status), None);
+        assert_eq!(process_bytes(&limits.replace("unlimited", "1048576"), status), Some((1024 - 400) * 1024));
+        assert_eq!(process_bytes("", ""), None);
     }
 
     #[test]

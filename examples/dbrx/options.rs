@@ -56,6 +56,7 @@ const MAX_THREADS: u64 = 1024;
 
 const AFTER_HELP: &str = "\
 Without --model, --random or --check, a small checkpoint of the repository runs and is compared with reference results.
+A checkpoint is used where it lies: truncating one of its files during the run ends the process (SIGBUS).
 Exit codes: 0 fine, 1 results differ, 2 the input or the environment was refused, 3 the device failed.";
 
 fn command() -> Command {
@@ -81,7 +82,7 @@ fn command() -> Command {
             number("layers", 1).help("Only the first N layers"),
             Arg::new("prompt").long("prompt").value_name("TEXT").help("Needs tokenizer.json and the feature `text`"),
             Arg::new("tokens").long("tokens").value_name("1,2,3").help("The prompt as token ids"),
-            path("tokens-file", "FILE").help("The prompt as token ids between white space"),
+            path("tokens-file", "FILE").help("The prompt as token ids between white space; a pipe will do"),
             number("random-tokens", 1).help("A prompt of N seeded random tokens [default with --random: 512]"),
             number("generate", 0).help("Tokens to generate, greedily [default: 16]").conflicts_with("check"),
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::config::Config;
-use super::failure::{Failure, io_text, refuse, refuse_file};
+use super::failure::{Failure, refuse, refuse_file};
+use super::input::{MAX_TEXT_BYTES, brief, read_stream};
 use super::options::Prompt;
 use super::random::Random;
 use super::text::Tokenizer;
@@ -60,7 +61,7 @@ pub fn read(prompt: &Prompt, folder: Option<&Path>, config: &Config, default_ran
             list.split(',').map(id).collect::<Result<_, _>>().or_else(|text: String| refuse(format!("--tokens: {text}")))?
         }
         Prompt::File(file) => {
-            let text = std::fs::read_to_string(file).or_else(|error| refuse_file(file, io_text(&error)))?;
+            let text = read_stream(file, MAX_TEXT_BYTES)?;
             text.split_whitespace().map(id).collect::<Result<_, _>>().or_else(|text: String| refuse_file(file, text))?
         }
         Prompt::Random(count) => return random(*count),
@@ -85,7 +86,18 @@ pub fn check_fits(prompt: usize, generate: usize, context: usize) -> Result<(), 
     }
 }
 
+/// Refuses positions that the model was not made for.
+pub fn check_length(prompt: usize, generate: usize, config: &Config) -> Result<(), Failure> {
+    match prompt.saturating_add(generate.saturating_sub(1)) {
+        need if need > config.max_seq_len => refuse(format!(
+            "a prompt of {prompt} tokens and {generate} generated ones take {need} positions, the model has max_seq_len = {}",
+            config.max_seq_len
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn id(word: &str) -> Result<u32, String> {
     let word = word.trim();
-    word.parse().map_err(|_| format!("`{word}` is not a token id"))
+    word.parse().map_err(|_| format!("`{}` is not a token id", brief(word)))
 }

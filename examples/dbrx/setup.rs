@@ -8,6 +8,7 @@ use dropless::{Bf16, DType, Device, Error, Place};
 use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::failure::{Failure, refuse, refuse_file};
+use super::input::printable;
 use super::memory::{self, Need, Sizes};
 use super::model;
 use super::options::{Options, Prompt, Source};
@@ -109,6 +110,7 @@ impl Setup {
         let context = options.context.unwrap_or_else(|| jobs.iter().map(need_tokens).max().unwrap_or(1));
         for job in &jobs {
             job.prompt.check(&config)?;
+            prompt::check_length(job.prompt.len(), job.generate, &config)?;
             prompt::check_fits(job.prompt.len(), job.generate, context)?;
         }
         let weights = match (&folder, &options.source) {
@@ -180,7 +182,7 @@ impl Setup {
         let config = &self.config;
         let dtype = self.weights.dtype();
         let title = console.strong("DBRX");
-        let label = console.dim(&self.label);
+        let label = console.dim(&printable(&self.label));
         console.line(format!("{title}  {label}\n"))?;
         let mut table = Table::new(&["", " each", "number", "parameters", "active", "bytes"]);
         let (mut total, mut active) = (0, 0);

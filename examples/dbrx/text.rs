@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::failure::{Failure, refuse, refuse_file};
+#[cfg(feature = "text")]
+use super::input::{MAX_TEXT_BYTES, brief, read_text};
 
 /// The tokenizer.json of a checkpoint.
 #[cfg(feature = "text")]
@@ -38,9 +40,9 @@ impl Tokenizer {
         if !file.exists() {
             return Ok(None);
         }
-        match tokenizers::Tokenizer::from_file(&file) {
+        match tokenizers::Tokenizer::from_bytes(read_text(&file, MAX_TEXT_BYTES)?) {
             Ok(tokenizer) => Ok(Some(Tokenizer(tokenizer))),
-            Err(error) => refuse_file(&file, error),
+            Err(error) => refuse_file(&file, brief(error)),
         }
     }
 
@@ -48,7 +50,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Failure> {
         match self.0.encode(text, true) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => refuse(format!("--prompt: {error}")),
+            Err(error) => refuse(format!("--prompt: {}", brief(error))),
         }
     }
 

@@ -1,5 +1,7 @@
 //! The weights by role: views of a mapped checkpoint, of seeded random numbers, or of copies of either on a GPU.
 
+use std::sync::{Mutex, PoisonError};
+
 use dropless::{Buffer, Element, ExpertWeights, Float, Rows, Stream, moe};
 
 use super::checkpoint::Checkpoint;
@@ -141,14 +143,22 @@ impl<W: Element> Tensors<W> for DeviceTensors<W> {
 fn fill<W: Float>(values: &mut [W], seed: u64, scale: f32, threads: usize) {
     let seed = Random::new(seed).bits();
     let share = values.len().div_ceil(threads.max(1)).next_multiple_of(1 << 16);
-    std::thread::scope(|scope| {
-        for (thread, values) in values.chunks_mut(share).enumerate() {
-            scope.spawn(move || {
-                let mut random = Random::at(seed, (thread * share / 4) as u64);
-                for four in values.chunks_mut(4) {
-                    four.iter_mut().zip(random.signed()).for_each(|(value, number)| *value = W::from_f32(scale * number));
-                }
-            });
+    let helpers = values.len().div_ceil(share).min(threads).saturating_sub(1);
+    let shares = Mutex::new(values.chunks_mut(share).enumerate());
+    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let fill_shares = || {
+        while let Some((number, values)) = next() {
+            let mut random = Random::at(seed, (number * share / 4) as u64);
+            for four in values.chunks_mut(4) {
+                four.iter_mut().zip(random.signed()).for_each(|(value, number)| *value = W::from_f32(scale * number));
+            }
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            // Where a thread cannot be started, the others do its share.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, fill_shares);
+        }
+        fill_shares();
     });
 }

@@ -37,14 +37,18 @@ impl Workers {
                     .num_threads(threads)
                     .thread_name(|i| format!("dropless-{i}"))
                     .build()
-                    .map_err(|_| Error::OutOfMemory { op: Op::Device, need_bytes: 0 })?,
+                    .map_err(|_| Error::Threads { op: Op::Device, need: threads })?,
             ),
         })
     }
 
     pub(crate) fn threads(&self) -> usize {
         #[cfg(feature = "rayon")]
-        return self.pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads);
+        return match &self.pool {
+            Some(pool) => pool.current_num_threads(),
+            None if shared_pool_runs() => rayon::current_num_threads(),
+            None => 1,
+        };
         #[cfg(not(feature = "rayon"))]
         1
     }
@@ -55,7 +59,8 @@ impl Workers {
         return match &self.pool {
             Some(pool) => pool.install(f),
             // The process-wide pool has no handle; a scope enters it.
-            None => rayon::scope(|_| f()),
+            None if shared_pool_runs() => rayon::scope(|_| f()),
+            None => f(),
         };
         #[cfg(not(feature = "rayon"))]
         f()
@@ -74,6 +79,25 @@ impl Workers {
         }
         (0..tasks).for_each(task);
     }
+}
+
+/// Starts the process-wide pool, unless somebody has, and says whether there is one. Where it could not be
+/// started, nobody can start it any more: rayon tries once.
+#[cfg(feature = "rayon")]
+fn shared_pool_runs() -> bool {
+    static RUNS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // A worker shares its tasks with its own pool, whichever that is.
+    rayon::current_thread_index().is_some()
+        || *RUNS.get_or_init(|| {
+            let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| number.parse::<usize>().ok());
+            let threads = match asked {
+                Some(asked) if asked > MAX_THREADS => std::thread::available_parallelism().map_or(1, Into::into),
+                _ => 0, // as rayon decides
+            };
+            let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+            // That there is a pool already is an error too, but one without a cause.
+            built.err().is_none_or(|error| std::error::Error::source(&error).is_none())
+        })
 }
 
 /// Zeroed host memory, aligned to [`ALIGN_BYTES`]; pages are committed when first written.
@@ -142,6 +166,47 @@ mod tests {
             });
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    /// Calls the test of that name again, in a process with this environment.
+    #[cfg(all(feature = "rayon", not(miri)))]
+    fn again(test: &str, name: &str, value: &str) {
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        let test = format!("device::cpu::tests::{test}");
+        let output = again.args(["--exact", &test, "--test-threads=1"]).env(name, value).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+
+    /// A stack that no address space has room for: then no thread can be started, whoever asks.
+    #[test]
+    #[cfg(all(feature = "rayon", not(miri), target_pointer_width = "64", target_os = "linux"))]
+    fn without_threads_the_caller_works() {
+        const STACK: (&str, &str) = ("RUST_MIN_STACK", "1125899906842624");
+        if std::env::var(STACK.0).as_deref() != Ok(STACK.1) {
+            return again("without_threads_the_caller_works", STACK.0, STACK.1);
+        }
+        assert!(std::thread::Builder::new().spawn(|| {}).is_err());
+        let (workers, sum) = (Workers::global(), AtomicUsize::new(0));
+        assert_eq!((workers.threads(), workers.install(|| 5)), (1, 5));
+        workers.run(10, |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+        let refused = Workers::new(4).err().unwrap();
+        assert_eq!(refused, Error::Threads { op: Op::Device, need: 4 });
+        assert_eq!(refused.to_string(), "device: the 4 threads it was asked for could not be started");
+    }
+
+    #[test]
+    #[cfg(all(feature = "rayon", not(miri)))]
+    fn a_number_of_threads_beyond_the_limit_is_ignored() {
+        const NUMBER: (&str, &str) = ("RAYON_NUM_THREADS", "4294967295");
+        if std::env::var(NUMBER.0).as_deref() != Ok(NUMBER.1) {
+            return again("a_number_of_threads_beyond_the_limit_is_ignored", NUMBER.0, NUMBER.1);
+        }
+        let offered = std::thread::available_parallelism().unwrap().into();
+        assert_eq!(Workers::global().threads(), offered);
     }
 
     #[test]

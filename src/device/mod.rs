@@ -46,7 +46,9 @@ pub(crate) enum Backend {
 }
 
 impl Device {
-    /// The CPU, with as many threads as the machine offers (`RAYON_NUM_THREADS` overrides).
+    /// The CPU, with the threads of rayon's process-wide pool: as many as the machine offers, or as
+    /// `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they cannot be started, the calling
+    /// thread does all the work.
     pub fn cpu() -> Device {
         Device(Backend::Cpu(Arc::new(cpu::Workers::global())))
     }
@@ -55,7 +57,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] unless `threads` is between 1 and 1024; [`Error::OutOfMemory`] if the threads cannot be started.
+    /// [`Error::Value`] unless `threads` is between 1 and 1024; [`Error::Threads`] if they cannot be started.
     pub fn cpu_with_threads(threads: usize) -> Result<Device, Error> {
         Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
     }
@@ -162,8 +164,12 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// What the driver reports; never on the CPU.
+    /// What the driver reports; on the CPU [`Error::Unsupported`] if `DROPLESS_SIMD` names an instruction set
+    /// that this machine does not have.
     pub fn stream(&self) -> Result<Stream, Error> {
+        if let Backend::Cpu(_) = self.0 {
+            crate::simd::check()?;
+        }
         Stream::new(self)
     }
 }

@@ -10,7 +10,8 @@
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names (`portable`, `avx2`,
-//! `avx512`). A name that is unknown, or that this machine does not have, changes nothing.
+//! `avx512`; empty: the best). With a name that is unknown, or that this machine does not have, opening a
+//! stream on the CPU is an error.
 //!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
 #![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
@@ -27,11 +28,14 @@ mod x86;
 use std::sync::OnceLock;
 
 pub(crate) use self::ahead::{Ahead, prefetch};
+#[cfg(test)]
+pub(crate) use self::scratch::scratch_floats;
 pub(crate) use self::scratch::with_scratch;
 #[allow(unused_imports)]
 pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, silu_mul, widen};
 #[allow(unused_imports)]
 pub(crate) use self::vector::{Kernel, LANES, Simd};
+use crate::error::{Error, Op};
 
 /// An instruction set that this machine has.
 #[derive(Clone, Copy)]
@@ -58,10 +62,11 @@ impl Level {
         .collect()
     }
 
-    /// The one of that name, or the best.
-    fn choose(wanted: Option<&str>) -> Level {
+    /// The one of that name; without a name, the best.
+    fn choose(wanted: &str) -> Option<Level> {
         let all = Level::all();
-        all.iter().find(|(name, _)| Some(*name) == wanted).unwrap_or(&all[0]).1
+        let chosen = if wanted.is_empty() { all.first() } else { all.iter().find(|(name, _)| *name == wanted) };
+        chosen.map(|(_, level)| *level)
     }
 
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -75,10 +80,27 @@ impl Level {
     }
 }
 
-/// Runs a kernel with this process's instruction set.
+/// What `DROPLESS_SIMD` says.
+fn wanted() -> &'static str {
+    static WANTED: OnceLock<String> = OnceLock::new();
+    WANTED.get_or_init(|| std::env::var_os("DROPLESS_SIMD").unwrap_or_default().to_string_lossy().escape_debug().take(40).collect())
+}
+
+/// Refuses an instruction set that this machine does not have.
+pub(crate) fn check() -> Result<(), Error> {
+    static SUPPORTED: OnceLock<String> = OnceLock::new();
+    if Level::choose(wanted()).is_some() {
+        return Ok(());
+    }
+    let supported = SUPPORTED.get_or_init(|| Level::all().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "));
+    Err(Error::Unsupported { op: Op::Device, what: "DROPLESS_SIMD =", got: wanted(), supported })
+}
+
+/// Runs a kernel with this process's instruction set. Where there is a stream, the one that was asked for is
+/// there.
 pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    LEVEL.get_or_init(|| Level::choose(std::env::var("DROPLESS_SIMD").ok().as_deref())).run(kernel)
+    LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable))).run(kernel)
 }
 
 #[cfg(test)]

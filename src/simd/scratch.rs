@@ -26,6 +26,15 @@ pub(crate) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R 
     result
 }
 
+/// Elements that this thread's scratch holds.
+#[cfg(test)]
+pub(crate) fn scratch_floats() -> usize {
+    let lines = LINES.take();
+    let held = 16 * lines.len();
+    LINES.set(lines);
+    held
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -606,6 +606,48 @@ fn indices_pass_16_bits() {
     });
 }
 
+/// An axis of no elements: sums over it are zeros, outputs along it are no work.
+#[test]
+fn an_empty_axis_gives_zeros_or_nothing() {
+    device::each_device(|stream| {
+        for (rows, experts) in [(1, 1), (17, 2), (64, 1), (64, 3)] {
+            let sizes: Vec<usize> = (0..experts).map(|e| if e + 1 == experts { rows } else { 0 }).collect();
+            let pattern = Pattern::of_experts(64, &sizes, &vec![24; experts]);
+            let (topology, stacked) = (pattern.topology(stream), 24 * experts);
+            for transposes in TRANSPOSES {
+                let used = pattern.places.len();
+                let (a, b) = (Operand::<f32>::new(1, [rows, 0], transposes[0]), Operand::<f32>::new(2, [0, stacked], transposes[1]));
+                let (a, b) = (a.placed(stream, 0), b.placed(stream, 0));
+                let h = run_blocks::<f32>(stream, &topology, used, |y| {
+                    sdd(stream, dense(a.view(), transposes[0]), dense(b.view(), transposes[1]), &topology, y).unwrap();
+                });
+                assert!(h.iter().all(|h| h.to_bits() == 0));
+                let s = pattern.placed(stream, &topology, &pattern.blocks::<f32>(3), 0);
+                let [m, k] = pattern.turned_dims(transposes[0]);
+                let b = Operand::<f32>::new(4, [k, 0], transposes[1]).placed(stream, 0);
+                guard::run::<f32>(stream, m, 0, |y| {
+                    dsd(stream, sparse(&topology, s.view(), transposes[0]), dense(b.view(), transposes[1]), y).unwrap();
+                });
+                let [k, n] = pattern.turned_dims(transposes[1]);
+                let a = Operand::<f32>::new(5, [0, k], transposes[0]).placed(stream, 0);
+                guard::run::<f32>(stream, 0, n, |y| {
+                    dds(stream, dense(a.view(), transposes[0]), sparse(&topology, s.view(), transposes[1]), y).unwrap();
+                });
+            }
+        }
+        // No blocks at all: the stored sums are empty, the dense ones zeros.
+        for dims in [[5, 0], [0, 5]] {
+            let topology = Topology::from_blocks(stream, 64, dims, &[]).unwrap();
+            let s = Guarded::<f32>::with(stream, &[], 0, 64, 0);
+            let b = Guarded::with(stream, &normal::<f32>(6, dims[1] * 9, 1.0), dims[1], 9, 0);
+            let y = guard::run::<f32>(stream, dims[0], 9, |y| {
+                dsd(stream, Sparse::new(&topology, s.view()), b.view().into(), y).unwrap();
+            });
+            assert!(y.iter().all(|y| y.to_bits() == 0));
+        }
+    });
+}
+
 /// Rows so far apart that element offsets pass 2^31, in dense operands, in stored blocks and in results. Few pages of them are
 /// touched.
 #[test]

@@ -9,7 +9,7 @@ use dropless_kit::guard::{self, Bits, Guarded};
 use dropless_kit::recorder::Recorder;
 use dropless_kit::{compare, device};
 
-use crate::oracle;
+use crate::{far, oracle};
 
 fn random_ids(seed: u64, tokens: usize, bound: usize) -> Vec<u32> {
     let mut random = Random::new(seed);
@@ -64,6 +64,19 @@ fn a_nan_stays_with_its_id() {
         let rows = Guarded::with(stream, &table, 4, 5, 0);
         let got = guard::run(stream, 3, 5, |y| lookup(stream, ids, rows.view(), y).unwrap());
         same_bits(&got, &table[5..]);
+    });
+}
+
+#[test]
+fn offsets_pass_31_bits() {
+    let (table, ids) = (normal::<Bf16>(4, 3 * 19, 1.0), [2, 1, 2]);
+    far::each_device(|far| {
+        let mut buffer = Buffer::zeros(&far.stream, 3).unwrap();
+        let token_ids = TokenIds::from_host(&far.stream, &ids, 3, &mut buffer).unwrap();
+        let mut y = far.rows_mut::<Bf16>(3, 19);
+        lookup(&far.stream, token_ids, far.rows(&table, 19), &mut y).unwrap();
+        let want: Vec<Bf16> = ids.iter().flat_map(|id| &table[*id as usize * 19..][..19]).copied().collect();
+        same_bits(&y.as_rows().to_vec(&far.stream).unwrap(), &want);
     });
 }
 

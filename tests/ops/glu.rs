@@ -10,7 +10,7 @@ use dropless_kit::guard::{self, Bits, Guarded};
 use dropless_kit::recorder::{Call, Recorder};
 use dropless_kit::{device, goldens};
 
-use crate::oracle;
+use crate::{far, oracle};
 
 /// One rounding of the result, and the f32 error of `exp`, the division and the product.
 fn bound<T: Bits>(want: f64) -> f64 {
@@ -78,6 +78,17 @@ fn a_nan_stays_in_its_row() {
         assert!(dirty[5].is_nan());
         same_bits(&dirty[8..], &clean[8..]);
         same_bits(&dirty[..4], &clean[..4]);
+    });
+}
+
+#[test]
+fn offsets_pass_31_bits() {
+    let (gate, up) = (normal::<Bf16>(5, 3 * 19, 2.0), normal::<Bf16>(6, 3 * 19, 1.0));
+    let want = oracle::glu::glu(&to_f64(&gate), &to_f64(&up));
+    far::each_device(|far| {
+        let mut y = far.rows_mut::<Bf16>(3, 19);
+        glu(&far.stream, far.rows(&gate, 19), far.rows(&up, 19), &mut y).unwrap();
+        within(&y.as_rows().to_vec(&far.stream).unwrap(), &want, 19, |i| bound::<Bf16>(want[i]));
     });
 }
 

@@ -253,23 +253,59 @@ fn dense_is_one_expert() {
     same_bits(&run(routing.expert_rows()), &dense);
 }
 
+/// However rows fall on experts: all on one, evenly, one for each of the others.
 #[test]
-fn no_inputs_give_zeros_and_no_rows_nothing() {
-    let stream = device::cpu(1);
-    let none: [f32; 0] = [];
-    let empty = |rows, cols| Rows::from_slice(&none, rows, cols).unwrap();
-    let zeros = guard::run::<f32>(&stream, 3, 4, |y| {
-        grouped_gemm::nt(&stream, empty(3, 0), weights(Nk, &none, 1, 4, 0), ExpertRows::dense(3).unwrap(), y).unwrap();
+fn no_inputs_give_zeros() {
+    device::each_device(|stream| {
+        for (experts, rows) in [1, 2, 4].into_iter().flat_map(|experts| (1..=64).map(move |rows| (experts, rows))) {
+            if !device::affords(1 << 20) && ![1, 16, 17, 64].contains(&rows) {
+                continue;
+            }
+            let evenly = (0..experts).map(|e| (rows * (e + 1) / experts - rows * e / experts) as u32).collect();
+            let mut all_on_the_last = vec![0; experts];
+            all_on_the_last[experts - 1] = rows as u32;
+            for sizes in [evenly, all_on_the_last] {
+                let offsets = placed(stream, &offsets(&sizes));
+                let x = Guarded::<f32>::with(stream, &[], rows, 0, 0);
+                let n = 33;
+                for order in [Nk, Kn] {
+                    let [w_rows, w_cols] = stacked(order, experts, n, 0);
+                    let w = Guarded::<f32>::with(stream, &[], w_rows, w_cols, 0);
+                    let w = ordered(order, w.view(), experts);
+                    let zeros = guard::run::<f32>(stream, rows, n, |y| product(stream, x.view(), w, owned(&offsets, rows), y).unwrap());
+                    assert!(zeros.iter().all(|y| y.to_bits() == 0), "{order:?}, {sizes:?}");
+                    if order == Nk {
+                        let h = guard::run::<f32>(stream, rows, n, |h| {
+                            grouped_gemm::glu_nt(stream, x.view(), w, w, owned(&offsets, rows), h).unwrap();
+                        });
+                        assert!(h.iter().all(|h| *h == 0.0), "glu_nt, {sizes:?}");
+                    }
+                }
+            }
+        }
     });
-    assert_eq!(zeros, [0.0; 12]);
-    guard::run::<f32>(&stream, 0, 4, |y| {
-        let w = [1.0f32; 8];
-        grouped_gemm::nn(&stream, empty(0, 2), weights(Kn, &w, 1, 4, 2), ExpertRows::dense(0).unwrap(), y).unwrap();
-    });
-    guard::run::<f32>(&stream, 3, 0, |y| {
-        let x = [1.0f32; 6];
-        grouped_gemm::nn(&stream, Rows::from_slice(&x, 3, 2).unwrap(), weights(Kn, &none, 1, 0, 2), ExpertRows::dense(3).unwrap(), y)
-            .unwrap();
+}
+
+#[test]
+fn no_outputs_and_no_rows_are_no_work() {
+    device::each_device(|stream| {
+        for (experts, rows, n) in [(1, 3, 0), (4, 64, 0), (2, 33, 0), (1, 0, 4), (3, 0, 0)] {
+            let mut sizes = vec![0; experts];
+            sizes[experts / 2] = rows as u32;
+            let (offsets, k) = (placed(stream, &offsets(&sizes)), 5);
+            let x = Guarded::with(stream, &normal::<f32>(1, rows * k, 1.0), rows, k, 0);
+            for order in [Nk, Kn] {
+                let [w_rows, w_cols] = stacked(order, experts, n, k);
+                let w = Guarded::with(stream, &normal::<f32>(2, w_rows * w_cols, 1.0), w_rows, w_cols, 0);
+                let w = ordered(order, w.view(), experts);
+                guard::run::<f32>(stream, rows, n, |y| product(stream, x.view(), w, owned(&offsets, rows), y).unwrap());
+                if order == Nk {
+                    guard::run::<f32>(stream, rows, n, |h| {
+                        grouped_gemm::glu_nt(stream, x.view(), w, w, owned(&offsets, rows), h).unwrap();
+                    });
+                }
+            }
+        }
     });
 }
 

@@ -7,6 +7,7 @@ mod attention;
 mod block_sparse;
 mod block_sparse_tiles;
 mod embedding;
+mod far;
 mod glu;
 mod grouped_gemm;
 mod grouped_gemm_tiles;
@@ -33,5 +34,28 @@ fn every_instruction_set() {
         let output = again.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && !text.contains("running 0 tests"), "DROPLESS_SIMD={name}\n{text}");
+    }
+}
+
+/// On a stream that computed with another one, figures and bits would be those of nobody's choice.
+#[test]
+fn an_unknown_instruction_set_is_refused() {
+    use std::process::Command;
+
+    const NAMES: [(&str, &str); 3] = [("avx1024", "avx1024"), ("\u{1b}[2J", "\\u{1b}[2J"), ("AVX2", "AVX2")];
+    if let Some((_, shown)) = NAMES.iter().find(|(name, _)| std::env::var("DROPLESS_SIMD").as_deref() == Ok(name)) {
+        for device in [dropless::Device::cpu(), dropless::Device::cpu_with_threads(1).unwrap()] {
+            let text = device.stream().err().unwrap().to_string();
+            let wanted = format!("device: DROPLESS_SIMD = {shown} is not supported here; supported: ");
+            assert!(text.starts_with(&wanted) && text.ends_with("portable"), "{text}");
+        }
+        return;
+    }
+    assert!(dropless::Device::cpu().stream().is_ok());
+    for (name, _) in NAMES {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let output = again.args(["--exact", "an_unknown_instruction_set_is_refused"]).env("DROPLESS_SIMD", name).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{name:?}\n{text}");
     }
 }

@@ -170,6 +170,22 @@ fn rows_without_deviation(stream: &Stream) {
     assert!(run(stream, layer_norm, &x, &weight, 0).iter().all(|y| f64::from(y.abs()) <= error[0]));
 }
 
+/// A row so long that its mean is off by hundreds of units in the last place, and hardly another number in
+/// it: what is left of the variance is rounding, of either sign.
+#[test]
+fn a_variance_that_rounds_below_zero_is_no_nan() {
+    let cols = 1 << 20;
+    let mut random = Random::new(13);
+    let (stream, weight) = (device::cpu(2), vec![1f32; cols]);
+    for _ in 0..8 {
+        let constant = (f64::from(1u32 << 27) * (1.0 + random.unit())) as f32;
+        let mut x = vec![constant; cols];
+        x[cols / 3] = constant.next_up();
+        let y = run(&stream, layer_norm, &x, &weight, 0);
+        assert!(y.iter().all(|y| y.is_finite()), "of {constant}");
+    }
+}
+
 #[test]
 fn what_is_not_finite_stays_in_its_row() {
     let cols = 600;

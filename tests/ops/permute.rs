@@ -12,7 +12,7 @@ use dropless_kit::guard::{self, Bits, Guarded};
 use dropless_kit::recorder::Recorder;
 use proptest::prelude::*;
 
-use crate::oracle;
+use crate::{far, oracle};
 
 /// Who goes where: `tokens * top_k` ids, each token's distinct.
 #[derive(Clone, Debug)]
@@ -57,6 +57,7 @@ fn against_oracle<A: Float + Bits>() {
         for (tokens, top_k, num_experts, skew, cols) in [
             (0, 2, 4, 0, 5),
             (3, 1, 1, 0, 0),
+            (1, 1, 2, 0, 5),
             (1, 4, 16, 0, 1),
             (19, 2, 6, 3, 33),
             (130, 4, 16, 0, 7),
@@ -101,6 +102,48 @@ fn against_oracle_bf16() {
 #[test]
 fn against_oracle_f16() {
     against_oracle::<F16>();
+}
+
+#[test]
+fn offsets_pass_31_bits() {
+    let (ids, x) = ([1, 0, 0, 1, 1, 0], normal::<Bf16>(4, 6 * 19, 1.0));
+    far::each_device(|far| {
+        let stream = &far.stream;
+        let mut buffers = RoutingBuffers::new(stream, 6, 1, 2).unwrap();
+        let routing = Routing::from_host(stream, &ids, &[1.0; 6], &mut buffers).unwrap();
+        let rows = [1, 2, 5, 0, 3, 4]; // tokens by expert
+        let want: Vec<Bf16> = rows.iter().flat_map(|token| &x[token * 19..][..19]).copied().collect();
+        let (tokens, mut gathered, mut combined) = (far.rows(&x, 19), far.rows_mut(6, 19), far.rows_mut(6, 19));
+        gather(stream, tokens, &routing, &mut gathered).unwrap();
+        same_bits(&gathered.as_rows().to_vec(stream).unwrap(), &want);
+        combine(stream, gathered.as_rows(), &routing, &mut combined).unwrap();
+        same_bits(&combined.as_rows().to_vec(stream).unwrap(), &x);
+    });
+}
+
+/// Slot by slot, from the first on: summands of such different sizes that another order rounds otherwise.
+#[test]
+fn slots_are_added_in_order() {
+    let (top_k, cols) = (4, 64);
+    let choice = Choice::random(7, 12, top_k, 8, 0);
+    let mut random = Random::new(8);
+    let x: Vec<f32> = (0..12 * top_k * cols).map(|_| (random.normal() * f64::from(1u32 << random.below(24))) as f32).collect();
+    device::each_device(|stream| {
+        let (weights, mut buffers) = (vec![1.0; choice.ids.len()], choice.buffers(stream));
+        let routing = Routing::from_host(stream, &choice.ids, &weights, &mut buffers).unwrap();
+        let slot_to_row = routing.slot_to_row().to_vec(stream).unwrap();
+        let sum = |token: usize, col: usize, order: [usize; 4]| {
+            let value = |slot: usize| x[slot_to_row[token * top_k + slot] as usize * cols + col];
+            order.iter().fold(0f32, |sum, slot| sum + value(*slot))
+        };
+        let sums = |order| (0..12 * cols).map(|i| sum(i / cols, i % cols, order)).collect::<Vec<f32>>();
+        let want = sums([0, 1, 2, 3]);
+        for other in [[3, 2, 1, 0], [1, 2, 3, 0], [0, 1, 3, 2]] {
+            assert!(sums(other).iter().zip(&want).filter(|(other, want)| other != want).count() > 40, "{other:?}");
+        }
+        let guarded = Guarded::with(stream, &x, 12 * top_k, cols, 0);
+        same_bits(&guard::run(stream, 12, cols, |y| combine(stream, guarded.view(), &routing, y).unwrap()), &want);
+    });
 }
 
 #[test]

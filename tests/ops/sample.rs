@@ -36,7 +36,9 @@ fn want(logits: &[f32], cols: usize) -> Vec<u32> {
 #[test]
 fn against_oracle() {
     device::each_device(|stream| {
-        for (rows, cols) in [(0, 7), (1, 1), (3, 31), (70, 32), (5, 33), (9, 1000), (2, 100_352)] {
+        // 70 rows are more than the blocks of the emulated GPU: one that goes on must not overtake its own
+        // warps.
+        for (rows, cols) in [(0, 7), (1, 1), (3, 31), (70, 32), (70, 300), (5, 33), (9, 1000), (2, 100_352)] {
             if !device::affords(rows * cols) {
                 continue;
             }

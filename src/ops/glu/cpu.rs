@@ -5,19 +5,54 @@
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::simd::{narrow, silu_mul, widen, with_scratch};
+use crate::simd::{narrow, silu_mul, widen};
 use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
+
+/// Elements that are in `f32`, on the stack, at a time.
+const BLOCK: usize = 512;
 
 pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
     let (gate, up, cols) = (gate.host(), up.host(), gate.cols());
     for_each_row(stream, y.host(), rows_per_task(cols), |row, y| {
-        with_scratch(2 * cols, |scratch| {
-            let (silu, factor) = scratch.split_at_mut(cols);
-            widen(silu, gate.row(row));
-            widen(factor, up.row(row));
+        let (mut silu, mut factor) = ([0f32; BLOCK], [0f32; BLOCK]);
+        for ((gate, up), y) in gate.row(row).chunks(BLOCK).zip(up.row(row).chunks(BLOCK)).zip(y.chunks_mut(BLOCK)) {
+            let (silu, factor) = (&mut silu[..y.len()], &mut factor[..y.len()]);
+            widen(silu, gate);
+            widen(factor, up);
             silu_mul(silu, factor);
             narrow(y, silu);
-        });
+        }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::with_scratch;
+
+    /// A row is computed block by block: the bits of the whole, and no scratch of its length.
+    #[test]
+    fn long_rows_take_no_scratch() {
+        let cols = if cfg!(miri) { 1030 } else { 70_001 };
+        let gate: Vec<f32> = (0..cols).map(|i| (i % 97) as f32 / 7.0 - 6.0).collect();
+        let up: Vec<f32> = (0..cols).map(|i| (i % 89) as f32 / 9.0 - 4.0).collect();
+        let mut want = gate.clone();
+        silu_mul(&mut want, &up);
+        // On a thread of its own, whose scratch nobody has used.
+        let (got, held) = std::thread::scope(|scope| {
+            let compute = || {
+                let stream = crate::Device::cpu_with_threads(1).unwrap().stream().unwrap();
+                let row = |x| Rows::from_slice(x, 1, cols).unwrap();
+                let mut y = vec![0f32; cols];
+                super::super::glu(&stream, row(&gate), row(&up), &mut RowsMut::from_slice(&mut y, 1, cols).unwrap()).unwrap();
+                (y, crate::simd::scratch_floats())
+            };
+            scope.spawn(compute).join().unwrap()
+        });
+        assert!(got.iter().zip(&want).all(|(got, want)| got.to_bits() == want.to_bits()));
+        assert_eq!(held, 0);
+        with_scratch(cols, |_| ());
+        assert!(crate::simd::scratch_floats() >= cols);
+    }
 }

@@ -127,8 +127,9 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             WeightOrder::Kn if num_rows <= FEW_ROWS => Self::by_rows,
             _ => Self::packed,
         };
-        let blocks = self.x.cols().div_ceil(KC);
-        // What the greediest way needs: all k of a few rows, or a block of k of many; a panel, or chains, which are no more.
+        let blocks = self.x.cols().div_ceil(KC).max(1);
+        // What the greediest way needs: all k of a few rows, or a block of k of many, even if there is no k;
+        // a panel, or chains, which are no more.
         let inputs = num_rows * if few { blocks * A_STRIDE } else { A_STRIDE };
         with_scratch(P * len + inputs + KC * NR, |scratch| {
             let (data, scratch) = scratch.split_at_mut(P * len);

@@ -30,7 +30,8 @@ pub fn sum_bound<T: Element>(want: f64, terms: usize, sum_of_magnitudes: f64) ->
     rounding::<T>() * want.abs() + underflow::<T>() + (terms as f64).sqrt() * 2f64.powi(-23) * sum_of_magnitudes
 }
 
-/// Asserts `|got - want| <= bound(i)` for every element of a matrix with `cols` columns. NaN matches NaN only.
+/// Asserts `|got - want| <= bound(i)` for every element of a matrix with `cols` columns. What is wanted as
+/// NaN or infinite must be just that, and the bound of a number must be a number.
 #[track_caller]
 pub fn within<T: Float>(got: &[T], want: &[f64], cols: usize, bound: impl Fn(usize) -> f64) {
     assert_eq!(got.len(), want.len(), "number of elements");
@@ -55,13 +56,14 @@ fn worst<T: Float>(got: &[T], want: &[f64], cols: usize, bound: &impl Fn(usize) 
     let mut failed = Vec::new();
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let got = f64::from(got.to_f32());
-        let same = got == *want || got.is_nan() && want.is_nan();
-        let error = (got - want).abs();
-        if !same && (error.is_nan() || error > bound(i)) {
+        let (error, bound) = ((got - want).abs(), bound(i));
+        let agrees = if want.is_finite() { bound.is_finite() && error <= bound } else { got == *want || got.is_nan() && want.is_nan() };
+        if !agrees {
             failed.push((i, got, *want, error));
         }
     }
-    let ratio = |&(i, _, _, error): &(usize, f64, f64, f64)| if error.is_nan() { f64::INFINITY } else { error / bound(i) };
+    let ratio =
+        |&(i, _, _, error): &(usize, f64, f64, f64)| Some(error / bound(i)).filter(|ratio| ratio.is_finite()).unwrap_or(f64::INFINITY);
     let top = failed.iter().max_by(|a, b| ratio(a).total_cmp(&ratio(b)))?;
     let &(i, got, want, error) = top;
     let (row, col, cols) = (i / cols.max(1), i % cols.max(1), cols.max(1));
@@ -125,6 +127,21 @@ mod tests {
     #[should_panic(expected = "cannot fail")]
     fn an_infinite_slack_is_noticed() {
         within(&[1.0f32], &[1.0], 1, |_| 10.0);
+    }
+
+    #[test]
+    fn what_is_not_finite_must_be_just_that() {
+        let (nan, inf) = (f64::NAN, f64::INFINITY);
+        let passes = |got: f32, want: f64, bound: f64| worst(&[got, 1.0], &[want, 1.0], 1, &|i| if i == 0 { bound } else { 0.0 }).is_none();
+        for bound in [0.0, 1.0, inf, nan] {
+            assert!(passes(f32::INFINITY, inf, bound) && passes(f32::NEG_INFINITY, -inf, bound) && passes(f32::NAN, nan, bound));
+            assert!([5.0, f32::NEG_INFINITY, f32::NAN].iter().all(|got| !passes(*got, inf, bound)), "{bound}");
+            assert!([5.0, f32::INFINITY, f32::NAN].iter().all(|got| !passes(*got, -inf, bound)), "{bound}");
+            assert!([5.0, f32::INFINITY].iter().all(|got| !passes(*got, nan, bound)), "{bound}");
+            assert!([f32::NAN, f32::INFINITY].iter().all(|got| !passes(*got, 5.0, bound)), "{bound}");
+        }
+        assert!(passes(5.0, 5.0, 0.0) && passes(5.5, 5.0, 0.5) && !passes(5.5, 5.0, 0.4));
+        assert!(!passes(5.0, 5.0, inf) && !passes(5.0, 5.0, nan) && !passes(5.0, 5.0, -1.0), "a bound that cannot fail");
     }
 
     #[test]

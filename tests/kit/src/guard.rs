@@ -1,8 +1,13 @@
 //! Inputs and outputs between canaries.
 //!
-//! A matrix is laid between guard rows, with a gap behind each row; guards and gaps hold poison, and an output is poison
+//! A matrix is laid behind guard rows, with a gap behind each row; guards and gaps hold poison, and an output is poison
 //! altogether before the call. [`run`] calls twice with different poison and wants the same bits, so that nothing can be read
 //! before it is written, nor written outside.
+//!
+//! An output has guard rows behind it as well. An input ends its allocation, one of a single row to the
+//! element, so that an emulator that knows how long allocations are reports whatever reads on.
+
+use std::ops::Range;
 
 use dropless::{Bf16, Buffer, Element, F16, Place, Rows, RowsMut, Stream};
 
@@ -64,43 +69,64 @@ pub struct Guarded<T> {
 }
 
 impl<T: Bits> Guarded<T> {
-    /// All poison.
+    /// All poison, guard rows on both sides.
     pub fn new(stream: &Stream, rows: usize, cols: usize, gap: usize, poison: u32) -> Guarded<T> {
-        let stride = match stream.place() {
-            Place::Host => cols + gap,
-            Place::Cuda(_) => (cols + gap).next_multiple_of(16 / size_of::<T>()), // rows begin on 16 bytes
-        };
+        let (stride, guard_rows) = Self::layout(stream, cols, gap);
         let poison = T::from_bits(poison);
-        let guard_rows = GUARD_BYTES.div_ceil((stride * size_of::<T>()).max(1)).min(GUARD_BYTES);
         let buffer = Buffer::from_slice(stream, &vec![poison; (rows + 2 * guard_rows) * stride]).expect("memory for a test");
         Guarded { buffer, rows, cols, stride, guard_rows, poison }
     }
 
-    /// `values`, row-major and packed, among poison.
+    /// `values`, row-major and packed, among poison; nothing behind them.
     pub fn with(stream: &Stream, values: &[T], rows: usize, cols: usize, gap: usize) -> Guarded<T> {
         assert_eq!(values.len(), rows * cols);
-        let mut guarded = Guarded::new(stream, rows, cols, gap, POISONS[0]);
-        let mut all = guarded.buffer.to_vec(stream).expect("test memory");
+        let (stride, guard_rows) = Self::layout(stream, cols, gap);
+        let poison = T::from_bits(POISONS[0]);
+        // Of several rows the last has its gap: a view of a buffer has whole rows.
+        let len = if rows == 1 { guard_rows * stride + cols } else { (guard_rows + rows) * stride };
+        let mut all = vec![poison; len];
         for row in 0..rows {
-            let at = (guarded.guard_rows + row) * guarded.stride;
+            let at = (guard_rows + row) * stride;
             all[at..at + cols].copy_from_slice(&values[row * cols..(row + 1) * cols]);
         }
-        guarded.buffer.copy_from_slice(stream, &all).expect("test memory");
-        guarded
+        let buffer = Buffer::from_slice(stream, &all).expect("memory for a test");
+        Guarded { buffer, rows, cols, stride, guard_rows, poison }
+    }
+
+    /// Elements from row to row, and guard rows on a side.
+    fn layout(stream: &Stream, cols: usize, gap: usize) -> (usize, usize) {
+        let stride = match stream.place() {
+            Place::Host => cols + gap,
+            Place::Cuda(_) => (cols + gap).next_multiple_of(16 / size_of::<T>()), // rows begin on 16 bytes
+        };
+        (stride, GUARD_BYTES.div_ceil((stride * size_of::<T>()).max(1)).min(GUARD_BYTES))
+    }
+
+    /// The buffer as a matrix, and the place in it of the one that counts. Of a single row there need be no
+    /// whole stride.
+    fn place(&self) -> ([usize; 2], Range<usize>, Range<usize>) {
+        let first = self.guard_rows * self.stride;
+        match self.rows {
+            1 => ([1, self.buffer.len()], 0..1, first..first + self.cols),
+            rows => {
+                let all = self.buffer.len().checked_div(self.stride).unwrap_or(self.guard_rows + rows);
+                ([all, self.stride], self.guard_rows..self.guard_rows + rows, 0..self.cols)
+            }
+        }
     }
 
     /// The matrix, for reading.
     pub fn view(&self) -> Rows<'_, T> {
-        let all = self.buffer.rows(self.rows + 2 * self.guard_rows, self.stride);
-        let matrix = all.and_then(|all| all.row_range(self.guard_rows..self.guard_rows + self.rows));
-        matrix.and_then(|matrix| matrix.col_range(0..self.cols)).expect("inside the guards")
+        let ([rows, cols], inside, inside_row) = self.place();
+        let matrix = self.buffer.rows(rows, cols).and_then(|all| all.row_range(inside));
+        matrix.and_then(|matrix| matrix.col_range(inside_row)).expect("inside the guards")
     }
 
     /// The matrix, for writing.
     pub fn view_mut(&mut self) -> RowsMut<'_, T> {
-        let all = self.buffer.rows_mut(self.rows + 2 * self.guard_rows, self.stride);
-        let matrix = all.and_then(|all| all.row_range(self.guard_rows..self.guard_rows + self.rows));
-        matrix.and_then(|matrix| matrix.col_range(0..self.cols)).expect("inside the guards")
+        let ([rows, cols], inside, inside_row) = self.place();
+        let matrix = self.buffer.rows_mut(rows, cols).and_then(|all| all.row_range(inside));
+        matrix.and_then(|matrix| matrix.col_range(inside_row)).expect("inside the guards")
     }
 
     /// The matrix's elements, packed, after checking that guards and gaps are as they were.
