@@ -5,9 +5,8 @@ use std::path::Path;
 
 use dropless_kit::goldens::root;
 
-/// One line of the manifest: its first word, and the values of the others by their names.
+/// One line of the manifest behind its first word: a name, and values by their names.
 struct Line<'a> {
-    kind: &'a str,
     name: &'a str,
     fields: Vec<(&'a str, &'a str)>,
 }
@@ -16,7 +15,7 @@ impl<'a> Line<'a> {
     fn parse(line: &'a str) -> Line<'a> {
         let words: Vec<&str> = line.split(' ').collect();
         let fields = words[2..].chunks(2).map(|pair| (pair[0], pair.get(1).copied().unwrap_or(""))).collect();
-        Line { kind: words[0], name: words[1], fields }
+        Line { name: words[1], fields }
     }
 
     fn field(&self, name: &str) -> &'a str {
