@@ -211,6 +211,13 @@ fn a_launch_is_a_use() {
     y.copy_from_slice(&other, &[2.0]).unwrap();
     launch(&graph).unwrap();
     not_joined(glu_of(&other, &y, &mut z));
+    // Whoever is ordered behind a write that is ordered behind the launch need not know of the launch.
+    let third = stream.device().stream().unwrap();
+    other.join(&stream).unwrap();
+    y.copy_from_slice(&other, &[2.0]).unwrap();
+    third.join(&other).unwrap();
+    y.to_vec(&third).unwrap();
+    stream.join(&third).unwrap();
     // A graph that is gone may still be at work.
     launch(&graph).unwrap();
     drop(graph);
