@@ -1,16 +1,22 @@
 //! Times the grouped and block-sparse products and the MoE layer on the GPU at DBRX's shapes, after checking elements of each result.
 //!
 //! ```text
-//! cargo bench --bench gpu -- [--tokens 1,8,64,512,8192] [--emulated] [--out FILE]
+//! cargo bench --bench gpu -- [--tokens 8192,1,64] [--emulated] [--out FILE]
 //! ```
 //!
 //! Weights are 6.3 GB of normal numbers, many times the L2 cache, so every call finds it cold. A figure is the median of 7 batches of
 //! calls, each batch as long as 20 ms, timed on the host around a synchronised stream; the layer is replayed as a graph. FLOP count
 //! the products alone, bytes the weights of the experts in use. `--emulated` rehearses at small shapes without a GPU: its times mean nothing.
-//! One line of JSON per figure, on standard output and in FILE.
+//! One line of JSON per figure, on standard output and in FILE, and the card's clocks and power at the start and at the end.
+//!
+//! Each form's whole output is compared bit for bit with the first form's of the same product, and with what the form's last timed call
+//! left: the elements that differ are counted in the record. A figure that fails is a line with an `error` and costs no other.
+//! Exit codes: 0 fine, 1 figures are missing or results differ, 2 nothing was measured for a reason that is printed.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use dropless::block_sparse::{self, Dense, Sparse};
@@ -36,7 +42,7 @@ struct Options {
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { tokens: vec![1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192], emulated: false, out: None };
+    let mut options = Options { tokens: vec![8192, 2048, 512, 1, 8, 64, 4, 2, 16, 32, 128], emulated: false, out: None };
     let mut args = std::env::args().skip(1);
     let value = |args: &mut dyn Iterator<Item = String>, name: &str| args.next().ok_or(format!("{name} needs a value"));
     while let Some(arg) = args.next() {
@@ -119,10 +125,16 @@ fn wide(values: &[Bf16]) -> impl Iterator<Item = f64> + '_ {
     values.iter().map(|value| f64::from(value.to_f32()))
 }
 
-/// Elements are right within bf16's rounding and that of a long f32 sum.
-fn close(what: &str, got: Bf16, want: f64) {
+/// An element is right within bf16's rounding and that of a long f32 sum.
+fn close(got: Bf16, want: f64) -> Result<(), Failure> {
     let got = f64::from(got.to_f32());
-    assert!((got - want).abs() <= 2f64.powi(-8) * want.abs() + 1e-3, "{what}: {got}, should be {want}");
+    let right = (got - want).abs() <= 2f64.powi(-8) * want.abs() + 1e-3;
+    if right { Ok(()) } else { Err(format!("an element is {got}, should be {want}").into()) }
+}
+
+/// Elements that differ in any bit.
+fn differing(got: &[Bf16], want: &[Bf16]) -> usize {
+    got.iter().zip(want).filter(|(got, want)| got.0 != want.0).count() + got.len().abs_diff(want.len())
 }
 
 /// The median, least and greatest microseconds of a call, over 7 batches.
@@ -142,150 +154,258 @@ fn time(stream: &Stream, emulated: bool, mut call: impl FnMut() -> Result<(), Er
     Ok([times[times.len() / 2], times[0], times[times.len() - 1]])
 }
 
+/// Why a figure could not be had: an error of the crate's, or a wrong element.
+type Failure = Box<dyn std::error::Error>;
+
+/// Where a figure goes, and what went wrong so far.
 struct Record {
     out: Option<File>,
     device: String,
+    wrong: usize,
 }
 
 impl Record {
-    fn line(&mut self, what: &str, form: &str, tokens: usize, [median, least, greatest]: [f64; 3], flop: f64, bytes: f64) {
-        let line = format!(
-            r#"{{"device":"{}","what":"{what}","form":"{form}","tokens":{tokens},"us":{median:.1},"us_min":{least:.1},"us_max":{greatest:.1},"tflops":{:.1},"weight_gb_s":{:.1}}}"#,
-            self.device,
-            flop / median / 1e6,
-            bytes / median / 1e3
-        );
+    /// A line of JSON: the card and what the caller says of it, both on standard output and in the file.
+    fn line(&mut self, fields: &str) {
+        let line = format!(r#"{{"device":{},{fields}}}"#, quoted(&self.device));
         println!("{line}");
         if let Some(out) = &mut self.out {
             writeln!(out, "{line}").expect("the record can be written");
         }
     }
+
+    /// Clocks, power and what holds the clocks down, from NVIDIA's tool where there is one.
+    fn card(&mut self, at: &str) {
+        let asked = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active";
+        let output = Command::new("nvidia-smi").args([asked, "--format=csv"]).output();
+        if let Ok(output) = output {
+            let text = String::from_utf8_lossy(&output.stdout);
+            self.line(&format!(r#""what":"card","at":"{at}","nvidia_smi":{}"#, quoted(text.trim())));
+        }
+    }
+
+    /// Writes the figure that `measured` gives, or why there is none: nothing else is lost with it.
+    fn figure(&mut self, at: &At, measured: impl FnOnce() -> Result<Figure, Failure>) {
+        let At { what, form, tokens, flop, bytes } = *at;
+        let which = format!(r#""what":"{what}","form":"{form}","tokens":{tokens}"#);
+        match measured() {
+            Ok(Figure { us: [median, least, greatest], differ }) => {
+                let rates = format!(r#""tflops":{:.1},"weight_gb_s":{:.1}"#, flop / median / 1e6, bytes / median / 1e3);
+                let differences = differ.map_or(String::new(), |Differ { from_first_form, from_first_run }| {
+                    format!(r#","differ_from_first_form":{from_first_form},"differ_from_first_run":{from_first_run}"#)
+                });
+                self.wrong += usize::from(differ.is_some_and(|differ| differ != Differ::default()));
+                self.line(&format!(r#"{which},"us":{median:.1},"us_min":{least:.1},"us_max":{greatest:.1},{rates}{differences}"#));
+            }
+            Err(failure) => {
+                self.wrong += 1;
+                self.line(&format!(r#"{which},"error":{}"#, quoted(&failure.to_string())));
+            }
+        }
+    }
 }
 
-/// The same products over blocks, one weight at a time: `sdd` is `nt` of the sorted rows, whose time stands beside it, `dsd` is `nn`.
-fn sparse(
-    stream: &Stream,
-    model: &Model,
-    emulated: bool,
-    record: &mut Record,
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// What a figure is of, and what it counts.
+#[derive(Clone, Copy)]
+struct At {
+    what: &'static str,
+    form: &'static str,
     tokens: usize,
-    routing: &Routing<'_>,
-    sorted: &Buffer<Bf16>,
-) -> Result<(), Error> {
-    let Shape { d_model, d_ffn, num_experts, .. } = model.shape;
-    let rows = routing.rows();
-    let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (num_experts * d_model * d_ffn * 2) as f64);
-    let (weights, x) = (model.weights()?, sorted.rows(rows, d_model)?);
-    let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
-    let spent = time(stream, emulated, || grouped_gemm::nt(stream, x, weights.w1, routing.expert_rows(), &mut h.rows_mut(rows, d_ffn)?))?;
-    record.line("nt", "", tokens, spent, flop, bytes);
-    drop(h);
-    for block in [64, 128] {
-        let mut topology = Topology::for_experts(stream, block, rows, &vec![d_ffn; num_experts])?;
-        block_sparse::arrange(stream, routing.expert_rows(), &mut topology)?;
-        let (w1, w2) = (Dense::from(weights.w1.stacked()).t(), Dense::from(weights.w2.stacked()));
-        let mut blocks = Buffer::<Bf16>::zeros(stream, topology.stored_rows() * block)?;
-        let mut y = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
-        let stored = topology.stored_rows();
-        let spent = time(stream, emulated, || block_sparse::sdd(stream, x.into(), w1, &topology, &mut blocks.rows_mut(stored, block)?))?;
-        record.line("sdd", &block.to_string(), tokens, spent, flop, bytes);
-        let s = Sparse::new(&topology, blocks.rows(stored, block)?);
-        let spent = time(stream, emulated, || block_sparse::dsd(stream, s, w2, &mut y.rows_mut(rows, d_model)?))?;
-        record.line("dsd", &block.to_string(), tokens, spent, flop, bytes);
-    }
-    Ok(())
+    flop: f64,
+    bytes: f64,
 }
 
-/// Everything for one number of tokens.
-fn measure(stream: &Stream, model: &Model, emulated: bool, record: &mut Record, tokens: usize) -> Result<(), Error> {
-    let Shape { d_model, d_ffn, num_experts, top_k, .. } = model.shape;
-    let rows = tokens * top_k;
-    let x_host = normal::<Bf16>(5, tokens * d_model, 1.0);
-    let x = Buffer::from_slice(stream, &x_host)?;
-    let mut y = Buffer::<Bf16>::zeros(stream, tokens * d_model)?;
-    let weights = model.weights()?;
-    let plan = Plan::<Bf16>::new(model.shape, tokens)?;
-    let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
-    let mut buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
-    let mut layer = |buffers: &mut RoutingBuffers| -> Result<(Vec<u32>, Vec<f32>), Error> {
-        let mut y = y.rows_mut(tokens, d_model)?;
-        let routing = moe::forward(stream, &plan, x.rows(tokens, d_model)?, &weights, buffers, &mut workspace, &mut y)?;
-        Ok((routing.expert_ids().to_vec(stream)?, routing.weights().to_vec(stream)?))
-    };
-    let (ids, route_weights) = layer(&mut buffers)?;
-    let used = ids.iter().collect::<std::collections::BTreeSet<_>>().len();
-    let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (used * d_model * d_ffn * 2) as f64); // of one product
-
-    let routing = Routing::from_host(stream, &ids, &route_weights, &mut buffers)?;
-    let (offsets, slots) = (routing.offsets().to_vec(stream)?, routing.row_to_slot().to_vec(stream)?);
-    let owner = |row: usize| offsets.partition_point(|offset| *offset as usize <= row) - 1;
-    let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
-    let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
-    // What the gather inside `glu_nt` saves: the rows sorted beforehand, and the time that takes.
-    let mut sorted = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
-    let mut gather = || permute::gather(stream, x.rows(tokens, d_model)?, &routing, &mut sorted.rows_mut(rows, d_model)?);
-    let spent = time(stream, emulated, &mut gather)?;
-    record.line("gather", "", tokens, spent, 0.0, (4 * rows * d_model) as f64);
-    let mut glu_of_sorted = || {
-        let mut h = h.rows_mut(rows, d_ffn)?;
-        grouped_gemm::glu_nt(stream, sorted.rows(rows, d_model)?, weights.w1, weights.v1, routing.expert_rows(), &mut h)
-    };
-    let spent = time(stream, emulated, &mut glu_of_sorted)?;
-    record.line("glu_nt_of_sorted", "", tokens, spent, 2.0 * flop, 2.0 * bytes);
-    if tokens > 64 {
-        sparse(stream, model, emulated, record, tokens, &routing, &sorted)?;
-    }
-    for (form, about) in FORMS.iter().enumerate() {
-        let many = about.name.starts_with("256");
-        if many != (tokens > 64) && !emulated {
-            continue;
-        }
-        let mut glu = || {
-            let mut h = h.rows_mut(rows, d_ffn)?;
-            with_form(form, || {
-                grouped_gemm::glu_nt(stream, x.rows(tokens, d_model)?, weights.w1, weights.v1, routing.gathered_rows(), &mut h)
-            })
-        };
-        glu()?;
-        let spent = time(stream, emulated, &mut glu)?;
-        record.line("glu_nt", about.name, tokens, spent, 2.0 * flop, 2.0 * bytes);
-        let h_host = h.to_vec(stream)?;
-        let mut random = Random::new(6);
-        for _ in 0..CHECKED {
-            let (row, col) = (random.below(rows), random.below(d_ffn));
-            let x = &x_host[slots[row] as usize / top_k * d_model..][..d_model];
-            let [gate, up] = [&model.w1, &model.v1].map(|stack| dot(wide(x), wide(model.row(stack, owner(row) * d_ffn + col))));
-            close("glu_nt", h_host[row * d_ffn + col], gate / (1.0 + (-gate).exp()) * up);
-        }
-        let mut down = || {
-            let mut out = out.rows_mut(rows, d_model)?;
-            with_form(form, || grouped_gemm::nn(stream, h.rows(rows, d_ffn)?, weights.w2, routing.expert_rows(), &mut out))
-        };
-        down()?;
-        let spent = time(stream, emulated, &mut down)?;
-        record.line("nn", about.name, tokens, spent, flop, bytes);
-        let out_host = out.to_vec(stream)?;
-        for _ in 0..CHECKED {
-            let (row, col) = (random.below(rows), random.below(d_model));
-            let column = (0..d_ffn).map(|f| f64::from(model.row(&model.w2, owner(row) * d_ffn + f)[col].to_f32()));
-            close("nn", out_host[row * d_model + col], dot(wide(&h_host[row * d_ffn..][..d_ffn]), column));
-        }
-    }
-
-    let mut forward = || -> Result<(), Error> {
-        let mut y = y.rows_mut(tokens, d_model)?;
-        moe::forward(stream, &plan, x.rows(tokens, d_model)?, &weights, &mut buffers, &mut workspace, &mut y).map(|_| ())
-    };
-    let graph = stream.capture(&mut forward)?;
-    // SAFETY: every buffer that was recorded lives until the end of this function, behind which nothing is in flight.
-    let spent = time(stream, emulated, || unsafe { graph.launch() })?;
-    record.line("layer", "graph", tokens, spent, 3.0 * flop, 3.0 * bytes);
-    stream.synchronize()
+/// The median, least and greatest microseconds of a call, and in how many elements its results differ.
+struct Figure {
+    us: [f64; 3],
+    differ: Option<Differ>,
 }
 
-fn run() -> Result<(), String> {
+/// Elements that differ in any bit from what the first form computed, and from what the same form computed before it was timed.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Differ {
+    from_first_form: usize,
+    from_first_run: usize,
+}
+
+/// What every measurement needs.
+#[derive(Clone, Copy)]
+struct Bench<'a> {
+    stream: &'a Stream,
+    model: &'a Model,
+    emulated: bool,
+}
+
+impl Bench<'_> {
+    /// Calls, lets `check` judge the result, then times; an output that is written in full is poisoned in between. What the last timed
+    /// call left is compared with the first call's result. `first` is the first form's output, and is this one's if there was none.
+    fn measure(
+        &self,
+        output: &mut Buffer<Bf16>,
+        written_in_full: bool,
+        first: &mut Option<Vec<Bf16>>,
+        mut call: impl FnMut(&mut Buffer<Bf16>) -> Result<(), Error>,
+        check: impl FnOnce(&[Bf16]) -> Result<(), Failure>,
+    ) -> Result<Figure, Failure> {
+        let Bench { stream, emulated, .. } = *self;
+        call(output)?;
+        let once = output.to_vec(stream)?;
+        check(&once)?;
+        if written_in_full {
+            output.copy_from_slice(stream, &vec![Bf16(u16::MAX); once.len()])?;
+        }
+        let us = time(stream, emulated, || call(output))?;
+        let from_first_run = differing(&output.to_vec(stream)?, &once);
+        let from_first_form = differing(&once, first.get_or_insert_with(|| once.clone()));
+        Ok(Figure { us, differ: Some(Differ { from_first_form, from_first_run }) })
+    }
+
+    /// The same products over blocks, one weight at a time: `sdd` is `nt` of the sorted rows, whose time stands beside it, `dsd` is `nn`.
+    fn sparse(&self, record: &mut Record, tokens: usize, routing: &Routing<'_>, sorted: &Buffer<Bf16>) -> Result<(), Failure> {
+        let Bench { stream, model, .. } = *self;
+        let Shape { d_model, d_ffn, num_experts, .. } = model.shape;
+        let rows = routing.rows();
+        let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (num_experts * d_model * d_ffn * 2) as f64);
+        let (weights, x) = (model.weights()?, sorted.rows(rows, d_model)?);
+        let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
+        let nt = At { what: "nt", form: "", tokens, flop, bytes };
+        record.figure(&nt, || {
+            let call = |h: &mut Buffer<Bf16>| grouped_gemm::nt(stream, x, weights.w1, routing.expert_rows(), &mut h.rows_mut(rows, d_ffn)?);
+            self.measure(&mut h, true, &mut None, call, |_| Ok(()))
+        });
+        drop(h);
+        let mut first = None;
+        for (block, form) in [(64, "64"), (128, "128")] {
+            let mut topology = Topology::for_experts(stream, block, rows, &vec![d_ffn; num_experts])?;
+            block_sparse::arrange(stream, routing.expert_rows(), &mut topology)?;
+            let (w1, w2) = (Dense::from(weights.w1.stacked()).t(), Dense::from(weights.w2.stacked()));
+            let stored = topology.stored_rows();
+            let mut blocks = Buffer::<Bf16>::zeros(stream, stored * block)?;
+            record.figure(&At { what: "sdd", form, ..nt }, || {
+                let call =
+                    |blocks: &mut Buffer<Bf16>| block_sparse::sdd(stream, x.into(), w1, &topology, &mut blocks.rows_mut(stored, block)?);
+                self.measure(&mut blocks, false, &mut None, call, |_| Ok(()))
+            });
+            let mut y = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+            let s = Sparse::new(&topology, blocks.rows(stored, block)?);
+            record.figure(&At { what: "dsd", form, ..nt }, || {
+                let call = |y: &mut Buffer<Bf16>| block_sparse::dsd(stream, s, w2, &mut y.rows_mut(rows, d_model)?);
+                self.measure(&mut y, true, &mut first, call, |_| Ok(()))
+            });
+        }
+        Ok(())
+    }
+
+    /// Everything for one number of tokens. An error is one that leaves nothing to measure.
+    fn of(&self, record: &mut Record, tokens: usize) -> Result<(), Failure> {
+        let Bench { stream, model, emulated } = *self;
+        let Shape { d_model, d_ffn, num_experts, top_k, .. } = model.shape;
+        let rows = tokens * top_k;
+        let x_host = normal::<Bf16>(5, tokens * d_model, 1.0);
+        let x = Buffer::from_slice(stream, &x_host)?;
+        let x = || x.rows(tokens, d_model);
+        let weights = model.weights()?;
+        let plan = Plan::<Bf16>::new(model.shape, tokens)?;
+        let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
+        let mut y = Buffer::<Bf16>::zeros(stream, tokens * d_model)?;
+        let mut buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
+        let mut layer_buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
+
+        // The layer as it is called; its routing is that of the products, too.
+        let routing = moe::forward(stream, &plan, x()?, &weights, &mut buffers, &mut workspace, &mut y.rows_mut(tokens, d_model)?)?;
+        let mut eager = Some(y.to_vec(stream)?);
+        let (ids, slots) = (routing.expert_ids().to_vec(stream)?, routing.row_to_slot().to_vec(stream)?);
+        let offsets = routing.offsets().to_vec(stream)?;
+        let owner = |row: usize| offsets.partition_point(|offset| *offset as usize <= row) - 1;
+        let used = ids.iter().collect::<BTreeSet<_>>().len();
+        let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (used * d_model * d_ffn * 2) as f64); // of one product
+        let at = |what, form, products: f64| At { what, form, tokens, flop: products * flop, bytes: products * bytes };
+
+        // What the gather inside `glu_nt` saves: the rows sorted beforehand, and the time that takes.
+        let mut sorted = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+        let (mut glus, mut products) = (None, None); // the first form's
+        let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
+        record.figure(&At { what: "gather", form: "", tokens, flop: 0.0, bytes: (4 * rows * d_model) as f64 }, || {
+            let call = |sorted: &mut Buffer<Bf16>| permute::gather(stream, x()?, &routing, &mut sorted.rows_mut(rows, d_model)?);
+            self.measure(&mut sorted, true, &mut None, call, |_| Ok(()))
+        });
+        record.figure(&at("glu_nt_of_sorted", "", 2.0), || {
+            let call = |h: &mut Buffer<Bf16>| {
+                let (x, mut h) = (sorted.rows(rows, d_model)?, h.rows_mut(rows, d_ffn)?);
+                grouped_gemm::glu_nt(stream, x, weights.w1, weights.v1, routing.expert_rows(), &mut h)
+            };
+            self.measure(&mut h, true, &mut glus, call, |_| Ok(()))
+        });
+        if tokens > 64
+            && let Err(failure) = self.sparse(record, tokens, &routing, &sorted)
+        {
+            record.figure(&at("sparse", "", 0.0), || Err(failure));
+        }
+        drop(sorted);
+
+        let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
+        for (form, about) in FORMS.iter().enumerate() {
+            // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be compared.
+            let many = about.name.starts_with("256");
+            if many != (tokens > 64) && tokens != 64 && !emulated {
+                continue;
+            }
+            let mut random = Random::new(6);
+            record.figure(&at("glu_nt", about.name, 2.0), || {
+                let call = |h: &mut Buffer<Bf16>| {
+                    let mut h = h.rows_mut(rows, d_ffn)?;
+                    with_form(form, || grouped_gemm::glu_nt(stream, x()?, weights.w1, weights.v1, routing.gathered_rows(), &mut h))
+                };
+                self.measure(&mut h, true, &mut glus, call, |h| {
+                    (0..CHECKED).try_for_each(|_| {
+                        let (row, col) = (random.below(rows), random.below(d_ffn));
+                        let x = &x_host[slots[row] as usize / top_k * d_model..][..d_model];
+                        let [gate, up] = [&model.w1, &model.v1].map(|w| dot(wide(x), wide(model.row(w, owner(row) * d_ffn + col))));
+                        close(h[row * d_ffn + col], gate / (1.0 + (-gate).exp()) * up)
+                    })
+                })
+            });
+            // All forms multiply the same rows, whatever this one has left.
+            let h_host = glus.get_or_insert_with(|| normal(7, rows * d_ffn, 1.0));
+            record.figure(&at("nn", about.name, 1.0), || {
+                h.copy_from_slice(stream, h_host)?;
+                let call = |out: &mut Buffer<Bf16>| {
+                    let (h, mut out) = (h.rows(rows, d_ffn)?, out.rows_mut(rows, d_model)?);
+                    with_form(form, || grouped_gemm::nn(stream, h, weights.w2, routing.expert_rows(), &mut out))
+                };
+                self.measure(&mut out, true, &mut products, call, |out| {
+                    (0..CHECKED).try_for_each(|_| {
+                        let (row, col) = (random.below(rows), random.below(d_model));
+                        let column = (0..d_ffn).map(|f| f64::from(model.row(&model.w2, owner(row) * d_ffn + f)[col].to_f32()));
+                        close(out[row * d_model + col], dot(wide(&h_host[row * d_ffn..][..d_ffn]), column))
+                    })
+                })
+            });
+        }
+        drop((h, out));
+
+        // As a graph, whose launches must give what the call gave.
+        record.figure(&at("layer", "graph", 3.0), || {
+            let graph = stream.capture(|| {
+                moe::forward(stream, &plan, x()?, &weights, &mut layer_buffers, &mut workspace, &mut y.rows_mut(tokens, d_model)?)
+                    .map(|_| ())
+            })?;
+            // SAFETY: every buffer that was recorded lives until the end of this function, behind which nothing is in flight.
+            let figure = self.measure(&mut y, true, &mut eager, |_| unsafe { graph.launch() }, |_| Ok(()))?;
+            stream.synchronize()?;
+            Ok(figure)
+        });
+        Ok(stream.synchronize()?)
+    }
+}
+
+/// True if every figure could be had, and everything agreed.
+fn run() -> Result<bool, Failure> {
     let options = options()?;
-    let text = |error: Error| error.to_string();
     let (stream, shape, tokens) = if options.emulated {
         let shape = Shape { d_model: 72, d_ffn: 136, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
         (device::emulated().1, shape, vec![3, 70])
@@ -296,22 +416,37 @@ fn run() -> Result<(), String> {
                 (stream, shape, options.tokens)
             }
             Err(error) => {
-                if std::env::var_os("DROPLESS_REQUIRE_GPU").is_some_and(|value| value == "1") {
-                    return Err(format!("DROPLESS_REQUIRE_GPU=1, but: {error}"));
+                let required = ["DROPLESS_REQUIRE_GPU", "DROPLESS_HARDWARE_ONLY"];
+                if required.iter().any(|name| std::env::var_os(name).is_some_and(|value| value == "1")) {
+                    return Err(format!("a GPU is required ({}), but: {error}", required.join(", ")).into());
                 }
                 println!("nothing measured: {error}");
-                return Ok(());
+                return Ok(true);
             }
         }
     };
-    let mut record = Record { out: options.out, device: if options.emulated { "emulator".into() } else { "gpu".into() } };
-    let model = Model::new(&stream, shape).map_err(text)?;
-    tokens.into_iter().try_for_each(|tokens| measure(&stream, &model, options.emulated, &mut record, tokens)).map_err(text)
+    let mut record = Record { out: options.out, device: stream.device().name().to_owned(), wrong: 0 };
+    record.card("start");
+    let model = Model::new(&stream, shape)?;
+    let bench = Bench { stream: &stream, model: &model, emulated: options.emulated };
+    for tokens in tokens {
+        if let Err(failure) = bench.of(&mut record, tokens) {
+            record.figure(&At { what: "all", form: "", tokens, flop: 0.0, bytes: 0.0 }, || Err(failure));
+        }
+    }
+    record.card("end");
+    if record.wrong > 0 {
+        eprintln!("{} figures are missing, or of results that differ", record.wrong);
+    }
+    Ok(record.wrong == 0)
 }
 
 fn main() {
-    if let Err(error) = run() {
-        eprintln!("{error}");
-        std::process::exit(2);
+    match run() {
+        Ok(fine) => std::process::exit(i32::from(!fine)),
+        Err(failure) => {
+            eprintln!("{failure}");
+            std::process::exit(2);
+        }
     }
 }

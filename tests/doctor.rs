@@ -8,7 +8,9 @@ mod doctor;
 /// On the emulator all is well, and that every kernel was launched is part of it.
 #[test]
 fn every_kernel_agrees_with_the_cpu() {
-    assert_eq!(doctor::run(&["--emulated"]), 0);
+    if !dropless_kit::device::hardware_only() {
+        assert_eq!(doctor::run(&["--emulated"]), 0);
+    }
 }
 
 #[test]

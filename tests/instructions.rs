@@ -6,7 +6,8 @@
 //! instruction with the hardware's. A few expectations say more than the ISA does: `Case::beyond_isa` names why, and a disagreement quotes it.
 //!
 //! One test per family, so that `cargo test --test instructions wgmma` runs one of them in a process of its own: a case that faults on a
-//! GPU takes the context with it, and every later launch of the process fails. The message names the case.
+//! GPU takes the context with it, and every later launch of the process fails. The message names the case. An error that leaves the
+//! context as it was costs its case alone.
 
 #[path = "emulator/tests/cases/mod.rs"]
 mod cases;
@@ -14,6 +15,8 @@ mod cases;
 mod workloads;
 
 use std::ffi::CString;
+use std::io::Write;
+use std::sync::Arc;
 
 use cases::families::{self, Family};
 use cases::{Arg, Case, Element, Swizzle};
@@ -21,7 +24,9 @@ use dropless::device::driver::hardware::Hardware;
 use dropless::device::driver::{Driver, DriverError, DriverResult, Handle, Launch, TensorMapDesc};
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
+use dropless_kit::faulty::Faulty;
 use dropless_kit::goldens::root;
+use dropless_kit::recorder::Recorder;
 
 /// A text as the driver takes it.
 fn with_nul(ptx: &str) -> Vec<u8> {
@@ -94,24 +99,92 @@ impl Launcher<'_> {
         Ok(outputs)
     }
 
-    /// Launches cases of one image in turn; what disagrees is appended. An error is the driver's, and the case it came from.
-    fn run(&mut self, ptx: &str, cases: &[Case], wrong: &mut Vec<String>) -> Result<(), (String, DriverError)> {
-        self.load(ptx).map_err(|error| ("loading the image".to_owned(), error))?;
-        for case in cases {
-            let at = |error| (case.name.clone(), error);
-            // A module's variables keep what an earlier launch of the entry left in them.
-            if ptx.contains("\n.global") && self.launched.contains(&case.entry) {
-                self.load(ptx).map_err(at)?;
-            }
-            self.launched.push(case.entry.clone());
-            let outputs = self.launch(case).map_err(at)?;
-            let differ = outputs.iter().enumerate().filter_map(|(i, got)| Some((i, case.verdict(i, got)?)));
-            wrong.extend(differ.map(|(i, difference)| {
-                let beyond = case.beyond_isa.map_or(String::new(), |why| format!(" (this expectation goes beyond the ISA: {why})"));
-                format!("{}: argument {i}: {difference}{beyond}", case.name)
-            }));
+    /// Launches cases of one image in turn and counts what came of each. An error of the driver costs the case it came from: the next
+    /// ones are launched on another stream, as long as the context still makes one.
+    fn run(&mut self, ptx: &str, cases: &[Case], tally: &mut Tally) {
+        if let Err(error) = self.load(ptx) {
+            tally.refused += cases.len();
+            tally.wrong.push(format!("loading the image of {}: {error}", cases[0].name));
+            tally.lost = !self.goes_on();
+            return;
         }
-        Ok(())
+        for case in cases {
+            if tally.lost {
+                tally.not_run += 1;
+                continue;
+            }
+            // A module's variables keep what an earlier launch of the entry left in them.
+            let again = ptx.contains("\n.global") && self.launched.contains(&case.entry);
+            let loaded = if again { self.load(ptx) } else { Ok(()) };
+            self.launched.push(case.entry.clone());
+            match loaded.and_then(|()| self.launch(case)) {
+                Ok(outputs) => tally.compare(case, &outputs),
+                Err(error) => {
+                    tally.refused += 1;
+                    tally.wrong.push(format!("{}: {error}", case.name));
+                    tally.lost = !self.goes_on();
+                }
+            }
+        }
+    }
+
+    /// Whether the context still works: a new stream takes the place of the old one, behind which work may have failed.
+    fn goes_on(&mut self) -> bool {
+        let stream = self.driver.create_stream(0).and_then(|stream| self.driver.synchronize(stream).map(|()| stream));
+        if let Ok(stream) = stream {
+            self.stream = stream;
+        }
+        stream.is_ok()
+    }
+}
+
+/// What came of a family's cases, and everything that is wrong.
+#[derive(Default)]
+struct Tally {
+    agree: usize,
+    disagree: usize,
+    refused: usize,
+    not_run: usize,
+    lost: bool,
+    wrong: Vec<String>,
+}
+
+impl Tally {
+    /// Counts the cases of these images on a device.
+    fn of(driver: &dyn Driver, images: &Images) -> Tally {
+        let (mut launcher, mut tally) = (Launcher::new(driver), Tally::default());
+        for (ptx, cases) in images {
+            if tally.lost {
+                tally.not_run += cases.len();
+            } else {
+                launcher.run(ptx, cases, &mut tally);
+            }
+        }
+        tally
+    }
+
+    fn compare(&mut self, case: &Case, outputs: &[Vec<u8>]) {
+        let before = self.wrong.len();
+        for (i, got) in outputs.iter().enumerate() {
+            if let Some(difference) = case.verdict(i, got) {
+                let beyond = case.beyond_isa.map_or(String::new(), |why| format!(" (this expectation goes beyond the ISA: {why})"));
+                self.wrong.push(format!("{}: argument {i}: {difference}{beyond}", case.name));
+            }
+        }
+        *if self.wrong.len() == before { &mut self.agree } else { &mut self.disagree } += 1;
+    }
+
+    fn summary(&self) -> String {
+        let Tally { agree, disagree, refused, not_run, .. } = self;
+        let of = agree + disagree + refused + not_run;
+        let lost = if self.lost { "; the context is lost, and with it other tests of this process" } else { "" };
+        format!("{agree} of {of} cases agree, {disagree} disagree, {refused} refused by the driver, {not_run} not run{lost}")
+    }
+
+    #[track_caller]
+    fn check(&self, family: &str, device: &str) {
+        assert!(self.agree + self.wrong.len() > 0, "no cases");
+        assert!(self.wrong.is_empty(), "{family} on the {device}: {}:\n{}", self.summary(), self.wrong.join("\n"));
     }
 }
 
@@ -148,32 +221,23 @@ fn description(map: &cases::TensorMap, address: u64) -> TensorMapDesc {
 type Images = Vec<(String, Vec<Case>)>;
 
 /// Runs them on every device there is, and fails with all disagreements at once.
-fn agree(images: impl Fn() -> Images) {
-    let emulated = Emulated::new(Options { step_limit: 50_000_000, ..Options::default() });
-    on("emulator", &emulated, images(), false);
-    assert_eq!(emulated.reports(), [""; 0]);
-    if dropless_kit::device::hardware().is_some() {
-        let driver = Hardware::shared().expect("the driver that has just made a stream");
-        on("GPU", &*driver, images(), true);
+fn agree(family: &str, images: impl Fn() -> Images) {
+    if !device::hardware_only() {
+        let emulated = Emulated::new(Options { step_limit: 50_000_000, ..Options::default() });
+        Tally::of(&emulated, &images()).check(family, "emulator");
+        assert_eq!(emulated.reports(), [""; 0]);
     }
+    agree_on_hardware(family, images);
 }
 
-fn on(device: &str, driver: &dyn Driver, images: Images, poisoned_by_a_fault: bool) {
-    let mut launcher = Launcher::new(driver);
-    let mut wrong = Vec::new();
-    let mut count = 0;
-    for (ptx, cases) in images {
-        count += cases.len();
-        if let Err((case, error)) = launcher.run(&ptx, &cases, &mut wrong) {
-            wrong.push(format!("{case}: the driver says {error}"));
-            if poisoned_by_a_fault {
-                wrong.push("nothing after it was run: its context may be lost, and other tests of this process with it".to_owned());
-                break;
-            }
-        }
+fn agree_on_hardware(family: &str, images: impl Fn() -> Images) {
+    if device::hardware().is_some() {
+        let driver = Hardware::shared().expect("the driver that has just made a stream");
+        let tally = Tally::of(&*driver, &images());
+        // Past the capture of the test harness, which shows nothing of a test that passes.
+        let _ = writeln!(std::io::stderr(), "{family} on the GPU: {}", tally.summary());
+        tally.check(family, "GPU");
     }
-    assert!(count > 0, "no cases");
-    assert!(wrong.is_empty(), "{} of {count} cases disagree on the {device}:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 fn committed(path: &str) -> String {
@@ -189,7 +253,7 @@ macro_rules! families {
     ($($name:ident),* $(,)?) => {$(
         #[test]
         fn $name() {
-            agree(|| family(families::$name::family()));
+            agree(stringify!($name), || family(families::$name::family()));
         }
     )*};
 }
@@ -199,18 +263,18 @@ families!(async_copy, atomic, barrier, cluster, control, convert, float, half, i
 #[test]
 fn rare() {
     let images = || families::rare::singles().into_iter().map(|(ptx, case)| (ptx, vec![case]));
-    let known = |ptx: &str| Emulated::new(Options::default()).load_image(0, &with_nul(ptx)).is_ok();
-    let emulated = Emulated::new(Options::default());
-    on("emulator", &emulated, images().filter(|(ptx, _)| known(ptx)).collect(), false);
-    if dropless_kit::device::hardware().is_some() {
-        on("GPU", &*Hardware::shared().expect("the driver that has just made a stream"), images().collect(), true);
+    if !device::hardware_only() {
+        let known = |ptx: &str| Emulated::new(Options::default()).load_image(0, &with_nul(ptx)).is_ok();
+        let known = images().filter(|(ptx, _)| known(ptx)).collect();
+        Tally::of(&Emulated::new(Options::default()), &known).check("rare", "emulator");
     }
+    agree_on_hardware("rare", || images().collect());
 }
 
 /// Whole kernels: TMA, clusters, wgmma, named barriers, the math library.
 #[test]
 fn kernels() {
-    agree(|| workloads::all().into_iter().map(|case| (committed(&format!("ptx/{}.ptx", case.image)), vec![case])).collect());
+    agree("kernels", || workloads::all().into_iter().map(|case| (committed(&format!("ptx/{}.ptx", case.image)), vec![case])).collect());
 }
 
 /// A wrong expectation is found, whatever the device.
@@ -223,8 +287,41 @@ fn a_planted_disagreement_is_reported() {
     let cases::Want::Bits(bits) = &mut wants[7] else { panic!("integers are bits") };
     *bits ^= 1;
     let name = case.name.clone();
-    let mut wrong = Vec::new();
-    Launcher::new(&emulated).run(&committed("instructions/integer.ptx"), &family.cases, &mut wrong).expect("every case runs");
-    assert_eq!(wrong.len(), 1, "{wrong:?}");
-    assert!(wrong[0].starts_with(&format!("{name}: argument 0: element 7 is 0x")), "{}", wrong[0]);
+    let mut tally = Tally::default();
+    Launcher::new(&emulated).run(&committed("instructions/integer.ptx"), &family.cases, &mut tally);
+    assert_eq!((tally.disagree, tally.refused, tally.wrong.len()), (1, 0, 1), "{:?}", tally.wrong);
+    assert!(tally.wrong[0].starts_with(&format!("{name}: argument 0: element 7 is 0x")), "{}", tally.wrong[0]);
+}
+
+/// A call that the driver refuses costs one case, whichever call it is.
+#[test]
+fn a_refused_call_costs_one_case() {
+    let images = family(families::integer::family());
+    let cases = images[0].1.len();
+    let mut refused = std::collections::BTreeMap::new();
+    for nth in 2..20 {
+        let driver = Faulty::new(Arc::new(Emulated::new(Options::default())), nth, DriverError::new(1));
+        let tally = Tally::of(&driver, &images);
+        refused.insert(driver.failed().expect("a call that failed"), tally.wrong.clone());
+        assert_eq!((tally.agree, tally.refused, tally.wrong.len()), (cases - 1, 1, 1), "call {nth}: {:?}", tally.wrong);
+        assert_eq!(tally.summary(), format!("{} of {cases} cases agree, 0 disagree, 1 refused by the driver, 0 not run", cases - 1));
+    }
+    assert!(refused.contains_key("launch") && refused.contains_key("synchronize") && refused.contains_key("alloc"), "{refused:?}");
+    assert!(refused["launch"][0].starts_with(&images[0].1[0].name), "{refused:?}");
+    // An image is refused with all of its cases.
+    let driver = Faulty::new(Arc::new(Emulated::new(Options::default())), 1, DriverError::new(218));
+    let tally = Tally::of(&driver, &images);
+    assert_eq!((driver.failed(), tally.agree, tally.refused, tally.wrong.len()), (Some("load_image"), 0, cases, 1));
+}
+
+/// Where the context is lost, nothing more is launched, and the rest is counted as not run.
+#[test]
+fn a_lost_context_ends_the_run() {
+    let images = [families::integer::family(), families::half::family()].map(family).into_iter().flatten().collect::<Images>();
+    let cases: usize = images.iter().map(|(_, cases)| cases.len()).sum();
+    let recorder = Recorder::default();
+    recorder.refuse_events(true); // and with them every wait
+    let tally = Tally::of(&recorder, &images);
+    assert_eq!((tally.refused, tally.not_run, tally.wrong.len()), (1, cases - 1, 1), "{:?}", tally.wrong);
+    assert!(tally.summary().ends_with("the context is lost, and with it other tests of this process"));
 }

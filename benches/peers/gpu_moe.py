@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times what a PyTorch user has for the MoE layer, and the GPU's two ceilings: one line of JSON per figure, as benches/gpu.rs writes them.
 
-    python3 benches/peers/gpu_moe.py [--tokens 1,8,64,512,8192] [--out FILE] [--rehearse]
+    python3 benches/peers/gpu_moe.py [--tokens 8192,1,64] [--out FILE] [--rehearse]
 
 DBRX's shapes, bf16, normal numbers, 6.3 GB of weights, so that the L2 cache is cold. The peer is torch._grouped_mm over rows already
 sorted by expert: `glu_nt` is the product with w1 and v1 side by side, the activation not counted; `nn` the second product; `layer` all of
-routing, sorting, both products, activation and weighted sum, in eager mode and replayed as a CUDA graph. Medians of 7 batches.
+routing, sorting, both products, activation and weighted sum, in eager mode and replayed as a CUDA graph; nothing of it waits for the
+GPU. Medians of 7 batches. A figure that fails is a line with an `error` and costs no other; then the exit code is 1.
 `--rehearse` runs small shapes on the CPU, to see that the script works: its times mean nothing.
 """
 
@@ -43,22 +44,39 @@ class Record:
     def __init__(self, path, device):
         self.file = open(path, "w") if path else None
         self.device = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        self.failed = False
 
-    def line(self, what, form, tokens, times, flop=0.0, bytes_moved=0.0):
-        median, least, greatest = times
-        line = json.dumps(dict(device=self.device, torch=torch.__version__, what=what, form=form, tokens=tokens, us=round(median, 1), us_min=round(least, 1), us_max=round(greatest, 1), tflops=round(flop / median / 1e6, 6), gb_s=round(bytes_moved / median / 1e3, 6)))
+    def write(self, **fields):
+        line = json.dumps(dict(device=self.device, torch=torch.__version__, **fields))
         print(line, flush=True)
         if self.file:
             print(line, file=self.file, flush=True)
+
+    def figure(self, what, form, tokens, call, device, flop=0.0, bytes_moved=0.0):
+        """Times what `call` makes: a function of its own, so that what fails while it is made is told, too."""
+        try:
+            median, least, greatest = timed(call(), device)
+        except Exception as error:
+            self.failed = True
+            self.write(what=what, form=form, tokens=tokens, error=str(error).splitlines()[0] if str(error) else repr(error))
+            return
+        us = dict(us=round(median, 1), us_min=round(least, 1), us_max=round(greatest, 1))
+        rates = dict(tflops=round(flop / median / 1e6, 6), gb_s=round(bytes_moved / median / 1e3, 6))
+        self.write(what=what, form=form, tokens=tokens, **us, **rates)
 
 
 def ceilings(record, device):
     n, copied = (8192, 1 << 31) if device == "cuda" else (512, 1 << 20)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    record.line("matmul", f"{n}^3", n, timed(lambda: a @ b, device), flop=2 * n**3)
+    record.figure("matmul", f"{n}^3", n, lambda: lambda: a @ b, device, flop=2 * n**3)
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    record.line("copy", f"{copied} bytes read and written", 0, timed(lambda: target.copy_(source), device), bytes_moved=2 * copied)
+    record.figure("copy", f"{copied} bytes read and written", 0, lambda: lambda: target.copy_(source), device, bytes_moved=2 * copied)
+
+
+def rows_of(ids):
+    """How many rows each expert has. Unlike torch.bincount it does not wait for the GPU, so that a graph can hold it."""
+    return (ids.flatten()[:, None] == torch.arange(E, device=ids.device)).sum(0)
 
 
 def layer(x, router, w13, w2):
@@ -67,7 +85,7 @@ def layer(x, router, w13, w2):
     weights, ids = torch.topk(torch.softmax((x @ router.t()).float(), -1), K)
     weights = weights / weights.sum(-1, keepdim=True)
     order = torch.argsort(ids.flatten(), stable=True)
-    ends = torch.cumsum(torch.bincount(ids.flatten(), minlength=E), 0).to(torch.int32)
+    ends = torch.cumsum(rows_of(ids), 0).to(torch.int32)
     h = torch._grouped_mm(x[order // K], w13, offs=ends)
     gate, up = h.chunk(2, -1)
     out = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2, offs=ends)
@@ -76,30 +94,41 @@ def layer(x, router, w13, w2):
     return (y.view(tokens, K, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 
 
-def measure(record, device, tokens, router, w13, w2):
+def graph_of(call):
+    """A replay of `call`, captured after a warm-up on a stream of its own, as PyTorch asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(record, device, tokens, x, h, router, w13, w2):
     d, f = w2.shape[2], w2.shape[1]
-    x = torch.randn(tokens, d, device=device, dtype=torch.bfloat16)
     ids = torch.topk(x @ router.t(), K).indices.flatten()
-    order, counts = torch.argsort(ids, stable=True), torch.bincount(ids, minlength=E)
-    ends, rows = torch.cumsum(counts, 0).to(torch.int32), x[torch.argsort(ids, stable=True) // K]
-    h = torch.randn(tokens * K, f, device=device, dtype=torch.bfloat16)
+    order, counts = torch.argsort(ids, stable=True), rows_of(ids)
+    ends, rows = torch.cumsum(counts, 0).to(torch.int32), x[order // K]
     flop, weight_bytes = 2 * tokens * K * d * f, int((counts > 0).sum()) * d * f * 2
-    record.line("glu_nt", "torch._grouped_mm", tokens, timed(lambda: torch._grouped_mm(rows, w13, offs=ends), device), 2 * flop, 2 * weight_bytes)
-    record.line("nn", "torch._grouped_mm", tokens, timed(lambda: torch._grouped_mm(h, w2, offs=ends), device), flop, weight_bytes)
-    record.line("layer", "torch, eager", tokens, timed(lambda: layer(x, router, w13, w2), device), 3 * flop, 3 * weight_bytes)
+
+    def whole():
+        return layer(x, router, w13, w2)
+
+    grouped = "torch._grouped_mm"
+    record.figure("glu_nt", grouped, tokens, lambda: lambda: torch._grouped_mm(rows, w13, offs=ends), device, 2 * flop, 2 * weight_bytes)
+    record.figure("nn", grouped, tokens, lambda: lambda: torch._grouped_mm(h, w2, offs=ends), device, flop, weight_bytes)
+    record.figure("layer", "torch, eager", tokens, lambda: whole, device, 3 * flop, 3 * weight_bytes)
     if device == "cuda":
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                layer(x, router, w13, w2)
-            record.line("layer", "torch, graph", tokens, timed(graph.replay, device), 3 * flop, 3 * weight_bytes)
-        except RuntimeError as error:  # bincount may ask the host for its size
-            print(f"no graph of the layer: {error}", file=sys.stderr)
+        record.figure("layer", "torch, graph", tokens, lambda: graph_of(whole), device, 3 * flop, 3 * weight_bytes)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,512,2048,8192")
+    parser.add_argument("--tokens", default="8192,2048,512,1,8,64,4,2,16,32,128")
     parser.add_argument("--out")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
@@ -114,8 +143,18 @@ def main():
     # As rows of w1 and v1 lie: [E, 2 F, D], used transposed.
     w13 = (torch.randn(E, 2 * f, d, device=device, dtype=torch.bfloat16) * scale).transpose(1, 2)
     w2 = torch.randn(E, f, d, device=device, dtype=torch.bfloat16) * scale
-    for tokens in map(int, options.tokens.split(",")):
-        measure(record, device, min(tokens, 8) if options.rehearse else tokens, router, w13, w2)
+    # All inputs before the first capture: what fails within one may leave the generator unusable.
+    batches = [min(tokens, 8) if options.rehearse else tokens for tokens in map(int, options.tokens.split(","))]
+    most = max(batches)
+    x = torch.randn(most, d, device=device, dtype=torch.bfloat16)
+    h = torch.randn(most * K, f, device=device, dtype=torch.bfloat16)
+    for tokens in batches:
+        try:
+            measure(record, device, tokens, x[:tokens], h[: tokens * K], router, w13, w2)
+        except Exception as error:
+            record.failed = True
+            record.write(what="all", form="", tokens=tokens, error=repr(error))
+    sys.exit(record.failed)
 
 
 if __name__ == "__main__":

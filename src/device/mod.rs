@@ -102,6 +102,15 @@ impl Device {
         }
     }
 
+    /// A GPU's name as its driver spells it, as in `NVIDIA H100 80GB HBM3`; `cpu` on the CPU.
+    pub fn name(&self) -> &str {
+        match &self.0 {
+            Backend::Cpu(_) => "cpu",
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => &device.attributes.name,
+        }
+    }
+
     /// Worker threads of the CPU; 0 on a GPU.
     pub fn threads(&self) -> usize {
         match &self.0 {

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io::Write;
-use std::sync::{Arc, Once};
+use std::sync::{Arc, OnceLock};
 
 use dropless::device::driver::{Driver, DriverResult, Handle};
 use dropless::{Device, Element, Error, Stream};
@@ -16,10 +16,10 @@ thread_local! {
 }
 
 /// Calls `test` once per device: the CPU with one thread and with three, the emulated GPU in every schedule, the GPU where there is
-/// one. `DROPLESS_REQUIRE_GPU=1` turns a missing GPU into a failure.
+/// one. `DROPLESS_REQUIRE_GPU=1` turns a missing GPU into a failure; `DROPLESS_HARDWARE_ONLY=1` does, too, and leaves out all the others.
 pub fn each_device(test: impl Fn(&Stream)) {
-    for threads in [1, 3] {
-        test(&cpu(threads));
+    if Chosen::get().cpu {
+        [1, 3].map(cpu).iter().for_each(&test);
     }
     each_gpu(test);
 }
@@ -27,7 +27,7 @@ pub fn each_device(test: impl Fn(&Stream)) {
 /// Calls `test` on the emulated GPU in every schedule, and on the GPU where there is one. `DROPLESS_CPU_ONLY=1` leaves both out, for
 /// what changes nothing on them.
 pub fn each_gpu(test: impl Fn(&Stream)) {
-    if cpu_only() {
+    if Chosen::get().hardware.is_none() {
         return;
     }
     each_schedule(&test);
@@ -37,12 +37,21 @@ pub fn each_gpu(test: impl Fn(&Stream)) {
 }
 
 /// Calls `test` on the CPU and, for one seed in 32, on the emulated GPU in the random schedule of that seed (or in the one of
-/// `DROPLESS_SCHEDULE`): for properties, of which many cases are tried.
+/// `DROPLESS_SCHEDULE`) and on the GPU where there is one: for properties, of which many cases are tried.
 pub fn some_device(seed: u64, test: impl Fn(&Stream)) {
-    test(&cpu(2));
-    if seed.is_multiple_of(32) && !cpu_only() {
+    let chosen = Chosen::get();
+    if chosen.cpu {
+        test(&cpu(2));
+    }
+    if !seed.is_multiple_of(32) || chosen.hardware.is_none() {
+        return;
+    }
+    if chosen.emulated {
         let order = asked_for().unwrap_or((Schedule::Random(seed), TmaCompletion::Random));
         emulating(|| EMULATED.with(|(driver, stream)| in_schedule(driver, stream, order, &test)));
+    }
+    if let Some(stream) = hardware() {
+        test(&stream);
     }
 }
 
@@ -52,6 +61,9 @@ pub fn some_device(seed: u64, test: impl Fn(&Stream)) {
 /// What fails says how to run it again alone: `DROPLESS_SCHEDULE=random:7,random`, that is `in_order`, `reverse` or `random:SEED`,
 /// then how bulk copies complete, `eager`, `lazy` or `random`. `DROPLESS_SEEDS=N` tries N random schedules instead of one.
 pub fn each_schedule(test: impl Fn(&Stream)) {
+    if hardware_only() {
+        return;
+    }
     let schedules = asked_for().map_or_else(all, |order| vec![order]);
     emulating(|| {
         EMULATED.with(|(driver, stream)| {
@@ -68,8 +80,35 @@ pub fn each_schedule(test: impl Fn(&Stream)) {
     });
 }
 
-fn cpu_only() -> bool {
-    std::env::var_os("DROPLESS_CPU_ONLY").is_some_and(|value| value == "1")
+/// True with `DROPLESS_HARDWARE_ONLY=1`: a test that is about the CPU or the emulator has nothing to do.
+pub fn hardware_only() -> bool {
+    !Chosen::get().emulated && Chosen::get().hardware.is_some()
+}
+
+/// Which devices run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Chosen {
+    cpu: bool,
+    emulated: bool,
+    /// None: left out. Otherwise whether its absence is a failure.
+    hardware: Option<bool>,
+}
+
+impl Chosen {
+    fn get() -> Chosen {
+        let set = |name: &str| std::env::var_os(name).is_some_and(|value| value == "1");
+        Chosen::by(set).unwrap_or_else(|refused| panic!("{refused}"))
+    }
+
+    /// By which variables are 1.
+    fn by(set: impl Fn(&str) -> bool) -> Result<Chosen, &'static str> {
+        match (set("DROPLESS_CPU_ONLY"), set("DROPLESS_HARDWARE_ONLY")) {
+            (true, true) => Err("DROPLESS_CPU_ONLY=1 and DROPLESS_HARDWARE_ONLY=1 leave no device to run on"),
+            (true, false) => Ok(Chosen { cpu: true, emulated: false, hardware: None }),
+            (false, true) => Ok(Chosen { cpu: false, emulated: false, hardware: Some(true) }),
+            (false, false) => Ok(Chosen { cpu: true, emulated: true, hardware: Some(set("DROPLESS_REQUIRE_GPU")) }),
+        }
+    }
 }
 
 type Order = (Schedule, TmaCompletion);
@@ -188,23 +227,30 @@ pub fn emulated() -> (Arc<Emulated>, Stream) {
     (driver, stream)
 }
 
-/// A stream on the GPU of this machine. Without one: a panic if `DROPLESS_REQUIRE_GPU` is 1, else a line on the terminal.
+/// A stream on the GPU of this machine. Without one: a panic if `DROPLESS_REQUIRE_GPU` or `DROPLESS_HARDWARE_ONLY` is 1, else a line on
+/// the terminal.
+///
+/// All streams of a process share one device, so that each image is loaded once.
+///
+/// # Panics
+///
+/// As said, and if the device is there and makes no stream.
 pub fn hardware() -> Option<Stream> {
-    let required = std::env::var_os("DROPLESS_REQUIRE_GPU").is_some_and(|value| value == "1");
-    match Device::cuda(0).and_then(|device| device.stream()) {
-        Ok(stream) => Some(stream),
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| found(Device::cuda(0), Chosen::get().hardware == Some(true)));
+    device.as_ref().map(|device| device.stream().expect("a stream of the GPU"))
+}
+
+/// The device, or a line past the capture of the test harness, which shows nothing of a test that passes.
+fn found(device: Result<Device, Error>, required: bool) -> Option<Device> {
+    match device {
+        Ok(device) => Some(device),
+        Err(error) if required => panic!("a GPU is required (DROPLESS_REQUIRE_GPU, DROPLESS_HARDWARE_ONLY), but: {error}"),
         Err(error) => {
-            assert!(!required, "DROPLESS_REQUIRE_GPU=1, but: {error}");
-            static ONCE: Once = Once::new();
-            // Past the capture of the test harness, which shows nothing of a test that passes.
-            ONCE.call_once(|| skipped(&error));
+            let _ = writeln!(std::io::stderr(), "NOT RUN ON HARDWARE, emulated only: {error}");
             None
         }
     }
-}
-
-fn skipped(error: &Error) {
-    let _ = writeln!(std::io::stderr(), "NOT RUN ON HARDWARE, emulated only: {error}");
 }
 
 #[cfg(test)]
@@ -220,9 +266,68 @@ mod tests {
         assert_eq!(["", "random", "random:x,lazy", "in_order", "random:1,", "reverse:1,lazy"].map(parse), [None; 6]);
     }
 
+    /// The variables choose: all of it, the CPU alone, the GPU alone, which then must be there.
+    #[test]
+    fn variables_choose_devices() {
+        let by = |names: &[&str]| Chosen::by(|name| names.contains(&name));
+        let all = Chosen { cpu: true, emulated: true, hardware: Some(false) };
+        assert_eq!(by(&[]), Ok(all));
+        assert_eq!(by(&["DROPLESS_REQUIRE_GPU"]), Ok(Chosen { hardware: Some(true), ..all }));
+        let cpu = Chosen { cpu: true, emulated: false, hardware: None };
+        assert_eq!(by(&["DROPLESS_CPU_ONLY"]), Ok(cpu));
+        assert_eq!(by(&["DROPLESS_CPU_ONLY", "DROPLESS_REQUIRE_GPU"]), Ok(cpu));
+        assert_eq!(by(&["DROPLESS_HARDWARE_ONLY"]), Ok(Chosen { cpu: false, emulated: false, hardware: Some(true) }));
+        assert!(by(&["DROPLESS_CPU_ONLY", "DROPLESS_HARDWARE_ONLY"]).is_err());
+    }
+
+    /// The same in a process of its own, where no device runs but a GPU: nothing is emulated, and its absence is a failure.
+    #[test]
+    fn hardware_alone() {
+        const CHILD: &str = "DROPLESS_TEST_HARDWARE_ALONE";
+        if std::env::var_os(CHILD).is_some() {
+            let runs = Cell::new(0);
+            let count = |_: &Stream| runs.set(runs.get() + 1);
+            each_schedule(count);
+            some_device(1, count);
+            assert_eq!((runs.get(), hardware_only()), (0, true));
+            each_device(|stream| {
+                assert!(affords(1 << 20));
+                count(stream);
+            });
+            some_device(32, count);
+            assert_eq!(runs.get(), 2);
+            return;
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["device::tests::hardware_alone", "--exact"]).env(CHILD, "1").env("DROPLESS_HARDWARE_ONLY", "1");
+        let output = child.env_remove("DROPLESS_CPU_ONLY").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        match Device::cuda(0) {
+            Ok(_) => assert!(output.status.success(), "{text}"),
+            Err(error) => assert!(
+                !output.status.success()
+                    && text.contains(&format!("is required (DROPLESS_REQUIRE_GPU, DROPLESS_HARDWARE_ONLY), but: {error}")),
+                "{text}"
+            ),
+        }
+    }
+
+    /// A device that is there serves many streams; one that is not is a panic or nothing.
+    #[test]
+    fn what_is_found_is_kept() {
+        let emulated = || Device::with_driver(Arc::new(Emulated::new(Options::default())), 0);
+        assert!(found(emulated(), true).is_some() && found(emulated(), false).is_some());
+        assert!(found(Err(Error::NoDriver { searched: &[] }), false).is_none());
+        let required = std::panic::catch_unwind(|| found(Err(Error::NoDriver { searched: &[] }), true));
+        assert!(required.is_err());
+    }
+
     /// Without bulk copies there are as many runs as orders, each on the emulated GPU.
     #[test]
     fn every_schedule_is_run() {
+        if hardware_only() {
+            return;
+        }
         let runs = Cell::new(0);
         each_schedule(|stream| {
             assert!(!affords(1 << 20) && stream.place() == dropless::Place::Cuda(0));

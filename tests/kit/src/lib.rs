@@ -16,6 +16,8 @@
 //! | variable | what it does |
 //! |---|---|
 //! | `DROPLESS_REQUIRE_GPU=1` | a missing GPU is a failure |
+//! | `DROPLESS_HARDWARE_ONLY=1` | the same, and nothing runs on the CPU or the emulated GPU for its own sake: for the minutes on a GPU |
+//! | `DROPLESS_CPU_ONLY=1` | no GPU, neither emulated nor real |
 //! | `DROPLESS_SCHEDULE=random:7,lazy` | the emulated GPU runs in this schedule alone: what a failing test prints |
 //! | `DROPLESS_SEEDS=100` | so many random schedules instead of one |
 //! | `DROPLESS_GOLDENS=DIR` | larger sets of other implementations' results |
