@@ -29,6 +29,11 @@ impl Recording {
         self.launched.load(Ordering::Acquire)
     }
 
+    #[cfg(feature = "cuda")]
+    pub(super) fn launched_by(&self, operation: u64) {
+        self.launched.store(operation, Ordering::Release);
+    }
+
     pub(super) fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::Acquire)
     }
@@ -77,7 +82,7 @@ impl Graph {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
             cuda.launch_graph(self.handle)?;
-            self.recording.launched.store(self.timeline.next_operation(), Ordering::Release);
+            self.recording.launched_by(self.timeline.next_operation());
         }
         Ok(())
     }

@@ -180,3 +180,59 @@ impl Mark {
         })
     }
 }
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use crate::device::Stream;
+
+    /// A timeline without a driver behind it.
+    fn timeline() -> Arc<Timeline> {
+        Stream::new(&Device::cpu()).unwrap().timeline
+    }
+
+    fn uses(mark: &Mark) -> usize {
+        lock(&mark.uses).len()
+    }
+
+    /// Whoever comes and goes leaves nothing behind but the order that is still needed.
+    #[test]
+    fn marks_do_not_grow() {
+        let (mark, home) = (Mark::of(&Device::cpu()), timeline());
+        mark.record(&home, None, home.next_operation(), true);
+        for _ in 0..100 {
+            let other = timeline();
+            mark.record(&other, None, other.next_operation(), false);
+        }
+        for launched in [false, true, true] {
+            for _ in 0..100 {
+                let graph = Arc::new(Recording::new());
+                mark.record(&home, Some(&graph), 0, false);
+                if launched {
+                    graph.launched_by(home.next_operation());
+                }
+                graph.give_up();
+            }
+        }
+        mark.record(&home, None, home.next_operation(), false);
+        assert_eq!(uses(&mark), 2, "the write and the last read");
+        let other = timeline();
+        assert_eq!(mark.conflict(&other, None, true), Some(Conflict::NotJoined(home.id)));
+        mark.record(&home, None, home.next_operation(), true);
+        assert_eq!(uses(&mark), 1);
+    }
+
+    /// The last launch of a graph that is gone is kept.
+    #[test]
+    fn the_last_launch_is_an_operation() {
+        let (mark, home, other) = (Mark::of(&Device::cpu()), timeline(), timeline());
+        let graph = Arc::new(Recording::new());
+        mark.record(&home, Some(&graph), 0, true);
+        assert_eq!(mark.conflict(&home, None, false), Some(Conflict::NotRun));
+        graph.launched_by(home.next_operation());
+        graph.give_up();
+        mark.record(&home, None, home.next_operation(), false);
+        assert_eq!((uses(&mark), mark.conflict(&home, None, false)), (2, None));
+        assert_eq!(mark.conflict(&other, None, false), Some(Conflict::NotJoined(home.id)));
+    }
+}
