@@ -176,7 +176,7 @@ impl Device {
     /// What the driver reports; on the CPU [`Error::Unsupported`] if `DROPLESS_SIMD` names an instruction set
     /// that this machine does not have.
     pub fn stream(&self) -> Result<Stream, Error> {
-        if let Backend::Cpu(_) = self.0 {
+        if self.place() == Place::Host {
             crate::simd::check()?;
         }
         Stream::new(self)
