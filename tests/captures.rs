@@ -158,6 +158,9 @@ fn a_capture_reads_what_it_writes() {
     });
     let graph = graph.unwrap();
     assert_eq!(stream.capture(|| glu_of(&stream, &z, &mut y)).unwrap_err(), GATE_IS_NOT_RUN);
+    // Nor is the graph launched by being recorded in another.
+    assert!(matches!(stream.capture(|| launch(&graph)), Err(Error::Unsupported { .. })));
+    assert_eq!(glu_of(&stream, &z, &mut zeros(&stream, 8)), Err(GATE_IS_NOT_RUN));
     launch(&graph).unwrap();
     stream.capture(|| glu_of(&stream, &z, &mut y)).unwrap();
 }

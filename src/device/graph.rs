@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use super::stream::{Timeline, lock};
 use crate::error::Error;
+#[cfg(feature = "cuda")]
+use crate::error::Op;
 
 /// What a launch asks first.
 type Check = Box<dyn Fn() -> Result<(), Error> + Send + Sync>;
@@ -75,12 +77,13 @@ impl Graph {
     /// # Errors
     ///
     /// Nothing is launched by these: [`Error::Recorded`] if the open step of a [`KvCache`](crate::KvCache) has another number of tokens
-    /// than the one that was recorded; [`Error::Capacity`] if a sequence of it has become longer than a recorded operation serves. What
-    /// the driver reports.
+    /// than the one that was recorded; [`Error::Capacity`] if a sequence of it has become longer than a recorded operation serves;
+    /// [`Error::Unsupported`] within a capture. What the driver reports.
     pub unsafe fn launch(&self) -> Result<(), Error> {
         lock(&self.recording.checks).iter().try_for_each(|check| check())?;
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda {
+            cuda.outside_capture(Op::Stream, "a graph")?; // it would be recorded, and not have run
             cuda.launch_graph(self.handle)?;
             self.recording.launched_by(self.timeline.next_operation());
         }
