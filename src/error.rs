@@ -124,7 +124,7 @@ pub enum Error {
     /// A buffer was last used on another stream that this one has not joined.
     #[allow(missing_docs)]
     NotJoined { op: Op, arg: &'static str, stream: u64, used_on: u64 },
-    /// What is to be read is written by a graph that was captured and not launched yet.
+    /// What is to be read was to be written by a graph that was not launched, or by an operation that failed.
     #[allow(missing_docs)]
     NotRun { op: Op, arg: &'static str },
     /// A graph is to be launched for another size than it was captured for.
@@ -234,7 +234,7 @@ impl fmt::Display for Error {
                 )
             }
             Error::NotRun { op, arg } => {
-                write!(f, "{op}: `{arg}` is written by a graph that was not launched; launch it first, or write it anew")
+                write!(f, "{op}: `{arg}` was to be written by work that has not run; launch its graph, or write it anew")
             }
             Error::Recorded { op, what, recorded, now } => {
                 write!(f, "{op}: the graph was captured for {recorded} {what}, there are {now} now")

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dropless::block_sparse::{Sparse, arrange, dsd};
 use dropless::device::Graph;
+use dropless::device::driver::DriverError;
 use dropless::layout::KvShape;
 use dropless::router::{Normalize, route};
 use dropless::{
@@ -15,6 +16,7 @@ use dropless::{
 };
 use dropless_kit::device;
 use dropless_kit::emulated::Emulated;
+use dropless_kit::faulty::Faulty;
 use dropless_kit::fill::normal;
 use dropless_kit::recorder::{Call, Recorder};
 
@@ -47,7 +49,7 @@ fn ids_of_a_capture_vouch_for_nothing() {
     let graph = graph.unwrap();
     let mut lookup = || embedding::lookup(&stream, ids.unwrap(), table.rows(8, 8).unwrap(), &mut y.rows_mut(2, 8).unwrap());
     assert_eq!(lookup(), Err(Error::NotRun { op: Op::Embedding, arg: "ids" }));
-    let text = "embedding: `ids` is written by a graph that was not launched; launch it first, or write it anew";
+    let text = "embedding: `ids` was to be written by work that has not run; launch its graph, or write it anew";
     assert_eq!(lookup().unwrap_err().to_string(), text);
     launch(&graph).unwrap();
     lookup().unwrap();
@@ -103,6 +105,35 @@ fn a_topology_of_a_capture_vouches_for_nothing() {
     arranged(&many, 300, &mut topology).unwrap();
     product(&topology).unwrap();
     silent(&driver);
+}
+
+/// An arrangement whose launch fails after a captured one: neither is what the device holds.
+#[test]
+fn a_failed_arrangement_vouches_for_nothing() {
+    let recorder = Arc::new(Recorder::default());
+    let arranged_twice = |failing| {
+        let driver = Arc::new(Faulty::new(recorder.clone(), failing, DriverError::new(1)));
+        let stream = Device::with_driver(driver.clone(), 0)?.stream()?;
+        let mut topology = Topology::for_experts(&stream, 64, 300, &[8])?;
+        let offsets = Buffer::from_slice(&stream, &[0u32, 3])?;
+        // SAFETY: nothing runs here.
+        let rows = |count| unsafe { ExpertRows::from_raw(offsets.rows(1, 2)?, count) };
+        arrange(&stream, rows(300)?, &mut topology)?;
+        drop(stream.capture(|| arrange(&stream, rows(3)?, &mut topology))?);
+        let failed = arrange(&stream, rows(300)?, &mut topology);
+        Ok::<_, Error>((driver.failed(), failed, topology.blocks(&stream)))
+    };
+    let of_last = (0..).map_while(|n| match arranged_twice(n) {
+        Ok((None, ..)) => None,
+        other => Some(other),
+    });
+    let mut tried = 0;
+    for (failed, error, blocks) in of_last.flatten().filter(|(failed, error, _)| *failed == Some("launch") && error.is_err()) {
+        assert!(matches!(error, Err(Error::Driver { .. })), "{failed:?}");
+        assert_eq!(blocks, Err(Error::NotRun { op: Op::Buffer, arg: "self" }));
+        tried += 1;
+    }
+    assert_eq!(tried, 1);
 }
 
 /// A device whose kernels are loaded, and two streams.

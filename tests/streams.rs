@@ -263,6 +263,33 @@ fn streams_end_before_what_they_have_read() {
     weights.copy_from_slice(&home, &[3.0]).unwrap();
 }
 
+/// A stream that is gone has done its work, whatever of it is left: its buffers go on, on any stream.
+#[test]
+fn buffers_outlive_their_stream() {
+    let (driver, stream, other) = two_streams();
+    let mut buffer = Buffer::from_slice(&stream, &[1.0f32; 8]).unwrap();
+    assert!(matches!(buffer.to_vec(&other), Err(Error::NotJoined { .. })));
+    let waits = |driver: &Recorder| count(driver, |call| matches!(call, Call::Synchronize { .. }));
+    let before = waits(&driver);
+    drop(stream);
+    assert_eq!(waits(&driver), before + 1);
+    buffer.to_vec(&other).unwrap();
+    buffer.copy_from_slice(&other, &[2.0]).unwrap();
+
+    // One that could not be waited for stays in the way, and its buffers are not freed under it.
+    let (driver, stream, other) = two_streams();
+    let mut buffer = Buffer::from_slice(&other, &[1.0f32; 8]).unwrap();
+    stream.join(&other).unwrap();
+    buffer.copy_from_slice(&stream, &[2.0]).unwrap();
+    driver.refuse_events(true);
+    drop(stream);
+    let freed = |driver: &Recorder| count(driver, |call| matches!(call, Call::Free { .. }));
+    let before = freed(&driver);
+    assert!(matches!(buffer.to_vec(&other), Err(Error::NotJoined { .. })));
+    drop(buffer);
+    assert_eq!(freed(&driver), before);
+}
+
 /// A stream has zeros to count in, of its own.
 #[test]
 fn streams_have_scratch() {

@@ -219,9 +219,10 @@ impl RawStream {
         self.scratch
     }
 
-    /// Waits for all work, on a lost device too, where there is nothing to wait for.
-    pub(crate) fn finish(&self) {
-        self.device.release(|driver| driver.synchronize(self.handle));
+    /// Waits for all work; false where that is not possible.
+    pub(crate) fn finish(&self) -> bool {
+        let _ = self.device.driver.make_current(self.device.ordinal);
+        self.device.driver.synchronize(self.handle).is_ok()
     }
 
     pub(crate) fn attributes(&self) -> &Attributes {

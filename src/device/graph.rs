@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::stream::{Timeline, lock};
+use super::stream::{Running, lock};
 use crate::error::Error;
 #[cfg(feature = "cuda")]
 use crate::error::Op;
@@ -22,7 +22,6 @@ pub(super) struct Recording {
 }
 
 impl Recording {
-    #[cfg(feature = "cuda")]
     pub(super) fn new() -> Recording {
         Recording { launched: AtomicU64::new(0), given_up: AtomicBool::new(false), checks: Mutex::default() }
     }
@@ -51,7 +50,7 @@ impl Recording {
 
 /// Recorded work of one stream: kernels with the addresses they were given.
 pub struct Graph {
-    timeline: Arc<Timeline>,
+    stream: Arc<Running>,
     recording: Arc<Recording>,
     #[cfg(feature = "cuda")]
     handle: super::driver::Handle,
@@ -59,8 +58,8 @@ pub struct Graph {
 
 impl Graph {
     #[cfg(feature = "cuda")]
-    pub(super) fn new(timeline: Arc<Timeline>, handle: super::driver::Handle, recording: Arc<Recording>) -> Graph {
-        Graph { timeline, recording, handle }
+    pub(super) fn new(stream: Arc<Running>, handle: super::driver::Handle, recording: Arc<Recording>) -> Graph {
+        Graph { stream, recording, handle }
     }
 
     /// Queues the recorded work on the stream that recorded it. Like an operation, it counts as a use of every buffer that the
@@ -82,10 +81,10 @@ impl Graph {
     pub unsafe fn launch(&self) -> Result<(), Error> {
         lock(&self.recording.checks).iter().try_for_each(|check| check())?;
         #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.timeline.cuda {
+        if let Some(cuda) = &self.stream.0.cuda {
             cuda.outside_capture(Op::Stream, "a graph")?; // it would be recorded, and not have run
             cuda.launch_graph(self.handle)?;
-            self.recording.launched_by(self.timeline.next_operation());
+            self.recording.launched_by(self.stream.0.next_operation());
         }
         Ok(())
     }
@@ -95,7 +94,7 @@ impl Drop for Graph {
     fn drop(&mut self) {
         self.recording.give_up();
         #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.timeline.cuda {
+        if let Some(cuda) = &self.stream.0.cuda {
             cuda.destroy_graph(self.handle);
         }
     }
@@ -103,6 +102,6 @@ impl Drop for Graph {
 
 impl std::fmt::Debug for Graph {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Graph(of stream {})", self.timeline.id)
+        write!(f, "Graph(of stream {})", self.stream.0.id)
     }
 }

@@ -167,13 +167,10 @@ impl Mark {
             if u.operation().is_none_or(|operation| home.has_seen(u.stream, operation)) {
                 return true;
             }
-            let Some(other) = u.timeline.upgrade() else {
-                // Nobody has the stream any more: whoever dropped it last waits for its work.
-                while !u.ended.load(Ordering::Acquire) {
-                    std::thread::yield_now();
-                }
+            if u.ended.load(Ordering::Acquire) {
                 return true;
-            };
+            }
+            let Some(other) = u.timeline.upgrade() else { return false }; // gone, and could not be waited for
             let (Some(home), Some(other)) = (&home.cuda, &other.cuda) else { return true };
             // An event may be refused for want of memory, which loses no device.
             home.wait_for(other).is_ok() || other.synchronize().is_ok()
@@ -186,9 +183,9 @@ mod tests {
     use super::*;
     use crate::device::Stream;
 
-    /// A timeline without a driver behind it.
-    fn timeline() -> Arc<Timeline> {
-        Stream::new(&Device::cpu()).unwrap().timeline
+    /// A stream without a driver behind it.
+    fn stream() -> Stream {
+        Stream::new(&Device::cpu()).unwrap()
     }
 
     fn uses(mark: &Mark) -> usize {
@@ -198,41 +195,42 @@ mod tests {
     /// Whoever comes and goes leaves nothing behind but the order that is still needed.
     #[test]
     fn marks_do_not_grow() {
-        let (mark, home) = (Mark::of(&Device::cpu()), timeline());
-        mark.record(&home, None, home.next_operation(), true);
+        let (mark, stream_of_home) = (Mark::of(&Device::cpu()), stream());
+        let home = &stream_of_home.timeline;
+        mark.record(home, None, home.next_operation(), true);
         for _ in 0..100 {
-            let other = timeline();
-            mark.record(&other, None, other.next_operation(), false);
+            let other = stream();
+            mark.record(&other.timeline, None, other.timeline.next_operation(), false);
         }
         for launched in [false, true, true] {
             for _ in 0..100 {
                 let graph = Arc::new(Recording::new());
-                mark.record(&home, Some(&graph), 0, false);
+                mark.record(home, Some(&graph), 0, false);
                 if launched {
                     graph.launched_by(home.next_operation());
                 }
                 graph.give_up();
             }
         }
-        mark.record(&home, None, home.next_operation(), false);
+        mark.record(home, None, home.next_operation(), false);
         assert_eq!(uses(&mark), 2, "the write and the last read");
-        let other = timeline();
-        assert_eq!(mark.conflict(&other, None, true), Some(Conflict::NotJoined(home.id)));
-        mark.record(&home, None, home.next_operation(), true);
+        assert_eq!(mark.conflict(&stream().timeline, None, true), Some(Conflict::NotJoined(home.id)));
+        mark.record(home, None, home.next_operation(), true);
         assert_eq!(uses(&mark), 1);
     }
 
     /// The last launch of a graph that is gone is kept.
     #[test]
     fn the_last_launch_is_an_operation() {
-        let (mark, home, other) = (Mark::of(&Device::cpu()), timeline(), timeline());
+        let (mark, stream_of_home) = (Mark::of(&Device::cpu()), stream());
+        let home = &stream_of_home.timeline;
         let graph = Arc::new(Recording::new());
-        mark.record(&home, Some(&graph), 0, true);
-        assert_eq!(mark.conflict(&home, None, false), Some(Conflict::NotRun));
+        mark.record(home, Some(&graph), 0, true);
+        assert_eq!(mark.conflict(home, None, false), Some(Conflict::NotRun));
         graph.launched_by(home.next_operation());
         graph.give_up();
-        mark.record(&home, None, home.next_operation(), false);
-        assert_eq!((uses(&mark), mark.conflict(&home, None, false)), (2, None));
-        assert_eq!(mark.conflict(&other, None, false), Some(Conflict::NotJoined(home.id)));
+        mark.record(home, None, home.next_operation(), false);
+        assert_eq!((uses(&mark), mark.conflict(home, None, false)), (2, None));
+        assert_eq!(mark.conflict(&stream().timeline, None, false), Some(Conflict::NotJoined(home.id)));
     }
 }

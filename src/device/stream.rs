@@ -21,8 +21,8 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 /// A stream may move to another thread, but is used by one at a time: between the check that an operation's arguments are in
 /// order and its launch, nobody else may add to the stream or join it. Two threads use two streams.
 ///
-/// A dropped stream of a GPU ends when nothing was made on it any more: no [`Buffer`](super::Buffer), no [`Graph`]. The host then waits
-/// for its work.
+/// When a stream of a GPU and all of its graphs have been dropped, the host waits for its work. Whatever used a buffer there is done
+/// then, so that other streams need not join it.
 ///
 /// ```compile_fail
 /// fn shared<T: Sync>() {}
@@ -31,10 +31,25 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 pub struct Stream {
     device: Device,
     pub(super) timeline: Arc<Timeline>,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // without CUDA there is no work to wait for
+    running: Arc<Running>,
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
-/// The part of a stream that its buffers and graphs keep, since they end on it.
+/// What a stream and its graphs keep: as long as it is there, work may come.
+pub(super) struct Running(pub(super) Arc<Timeline>);
+
+#[cfg(feature = "cuda")]
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Where nobody could wait, the work may go on: then its uses stay in the way.
+        if self.0.cuda.as_ref().is_none_or(super::cuda::RawStream::finish) {
+            self.0.ended.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// The part of a stream that its buffers keep, since they are freed on it.
 pub(super) struct Timeline {
     pub(super) id: u64,
     operations: AtomicU64,
@@ -87,19 +102,11 @@ impl Timeline {
     }
 }
 
-#[cfg(feature = "cuda")]
-impl Drop for Timeline {
-    fn drop(&mut self) {
-        if let Some(cuda) = &self.cuda {
-            cuda.finish();
-        }
-        self.ended.store(true, Ordering::Release);
-    }
-}
-
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Stream, Error> {
-        Ok(Stream { device: device.clone(), timeline: Arc::new(Timeline::new(device)?), _one_thread_at_a_time: PhantomData })
+        let timeline = Arc::new(Timeline::new(device)?);
+        let running = Arc::new(Running(timeline.clone()));
+        Ok(Stream { device: device.clone(), timeline, running, _one_thread_at_a_time: PhantomData })
     }
 
     /// The device this stream belongs to.
@@ -164,7 +171,7 @@ impl Stream {
                 work()
             };
             // Dropped, the graph gives up its recording, whatever became of the capture.
-            let graph = capture.end().map(|handle| Graph::new(self.timeline.clone(), handle, recording.clone()));
+            let graph = capture.end().map(|handle| Graph::new(self.running.clone(), handle, recording.clone()));
             if graph.is_err() {
                 recording.give_up();
             }
@@ -260,6 +267,15 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// After an operation failed that was admitted: what it was to write may not be read, until it is written anew.
+    pub(crate) fn has_not_run(&self, Access { mark, .. }: Access<'_>) {
+        if let Some(mark) = mark {
+            let never = Arc::new(Recording::new());
+            never.give_up();
+            mark.record(&self.timeline, Some(&never), 0, true);
+        }
     }
 
     /// The worker threads. Only CPU backends call this, after dispatch.

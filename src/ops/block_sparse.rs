@@ -111,7 +111,7 @@ pub fn arrange(stream: &Stream, rows: ExpertRows<'_>, topology: &mut Topology) -
     let run = dispatch!(stream, Op::BlockSparse, cpu::arrange, cuda::arrange);
     let [offsets, _] = rows.accesses(stream.place());
     stream.admit(Op::BlockSparse, &[offsets, ("topology", topology.access(true))])?;
-    run(stream, rows, topology)?;
+    run(stream, rows, topology).inspect_err(|_| stream.has_not_run(topology.access(true)))?;
     topology.set_rows(need);
     Ok(())
 }
