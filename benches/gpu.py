@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Everything that wants a GPU, in one run: correctness, then times, then what PyTorch does at the same shapes.
+"""Everything that wants a GPU, in one run: correctness, then times, then what PyTorch does there.
 
     benches/gpu.sh [FOLDER]              records go to FOLDER, benches/record/gpu/<date> by default
     benches/gpu.sh --rehearse [FOLDER]   every step on the emulator and on stand-ins, without a GPU
 
-Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another step; what fails is said, and
-the next step runs. The whole takes at most --seconds (420): steps that would pass that are cut or left out, and say so. After each step
-what there is lies in FOLDER, in at most six files: logs.tar.gz, dropless.jsonl, torch.jsonl, table.md, summary.txt, ncu.ncu-rep.
+Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another
+step; what fails is said, and the next step runs. The whole takes at most --seconds (420): steps that would pass
+that are cut or left out, and say so. After each step what there is lies in FOLDER, in at most six files:
+logs.tar.gz, dropless.jsonl, torch.jsonl, table.md, summary.txt, ncu.ncu-rep.
 
-DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu, example/NAME, as
-benches/pack.sh packs them. Without it cargo builds them first, which does not count. Ends with 1 if anything failed.
+DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu,
+example/NAME, as benches/pack.sh packs them. Without it cargo builds them first, which does not count. Ends with 1
+if anything failed.
 """
 
 import argparse
@@ -41,6 +43,7 @@ class Run:
         self.out, self.logs, self.kill_after = out, work / "logs", kill_after
         self.start, self.seconds = time.monotonic(), seconds
         self.steps, self.lock = [], threading.Lock()
+        self.patience = 1
         self.logs.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -53,18 +56,18 @@ class Run:
             print(f"{self.spent():5.0f} s  {name}: {verdict} ({took:.0f} s) {telling}", flush=True)
             self.save()
 
-    def step(self, name, command, limit=60, env=None, keep=()):
-        """Runs a command within its limit and the run's; `keep` are files of its own that go to the folder. True if it is fine."""
+    def step(self, name, command, limit=60, keep=()):
+        """Runs a command within its limit and the run's; `keep` are files of its own that go to the folder."""
         left = self.seconds - RESERVE - self.spent()
+        limit *= self.patience
         limit, cut = min(limit, left), limit > left
         if limit < 1:
-            self.note(name, "skipped", 0, "no time is left")
-            return False
+            return self.note(name, "skipped", 0, "no time is left")
         log, begin = self.logs / f"{name}.log", time.monotonic()
         with open(log, "wb") as file:
             bounded = ["timeout", "-k", str(self.kill_after), f"{limit:.1f}", *map(str, command)]
-            environment = {**os.environ, **(env or {})}
-            process = subprocess.Popen(bounded, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+            streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(bounded, cwd=ROOT, **streams)
             try:
                 code = process.wait(limit + self.kill_after + 2)
             except subprocess.TimeoutExpired:  # not even killed: a call into the driver that does not return
@@ -74,7 +77,6 @@ class Run:
         for path in filter(pathlib.Path.exists, keep):
             shutil.copy(path, self.out)
         self.note(name, verdict, time.monotonic() - begin, *telling(log, code != 0))
-        return code == 0
 
     def together(self, steps, workers):
         """Steps side by side: (name, command, limit)."""
@@ -102,17 +104,23 @@ class Run:
             if verdict != "ok" or name == "card":
                 lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
         names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
-        return [f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s", f"ok: {names}", *lines]
+        verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
+        return [verdict, f"ok: {names}", *lines]
 
 
 def telling(log, failed):
     """The line of a log that says most, and after a failure the two lines that say why."""
     lines = [line.strip()[:160] for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("note: run with")]
-    best = [line for line in lines if " on the GPU: " in line] or [line for line in lines if line.startswith("test result")] or lines
-    why = [i for i, line in enumerate(lines) if re.search(r"panicked at|[Ee]rror\b|sigsegv", line)] if failed else []
+    having = lambda pattern: [i for i, line in enumerate(lines) if re.search(pattern, line)]
+    best = [lines[i] for i in having(" on the GPU: ") or having("^test result")] or lines
+    why = having(r"panicked at|[Ee]rror\b") if failed else []
     after = why[0] + ("panicked at" in lines[why[0]]) if why else -2
     return best[-1] if best else "", lines[after:][:2] if failed else []
+
+
+def output_of(command):
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 class Executables:
@@ -127,11 +135,10 @@ class Executables:
         # A rehearsal takes what `cargo test` has built anyway.
         commands = [["test", "--no-run"], ["test", "--bench", "gpu", "--no-run"]]
         if not rehearse:
-            commands = [["test", "-p", "dropless", "--tests", "--no-run"], ["bench", "--bench", "gpu", "--no-run"], ["build", "--release", "--examples"]]
+            commands = [["test", "--no-run"], ["bench", "--bench", "gpu", "--no-run"], ["build", "--release", "--examples"]]
         for command in commands:
-            built = subprocess.run(["cargo", *command, "--message-format=json"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            for message in map(json.loads, built.stdout.splitlines()):
-                if message.get("executable") and pathlib.Path(message["manifest_path"]) == ROOT / "Cargo.toml":
+            for message in map(json.loads, output_of(["cargo", *command, "--message-format=json"]).splitlines()):
+                if message.get("executable") and message["manifest_path"] == str(ROOT / "Cargo.toml"):
                     target = message["target"]
                     self.found[target["kind"][0], target["name"]] = message["executable"]
 
@@ -139,8 +146,8 @@ class Executables:
         return self.folder / kind / name if self.folder else self.found[kind, name]
 
     def tests_of(self, name):
-        listed = subprocess.run([self("test", name), "--list"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=20)
-        return [line.removesuffix(": test") for line in listed.stdout.splitlines() if line.endswith(": test")]
+        listed = output_of([self("test", name), "--list"]).splitlines()
+        return [line.removesuffix(": test") for line in listed if line.endswith(": test")]
 
 
 def steps(run, exe, rehearse):
@@ -159,14 +166,16 @@ def steps(run, exe, rehearse):
 
     families = [name for name in exe.tests_of("instructions") if not name.startswith("a_")]
     doctor = [example("doctor"), *(["--emulated"] if rehearse else [])]
-    first = [("doctor", doctor, 90)]
-    run.together(first + [(f"instructions-{name}", test("instructions", "--exact", name), 30) for name in families], workers)
+    each = [(f"instructions-{name}", test("instructions", "--exact", name), 30) for name in families]
+    run.together([("doctor", doctor, 90), *each], workers)
 
     listed = [name for name in exe.tests_of("ops") if "::" in name]
-    modules = sorted({name.split("::")[0] for name in listed}, key=lambda name: (not re.search("tiles|moe|grouped", name), name))
+    tensor_cores_first = lambda name: (not re.search("tiles|moe|grouped", name), name)
+    modules = sorted({name.split("::")[0] for name in listed}, key=tensor_cores_first)
     pick = {module: next(name for name in listed if name.startswith(f"{module}::")) for module in modules}
     chosen = {module: ["--exact", pick[module]] if rehearse else [f"{module}::"] for module in modules}
-    run.together([(f"ops-{module}", test("ops", *arguments), 90) for module, arguments in chosen.items()], workers)
+    each = [(f"ops-{module}", test("ops", *arguments), 90) for module, arguments in chosen.items()]
+    run.together(each, workers)
 
     run.step("hardware", test("hardware"), 60)
     run.step("dbrx", test("dbrx", "devices::what_a_gpu" if rehearse else "devices::"), 60)
@@ -185,18 +194,22 @@ def steps(run, exe, rehearse):
 
     profile, kernels = work / "ncu.ncu-rep", "regex:glu_nt_bf16_256x2|nn_bf16_256|glu_nt_bf16_few8"
     if shutil.which("ncu"):
-        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", kernels, "--set", "full"]
-        command = ["ncu", "--clock-control", "none", *once, "-f", "-o", profile.with_suffix(""), bench, "--tokens", "8192,8", *emulated]
-        run.step("ncu", command, 60, keep=[profile])
+        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", kernels]
+        ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", profile.with_suffix("")]
+        run.step("ncu", [*ncu, bench, "--tokens", "8192,8", *emulated], 60, keep=[profile])
     if shutil.which("compute-sanitizer"):
-        run.step("sanitizer", ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *doctor], 90)
+        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        run.step("sanitizer", [*sanitizer, *doctor], 90)
     run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)
 
     table = run.out / "table.md"
-    run.step("table", ["sh", "-c", f'{sys.executable} benches/peers/gpu_table.py "$@" >{table}', "-", ours, peers, again], 10)
+    make = 'table=$1; shift; "$@" >"$table"'
+    run.step("table", ["sh", "-c", make, "-", table, sys.executable, "benches/peers/gpu_table.py", ours, peers, again], 10)
 
 
-ALL = set("card params doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split())
+ALL = set(
+    "card params doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split()
+)
 STAND_INS = {
     "nvidia-smi": "echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0",
     "ncu": 'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2.ncu-rep"; shift; done',
@@ -219,19 +232,22 @@ def rehearse(run, exe, stand_ins):
     run.seconds = seconds
     planted = [verdict for _, verdict, *_ in run.steps]
     # What follows is judged alone.
-    run.steps = []
+    run.steps, run.patience = [], 3  # the machine may have other work
     steps(run, exe, True)
     run.save()
     promised = ["logs.tar.gz", "dropless.jsonl", "table.md", "summary.txt", "ncu.ncu-rep"]
     promised += ["torch.jsonl"] if importlib.util.find_spec("torch") else []
     present = sorted(path.name for path in run.out.iterdir())
-    return [
-        *([] if planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped"] else [f"the planted steps: {planted}"]),
-        *([] if hung < 10 else [f"the step that hangs took {hung:.0f} s"]),
-        *([] if present == sorted(promised) else [f"the folder holds {present}, should hold {sorted(promised)}"]),
-        *([f"an empty file: {name}" for name in present if name != "ncu.ncu-rep" and not (run.out / name).stat().st_size]),
-        *(f"no step {name}" for name in sorted(ALL - {name.split("-")[0] for name, *_ in run.steps})),
-    ]
+    empty = [name for name in present if name != "ncu.ncu-rep" and not (run.out / name).stat().st_size]
+    missing = sorted(ALL - {name.split("-")[0] for name, *_ in run.steps})
+    expected = {
+        f"the planted steps: {planted}": planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped"],
+        f"the step that hangs took {hung:.0f} s": hung < 10,
+        f"the folder holds {present}, should hold {sorted(promised)}": present == sorted(promised),
+        f"empty files: {empty}": not empty,
+        f"no step of {missing}": not missing,
+    }
+    return [text for text, holds in expected.items() if not holds]
 
 
 def main():
