@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use dropless::block_sparse::{self, Dense, Sparse};
 use dropless::grouped_gemm::tiles::{FORMS, with_form};
 use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::Normalize;
+use dropless::router::{self, Normalize};
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Stream, TokenIds, Topology, Workspace, embedding,
     grouped_gemm, permute,
@@ -315,9 +315,9 @@ impl Bench<'_> {
         let mut buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
         let mut layer_buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
 
-        // The layer as it is called; its routing is that of the products, too.
-        let routing = moe::forward(stream, &plan, x()?, &weights, &mut buffers, &mut workspace, &mut y.rows_mut(tokens, d_model)?)?;
-        let mut eager = Some(y.to_vec(stream)?);
+        let mut logits = Buffer::<f32>::zeros(stream, tokens * num_experts)?;
+        router::logits(stream, x()?, weights.router, &mut logits.rows_mut(tokens, num_experts)?)?;
+        let routing = router::route(stream, logits.rows(tokens, num_experts)?, model.shape.normalize, &mut buffers)?;
         let (ids, slots) = (routing.expert_ids().to_vec(stream)?, routing.row_to_slot().to_vec(stream)?);
         let offsets = routing.offsets().to_vec(stream)?;
         let owner = |row: usize| offsets.partition_point(|offset| *offset as usize <= row) - 1;
@@ -388,14 +388,17 @@ impl Bench<'_> {
         }
         drop((h, out));
 
-        // As a graph, whose launches must give what the call gave.
+        // As a graph, whose launches must give what the call gives.
         record.figure(&at("layer", "graph", 3.0), || {
-            let graph = stream.capture(|| {
-                moe::forward(stream, &plan, x()?, &weights, &mut layer_buffers, &mut workspace, &mut y.rows_mut(tokens, d_model)?)
-                    .map(|_| ())
-            })?;
+            let mut forward = |y: &mut Buffer<Bf16>| {
+                let y = &mut y.rows_mut(tokens, d_model)?;
+                moe::forward(stream, &plan, x()?, &weights, &mut layer_buffers, &mut workspace, y).map(|_| ())
+            };
+            forward(&mut y)?;
+            let mut called = Some(y.to_vec(stream)?);
+            let graph = stream.capture(|| forward(&mut y))?;
             // SAFETY: every buffer that was recorded lives until the end of this function, behind which nothing is in flight.
-            let figure = self.measure(&mut y, true, &mut eager, |_| unsafe { graph.launch() }, |_| Ok(()))?;
+            let figure = self.measure(&mut y, true, &mut called, |_| unsafe { graph.launch() }, |_| Ok(()))?;
             stream.synchronize()?;
             Ok(figure)
         });

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Everything that wants a GPU, in one run: correctness, then times, then what PyTorch does there.
+
+    benches/gpu.sh [FOLDER]              records go to FOLDER, benches/record/gpu/<date> by default
+    benches/gpu.sh --rehearse [FOLDER]   every step on the emulator and on stand-ins, without a GPU
+
+Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another
+step; what fails is said, and the next step runs. The whole takes at most --seconds (420): steps that would pass
+that are cut or left out, and say so. After each step what there is lies in FOLDER, in at most six files:
+logs.tar.gz, dropless.jsonl, torch.jsonl, table.md, summary.txt, ncu.ncu-rep.
+
+DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu,
+example/NAME, as benches/pack.sh packs them. Without it cargo builds them first, which does not count. Ends with 1
+if anything failed.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SUMMARY_LINES = 40
+RESERVE = 10  # seconds kept for saving and for a process that must be killed
+
+
+class Run:
+    """The steps so far, their logs, and the time that is left."""
+
+    def __init__(self, out, work, seconds, kill_after=5):
+        self.out, self.logs, self.kill_after = out, work / "logs", kill_after
+        self.start, self.seconds = time.monotonic(), seconds
+        self.steps, self.lock = [], threading.Lock()
+        self.patience = 1
+        self.logs.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+
+    def spent(self):
+        return time.monotonic() - self.start
+
+    def note(self, name, verdict, took, telling="", details=()):
+        with self.lock:
+            self.steps.append((name, verdict, telling, list(details)))
+            print(f"{self.spent():5.0f} s  {name}: {verdict} ({took:.0f} s) {telling}", flush=True)
+            self.save()
+
+    def step(self, name, command, limit=60, keep=()):
+        """Runs a command within its limit and the run's; `keep` are files of its own that go to the folder."""
+        left = self.seconds - RESERVE - self.spent()
+        limit *= self.patience
+        limit, cut = min(limit, left), limit > left
+        if limit < 1:
+            return self.note(name, "skipped", 0, "no time is left")
+        log, begin = self.logs / f"{name}.log", time.monotonic()
+        with open(log, "wb") as file:
+            bounded = ["timeout", "-k", str(self.kill_after), f"{limit:.1f}", *map(str, command)]
+            streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(bounded, cwd=ROOT, **streams)
+            try:
+                code = process.wait(limit + self.kill_after + 2)
+            except subprocess.TimeoutExpired:  # not even killed: a call into the driver that does not return
+                code = 137
+        killed = f"FAILED (stopped after {limit:.0f} s{', the run is over' if cut else ''})"
+        verdict = "ok" if code == 0 else killed if code in (124, 137, -signal.SIGKILL) else f"FAILED ({code})"
+        for path in filter(pathlib.Path.exists, keep):
+            shutil.copy(path, self.out)
+        self.note(name, verdict, time.monotonic() - begin, *telling(log, code != 0))
+
+    def together(self, steps, workers):
+        """Steps side by side: (name, command, limit)."""
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda step: self.step(*step), steps))
+
+    def save(self):
+        """The logs and the summary, as they are now."""
+        (self.out / "summary.txt").write_text("\n".join(self.summary()) + "\n")
+        part = self.logs.parent / "logs.tar.gz"
+        with tarfile.open(part, "w:gz") as tar:
+            tar.add(self.logs, "logs")
+        shutil.copy(part, self.out)
+
+    def failed(self):
+        return [step for step in self.steps if step[1].startswith("FAILED")]
+
+    def summary(self):
+        """How many failed, the card, what is fine by name, and each step that is not, with why."""
+        fine, lines = {}, []
+        for name, verdict, text, details in self.steps:
+            if verdict == "ok":
+                group = name.split("-")[0]
+                fine[group] = fine.get(group, 0) + 1
+            if verdict != "ok" or name == "card":
+                lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
+        names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
+        verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
+        return [verdict, f"ok: {names}", *lines]
+
+
+def telling(log, failed):
+    """The line of a log that says most, and after a failure the two lines that say why."""
+    lines = [line.strip()[:160] for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("note: run with")]
+    having = lambda pattern: [i for i, line in enumerate(lines) if re.search(pattern, line)]
+    best = [lines[i] for i in having(" on the GPU: ") or having("^test result")] or lines
+    why = having(r"panicked at|[Ee]rror\b") if failed else []
+    after = why[0] + ("panicked at" in lines[why[0]]) if why else -2
+    return best[-1] if best else "", lines[after:][:2] if failed else []
+
+
+def output_of(command):
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+class Executables:
+    """Where tests, benches and examples are."""
+
+    def __init__(self, rehearse):
+        folder = os.environ.get("DROPLESS_BIN")
+        self.folder = pathlib.Path(folder).resolve() if folder else None
+        self.found = {}
+        if self.folder:
+            return
+        # A rehearsal takes what `cargo test` has built anyway.
+        commands = [["test", "--no-run"], ["test", "--bench", "gpu", "--no-run"]]
+        if not rehearse:
+            commands = [["test", "--no-run"], ["bench", "--bench", "gpu", "--no-run"], ["build", "--release", "--examples"]]
+        for command in commands:
+            for message in map(json.loads, output_of(["cargo", *command, "--message-format=json"]).splitlines()):
+                if message.get("executable") and message["manifest_path"] == str(ROOT / "Cargo.toml"):
+                    target = message["target"]
+                    self.found[target["kind"][0], target["name"]] = message["executable"]
+
+    def __call__(self, kind, name):
+        return self.folder / kind / name if self.folder else self.found[kind, name]
+
+    def tests_of(self, name):
+        listed = output_of([self("test", name), "--list"]).splitlines()
+        return [line.removesuffix(": test") for line in listed if line.endswith(": test")]
+
+
+def steps(run, exe, rehearse):
+    """All steps, correctness before speed."""
+    bench, example = exe("bench", "gpu"), lambda name: exe("example", name)
+    workers = 2 if rehearse else 6
+
+    def test(name, *arguments):
+        return [exe("test", name), "--test-threads=1", *arguments]
+
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+        query = f"nvidia-smi --query-gpu={fields} --format=csv,noheader"
+        run.step("card", ["sh", "-c", f"nvidia-smi -q -d CLOCK,POWER,MEMORY; {query}"], 15)
+    run.step("params", test("params", "every_field_arrives"), 30)
+
+    families = [name for name in exe.tests_of("instructions") if not name.startswith("a_")]
+    doctor = [example("doctor"), *(["--emulated"] if rehearse else [])]
+    each = [(f"instructions-{name}", test("instructions", "--exact", name), 30) for name in families]
+    run.together([("doctor", doctor, 90), *each], workers)
+
+    listed = [name for name in exe.tests_of("ops") if "::" in name]
+    tensor_cores_first = lambda name: (not re.search("tiles|moe|grouped", name), name)
+    modules = sorted({name.split("::")[0] for name in listed}, key=tensor_cores_first)
+    pick = {module: next(name for name in listed if name.startswith(f"{module}::")) for module in modules}
+    chosen = {module: ["--exact", pick[module]] if rehearse else [f"{module}::"] for module in modules}
+    each = [(f"ops-{module}", test("ops", *arguments), 90) for module, arguments in chosen.items()]
+    run.together(each, workers)
+
+    run.step("hardware", test("hardware"), 60)
+    run.step("dbrx", test("dbrx", "devices::what_a_gpu" if rehearse else "devices::"), 60)
+    run.step("generate", [example("dbrx"), "--device", "cpu" if rehearse else "cuda:0"], 30)
+
+    work = run.logs.parent
+    ours, peers, again = work / "dropless.jsonl", work / "torch.jsonl", run.logs / "again.jsonl"
+    emulated = ["--emulated"] if rehearse else []
+    run.step("bench", [bench, "--out", ours, *emulated], 100, keep=[ours])
+    if importlib.util.find_spec("torch"):
+        script = [sys.executable, "benches/peers/gpu_moe.py", "--out", peers]
+        run.step("peer", [*script, *(["--rehearse"] if rehearse else [])], 80, keep=[peers])
+    else:
+        run.note("peer", "skipped", 0, "this Python has no torch")
+    run.step("again", [bench, "--tokens", "8192,8,1", "--out", again, *emulated], 40)
+
+    profile, kernels = work / "ncu.ncu-rep", "regex:glu_nt_bf16_256x2|nn_bf16_256|glu_nt_bf16_few8"
+    if shutil.which("ncu"):
+        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", kernels]
+        ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", profile.with_suffix("")]
+        run.step("ncu", [*ncu, bench, "--tokens", "8192,8", *emulated], 60, keep=[profile])
+    if shutil.which("compute-sanitizer"):
+        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        run.step("sanitizer", [*sanitizer, *doctor], 90)
+    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)
+
+    table = run.out / "table.md"
+    make = 'table=$1; shift; "$@" >"$table"'
+    run.step("table", ["sh", "-c", make, "-", table, sys.executable, "benches/peers/gpu_table.py", ours, peers, again], 10)
+
+
+ALL = set(
+    "card params doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split()
+)
+STAND_INS = {
+    "nvidia-smi": "echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0",
+    "ncu": 'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2.ncu-rep"; shift; done',
+    "compute-sanitizer": "echo a stand-in",
+}
+
+
+def rehearse(run, exe, stand_ins):
+    """The steps, and what must hold for the machinery around them. Gives what does not."""
+    for name, text in STAND_INS.items():
+        (stand_ins / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stand_ins / name).chmod(0o755)
+    os.environ["PATH"] = f"{stand_ins}:{os.environ['PATH']}"
+    begin = run.spent()
+    run.step("planted-hang", ["sh", "-c", "trap '' TERM; sleep 60 & wait; sleep 60"], 1)
+    hung = run.spent() - begin
+    run.step("planted-failure", ["sh", "-c", "echo error: on purpose; exit 3"])
+    run.seconds, seconds = 0, run.seconds
+    run.step("planted-late", ["true"])
+    run.seconds = seconds
+    planted = [verdict for _, verdict, *_ in run.steps]
+    # What follows is judged alone.
+    run.steps, run.patience = [], 3  # the machine may have other work
+    steps(run, exe, True)
+    run.save()
+    promised = ["logs.tar.gz", "dropless.jsonl", "table.md", "summary.txt", "ncu.ncu-rep"]
+    promised += ["torch.jsonl"] if importlib.util.find_spec("torch") else []
+    present = sorted(path.name for path in run.out.iterdir())
+    empty = [name for name in present if name != "ncu.ncu-rep" and not (run.out / name).stat().st_size]
+    missing = sorted(ALL - {name.split("-")[0] for name, *_ in run.steps})
+    expected = {
+        f"the planted steps: {planted}": planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped"],
+        f"the step that hangs took {hung:.0f} s": hung < 10,
+        f"the folder holds {present}, should hold {sorted(promised)}": present == sorted(promised),
+        f"empty files: {empty}": not empty,
+        f"no step of {missing}": not missing,
+    }
+    return [text for text, holds in expected.items() if not holds]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--seconds", type=int, default=420)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is saved
+    with tempfile.TemporaryDirectory() as work:
+        work = pathlib.Path(work)
+        dated = ROOT / "benches/record/gpu" / datetime.date.today().isoformat()
+        out = (options.folder or (work / "out" if options.rehearse else dated)).resolve()
+        if options.rehearse:
+            variables = {"DROPLESS_SCHEDULE": "in_order,eager"}
+        else:
+            cache = {"CUDA_CACHE_PATH": "/tmp/dropless-cuda-cache", "CUDA_CACHE_MAXSIZE": str(4 << 30)}
+            variables = {"DROPLESS_HARDWARE_ONLY": "1", **cache}
+        os.environ.update(variables, RUST_BACKTRACE="0")
+        exe = Executables(options.rehearse)
+        run, wrong = Run(out, work, options.seconds, 1 if options.rehearse else 5), []
+        try:
+            if options.rehearse:
+                (work / "stand-ins").mkdir()
+                wrong = rehearse(run, exe, work / "stand-ins")
+            else:
+                steps(run, exe, False)
+        finally:
+            run.save()
+            lines = run.summary() + wrong
+            if len(lines) > SUMMARY_LINES:
+                lines[SUMMARY_LINES - 1 :] = ["the rest is in summary.txt"]
+            print("\n".join(lines))
+    sys.exit(bool(run.failed() or wrong))
+
+
+if __name__ == "__main__":
+    main()

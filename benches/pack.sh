@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Packs the executables that benches/gpu.sh runs, for a GPU host without Rust, into .gpu/pack.tar.xz, which git ignores.
+#
+#   benches/pack.sh
+#
+# There, in a copy of this tree with .gpu/:
+#   python3 -c 'import tarfile; tarfile.open(".gpu/pack.tar.xz").extractall(".gpu")' && DROPLESS_BIN=.gpu/run benches/gpu.sh FOLDER
+#
+# Executables lie in .gpu/run/{test,bench,example}, stripped; they find their data in the folder they are started in.
+# Ends with 1 if two have one name, one is missing, or the pack and the tracked tree are more than 40 MiB together.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+rm -rf .gpu
+mkdir .gpu
+
+build() { # a kind of target, and the cargo command that builds it; of the packages it builds, this one alone is packed
+  local folder=$1; shift
+  "$@" --message-format=json | python3 -c '
+import json, os, shutil, subprocess, sys
+folder = sys.argv[1]
+to = f".gpu/run/{folder}"
+os.makedirs(to)
+for line in sys.stdin:
+    made = json.loads(line)
+    if made.get("reason") != "compiler-artifact" or not made.get("executable"):
+        continue
+    [kind], name = made["target"]["kind"][:1], made["target"]["name"]
+    if kind != folder or made["manifest_path"] != os.path.abspath("Cargo.toml"):
+        continue
+    if os.path.exists(f"{to}/{name}"):
+        sys.exit(f"two executables are called {folder}/{name}")
+    shutil.copy2(made["executable"], f"{to}/{name}")
+    subprocess.run(["strip", f"{to}/{name}"], check=True)
+' "$folder"
+}
+build test cargo test --no-run # as `cargo test` has built them, if it has run
+build bench cargo bench --bench gpu --no-run
+build example cargo build --release --examples
+
+for name in test/{instructions,params,ops,hardware,dbrx,doctor} bench/gpu example/{doctor,dbrx,quickstart}; do
+  [ -x ".gpu/run/$name" ] || { echo "$name is missing" >&2; exit 1; }
+done
+tar -C .gpu -c run | xz -T0 -6 >.gpu/pack.tar.xz
+pack=$(stat -c %s .gpu/pack.tar.xz)
+tree=$(git ls-files -z | xargs -0 stat -c %s | awk '{ sum += $1 } END { print sum }')
+echo "pack $((pack >> 10)) KiB, tracked tree $((tree >> 10)) KiB, together $(((pack + tree) >> 20)) of 40 MiB"
+[ $((pack + tree)) -le $((40 << 20)) ] || { echo "too large" >&2; exit 1; }
