@@ -68,6 +68,9 @@ images! {
 /// The architecture all images are built for; `a` images run on no other.
 pub(crate) const COMPUTE_CAPABILITY: (u8, u8) = (9, 0);
 
+/// Bytes that the driver may load, and the name of their file.
+type Candidate = (&'static str, Cow<'static, [u8]>);
+
 impl Image {
     /// Of the PTX.
     pub(crate) fn bytes(&self) -> usize {
@@ -79,7 +82,7 @@ impl Image {
     /// # Errors
     ///
     /// A folder was asked for, and the image cannot be read there.
-    pub(crate) fn candidates(&self) -> Result<Vec<(&'static str, Cow<'static, [u8]>)>, String> {
+    pub(crate) fn candidates(&self) -> Result<Vec<Candidate>, String> {
         match std::env::var_os("DROPLESS_IMAGES") {
             Some(folder) => self.in_folder(Path::new(&folder)).map(|found| vec![found]),
             None => Ok(self.built_in()),
@@ -87,7 +90,7 @@ impl Image {
     }
 
     /// Machine code, then PTX; PTX alone where the kernels were compiled by this machine's nvcc.
-    fn built_in(&self) -> Vec<(&'static str, Cow<'static, [u8]>)> {
+    fn built_in(&self) -> Vec<Candidate> {
         let ptx = (self.ptx_file, self.ptx.as_bytes().into());
         #[cfg(not(feature = "build-kernels"))]
         return vec![(self.cubin_file, (&self.cubin.0).into()), ptx];
@@ -95,7 +98,7 @@ impl Image {
         vec![ptx]
     }
 
-    fn in_folder(&self, folder: &Path) -> Result<(&'static str, Cow<'static, [u8]>), String> {
+    fn in_folder(&self, folder: &Path) -> Result<Candidate, String> {
         let ptx = folder.join(self.ptx_file.trim_start_matches("ptx/"));
         let cubin = ptx.with_extension("cubin");
         let path = if cubin.is_file() { cubin } else { ptx };
