@@ -5,8 +5,8 @@
     benches/gpu.sh --rehearse [FOLDER]   every step on the emulator and on stand-ins, without a GPU
 
 Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another
-step; what fails is said, and the next step runs. The whole takes at most --seconds (420): steps that would pass
-that are cut or left out, and say so. After each step what there is lies in FOLDER, in at most six files:
+step; what fails is said, and the next step runs. The whole takes at most --seconds (420): a step that would
+take longer is cut short or left out, and the summary says so. After each step FOLDER holds all results so far:
 logs.tar.gz, dropless.jsonl, torch.jsonl, table.md, summary.txt, ncu.ncu-rep.
 
 DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu,
@@ -16,6 +16,7 @@ if anything failed.
 
 import argparse
 import concurrent.futures
+import ctypes
 import datetime
 import importlib.util
 import json
@@ -101,7 +102,7 @@ class Run:
             if verdict == "ok":
                 group = name.split("-")[0]
                 fine[group] = fine.get(group, 0) + 1
-            if verdict != "ok" or name == "card":
+            if verdict != "ok" or name in ("card", "xid") and text:
                 lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
         names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
         verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
@@ -131,6 +132,8 @@ class Executables:
         self.folder = pathlib.Path(folder).resolve() if folder else None
         self.found = {}
         if self.folder:
+            if not self("test", "params").is_file():
+                sys.exit(f"DROPLESS_BIN: {self.folder} holds no test/params; benches/pack.sh makes such a folder")
             return
         # A rehearsal takes what `cargo test` has built anyway.
         commands = [["test", "--no-run"], ["test", "--bench", "gpu", "--no-run"]]
@@ -145,9 +148,11 @@ class Executables:
     def __call__(self, kind, name):
         return self.folder / kind / name if self.folder else self.found[kind, name]
 
-    def tests_of(self, name):
-        listed = output_of([self("test", name), "--list"]).splitlines()
-        return [line.removesuffix(": test") for line in listed if line.endswith(": test")]
+    def tests_of(self, run, name):
+        """The names of a binary's tests; none, and a step that failed, where it cannot list them."""
+        run.step(f"list-{name}", [self("test", name), "--list"], 20)
+        lines = (run.logs / f"list-{name}.log").read_text(errors="replace").splitlines()
+        return [line.removesuffix(": test") for line in lines if line.endswith(": test")]
 
 
 def steps(run, exe, rehearse):
@@ -164,12 +169,12 @@ def steps(run, exe, rehearse):
         run.step("card", ["sh", "-c", f"nvidia-smi -q -d CLOCK,POWER,MEMORY; {query}"], 15)
     run.step("params", test("params", "every_field_arrives"), 30)
 
-    families = [name for name in exe.tests_of("instructions") if not name.startswith("a_")]
+    families = [name for name in exe.tests_of(run, "instructions") if not name.startswith("a_")]
     doctor = [example("doctor"), *(["--emulated"] if rehearse else [])]
     each = [(f"instructions-{name}", test("instructions", "--exact", name), 30) for name in families]
     run.together([("doctor", doctor, 90), *each], workers)
 
-    listed = [name for name in exe.tests_of("ops") if "::" in name]
+    listed = [name for name in exe.tests_of(run, "ops") if "::" in name]
     tensor_cores_first = lambda name: (not re.search("tiles|moe|grouped", name), name)
     modules = sorted({name.split("::")[0] for name in listed}, key=tensor_cores_first)
     pick = {module: next(name for name in listed if name.startswith(f"{module}::")) for module in modules}
@@ -200,7 +205,7 @@ def steps(run, exe, rehearse):
     if shutil.which("compute-sanitizer"):
         sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
         run.step("sanitizer", [*sanitizer, *doctor], 90)
-    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)
+    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)  # in the summary, if there is any
 
     table = run.out / "table.md"
     make = 'table=$1; shift; "$@" >"$table"'
@@ -208,7 +213,7 @@ def steps(run, exe, rehearse):
 
 
 ALL = set(
-    "card params doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split()
+    "card params list doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split()
 )
 STAND_INS = {
     "nvidia-smi": "echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0",
@@ -250,12 +255,21 @@ def rehearse(run, exe, stand_ins):
     return [text for text, holds in expected.items() if not holds]
 
 
+def driver_is_there():
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return False
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="FOLDER")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--seconds", type=int, default=420)
+    parser.add_argument("--rehearse", action="store_true", help="go through every step here, without a GPU")
+    parser.add_argument("--seconds", type=int, default=420, help="the time that all steps share (%(default)s)")
     options = parser.parse_args()
+    if not options.rehearse and not driver_is_there():
+        sys.exit("no CUDA driver (libcuda.so.1) on this machine: nothing is built or run; --rehearse needs none")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is saved
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)

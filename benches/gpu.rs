@@ -11,7 +11,7 @@
 //!
 //! Each form's whole output is compared bit for bit with the first form's of the same product, and with what the form's last timed call
 //! left: the elements that differ are counted in the record. A figure that fails is a line with an `error` and costs no other.
-//! Exit codes: 0 fine, 1 figures are missing or results differ, 2 nothing was measured for a reason that is printed.
+//! Exit codes: 0 fine, or no GPU and none required; 1 figures are missing or results differ; 2 the arguments or the machine were refused.
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -9,6 +9,7 @@
 # Executables lie in .gpu/run/{test,bench,example}, stripped; they find their data in the folder they are started in.
 # Ends with 1 if two have one name, one is missing, or the pack and the tracked tree are more than 40 MiB together.
 set -euo pipefail
+[ $# -eq 0 ] || { echo "usage: benches/pack.sh (no arguments)" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 rm -rf .gpu
 mkdir .gpu

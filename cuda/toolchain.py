@@ -115,6 +115,6 @@ def disassemble(cubin):
 
 
 def without_lines(ptx):
-    """PTX without line information, from which the code that ships is assembled: it triples the size of a cubin."""
+    """PTX without its line information, which would triple the size of the cubin that ships."""
     ptx = re.sub(r"(?m)^\s*\.(loc|file)\b.*\n", "", ptx)
     return re.sub(r"(?ms)^\s*\.section\s+\.debug_str.*?^\s*\}\n", "", ptx)

@@ -148,10 +148,12 @@ pub enum Error {
     /// The driver is there but does not start.
     #[allow(missing_docs)]
     DriverStart { code: i32, name: &'static str },
-    /// An image was refused by the driver, or lacks an entry point. `log` is what the driver's compiler said, or why
-    /// there was nothing to load.
+    /// An image was refused by the driver, or lacks an entry point. `log` is what the driver's compiler said.
     #[allow(missing_docs)]
     Image { file: &'static str, entry: &'static str, code: i32, name: &'static str, log: Box<str> },
+    /// The folder that `DROPLESS_IMAGES` names cannot be used.
+    #[allow(missing_docs)]
+    ImageFolder { why: Box<str> },
     /// The driver refused a call; the device is as it was. An operation of several launches may have run the earlier ones.
     #[allow(missing_docs)]
     Driver { op: Op, call: &'static str, code: i32, name: &'static str },
@@ -262,6 +264,7 @@ impl fmt::Display for Error {
                 write!(f, "the driver refused {file}{at}: CUDA {code} ({name})")?;
                 if log.is_empty() { Ok(()) } else { write!(f, "; {log}") }
             }
+            Error::ImageFolder { ref why } => f.write_str(why),
             Error::Driver { op, call, code, name } => write!(f, "{op}: {call} gave CUDA {code} ({name})"),
             Error::OutOfMemory { op, need_bytes } => write!(f, "out of memory: {op} needs {need_bytes} bytes"),
             Error::Threads { op, need } => write!(f, "{op}: the {need} threads it was asked for could not be started"),

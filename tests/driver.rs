@@ -160,24 +160,28 @@ fn any_driver_is_answered_with_an_error_or_a_device() {
     }
 }
 
-/// Kernels from a folder instead of those built in.
+/// Kernels from a folder instead of those built in, as far as it has them.
 #[test]
 fn images_may_come_from_a_folder() {
     let images = std::env::temp_dir().join(format!("dropless-images-{}", std::process::id()));
-    std::fs::create_dir_all(&images).unwrap();
     let ptx = images.join("sample.sm_90a.ptx");
-    let want = format!(
-        "the driver refused ptx/sample.sm_90a.ptx at entry `sample_argmax`: CUDA 301 (CUDA_ERROR_FILE_NOT_FOUND); DROPLESS_IMAGES: {}: No \
-         such file or directory (os error 2)",
-        ptx.display()
-    );
     let Some(said) = opened(&GOOD, Some(&images)) else { return };
-    assert_eq!(said, want);
-    std::fs::copy(root().join("ptx/sample.sm_90a.ptx"), &ptx).unwrap();
+    assert_eq!(said, format!("DROPLESS_IMAGES: {} is no folder", images.display()));
+    std::fs::create_dir_all(&images).unwrap();
     let launched = |file: &Path| format!("Device(cuda:0), 1000 bytes free, copied, launched from {}", file.display());
+    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(Path::new("ptx/sample.sm_90a.cubin")));
+    std::fs::copy(root().join("ptx/sample.sm_90a.ptx"), &ptx).unwrap();
     assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(&ptx));
-    std::fs::write(ptx.with_extension("cubin"), b"\x7fELF").unwrap();
-    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(&ptx.with_extension("cubin")));
+    // What is refused is named, and nothing else is loaded instead.
+    let refused = opened(&Answers { ptx: 218, ..GOOD }, Some(&images)).unwrap();
+    let at = format!("the driver refused {} at entry `sample_argmax`: CUDA 218 (NAME_OF_218); line 7: fatal", ptx.display());
+    assert_eq!(refused, at);
+    let cubin = ptx.with_extension("cubin");
+    std::fs::write(&cubin, b"\x7fELF").unwrap();
+    let both = format!("DROPLESS_IMAGES: {} has a .ptx beside it, keep one of them", cubin.display());
+    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), both);
+    std::fs::remove_file(&ptx).unwrap();
+    assert_eq!(opened(&GOOD, Some(&images)).unwrap(), launched(&cubin));
     std::fs::remove_dir_all(images).unwrap();
 }
 

@@ -91,11 +91,10 @@ impl CudaDevice {
         if functions.contains_key(entry) || !may_load {
             return Ok(functions.get(entry).copied());
         }
-        let refused = |error: DriverError| self.image_refused(op, image, entry, error.into());
-        self.driver.make_current(self.ordinal).map_err(refused)?;
-        let loaded = self.loaded(image).map_err(|error| self.image_refused(op, image, entry, error))?;
+        let loaded = self.loaded(op, image, entry)?;
+        let refused = |error: DriverError| self.image_refused(op, image, loaded.file, entry, error.into());
         let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
-        let function = self.driver.function(loaded, &name).map_err(refused)?;
+        let function = self.driver.function(loaded.handle, &name).map_err(refused)?;
         if shared_bytes > SHARED_BYTES_UNASKED {
             self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
         }
@@ -106,43 +105,46 @@ impl CudaDevice {
     /// Loads every image that is not loaded yet.
     pub(crate) fn load_images(&self) -> Result<(), Error> {
         self.call(Op::Device, 0, |_| Ok(()))?; // not on a lost device
-        ALL.iter().try_for_each(|image| {
-            let loaded = self.loaded(image);
-            loaded.map(drop).map_err(|error| self.image_refused(Op::Device, image, "", error))
-        })
+        ALL.iter().try_for_each(|image| self.loaded(Op::Device, image, "").map(drop))
     }
 
-    /// An image, loaded on first use.
-    fn loaded(&self, image: &'static Image) -> Result<Handle, ImageError> {
+    /// An image, loaded on first use; `entry` is what it is wanted for.
+    fn loaded(&self, op: Op, image: &'static Image, entry: &'static str) -> Result<Loaded, Error> {
         let mut images = lock(&self.images);
-        if let Some(loaded) = images.get(image.ptx_file) {
-            return Ok(loaded.handle);
+        if let Some(&loaded) = images.get(image.ptx_file) {
+            return Ok(loaded);
         }
-        let loaded = self.load(image)?;
+        let loaded = self.load(op, image, entry)?;
         images.insert(image.ptx_file, loaded);
-        Ok(loaded.handle)
+        Ok(loaded)
     }
 
     /// The machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
-    fn load(&self, image: &'static Image) -> Result<Loaded, ImageError> {
-        let mut refused = ImageError::from(DriverError::FILE_NOT_FOUND);
-        let candidates = image.candidates().map_err(|log| ImageError { error: DriverError::FILE_NOT_FOUND, log })?;
-        for (file, bytes) in candidates {
+    fn load(&self, op: Op, image: &'static Image, entry: &'static str) -> Result<Loaded, Error> {
+        let refused = |file, error| self.image_refused(op, image, file, entry, error);
+        self.driver.make_current(self.ordinal).map_err(|error| refused(image.ptx_file, error.into()))?;
+        let mut candidates = image.candidates().map_err(|why| Error::ImageFolder { why: why.into() })?.into_iter();
+        loop {
+            let (file, bytes) = candidates.next().unwrap_or_else(|| unreachable!("the last candidate returns"));
             match self.driver.load_image(self.ordinal, &bytes) {
                 Ok(handle) => return Ok(Loaded { file, handle }),
-                Err(error) if error.error.is_of_image() => refused = error,
-                Err(failed) => return Err(failed),
+                Err(error) if error.error.is_of_image() && candidates.len() > 0 => {}
+                Err(error) => return Err(refused(file, error)),
             }
         }
-        Err(refused)
     }
 
-    /// The error of an image that could not be loaded, or of an entry that it lacks.
-    fn image_refused(&self, op: Op, image: &Image, entry: &'static str, ImageError { error, log }: ImageError) -> Error {
+    /// The error of an image that could not be loaded from `file`, or of an entry that it lacks.
+    fn image_refused(
+        &self,
+        op: Op,
+        image: &Image,
+        file: &'static str,
+        entry: &'static str,
+        ImageError { error, log }: ImageError,
+    ) -> Error {
         match error {
-            DriverError { code, name, .. } if error.is_of_image() => {
-                Error::Image { file: image.ptx_file, entry, code, name, log: log.into() }
-            }
+            DriverError { code, name, .. } if error.is_of_image() => Error::Image { file, entry, code, name, log: log.into() },
             _ => self.failed(op, image.bytes(), error),
         }
     }

@@ -25,8 +25,6 @@ pub struct DriverError {
 impl DriverError {
     /// `CUDA_ERROR_OUT_OF_MEMORY`.
     pub const OUT_OF_MEMORY: DriverError = DriverError { name: "CUDA_ERROR_OUT_OF_MEMORY", ..DriverError::new(2) };
-    /// `CUDA_ERROR_FILE_NOT_FOUND`: no such image.
-    pub const FILE_NOT_FOUND: DriverError = DriverError { name: "CUDA_ERROR_FILE_NOT_FOUND", ..DriverError::new(301) };
     /// `CUDA_ERROR_NOT_FOUND`: no such entry point.
     pub const NOT_FOUND: DriverError = DriverError { name: "CUDA_ERROR_NOT_FOUND", ..DriverError::new(500) };
 

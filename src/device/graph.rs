@@ -69,9 +69,9 @@ impl Graph {
     ///
     /// * Everything that the recorded operations were given is still there: the buffers, workspaces and raw memory behind every view.
     /// * Earlier work on other streams that uses any of it is ordered before, by [`Stream::join`](super::Stream::join).
-    /// * Nothing vouches for the contents of what the graph writes but what operations gave within the capture: no
-    ///   [`Routing`](crate::Routing) or [`TokenIds`](crate::TokenIds) that was made over the same memory otherwise is used
-    ///   afterwards, and no [`Topology`](crate::Topology) that was arranged again since, unless for as many rows.
+    /// * The graph overwrites memory. A [`Routing`](crate::Routing) or [`TokenIds`](crate::TokenIds) over that memory is used
+    ///   afterwards only if an operation gave it within the capture. A [`Topology`](crate::Topology) that the graph arranges has not
+    ///   been arranged for another number of rows since the capture.
     ///
     /// # Errors
     ///

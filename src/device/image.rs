@@ -77,16 +77,15 @@ impl Image {
         self.ptx.len()
     }
 
-    /// What may be loaded, in the order of trying, each with the name of its file.
+    /// What may be loaded, in the order of trying.
     ///
     /// # Errors
     ///
-    /// A folder was asked for, and the image cannot be read there.
+    /// `DROPLESS_IMAGES` names no folder, or one that holds the image in both forms, or one that cannot be read.
     pub(crate) fn candidates(&self) -> Result<Vec<Candidate>, String> {
-        match std::env::var_os("DROPLESS_IMAGES") {
-            Some(folder) => self.in_folder(Path::new(&folder)).map(|found| vec![found]),
-            None => Ok(self.built_in()),
-        }
+        let Some(folder) = std::env::var_os("DROPLESS_IMAGES") else { return Ok(self.built_in()) };
+        let found = self.in_folder(Path::new(&folder)).map_err(|why| format!("DROPLESS_IMAGES: {why}"))?;
+        Ok(found.map_or_else(|| self.built_in(), |found| vec![found]))
     }
 
     /// Machine code, then PTX; PTX alone where the kernels were compiled by this machine's nvcc.
@@ -98,15 +97,23 @@ impl Image {
         vec![ptx]
     }
 
-    fn in_folder(&self, folder: &Path) -> Result<Candidate, String> {
+    fn in_folder(&self, folder: &Path) -> Result<Option<Candidate>, String> {
+        if !folder.is_dir() {
+            return Err(format!("{} is no folder", folder.display()));
+        }
         let ptx = folder.join(self.ptx_file.trim_start_matches("ptx/"));
         let cubin = ptx.with_extension("cubin");
-        let path = if cubin.is_file() { cubin } else { ptx };
-        let mut image = std::fs::read(&path).map_err(|error| format!("DROPLESS_IMAGES: {}: {error}", path.display()))?;
-        if path.extension().is_some_and(|extension| extension == "ptx") {
+        let (path, is_text) = match (cubin.is_file(), ptx.is_file()) {
+            (true, true) => return Err(format!("{} has a .ptx beside it, keep one of them", cubin.display())),
+            (true, false) => (cubin, false),
+            (false, true) => (ptx, true),
+            (false, false) => return Ok(None),
+        };
+        let mut image = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        if is_text {
             image.push(0); // which the driver wants at the end of a text
         }
         // Leaked: once for each image, and only where somebody tries kernels.
-        Ok((String::leak(path.display().to_string()), image.into()))
+        Ok(Some((String::leak(path.display().to_string()), image.into())))
     }
 }

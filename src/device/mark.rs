@@ -51,8 +51,8 @@ struct Use {
 enum When {
     /// The stream's operation of this number.
     Operation(u64),
-    /// The last launch of a graph. One that a later write was ordered behind matters no more; nor does it matter then that there
-    /// was none.
+    /// The last launch of a graph. `settled` is the launch that a later write was ordered behind (0: there was none then): that
+    /// launch orders nothing any more, and a graph that was not launched hides nothing any more.
     Launch { recording: Arc<Recording>, settled: Option<u64> },
 }
 
@@ -164,10 +164,8 @@ impl Mark {
     #[cfg(feature = "cuda")]
     pub(super) fn settle(&self, home: &Timeline) -> bool {
         lock(&self.uses).iter().all(|u| {
-            if u.operation().is_none_or(|operation| home.has_seen(u.stream, operation)) {
-                return true;
-            }
-            if u.ended.load(Ordering::Acquire) {
+            let seen = u.operation().is_none_or(|operation| home.has_seen(u.stream, operation));
+            if seen || u.ended.load(Ordering::Acquire) {
                 return true;
             }
             let Some(other) = u.timeline.upgrade() else { return false }; // gone, and could not be waited for

@@ -133,12 +133,12 @@ impl Device {
         }
     }
 
-    /// Loads all kernels of a GPU now, rather than each image when one of its kernels is first used: milliseconds, or half a minute where
-    /// the driver refuses the machine code that ships and compiles the PTX behind it. Nothing to do on the CPU.
+    /// Loads all kernels of a GPU now. Otherwise each image is loaded when one of its kernels is first used. The machine code that ships
+    /// is only copied; where the driver refuses it, the driver compiles the PTX behind it, which takes seconds. Does nothing on the CPU.
     ///
     /// # Errors
     ///
-    /// [`Error::Image`]; what the driver reports.
+    /// [`Error::Image`], [`Error::ImageFolder`]; what the driver reports.
     pub fn load_images(&self) -> Result<(), Error> {
         match &self.0 {
             Backend::Cpu(_) => Ok(()),

@@ -36,7 +36,7 @@ pub struct Stream {
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
-/// What a stream and its graphs keep: as long as it is there, work may come.
+/// Owned by a stream and its graphs, which may queue work. Once all of them are gone, the host waits for that work.
 pub(super) struct Running(pub(super) Arc<Timeline>);
 
 #[cfg(feature = "cuda")]
@@ -153,9 +153,10 @@ impl Stream {
     /// graph would repeat the values of the day it was captured. What changes from launch to launch, such as token ids and the
     /// lengths in a [`KvCache`](crate::KvCache), is written before each launch, outside. Memory dropped meanwhile is freed at the end.
     ///
-    /// What `work` writes is not there until the graph was launched: an operation outside that would read it, by whatever an operation
-    /// within gave (a [`Routing`](crate::Routing), [`TokenIds`](crate::TokenIds), a [`Topology`](crate::Topology)), is refused with
-    /// [`Error::NotRun`], until then or until it is written anew. So is everything that a capture has written which failed.
+    /// What `work` writes is not there before the graph was launched. Until then an operation outside of the capture that would read it
+    /// is refused with [`Error::NotRun`], unless it is written anew. That holds for the results that `work` hands out, too: a
+    /// [`Routing`](crate::Routing), [`TokenIds`](crate::TokenIds), a [`Topology`](crate::Topology). After a capture that failed, what it
+    /// was to write must be written anew.
     ///
     /// # Errors
     ///

@@ -334,7 +334,8 @@ impl<'a> KvPages<'a> {
             return Err(Error::Layout { op: Op::KvCache, arg: "page_stride", need: "at least `page_tokens` >= 1 rows", got: page_stride });
         }
         checked_product(Op::KvCache, "tokens", &[num_pages, page_stride], MAX_ROWS)?;
-        checked_product(Op::KvCache, "step tokens", &[num_tokens.max(max_len)], MAX_ROWS)?;
+        checked_product(Op::KvCache, "step tokens", &[num_tokens], MAX_ROWS)?;
+        checked_product(Op::KvCache, "max_len", &[max_len], MAX_ROWS)?;
         Ok(KvPages { page_tokens, page_stride, num_pages, num_tokens, max_len, block_table, seq_lens, query_offsets, step: None })
     }
 
@@ -676,7 +677,7 @@ mod tests {
         let too_large = |what, got: u64| Some(format!("kv_cache: {what} is {got}, must be <= 2147483647"));
         assert_eq!(refused(KvPageSizes { num_pages: 1 << 30, ..sizes }), too_large("tokens", 6 << 30));
         assert_eq!(refused(KvPageSizes { num_tokens: 1 << 31, ..sizes }), too_large("step tokens", 1 << 31));
-        assert_eq!(refused(KvPageSizes { max_len: 1 << 31, ..sizes }), too_large("step tokens", 1 << 31));
+        assert_eq!(refused(KvPageSizes { max_len: 1 << 31, ..sizes }), too_large("max_len", 1 << 31));
         let text = |lens, offsets| pages(sizes, lens, offsets).err().unwrap().to_string();
         assert_eq!(text(&lens[..1], offsets), "kv_cache: `seq_lens` must be [1, B] = [1, 2], got [1, 1]");
         assert_eq!(text(lens, &offsets[..2]), "kv_cache: `query_offsets` must be [1, B + 1] = [1, 3], got [1, 2]");

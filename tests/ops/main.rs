@@ -40,7 +40,7 @@ fn every_instruction_set() {
     }
 }
 
-/// On a stream that computed with another one, figures and bits would be those of nobody's choice.
+/// A stream that silently computed with another set would give other figures and other bits than were asked for.
 #[test]
 fn an_unknown_instruction_set_is_refused() {
     use std::process::Command;

@@ -15,8 +15,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the barrier of the same offset in CTA `rank` of the cluster. It orders nothing for the cluster: it says that this CTA's
-// products have read a stage, which is over once they have been waited for, and what follows in the other CTA are tensor copies. As
+// Arrives at the barrier of the same offset in CTA `rank` of the cluster. It publishes no memory to the cluster. It says that this CTA's
+// products have read a stage: they were waited for before. The other CTA then starts tensor copies into that stage. As
 // `.release.cluster` it would cost a GPU-wide memory barrier (MEMBAR.ALL.GPU) for each warp and stage.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n"
