@@ -154,7 +154,7 @@ pub enum Error {
     /// The folder that `DROPLESS_IMAGES` names cannot be used.
     #[allow(missing_docs)]
     ImageFolder { why: Box<str> },
-    /// The driver refused a call; the device is as it was. An operation of several launches may have run the earlier ones.
+    /// The driver refused a call; the device goes on. An operation of several launches or copies may have run the earlier ones.
     #[allow(missing_docs)]
     Driver { op: Op, call: &'static str, code: i32, name: &'static str },
     /// Memory could not be had.
@@ -169,9 +169,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// True where the call was refused before anything was launched or written.
+    /// True where the call was refused before it computed or wrote anything. False for a lost device, and where the driver refused a
+    /// call of an operation, of which earlier ones may have run ([`Error::Driver`]). An operation that is the first to need an image
+    /// or memory, and does not get it, may have run in part, too.
     pub fn is_refusal(&self) -> bool {
-        !self.is_fatal()
+        !matches!(self, Error::DeviceLost { .. } | Error::Driver { .. })
     }
 
     /// True where the device cannot be used again by this process.

@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use dropless::block_sparse::{Sparse, arrange, dsd};
@@ -15,7 +16,7 @@ use dropless::{
     sample,
 };
 use dropless_kit::device;
-use dropless_kit::emulated::Emulated;
+use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::fill::normal;
 use dropless_kit::recorder::{Call, Recorder};
@@ -279,8 +280,8 @@ fn graphs_come_and_go() {
 fn nothing_is_freed_on_a_stream_that_records() {
     let (driver, stream, _) = two_streams();
     let buffer = zeros(&stream, 8);
-    let (send, dropper) = std::sync::mpsc::channel();
-    driver.while_capture_begins(move || {
+    let (send, dropper) = channel();
+    driver.within("begin_capture", move || {
         let thread = std::thread::spawn(move || drop(buffer));
         std::thread::sleep(Duration::from_millis(50)); // time for it to come to the driver
         send.send(thread).unwrap();
@@ -360,4 +361,184 @@ fn a_launch_for_another_step_is_refused() {
     rotated.cache.append(&stream, &[3]).unwrap();
     launch(&graph).unwrap();
     silent(&driver);
+}
+
+/// A step whose arrays arrive in part is no step: no operation computes with it.
+#[test]
+fn half_a_step_is_none() {
+    let mut bad = vec![];
+    for n in 0.. {
+        let emulated = Arc::new(Emulated::new(Options::default()));
+        let driver = Arc::new(Faulty::new(emulated.clone(), n, DriverError::new(1)));
+        let run = || -> Result<_, Error> {
+            let stream = Device::with_driver(driver.clone(), 0)?.stream()?;
+            let heads = HeadLayout::new(1, 1, 4)?;
+            let shape = KvShape { num_kv_heads: 1, head_dim: 4, page_tokens: 8, num_pages: 1, max_pages: 1, num_sequences: 1 };
+            let mut cache = KvCache::<f32>::new(&stream, 1, shape)?;
+            let (qkv, mut q, table) = (zeros(&stream, 12), zeros(&stream, 4), RopeTable::new(&stream, 1e4, 4, 1)?);
+            cache.append(&stream, &[1])?; // one token, a table of one position
+            let failed = cache.append(&stream, &[7]);
+            let step =
+                rope::clip_rotate_append(&stream, qkv.rows(1, 12)?, heads, None, &table, &mut cache.layer_mut(0)?, &mut q.rows_mut(1, 4)?);
+            Ok((failed, step, cache.len(0)))
+        };
+        let out = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        let Some(call) = driver.failed() else { break };
+        if !emulated.reports().is_empty() {
+            bad.push((n, call, format!("{out:?}"), emulated.reports()));
+        }
+    }
+    assert!(bad.is_empty(), "{bad:#?}");
+}
+
+/// Graphs of two batch sizes are captured over the same buffers before either is launched.
+#[test]
+fn two_graphs_over_the_same_buffers() {
+    let (_, stream, _) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    let mut step = || {
+        stream.capture(|| {
+            glu_of(&stream, &x, &mut y)?;
+            glu_of(&stream, &y, &mut z)
+        })
+    };
+    let _first = step().unwrap();
+    step().unwrap();
+}
+
+/// What a failed capture was to write may be written by another one.
+#[test]
+fn a_capture_after_a_failed_one() {
+    let (_, stream, _) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    stream
+        .capture(|| {
+            glu_of(&stream, &x, &mut y)?;
+            stream.synchronize()
+        })
+        .unwrap_err();
+    let graph = stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap();
+    launch(&graph).unwrap();
+    glu_of(&stream, &y, &mut z).unwrap();
+}
+
+/// A capture that succeeds while a panic unwinds the thread is like any other.
+#[test]
+fn a_capture_while_unwinding() {
+    let (_, stream, other) = two_streams();
+    let [x, mut y] = [(); 2].map(|()| zeros(&stream, 8));
+    let mut kept = None;
+    struct OnDrop<F: FnMut()>(F);
+    impl<F: FnMut()> Drop for OnDrop<F> {
+        fn drop(&mut self) {
+            (self.0)()
+        }
+    }
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _capture = OnDrop(|| kept = Some(stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap()));
+        panic!("on purpose");
+    }));
+    let graph = kept.unwrap();
+    launch(&graph).unwrap();
+    glu_of(&stream, &y, &mut zeros(&stream, 8)).unwrap(); // remembers a use, forgets the graph
+    other.join(&stream).unwrap();
+    launch(&graph).unwrap(); // again, behind what `other` has waited for
+    let mut z = zeros(&other, 8);
+    assert!(matches!(glu_of(&other, &y, &mut z), Err(Error::NotJoined { .. })));
+}
+
+/// The driver launches a graph for one thread at a time.
+#[test]
+fn two_threads_launch_one_graph() {
+    let (driver, stream, _) = two_streams();
+    let [x, mut y] = [(); 2].map(|()| zeros(&stream, 8));
+    let graph = stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap();
+    let ((entered, is_in), (done, wait)) = (channel(), channel());
+    let (tell, overlapped) = channel();
+    driver.within("launch_graph", move || {
+        entered.send(()).unwrap();
+        tell.send(wait.recv_timeout(Duration::from_millis(500)).is_ok()).unwrap();
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| launch(&graph).unwrap());
+        is_in.recv().unwrap();
+        launch(&graph).unwrap();
+        let _ = done.send(());
+    });
+    assert!(!overlapped.recv().unwrap(), "two launches at once");
+}
+
+/// A launch is not recorded in a capture that another thread begins meanwhile.
+#[test]
+fn a_launch_while_a_capture_begins() {
+    let (driver, stream, _) = two_streams();
+    let [x, mut y, mut z] = [(); 3].map(|()| zeros(&stream, 8));
+    let graph = stream.capture(|| glu_of(&stream, &x, &mut y)).unwrap();
+    let ((entered, is_in), (begun, wait)) = (channel(), channel());
+    let (tell, captured) = channel();
+    driver.within("launch_graph", move || {
+        // passed the check, not in the driver yet
+        entered.send(()).unwrap();
+        tell.send(wait.recv_timeout(Duration::from_millis(500)).is_ok()).unwrap();
+    });
+    let second = std::thread::scope(|scope| {
+        let launcher = scope.spawn(|| launch(&graph));
+        is_in.recv().unwrap();
+        stream
+            .capture(|| {
+                let _ = begun.send(());
+                launcher.join().unwrap()
+            })
+            .map(drop)
+    });
+    assert!(!captured.recv().unwrap() || second.is_err() || glu_of(&stream, &y, &mut z).is_err(), "recorded, and taken for launched");
+}
+
+/// An event of a buffer that is dropped is not recorded in a capture that another thread begins meanwhile.
+#[test]
+fn a_drop_while_a_capture_begins() {
+    let (driver, stream, other) = two_streams();
+    let mut buffer = zeros(&other, 8);
+    stream.join(&other).unwrap();
+    buffer.copy_from_slice(&stream, &[1.0]).unwrap();
+    let ((entered, is_in), (begun, wait)) = (channel(), channel());
+    let (tell, captured) = channel();
+    driver.within("record", move || {
+        // other waits for stream: past the check, the event not recorded yet
+        entered.send(()).unwrap();
+        tell.send(wait.recv_timeout(Duration::from_millis(500)).is_ok()).unwrap();
+    });
+    std::thread::scope(|scope| {
+        let dropper = scope.spawn(move || drop(buffer));
+        is_in.recv().unwrap();
+        stream
+            .capture(|| {
+                let _ = begun.send(());
+                dropper.join().unwrap();
+                Ok(())
+            })
+            .map(drop)
+            .unwrap();
+    });
+    assert!(!captured.recv().unwrap(), "recorded in the capture");
+}
+
+/// An operation of two launches whose second one fails has not been refused.
+#[test]
+fn a_refusal_has_launched_nothing() {
+    for n in 0.. {
+        let recorder = Arc::new(Recorder::default());
+        let driver = Arc::new(Faulty::new(recorder.clone(), n, DriverError::new(701)));
+        let run = || {
+            let stream = Device::with_driver(driver.clone(), 0)?.stream()?;
+            let (logits, mut buffers) = (Buffer::<f32>::zeros(&stream, 200 * 4)?, RoutingBuffers::new(&stream, 200, 2, 4)?);
+            route(&stream, logits.rows(200, 4)?, Normalize::None, &mut buffers).map(drop)
+        };
+        let result: Result<(), Error> = run();
+        if driver.failed().is_none() {
+            break;
+        }
+        let refused = result.is_err_and(|error| error.is_refusal());
+        assert!(!refused || recorder.launches().is_empty(), "{:?} after {} launches", driver.failed(), recorder.launches().len());
+    }
 }

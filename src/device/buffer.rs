@@ -197,9 +197,18 @@ pub(crate) struct Upload<'a> {
     bytes: &'a [u8],
 }
 
-impl Upload<'_> {
+impl<'a> Upload<'a> {
+    pub(crate) fn access(&self) -> Access<'a> {
+        self.access
+    }
+
     /// Queues some copies, all or none.
     pub(crate) fn queue(stream: &Stream, op: Op, uploads: &[(&'static str, Upload<'_>)]) -> Result<(), Error> {
+        Upload::queue_or(stream, op, uploads, || ())
+    }
+
+    /// [`queue`](Upload::queue), which calls `torn` where the driver may have taken some of the copies and not the others.
+    pub(crate) fn queue_or(stream: &Stream, op: Op, uploads: &[(&'static str, Upload<'_>)], torn: impl FnOnce()) -> Result<(), Error> {
         stream.outside_capture(op, "a copy from the host")?;
         let accesses: Vec<_> = uploads.iter().map(|(arg, upload)| (*arg, upload.access)).collect();
         stream.admit(op, &accesses)?;
@@ -212,10 +221,13 @@ impl Upload<'_> {
             Place::Cuda(_) => {
                 let copies: Vec<_> = uploads.iter().map(|(_, upload)| (upload.target.addr() as u64, upload.bytes)).collect();
                 // SAFETY: as above; buffers are freed in stream order.
-                unsafe { stream.cuda().write(op, &copies)? };
+                unsafe { stream.cuda().write(op, &copies).inspect_err(|_| torn())? };
             }
             #[cfg(not(feature = "cuda"))]
-            Place::Cuda(_) => unreachable!("a CUDA stream without the feature `cuda`"),
+            Place::Cuda(_) => {
+                let _ = torn;
+                unreachable!("a CUDA stream without the feature `cuda`")
+            }
         }
         Ok(())
     }

@@ -255,7 +255,13 @@ impl RawStream {
 
     /// Orders this stream's later work after the other's work so far.
     pub(crate) fn wait_for(&self, other: &RawStream) -> Result<(), Error> {
-        [self, other].into_iter().try_for_each(|stream| stream.outside_capture(Op::Stream, "a join"))?;
+        // Held over the calls, lower handle first, so that neither begins to record between them.
+        let (first, second) = if self.handle <= other.handle { (self, other) } else { (other, self) };
+        let first_captured = lock(&first.captured);
+        let second_captured = (first.handle != second.handle).then(|| lock(&second.captured));
+        if first_captured.is_some() || second_captured.as_ref().is_some_and(|captured| captured.is_some()) {
+            return Err(within_capture(Op::Stream, "a join"));
+        }
         self.device.call(Op::Stream, 0, |driver| {
             let event = driver.create_event(self.device.ordinal, false)?;
             let waited = driver.record(event, other.handle).and_then(|()| driver.wait(self.handle, event));
@@ -317,6 +323,11 @@ impl RawStream {
     }
 
     pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
+        // Held over both, so that no capture begins between them: the graph would be recorded, and not have run.
+        let captured = lock(&self.captured);
+        if captured.is_some() {
+            return Err(within_capture(Op::Stream, "a graph"));
+        }
         self.device.call(Op::Stream, 0, |driver| driver.launch_graph(graph, self.handle))
     }
 

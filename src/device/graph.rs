@@ -6,8 +6,6 @@ use std::sync::{Arc, Mutex};
 
 use super::stream::{Running, lock};
 use crate::error::Error;
-#[cfg(feature = "cuda")]
-use crate::error::Op;
 
 /// What a launch asks first.
 type Check = Box<dyn Fn() -> Result<(), Error> + Send + Sync>;
@@ -68,6 +66,7 @@ impl Graph {
     /// # Safety
     ///
     /// * Everything that the recorded operations were given is still there: the buffers, workspaces and raw memory behind every view.
+    /// * No other thread is within an operation that uses any of it.
     /// * Earlier work on other streams that uses any of it is ordered before, by [`Stream::join`](super::Stream::join).
     /// * The graph overwrites memory. A [`Routing`](crate::Routing) or [`TokenIds`](crate::TokenIds) over that memory is used
     ///   afterwards only if an operation gave it within the capture. A [`Topology`](crate::Topology) that the graph arranges has not
@@ -79,10 +78,10 @@ impl Graph {
     /// than the one that was recorded; [`Error::Capacity`] if a sequence of it has become longer than a recorded operation serves;
     /// [`Error::Unsupported`] within a capture. What the driver reports.
     pub unsafe fn launch(&self) -> Result<(), Error> {
-        lock(&self.recording.checks).iter().try_for_each(|check| check())?;
+        let checks = lock(&self.recording.checks); // held over the launch: the driver wants one thread at a time
+        checks.iter().try_for_each(|check| check())?;
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.stream.0.cuda {
-            cuda.outside_capture(Op::Stream, "a graph")?; // it would be recorded, and not have run
             cuda.launch_graph(self.handle)?;
             self.recording.launched_by(self.stream.0.next_operation());
         }

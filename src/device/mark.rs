@@ -139,6 +139,14 @@ impl Mark {
                 }
             });
         }
+        if write && graph.is_some() {
+            // What other graphs were to write and have not is written anew by this one: its own launch is what counts.
+            for u in uses.iter_mut().filter(|u| u.is_pending_write() && !u.is_of(graph)) {
+                if let When::Launch { settled, .. } = &mut u.when {
+                    *settled = Some(0);
+                }
+            }
+        }
         forget(&mut uses);
         let same = |u: &&mut Use| {
             let of_same = match graph {
@@ -215,6 +223,18 @@ mod tests {
         assert_eq!(mark.conflict(&stream().timeline, None, true), Some(Conflict::NotJoined(home.id)));
         mark.record(home, None, home.next_operation(), true);
         assert_eq!(uses(&mark), 1);
+    }
+
+    /// Captures that never ran leave what the last of them was to write.
+    #[test]
+    fn captures_that_never_ran_leave_one() {
+        let (mark, stream_of_home) = (Mark::of(&Device::cpu()), stream());
+        for _ in 0..100 {
+            let graph = Arc::new(Recording::new());
+            mark.record(&stream_of_home.timeline, Some(&graph), 0, true);
+            graph.give_up();
+        }
+        assert!(uses(&mark) <= 2, "{}", uses(&mark));
     }
 
     /// The last launch of a graph that is gone is kept.

@@ -39,13 +39,13 @@ pub struct Stream {
 /// Owned by a stream and its graphs, which may queue work. Once all of them are gone, the host waits for that work.
 pub(super) struct Running(pub(super) Arc<Timeline>);
 
-#[cfg(feature = "cuda")]
 impl Drop for Running {
     fn drop(&mut self) {
-        // Where nobody could wait, the work may go on: then its uses stay in the way.
-        if self.0.cuda.as_ref().is_none_or(super::cuda::RawStream::finish) {
-            self.0.ended.store(true, Ordering::Release);
+        #[cfg(feature = "cuda")]
+        if !self.0.cuda.as_ref().is_none_or(super::cuda::RawStream::finish) {
+            return; // nobody could wait: the work may go on, and its uses stay in the way
         }
+        self.0.ended.store(true, Ordering::Release);
     }
 }
 
@@ -102,6 +102,20 @@ impl Timeline {
     }
 }
 
+/// While it is there, operations of a stream are recorded. Dropped by a panic, it gives the recording up.
+#[cfg(feature = "cuda")]
+struct Recorded<'a>(&'a Timeline, Option<Arc<Recording>>);
+
+#[cfg(feature = "cuda")]
+impl Drop for Recorded<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.recording) = None;
+        if let Some(recording) = self.1.take() {
+            recording.give_up();
+        }
+    }
+}
+
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Stream, Error> {
         let timeline = Arc::new(Timeline::new(device)?);
@@ -151,7 +165,8 @@ impl Stream {
     ///
     /// Within `work`, buffers cannot be made, streams cannot be joined or waited for, and nothing is copied from or to the host: a
     /// graph would repeat the values of the day it was captured. What changes from launch to launch, such as token ids and the
-    /// lengths in a [`KvCache`](crate::KvCache), is written before each launch, outside. Memory dropped meanwhile is freed at the end.
+    /// lengths in a [`KvCache`](crate::KvCache), is written before each launch, outside. Memory of this stream that is
+    /// dropped meanwhile is freed at the end; that of another one, which this stream has used, is not freed any more.
     ///
     /// What `work` writes is not there before the graph was launched. Until then an operation outside of the capture that would read it
     /// is refused with [`Error::NotRun`], unless it is written anew. That holds for the results that `work` hands out, too: a
@@ -168,8 +183,10 @@ impl Stream {
             let capture = cuda.capture()?;
             let recording = Arc::new(Recording::new());
             let worked = {
-                let _until_the_end = self.record(recording.clone());
-                work()
+                let mut until_the_end = self.record(recording.clone());
+                let worked = work();
+                until_the_end.1 = None; // it has not panicked
+                worked
             };
             // Dropped, the graph gives up its recording, whatever became of the capture.
             let graph = capture.end().map(|handle| Graph::new(self.running.clone(), handle, recording.clone()));
@@ -207,18 +224,7 @@ impl Stream {
 
     /// Has operations record in `recording` instead of running, until the value is dropped.
     #[cfg(feature = "cuda")]
-    fn record(&self, recording: Arc<Recording>) -> impl Drop {
-        struct Recorded<'a>(&'a Timeline, Option<Arc<Recording>>);
-        impl Drop for Recorded<'_> {
-            fn drop(&mut self) {
-                *lock(&self.0.recording) = None;
-                if std::thread::panicking()
-                    && let Some(recording) = self.1.take()
-                {
-                    recording.give_up();
-                }
-            }
-        }
+    fn record(&self, recording: Arc<Recording>) -> Recorded<'_> {
         *lock(&self.timeline.recording) = Some(recording.clone());
         Recorded(&self.timeline, Some(recording))
     }

@@ -58,6 +58,8 @@ pub struct KvCache<T> {
     query_offsets: Buffer<u32>,         // [1, B + 1]
     host: HostState,
     step: Arc<Step>,
+    /// A step failed on its way: the device may hold parts of it.
+    torn: bool,
 }
 
 /// Of the step that is open: what graphs compare before each launch with what they recorded.
@@ -126,6 +128,7 @@ impl<T: Element> KvCache<T> {
             shape,
             host,
             step: Arc::default(),
+            torn: false,
         })
     }
 
@@ -201,7 +204,7 @@ impl<T: Element> KvCache<T> {
 
     fn upload(&mut self, stream: &Stream, host: HostState) -> Result<(), Error> {
         let mut table = Vec::new();
-        if host.pages != self.host.pages {
+        if host.pages != self.host.pages || self.torn {
             table.resize(self.block_table.len(), 0);
             for (row, pages) in table.chunks_exact_mut(self.shape.max_pages).zip(&host.pages) {
                 row[..pages.len()].copy_from_slice(pages);
@@ -213,7 +216,13 @@ impl<T: Element> KvCache<T> {
             ("seq_lens", self.seq_lens.upload(&host.lens)?),
             ("query_offsets", self.query_offsets.upload(&host.offsets)?),
         ];
-        Upload::queue(stream, Op::KvCache, &uploads)?;
+        let [table, lens, offsets] = uploads.each_ref().map(|(_, upload)| upload.access());
+        let torn = &mut self.torn;
+        Upload::queue_or(stream, Op::KvCache, &uploads, || {
+            *torn = true;
+            [table, lens, offsets].into_iter().for_each(|access| stream.has_not_run(access));
+        })?;
+        self.torn = false;
         self.step.num_tokens.store(host.num_tokens(), Ordering::Release);
         self.step.max_len.store(host.max_len(), Ordering::Release);
         self.host = host;
@@ -226,7 +235,7 @@ impl<T: Element> KvCache<T> {
     ///
     /// [`Error::Index`] for a layer that does not exist.
     pub fn layer(&self, layer: usize) -> Result<KvLayer<'_, T>, Error> {
-        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step } = self;
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step, .. } = self;
         let (rows, cols) = (shape.num_pages * shape.page_tokens, shape.row_cols());
         let (keys, values) = pools.get(layer).ok_or(no_layer(layer, pools.len()))?;
         let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;
@@ -239,7 +248,7 @@ impl<T: Element> KvCache<T> {
     ///
     /// [`Error::Index`] for a layer that does not exist.
     pub fn layer_mut(&mut self, layer: usize) -> Result<KvLayerMut<'_, T>, Error> {
-        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step } = self;
+        let KvCache { shape, pools, block_table, seq_lens, query_offsets, host, step, .. } = self;
         let (rows, cols, count) = (shape.num_pages * shape.page_tokens, shape.row_cols(), pools.len());
         let (keys, values) = pools.get_mut(layer).ok_or(no_layer(layer, count))?;
         let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;

@@ -25,7 +25,7 @@ type Code = c_int;
 type Pointer = *mut c_void;
 
 /// One launch attribute of `cuLaunchKernelEx`; only the cluster dimensions are used.
-#[repr(C)]
+#[repr(C, align(8))]
 struct LaunchAttribute {
     id: c_uint,
     pad: c_uint,
@@ -148,7 +148,7 @@ functions! {
     graph_destroy = "cuGraphDestroy": fn(graph: Pointer);
     graph_exec_destroy = "cuGraphExecDestroy": fn(instance: Pointer);
     module_load = "cuModuleLoadDataEx": fn(
-        module: *mut Pointer, image: *const c_void, options: c_uint, names: *const c_int, values: *const Pointer
+        module: *mut Pointer, image: *const c_void, options: c_uint, names: *mut c_int, values: *mut Pointer
     );
     module_function = "cuModuleGetFunction": fn(function: *mut Pointer, module: Pointer, name: *const c_char);
     function_attribute = "cuFuncSetAttribute": fn(function: Pointer, attribute: c_int, value: c_int);
@@ -411,11 +411,12 @@ unsafe impl Driver for Hardware {
         const LOG_BYTES: usize = 8 << 10;
         self.make_current(ordinal)?;
         let mut log = vec![0u8; LOG_BYTES];
-        let names = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        let values = [log.as_mut_ptr().cast(), LOG_BYTES as Pointer];
-        // SAFETY: a cubin, whose header says how long it is, or text closed by a NUL; two options with their values, of which
-        // the driver writes at most `LOG_BYTES` through the first; writes one handle.
-        let loaded = created(|out| unsafe { self.functions.module_load(out, image.as_ptr().cast(), 2, names.as_ptr(), values.as_ptr()) });
+        let mut names = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values = [log.as_mut_ptr().cast(), LOG_BYTES as Pointer];
+        // SAFETY: a cubin, whose header says how long it is, or text closed by a NUL; two options with their values: the driver
+        // writes at most `LOG_BYTES` through the first, and how many those were to the second; writes one handle.
+        let loaded =
+            created(|out| unsafe { self.functions.module_load(out, image.as_ptr().cast(), 2, names.as_mut_ptr(), values.as_mut_ptr()) });
         loaded.map_err(|error| {
             let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
             ImageError { error, log: String::from_utf8_lossy(text).trim().to_owned() }

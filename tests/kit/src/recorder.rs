@@ -26,6 +26,9 @@ pub enum Call {
     EndCapture,
 }
 
+/// A call's name, and what is to happen within it.
+type Hook = (&'static str, Box<dyn FnOnce() + Send>);
+
 /// A device with made-up addresses. Everything succeeds, unless told otherwise; nothing is computed.
 #[derive(Default)]
 pub struct Recorder {
@@ -39,7 +42,7 @@ pub struct Recorder {
     events_refused: AtomicBool,
     synchronize_refused: AtomicBool,
     images_refused: Mutex<[Option<ImageError>; 2]>,
-    while_capture_begins: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    hook: Mutex<Option<Hook>>,
 }
 
 impl Recorder {
@@ -79,9 +82,14 @@ impl Recorder {
         *self.images_refused.lock().expect("no panic while recording") = [cubin, ptx];
     }
 
-    /// Calls `hook` once, when a stream has begun to record and whoever asked for it has not heard yet.
-    pub fn while_capture_begins(&self, hook: impl FnOnce() + Send + 'static) {
-        *self.while_capture_begins.lock().expect("no panic while recording") = Some(Box::new(hook));
+    /// Calls `hook` once, within the next `begin_capture`, `record` or `launch_graph`, whichever `call` names.
+    pub fn within(&self, call: &'static str, hook: impl FnOnce() + Send + 'static) {
+        *self.hook.lock().expect("no panic while recording") = Some((call, Box::new(hook)));
+    }
+
+    fn hooked(&self, call: &'static str) {
+        let hook = self.hook.lock().expect("no panic while recording").take_if(|hook| hook.0 == call);
+        hook.into_iter().for_each(|(_, hook)| hook());
     }
 
     fn push(&self, call: Call) {
@@ -169,6 +177,7 @@ unsafe impl Driver for Recorder {
         Ok(())
     }
     fn record(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        self.hooked("record");
         Ok(())
     }
     fn is_done(&self, _: Handle) -> DriverResult<bool> {
@@ -183,8 +192,7 @@ unsafe impl Driver for Recorder {
     }
     fn begin_capture(&self, _: Handle) -> DriverResult<()> {
         self.push(Call::BeginCapture);
-        let hook = self.while_capture_begins.lock().expect("no panic while recording").take();
-        hook.into_iter().for_each(|hook| hook());
+        self.hooked("begin_capture");
         Ok(())
     }
     fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
@@ -192,6 +200,7 @@ unsafe impl Driver for Recorder {
         Ok(self.handle())
     }
     fn launch_graph(&self, _: Handle, _: Handle) -> DriverResult<()> {
+        self.hooked("launch_graph");
         Ok(())
     }
     fn destroy_graph(&self, _: Handle) -> DriverResult<()> {
