@@ -325,7 +325,7 @@ impl Rotated {
     }
 }
 
-/// A graph of one token serves as many positions as its table has, whatever the length was when it was captured.
+/// A graph of one token serves every position of its table. The length at the capture does not matter.
 #[test]
 fn a_launch_beyond_the_table_is_refused() {
     let (driver, stream) = device::emulated();

@@ -178,7 +178,7 @@ mod tests {
         assert!(output.status.success() && text.contains("1 passed"), "{text}");
     }
 
-    /// A stack that no address space has room for: then no thread can be started, whoever asks.
+    /// A stack larger than the address space: no thread can be started.
     #[test]
     #[cfg(all(feature = "rayon", not(miri), target_pointer_width = "64", target_os = "linux"))]
     fn without_threads_the_caller_works() {

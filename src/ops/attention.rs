@@ -103,7 +103,7 @@ pub fn decode<A: Float>(
     Ok(())
 }
 
-/// A graph serves steps of as many tokens as it recorded, whatever the lengths: kernels read those on the device.
+/// A graph serves steps with the number of tokens that it recorded. Lengths may differ: kernels read them on the device.
 fn compare_at_launch<A: Float>(stream: &Stream, cache: &KvLayer<'_, A>) {
     cache.pages().compare_at_launch(stream, Op::Attention, "tokens of one sequence", usize::MAX);
 }
