@@ -141,8 +141,9 @@ fn launch_on_a_recording_driver() {
     assert_eq!(odd.unwrap_err().to_string(), "glu: `gate` must have a row stride that is a multiple of 16 bytes, got 46");
     assert_eq!(driver.launches().len(), 2);
 
-    // Everything allocated is freed.
+    // Everything allocated is freed, with the streams what is their own.
     drop((gate, up, y, a, b, out));
+    drop((stream, other));
     let count = |freed: bool| {
         driver
             .calls()
