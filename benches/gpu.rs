@@ -1,7 +1,7 @@
 //! Times the grouped and block-sparse products and the MoE layer on the GPU at DBRX's shapes, after checking elements of each result.
 //!
 //! ```text
-//! cargo bench --bench gpu -- [--tokens 8192,1,64] [--emulated] [--out FILE]
+//! cargo bench --bench gpu -- [--tokens 8192,1,64] [--what glu_nt,nn] [--emulated] [--out FILE]
 //! ```
 //!
 //! Weights are 6.3 GB of normal numbers, many times the L2 cache, so every call finds it cold. A figure is the median of 7 batches of
@@ -37,12 +37,14 @@ const CHECKED: usize = 8;
 
 struct Options {
     tokens: Vec<usize>,
+    /// The figures to measure; all if empty.
+    what: Vec<String>,
     emulated: bool,
     out: Option<File>,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { tokens: vec![8192, 2048, 512, 1, 8, 64, 4, 2, 16, 32, 128], emulated: false, out: None };
+    let mut options = Options { tokens: vec![8192, 2048, 512, 1, 8, 64, 4, 2, 16, 32, 128], what: Vec::new(), emulated: false, out: None };
     let mut args = std::env::args().skip(1);
     let value = |args: &mut dyn Iterator<Item = String>, name: &str| args.next().ok_or(format!("{name} needs a value"));
     while let Some(arg) = args.next() {
@@ -53,11 +55,12 @@ fn options() -> Result<Options, String> {
                 let text = value(&mut args, "--tokens")?;
                 options.tokens = text.split(',').map(|t| t.parse().map_err(|_| format!("--tokens {text}"))).collect::<Result<_, _>>()?;
             }
+            "--what" => options.what = value(&mut args, "--what")?.split(',').map(String::from).collect(),
             "--out" => {
                 let path = value(&mut args, "--out")?;
                 options.out = Some(File::create(&path).map_err(|error| format!("{path}: {error}"))?);
             }
-            other => return Err(format!("{other} is no option: --tokens, --emulated, --out")),
+            other => return Err(format!("{other} is no option: --tokens, --what, --emulated, --out")),
         }
     }
     Ok(options)
@@ -161,6 +164,8 @@ type Failure = Box<dyn std::error::Error>;
 struct Record {
     out: Option<File>,
     device: String,
+    /// The figures to measure; all if empty.
+    what: Vec<String>,
     wrong: usize,
 }
 
@@ -187,6 +192,9 @@ impl Record {
     /// Writes the figure that `measured` gives, or why there is none: nothing else is lost with it.
     fn figure(&mut self, at: &At, measured: impl FnOnce() -> Result<Figure, Failure>) {
         let At { what, form, tokens, flop, bytes } = *at;
+        if !self.what.is_empty() && !self.what.iter().any(|wanted| wanted == what) {
+            return;
+        }
         let which = format!(r#""what":"{what}","form":"{form}","tokens":{tokens}"#);
         match measured() {
             Ok(Figure { us: [median, least, greatest], differ }) => {
@@ -428,7 +436,7 @@ fn run() -> Result<bool, Failure> {
             }
         }
     };
-    let mut record = Record { out: options.out, device: stream.device().name().to_owned(), wrong: 0 };
+    let mut record = Record { out: options.out, device: stream.device().name().to_owned(), what: options.what, wrong: 0 };
     record.card("start");
     let model = Model::new(&stream, shape)?;
     let bench = Bench { stream: &stream, model: &model, emulated: options.emulated };

@@ -178,47 +178,55 @@ template <typename F> struct Consumer {
     const uint32_t            warp = consumer_warp();
     const uint32_t            down = warp / 4 / F::ACROSS * BOX, across = warp / 4 % F::ACROSS * F::BOXES * BOX; // its first row and column of a tile
 
-    // The next stage, as the multiplication may read it. True for the last one of a tile.
-    __device__ __forceinline__ bool await(uint32_t stage) const {
+    // Waits for the next stage, and gives its note.
+    __device__ __forceinline__ uint32_t await() const {
         ring.wait_full();
         uint32_t note = 0;
         if (threadIdx.x % 32 == 0) note = load_shared_4(shared + F::NOTES_AT + 4 * ring.stage); // the lane that will hand the stage back
-        note = __shfl_sync(~0u, note, 0);
-        const uint32_t depth = note & DEPTH_BITS;
-        if (depth < DEPTH) {
-            clear<F::A_MN>(stage, F::A_BOXES, depth);
-            clear<F::B_MN>(stage + F::A_BOXES * BOX_BYTES, F::B_BOXES, depth);
-            fence_proxy_async();
-            barrier_among<1, CONSUMERS * WARPGROUP>();
-        }
-        return note & LAST;
+        return __shfl_sync(~0u, note, 0);
+    }
+    // Clears what the note says is not to be read. By all consumers.
+    __device__ __forceinline__ void clear_rest(uint32_t note) const {
+        const uint32_t depth = note & DEPTH_BITS, stage = shared + ring.stage * F::STAGE_BYTES;
+        if (depth == DEPTH) return;
+        clear<F::A_MN>(stage, F::A_BOXES, depth);
+        clear<F::B_MN>(stage + F::A_BOXES * BOX_BYTES, F::B_BOXES, depth);
+        fence_proxy_async();
+        barrier_among<1, CONSUMERS * WARPGROUP>();
     }
 
-    // All of k. The batch of a stage is in flight while the next stage is awaited.
-    __device__ __forceinline__ void multiply(float (&sum)[1][F::BOXES * BOX / 2]) {
-        bool last, first = true;
-        do {
-            const uint32_t stage = shared + ring.stage * F::STAGE_BYTES, b = stage + F::A_BOXES * BOX_BYTES;
-            last = await(stage);
-            multiply_stage<typename F::T, F::A_MN, F::B_MN, 0>(sum, stage + down * PITCH, b + across * PITCH, !first);
-            wgmma_wait<1>();
-            if (!first) ring.release_previous();
+    // All of k. The other consumer's products keep the tensor cores busy while this one waits for its own.
+    __device__ __forceinline__ void multiply(float (&sum)[F::BOXES * BOX / 2]) {
+        const uint32_t a_at = shared + down * PITCH, b_at = shared + F::A_BOXES * BOX_BYTES + across * PITCH;
+        const uint32_t a = F::A_MN ? mn_major(a_at, DEPTH) : k_major(a_at), b = F::B_MN ? mn_major(b_at, DEPTH) : k_major(b_at);
+        bool accumulate = false;
+        const auto stage = [&] {
+            const uint32_t at = ring.stage * (F::STAGE_BYTES >> 4);
+            multiply_stage<typename F::T, F::A_MN, F::B_MN>(sum, a + at, b + at, accumulate);
+            wgmma_wait<0>();
+            ring.release();
             ring.advance();
-            first = false;
-        } while (!last);
-        wgmma_wait<0>();
-        pin_all(sum);
-        ring.release_previous();
+            accumulate = true;
+        };
+        for (bool last = false; !last;) {
+            uint32_t note = await();
+            for (; note == DEPTH; note = await()) stage(); // whole ones, in a loop of their own
+            clear_rest(note);
+            stage();
+            last = note & LAST;
+        }
+        pin(sum);
     }
 
     // Hands back the stages of a tile of which this consumer has nothing.
     __device__ __forceinline__ void skip() {
-        bool last;
-        do {
-            last = await(shared + ring.stage * F::STAGE_BYTES);
+        for (bool last = false; !last;) {
+            const uint32_t note = await();
+            clear_rest(note);
+            ring.release();
             ring.advance();
-            ring.release_previous();
-        } while (!last);
+            last = note & LAST;
+        }
     }
 
     // 64 columns of the warp's 16 rows, as far as there are that many.
@@ -259,12 +267,12 @@ template <typename F> struct Consumer {
     __device__ __forceinline__ void run() {
         Walk<F> walk;
         for (Tile tile; walk.next(p, tile);) {
-            float sum[1][F::BOXES * BOX / 2] = {};
+            float sum[F::BOXES * BOX / 2] = {};
             const bool columns = p.is_sdd ? tile.begin + across / F::BLOCK < tile.end : tile.col + across < p.n;
             if (tile.begin == tile.end) {} // a place without blocks has zeros
             else if (down < tile.rows && columns) multiply(sum);
             else skip();
-            store_from<0>(tile, sum[0]);
+            store_from<0>(tile, sum);
         }
     }
 };

@@ -2,85 +2,132 @@
 //
 // Contract  src/ops/grouped_gemm/cuda/tiled.rs takes this form for bf16 and f16 where K and N are multiples of 8 and rows begin on 16 bytes; other
 //           shapes go to grouped_gemm_plain.cu. Offsets and maps come from a Routing, or from a caller who vouches for them.
-// Work      a block per SM takes tile after tile: 128 rows of one expert x 256 columns, or 128 columns of two products at once (glu_nt).
-//           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight threads.
-//           Warpgroups 1 and 2 multiply 64 rows each. In the `x2` forms two blocks take adjacent row tiles and share the weights they load.
-// Cost      2 * R * N * K FLOP (twice that for glu_nt) on the tensor cores. Per tile and stage x moves 16 KB and the weights 32 KB from the L2
-//           cache (half of that in the `x2` forms); from memory, each band of 16 row tiles of an expert reads its weights once.
+// Work      a block per SM; two blocks are a pair, which takes tile after tile, always the next that no pair has taken. A tile of a block is
+//           128 rows of one expert x 256 columns, or 128 columns of two products at once (glu_nt: their weights lie side by side, as one
+//           operand). The two tiles of a pair have the same columns, and each block loads half of the weights for both; or, where few rows
+//           are left of an expert, the same rows (common/pair_tiles.cuh).
+//           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight
+//           threads. Warpgroups 1 and 2 multiply 64 rows each. Results leave through shared memory by bulk copies, while the next tile's
+//           products run.
+// Cost      2 * R * N * K FLOP (twice that for glu_nt) on the tensor cores. Per tile and stage x moves 16 KB and the weights 16 KB (32 KB where
+//           rows are shared) from the L2 cache; from memory, each band of 16 pairs of an expert reads its weights once.
 // Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: a row's bits depend on
-//           that row and the weights alone.
+//           that row and the weights alone, and not on which block took its tile.
 #include "common/activation.cuh"
 #include "common/dtype.cuh"
-#include "common/expert_tiles.cuh"
 #include "common/gathered_rows.cuh"
+#include "common/pair_tiles.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_tile.cuh"
 #include "common/ptx/tma.cuh"
 
-// A row of the tile table of src/ops/grouped_gemm/cuda/tiled.rs. COLS are output columns.
-template <typename T_, typename O_, bool NN_, bool GLU_, int COLS_, int STAGES_, int CLUSTER_> struct Form {
+enum : int { CLUSTER = TILED_CLUSTER, STAGES = 4 };
+enum : int { X_BYTES = ROWS * PITCH, W_BYTES = TILED_COLS * PITCH, STAGE_BYTES = X_BYTES + W_BYTES };
+// A warp's 16 rows on their way out: OUT_COLS at a time, rows 16 bytes longer than they are, so that they lie on different banks.
+enum : int { OUT_COLS = 128, OUT_PITCH = 2 * OUT_COLS + 16, OUT_BYTES = 16 * OUT_PITCH };
+// Numbers of tiles on their way to those who work on them: more than the tiles that can be under way, which is one per stage and the next.
+enum : uint32_t { NUMBERS = 8 };
+static_assert(NUMBERS > STAGES + 1, "a number that is not read yet would be overwritten");
+enum : int {
+    OUT_AT = STAGES * STAGE_BYTES,
+    BARRIERS_AT = OUT_AT + 4 * CONSUMERS * OUT_BYTES,
+    NUMBERS_AT = BARRIERS_AT + Ring<STAGES, CLUSTER>::BYTES, // a barrier for each, then the numbers
+    SHARED_BYTES = NUMBERS_AT + 12 * NUMBERS
+};
+static_assert(SHARED_BYTES <= TILED_SHARED_BYTES, "params.h");
+using Stages = Ring<STAGES, CLUSTER>;
+
+// COLS are output columns of a tile.
+template <typename T_, typename O_, bool NN_, bool GLU_> struct Form {
     using T = T_;
     using O = O_;
     enum : bool { NN = NN_, GLU = GLU_ };
-    enum : int { COLS = COLS_, PRODUCTS = GLU ? 2 : 1, STAGES = STAGES_, CLUSTER = CLUSTER_ };
-    enum : int { X_BYTES = ROWS * PITCH, W_BYTES = COLS * PITCH, STAGE_BYTES = X_BYTES + PRODUCTS * W_BYTES };
-    enum : int { SLABS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = SLABS_AT + SLABS * SLAB_BYTES, SHARED_BYTES = BARRIERS_AT + Ring<STAGES, CLUSTER_>::BYTES };
-    using Stages = Ring<STAGES, CLUSTER>;
-    static_assert(PRODUCTS * COLS == TILED_COLS && SHARED_BYTES <= TILED_SHARED_BYTES, "params.h");
+    enum : int { COLS = GLU ? TILED_COLS / 2 : TILED_COLS };
 };
 
-// The tiles of one cluster, by turns.
-template <typename F> struct Walk {
-    ExpertTiles tiles;
-    uint32_t    index, rank;
+// The tiles of a block, and how a pair comes by them. The first is numbered as the pair. Each further one is the next that no pair has taken:
+// the thread that loads weights in block 0 counts it in global memory and sends its number to both blocks. So pairs that are done early take
+// more; and whoever counts the last tile sets the counter back, since every tile is followed by one count. BY_WARP: all lanes of a warp ask
+// together, and lane 0 reads, which will hand back the stages of the tile: so that nobody overwrites a number that is still to be read.
+template <typename F, bool BY_WARP> struct Tiles {
+    const TiledProductParams& p;
+    PairTiles<F::COLS>        tiles;
+    const uint32_t            shared, rank, pairs;
+    uint32_t                  turn = 0, number; // of the next tile that is read; and the last one that was
 
-    __device__ __forceinline__ Walk(const TiledProductParams& p)
-        : tiles(p.offsets, p.rows, p.num_experts, F::CLUSTER * ROWS, uint32_t((p.n + F::COLS - 1) / F::COLS)), index(blockIdx.x / F::CLUSTER),
-          rank(F::CLUSTER > 1 ? cluster_rank() : 0) {}
+    __device__ __forceinline__ Tiles(const TiledProductParams& p, uint32_t shared)
+        : p(p), tiles(p), shared(shared), rank(cluster_rank()), pairs(gridDim.x / CLUSTER), number(blockIdx.x / CLUSTER) {}
 
-    // The next tile of this block. Its rows may lie behind the expert's last.
-    __device__ __forceinline__ bool next(ExpertTile& tile) {
-        if (!tiles.find(index, tile)) return false;
-        tile.row += rank * ROWS;
-        tile.col *= F::COLS;
-        index += gridDim.x / F::CLUSTER;
-        return true;
+    // The next tile of this block. Its rows and columns may lie behind the last ones.
+    __device__ __forceinline__ bool next(PairTile& tile) {
+        if (turn > 0) {
+            while (!mbarrier_try_wait(barrier(), (turn - 1) / NUMBERS % 2)) {}
+            if (!BY_WARP || threadIdx.x % 32 == 0) number = load_shared_4(place());
+            if (BY_WARP) number = __shfl_sync(~0u, number, 0);
+        }
+        turn++;
+        return tiles.find(number, rank, tile);
     }
+
+    // By the thread of each block that loads weights, for each tile: `count` first, `send` when its result is wanted.
+    __device__ __forceinline__ uint32_t count() const { return rank == 0 ? pairs + atomicAdd(p.taken, 1) : 0; }
+    __device__ __forceinline__ void send(uint32_t next_number) const {
+        mbarrier_arrive_expect(barrier(), sizeof next_number);
+        if (rank != 0) return;
+        for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), next_number, barrier(), to);
+    }
+    // By the same thread, behind the last tile.
+    __device__ __forceinline__ void finish() const {
+        if (rank == 0 && number + 1 == pairs + tiles.first) atomicExch(p.taken, 0);
+    }
+
+private:
+    __device__ __forceinline__ uint32_t slot() const { return (turn - 1) % NUMBERS; }
+    __device__ __forceinline__ uint32_t barrier() const { return shared + NUMBERS_AT + 8 * slot(); }
+    __device__ __forceinline__ uint32_t place() const { return shared + NUMBERS_AT + 8 * NUMBERS + 4 * slot(); }
 };
 
-// The weights of one stage: each block of the cluster loads its share, and all receive it.
-template <typename F> __device__ __forceinline__ void load_weights(const TensorMap& w, uint32_t to, uint32_t k, const ExpertTile& tile, uint32_t rank, uint32_t full) {
-    enum : uint32_t { BOX = F::NN ? 64 : F::COLS / F::CLUSTER, BOXES = F::COLS / F::CLUSTER / BOX, BOX_BYTES = BOX * PITCH };
+// The weights of one stage, the two halves of its columns one after the other; those of two products, or of one. A paired block loads one
+// half for both, else each loads its own.
+template <typename F>
+__device__ __forceinline__ void load_weights(const TiledProductParams& p, uint32_t to, uint32_t k, const PairTile& tile, uint32_t rank, uint32_t full) {
+    enum : uint32_t { HALVES = 2, COLS = TILED_COLS / HALVES, BOX = F::NN ? 64 : F::GLU ? COLS / 2 : COLS, BOXES = COLS / BOX };
 #pragma unroll
-    for (uint32_t i = 0; i < BOXES; i++) {
-        const uint32_t at = to + (rank * BOXES + i) * BOX_BYTES, col = tile.col + (rank * BOXES + i) * BOX;
-        const uint32_t x = F::NN ? col : k, y = F::NN ? k : col;
-        if (F::CLUSTER > 1) tma_load_3d_multicast(at, w, x, y, tile.expert, full, (1 << F::CLUSTER) - 1);
-        else tma_load_3d(at, w, x, y, tile.expert, full);
+    for (uint32_t i = 0; i < HALVES * BOXES; i++) {
+        const uint32_t at = to + i * BOX * PITCH, col = tile.col + i * BOX % F::COLS;
+        const TensorMap& w = F::GLU && i * BOX >= F::COLS ? p.v : p.w;
+        const uint32_t   x = F::NN ? col : k, y = F::NN ? k : col;
+        // Of two products each block loads half, too: boxes by turns.
+        const bool mine = F::GLU ? i % HALVES == rank : i / BOXES == rank;
+        if (!tile.is_paired) tma_load_3d(at, w, x, y, tile.expert, full);
+        else if (mine) tma_load_3d_multicast(at, w, x, y, tile.expert, full, (1 << CLUSTER) - 1);
     }
 }
 
 // Warpgroup 0. Where rows are not gathered, one thread does it all.
-template <typename F> __device__ __forceinline__ void produce(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
-    const bool gathered = p.row_to_slot;
-    if (!gathered && threadIdx.x != 0) return;
-    if (threadIdx.x == 0) {
+template <typename F> __device__ __forceinline__ void produce(const TiledProductParams& p, uint32_t shared, Stages ring) {
+    const bool gathered = p.row_to_slot, is_loader = threadIdx.x == 0;
+    if (!gathered && !is_loader) return;
+    if (is_loader) {
         if (!gathered) prefetch_tensor_map(p.x_map);
         prefetch_tensor_map(p.w);
         if (F::GLU) prefetch_tensor_map(p.v);
     }
-    Walk<F> walk(p);
-    for (ExpertTile tile; walk.next(tile);) {
+    const uint32_t stages = uint32_t(p.k + DEPTH - 1) / DEPTH;
+    Tiles<F, false> tiles(p, shared);
+    for (PairTile tile; tiles.next(tile);) {
         GatheredRows<typename F::T, ROWS> rows;
-        if (gathered) rows.find(p, tile);
-        for (uint32_t k = 0; k < p.k; k += DEPTH) {
-            const uint32_t x = shared + ring.stage * F::STAGE_BYTES, w = x + F::X_BYTES;
+        if (gathered) rows.find(p, tile.row, tile.end);
+        const uint32_t next_number = is_loader ? tiles.count() : 0;
+        for (uint32_t i = 0; i < stages; i++) {
+            const uint32_t x = shared + ring.stage * STAGE_BYTES, w = x + X_BYTES, k = i * DEPTH;
             ring.wait_empty();
-            if (threadIdx.x == 0) {
-                mbarrier_arrive_expect(ring.full(), F::PRODUCTS * F::W_BYTES + (gathered ? 0 : F::X_BYTES)); // boxes count in full
-                load_weights<F>(p.w, w, k, tile, walk.rank, ring.full());
-                if (F::GLU) load_weights<F>(p.v, w + F::W_BYTES, k, tile, walk.rank, ring.full());
+            if (is_loader) {
+                mbarrier_arrive_expect(ring.full(), W_BYTES + (gathered ? 0 : X_BYTES)); // boxes count in full
+                load_weights<F>(p, w, k, tile, tiles.rank, ring.full());
                 if (!gathered) tma_load_2d(x, p.x_map, k, tile.row, ring.full()); // other experts' rows, too: they are not stored
+                // Late enough for the count to be there, early enough for nobody to wait.
+                if (i == min(uint32_t(STAGES), stages - 1)) tiles.send(next_number);
             }
             if (gathered) {
                 rows.copy(p, x, k);
@@ -89,73 +136,95 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
             ring.advance();
         }
     }
+    if (is_loader) tiles.finish();
     if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
 }
 
-// One consumer's products over all of k. The batch of a stage is in flight while the next stage is awaited.
-template <typename F>
-__device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t shared, typename F::Stages& ring, float (&sum)[F::PRODUCTS][F::COLS / 2]) {
-    const uint32_t consumer = threadIdx.x / WARPGROUP - 1;
-    for (uint32_t k = 0; k < p.k; k += DEPTH) {
-        const uint32_t stage = shared + ring.stage * F::STAGE_BYTES;
+// One consumer's products over all of k. The other consumer's keep the tensor cores busy while this one waits for its own: so a stage is
+// handed back as soon as it has been read, and more of them are on their way.
+template <typename F, bool GATHERED>
+__device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t a, uint32_t b, Stages& ring, float (&sum)[TILED_COLS / 2]) {
+    const uint32_t stages = uint32_t(p.k + DEPTH - 1) / DEPTH;
+    for (uint32_t i = 0; i < stages; i++) {
+        const uint32_t stage = ring.stage * (STAGE_BYTES >> 4);
         ring.wait_full();
-        if (p.row_to_slot) fence_proxy_async();
-        multiply_stage<typename F::T, false, F::NN, F::W_BYTES>(sum, stage + consumer * HALF * PITCH, stage + F::X_BYTES, k > 0);
-        wgmma_wait<1>();
-        if (k > 0) ring.release_previous();
+        if (GATHERED) fence_proxy_async();
+        multiply_stage<typename F::T, false, F::NN>(sum, a + stage, b + stage, i > 0);
+        wgmma_wait<0>();
+        ring.release();
         ring.advance();
     }
-    wgmma_wait<0>();
-    pin_all(sum);
-    ring.release_previous();
+    pin(sum);
 }
 
-// Hands back the stages of a tile of which this consumer has no row.
-template <typename F> __device__ __forceinline__ void skip(const TiledProductParams& p, typename F::Stages& ring) {
+// Hands back the stages of a tile of which this consumer has nothing.
+__device__ __forceinline__ void skip(const TiledProductParams& p, Stages& ring) {
     for (uint32_t k = 0; k < p.k; k += DEPTH) {
         ring.wait_full();
+        ring.release();
         ring.advance();
-        ring.release_previous();
     }
+}
+
+// Copies OUT_COLS columns of a warp's 16 rows to y, as far as there are that many. `to` and all rows lie on 16 bytes, columns come by eights.
+template <typename T>
+__device__ __forceinline__ void store_rows_async(T* to, int64_t stride, int rows, int cols, uint32_t slab, const float* sum) {
+    const int      lane = threadIdx.x % 32;
+    const uint32_t into = slab + lane % 16 * OUT_PITCH + lane / 16 * 16;
+    bulk_wait_read();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < OUT_COLS / 16; i++) {
+        const float* s = sum + 8 * i;
+        stmatrix_x4(into + 32 * i, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane < min(rows, 16) && cols > 0) bulk_store(to + lane * stride, slab + lane * OUT_PITCH, min(cols, int(OUT_COLS)) * sizeof(T));
+    bulk_commit();
 }
 
 // Warpgroups 1 and 2.
-template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
-    const uint32_t warp = consumer_warp();
-    Walk<F> walk(p);
-    for (ExpertTile tile; walk.next(tile);) {
-        const uint32_t row = tile.row + warp * 16;
-        if (tile.row + warp / 4 * HALF >= tile.end) {
-            skip<F>(p, ring);
+template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, Stages ring) {
+    const uint32_t warp = consumer_warp(), down = warp / 4 * HALF;
+    const uint32_t a = k_major(shared + down * PITCH), b = F::NN ? mn_major(shared + X_BYTES, DEPTH) : k_major(shared + X_BYTES);
+    Tiles<F, true> tiles(p, shared);
+    for (PairTile tile; tiles.next(tile);) {
+        if (tile.row + down >= tile.end || tile.col >= p.n) {
+            skip(p, ring);
             continue;
         }
         // The first product of a tile overwrites these zeros. Without them ptxas 12.4 serialises every wgmma (C7515).
-        float sum[F::PRODUCTS][F::COLS / 2] = {};
-        multiply<F>(p, shared, ring, sum);
+        float sum[TILED_COLS / 2] = {};
+        if (p.row_to_slot) multiply<F, true>(p, a, b, ring, sum);
+        else multiply<F, false>(p, a, b, ring, sum);
         if (F::GLU)
 #pragma unroll
-            for (int i = 0; i < F::COLS / 2; i++) sum[0][i] = silu(sum[0][i]) * sum[F::PRODUCTS - 1][i];
-        const int rows = int(tile.end - row);
+            for (int i = 0; i < F::COLS / 2; i++) sum[i] = silu(sum[i]) * sum[F::COLS / 2 + i];
+        const uint32_t row = tile.row + warp * 16;
+        const int      rows = int(tile.end - row);
+        constexpr int  STEP = sizeof(typename F::O) == 2 ? OUT_COLS : 64;
 #pragma unroll
-        for (uint32_t i = 0; i < F::COLS; i += 64) {
+        for (uint32_t i = 0; i < F::COLS; i += STEP) {
             const uint32_t       col = tile.col + i;
             typename F::O* const y = static_cast<typename F::O*>(p.y) + row * p.y_stride + col;
-            if constexpr (sizeof(typename F::O) == 2) store_rows(y, p.y_stride, rows, int(p.n - col), shared + F::SLABS_AT + warp * SLAB_BYTES, sum[0] + i / 2);
-            else store_floats(y, p.y_stride, rows, int(p.n - col), sum[0] + i / 2);
+            if constexpr (sizeof(typename F::O) == 2) store_rows_async(y, p.y_stride, rows, int(p.n - col), shared + OUT_AT + warp * OUT_BYTES, sum + i / 2);
+            else store_floats(y, p.y_stride, rows, int(p.n - col), sum + i / 2);
         }
     }
+    bulk_wait_read(); // nobody leaves while its rows are read
 }
 
 template <typename F> __device__ __forceinline__ void product(const TiledProductParams& p) {
     extern __shared__ __align__(1024) unsigned char dynamic[];
-    const uint32_t            shared = shared_address(dynamic);
-    const typename F::Stages  ring{shared + F::BARRIERS_AT};
+    const uint32_t shared = shared_address(dynamic);
+    const Stages   ring{shared + BARRIERS_AT};
     if (threadIdx.x == 0) {
-        ring.init(p.row_to_slot ? 1 + WARPGROUP : 1, CONSUMERS * WARPGROUP / 32 * F::CLUSTER);
+        ring.init(p.row_to_slot ? 1 + WARPGROUP : 1, CONSUMERS * WARPGROUP / 32 * CLUSTER);
+        for (uint32_t i = 0; i < NUMBERS; i++) mbarrier_init(shared + NUMBERS_AT + 8 * i, 1);
         fence_mbarrier_init();
     }
-    if (F::CLUSTER > 1) cluster_sync();
-    else __syncthreads();
+    cluster_sync();
     if (is_producer()) {
         registers_dec<PRODUCER_REGISTERS>();
         produce<F>(p, shared, ring);
@@ -164,24 +233,20 @@ template <typename F> __device__ __forceinline__ void product(const TiledProduct
         consume<F>(p, shared, ring);
     }
     __syncwarp();
-    if (F::CLUSTER > 1) cluster_sync(); // others still arrive at this block's barriers
+    cluster_sync(); // others still arrive at this block's barriers
 }
 
-// By columns of all products; `x2`: two blocks share their weights.
-#define ENTRY(NAME, T, O, NN, GLU, COLS, STAGES, CLUSTER)                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_##NAME(const __grid_constant__ TiledProductParams p) { \
-        product<Form<T, O, NN, GLU, COLS, STAGES, CLUSTER>>(p);                                                                  \
+#define ENTRY(NAME, T, O, NN, GLU)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_##NAME##_256x2(const __grid_constant__ TiledProductParams p) { \
+        product<Form<T, O, NN, GLU>>(p);                                                                                       \
     }
-#define ENTRIES(NAME, T, O, NN, GLU, COLS)        \
-    ENTRY(NAME##_256, T, O, NN, GLU, COLS, 4, 1) \
-    ENTRY(NAME##_256x2, T, O, NN, GLU, COLS, 4, 2)
-ENTRIES(nt_bf16, bf16, bf16, false, false, 256)
-ENTRIES(nt_f16, f16, f16, false, false, 256)
-ENTRIES(nt_bf16_to_f32, bf16, float, false, false, 256)
-ENTRIES(nt_f16_to_f32, f16, float, false, false, 256)
-ENTRIES(nn_bf16, bf16, bf16, true, false, 256)
-ENTRIES(nn_f16, f16, f16, true, false, 256)
-ENTRIES(nn_bf16_to_f32, bf16, float, true, false, 256)
-ENTRIES(nn_f16_to_f32, f16, float, true, false, 256)
-ENTRIES(glu_nt_bf16, bf16, bf16, false, true, 128)
-ENTRIES(glu_nt_f16, f16, f16, false, true, 128)
+ENTRY(nt_bf16, bf16, bf16, false, false)
+ENTRY(nt_f16, f16, f16, false, false)
+ENTRY(nt_bf16_to_f32, bf16, float, false, false)
+ENTRY(nt_f16_to_f32, f16, float, false, false)
+ENTRY(nn_bf16, bf16, bf16, true, false)
+ENTRY(nn_f16, f16, f16, true, false)
+ENTRY(nn_bf16_to_f32, bf16, float, true, false)
+ENTRY(nn_f16_to_f32, f16, float, true, false)
+ENTRY(glu_nt_bf16, bf16, bf16, false, true)
+ENTRY(glu_nt_f16, f16, f16, false, true)

@@ -43,7 +43,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     ExpertTile  tile;
     for (uint32_t index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
         GatheredRows<typename F::T, F::TOKENS> rows;
-        if (gathered) rows.find(p, tile);
+        if (gathered) rows.find(p, tile.row, tile.end);
         for (uint32_t first_k = 0; first_k < p.k; first_k += F::PANELS * DEPTH) {
             const uint32_t stage = shared + ring.stage * F::STAGE_BYTES, full = ring.full(), col = tile.col * COLS;
             ring.wait_empty();
@@ -65,7 +65,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
 }
 
-// All of k for one tile. The batch of a stage is in flight while the next stage is awaited.
+// All of k for one tile.
 template <typename F>
 __device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t shared, typename F::Stages& ring, float (&sum)[F::PRODUCTS][F::TOKENS / 2]) {
     bool accumulate = false;
@@ -79,11 +79,11 @@ __device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t s
 #pragma unroll
         for (uint32_t step = 0; step < F::PANELS * DEPTH / 16; step++) {
             const uint32_t panel = step / (DEPTH / 16), within = step % (DEPTH / 16);
-            const uint64_t x = k_major(stage + F::X_AT + panel * F::X_BYTES) + within * K_MAJOR_STEP;
+            const uint32_t x = k_major(stage + F::X_AT + panel * F::X_BYTES) + within * K_MAJOR_STEP;
 #pragma unroll
             for (int i = 0; i < F::PRODUCTS; i++) {
                 const uint32_t at = stage + (panel * F::PRODUCTS + i) * W_BYTES;
-                const uint64_t w = F::NN ? mn_major(at, DEPTH) + within * MN_MAJOR_STEP : k_major(at) + within * K_MAJOR_STEP;
+                const uint32_t w = F::NN ? mn_major(at, DEPTH) + within * MN_MAJOR_STEP : k_major(at) + within * K_MAJOR_STEP;
                 wgmma<typename F::T, F::NN, false>(sum[i], w, x, accumulate);
             }
             accumulate = true;
@@ -91,14 +91,12 @@ __device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t s
         wgmma_commit();
 #pragma unroll
         for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
-        wgmma_wait<1>();
-        if (k > 0) ring.release_previous();
+        wgmma_wait<0>();
+        ring.release();
         ring.advance();
     }
-    wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
-    ring.release_previous();
 }
 
 // Warpgroup 1. An accumulator's row is a column of y, its column a row of y.

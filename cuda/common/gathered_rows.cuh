@@ -1,7 +1,6 @@
 // Rows gathered from tokens as a tile is loaded: by a warpgroup, with cp.async, eight threads to a row.
 #pragma once
 #include "dtype.cuh"
-#include "expert_tiles.cuh"
 #include "ptx/tma.cuh"
 #include "warpgroup.cuh"
 
@@ -11,13 +10,13 @@ template <typename T, int ROWS> struct GatheredRows {
     uint32_t token[COUNT];
     uint32_t inside; // bit i: row i is one of the expert's
 
-    __device__ __forceinline__ void find(const TiledProductParams& p, const ExpertTile& tile) {
+    __device__ __forceinline__ void find(const TiledProductParams& p, uint32_t first, uint32_t end) {
         inside = 0;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            const uint32_t row = tile.row + threadIdx.x / 8 + EACH * i;
-            token[i] = row < tile.end ? p.row_to_slot[row] / uint32_t(p.top_k) : 0;
-            inside |= uint32_t(row < tile.end) << i;
+            const uint32_t row = first + threadIdx.x / 8 + EACH * i;
+            token[i] = row < end ? p.row_to_slot[row] / uint32_t(p.top_k) : 0;
+            inside |= uint32_t(row < end) << i;
         }
     }
     // 64 columns from first_k on, zeros behind the last of them and for rows of nobody, in the swizzle that TMA writes.

@@ -262,11 +262,12 @@ struct ArrangeParams {
 static const uint32_t TILED_ROWS         = 128;
 static const uint32_t TILED_COLS         = 256;
 static const uint32_t TILED_DEPTH        = 64; // of k, in one stage
+static const uint32_t TILED_CLUSTER      = 2;  // blocks that share tiles
 static const uint32_t TILED_THREADS      = 384;
-static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 64; // four stages, rows on their way out, barriers
+static const uint32_t TILED_SHARED_BYTES = 4 * 48 * 1024 + 8 * 16 * 272 + 256; // four stages, rows on their way out, barriers
 
-// And of block_sparse, which has some words beside its barriers.
-static const uint32_t BLOCK_TILED_SHARED_BYTES = TILED_SHARED_BYTES + 64;
+// And of block_sparse, whose blocks are alone.
+static const uint32_t BLOCK_TILED_SHARED_BYTES = 4 * 48 * 1024 + 16 * 1024 + 128;
 
 // The same of its form for few rows, whose operands are swapped: columns of each product.
 static const uint32_t FEW_COLS         = 64;
@@ -281,6 +282,7 @@ struct TiledProductParams {
     InU32     offsets;     // [E + 1]; null: one expert owns all rows
     InU32     row_to_slot; // [R]; null: row r is computed from input row r
     Out       y;           // [R, N]
+    OutU32    taken;       // tiles that clusters have taken beyond their first; zero between launches. Not used by the form for few rows
     int64_t   rows;        // R
     int64_t   num_experts;
     int64_t   n;
@@ -288,7 +290,7 @@ struct TiledProductParams {
     int64_t   top_k;
     int64_t   x_stride;
     int64_t   y_stride;
-    int64_t   unused[5]; // a map begins on 64 bytes, and so does what follows a struct of maps
+    int64_t   unused[4]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };
 
 // Products of blocks on the tensor cores, all as tiles of a * b: rows are those of a place of the axis, columns those of its blocks

@@ -28,14 +28,14 @@ template <int STAGES, int CLUSTER> struct Ring {
     __device__ __forceinline__ void wait_empty() const {
         while (!mbarrier_try_wait(empty(), phase ^ 1)) {}
     }
-    // The stage before this one, by consumers that have waited for their products. Each warp arrives for itself, in every block: so no
-    // stage can be filled twice while a warp is still on its way to see it full.
-    __device__ __forceinline__ void release_previous() const {
-        const uint32_t previous = barriers + 8 * (STAGES + (stage == 0 ? STAGES - 1 : stage - 1)), lane = threadIdx.x % 32;
+    // By consumers that have waited for their products. Each warp arrives for itself, in every block: so no stage can be filled twice while a
+    // warp is still on its way to see it full.
+    __device__ __forceinline__ void release() const {
+        const uint32_t lane = threadIdx.x % 32;
         if (CLUSTER > 1) {
-            if (lane < CLUSTER) mbarrier_arrive_remote(previous, lane);
+            if (lane < CLUSTER) mbarrier_arrive_remote(empty(), lane);
         } else {
-            if (lane == 0) mbarrier_arrive(previous);
+            if (lane == 0) mbarrier_arrive(empty());
         }
     }
     __device__ __forceinline__ void advance() {

@@ -8,34 +8,25 @@
 enum : int { CONSUMERS = 2, THREADS = TILED_THREADS };
 enum : int { PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224 }; // of 168 each at launch
 enum : int { HALF = 64, ROWS = TILED_ROWS, DEPTH = TILED_DEPTH }; // of a tile: rows of a consumer and of all; k of a stage
-enum : int { SLAB_BYTES = 16 * PITCH, SLABS = 4 * CONSUMERS };    // a warp's rows on their way out
+enum : int { SLAB_BYTES = 16 * PITCH, SLABS = 4 * CONSUMERS };    // a warp's rows on their way out, 64 columns at a time
 static_assert(THREADS == (1 + CONSUMERS) * WARPGROUP && ROWS == CONSUMERS * HALF && PITCH == 2 * DEPTH, "params.h");
 
 __device__ __forceinline__ bool is_producer() { return __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) == 0; }
 // Among those of all consumers. Uniform, and the compiler knows it.
 __device__ __forceinline__ uint32_t consumer_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0) - WARPGROUP / 32; }
 
-template <int PRODUCTS, int N> __device__ __forceinline__ void pin_all(float (&sum)[PRODUCTS][N]) {
-#pragma unroll
-    for (int i = 0; i < PRODUCTS; i++) pin(sum[i]);
-}
-
-// The products of a stage, as one batch that is left in flight: all with the same a; their b lie B_BYTES apart. MN says of an operand
-// that it lies MN-major, in panels of DEPTH.
-template <typename T, bool A_MN, bool B_MN, int B_BYTES, int PRODUCTS, int N>
-__device__ __forceinline__ void multiply_stage(float (&sum)[PRODUCTS][N], uint32_t a, uint32_t b, bool accumulate) {
-    const uint64_t a_at = A_MN ? mn_major(a, DEPTH) : k_major(a), b_at = B_MN ? mn_major(b, DEPTH) : k_major(b);
-    pin_all(sum);
+// The product of a stage, as one batch that is left in flight, of operands as `k_major` and `mn_major` give them. MN says of an operand that
+// it lies MN-major, in panels of DEPTH.
+template <typename T, bool A_MN, bool B_MN, int N>
+__device__ __forceinline__ void multiply_stage(float (&sum)[N], uint32_t a, uint32_t b, bool accumulate) {
+    pin(sum);
     wgmma_fence();
 #pragma unroll
-    for (uint32_t step = 0; step < DEPTH / 16; step++) {
-#pragma unroll
-        for (int i = 0; i < PRODUCTS; i++)
-            wgmma<T, A_MN, B_MN>(sum[i], a_at + step * (A_MN ? MN_MAJOR_STEP : K_MAJOR_STEP),
-                                 b_at + (i * B_BYTES >> 4) + step * (B_MN ? MN_MAJOR_STEP : K_MAJOR_STEP), accumulate || step > 0);
-    }
+    for (uint32_t step = 0; step < DEPTH / 16; step++)
+        wgmma<T, A_MN, B_MN>(sum, a + step * (A_MN ? MN_MAJOR_STEP : K_MAJOR_STEP), b + step * (B_MN ? MN_MAJOR_STEP : K_MAJOR_STEP),
+                             accumulate || step > 0);
     wgmma_commit();
-    pin_all(sum);
+    pin(sum);
 }
 
 // Stores 64 columns of a warp's 16 rows, as far as there are that many: 16-bit elements go through shared memory, so that eight threads

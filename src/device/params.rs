@@ -527,8 +527,9 @@ const _: () = {
 pub const TILED_ROWS: u32 = 128;
 pub const TILED_COLS: u32 = 256;
 pub const TILED_DEPTH: u32 = 64;
+pub const TILED_CLUSTER: u32 = 2;
 pub const TILED_THREADS: u32 = 384;
-pub const TILED_SHARED_BYTES: u32 = 213056;
+pub const TILED_SHARED_BYTES: u32 = 231680;
 pub const BLOCK_TILED_SHARED_BYTES: u32 = 213120;
 pub const FEW_COLS: u32 = 64;
 pub const FEW_THREADS: u32 = 256;
@@ -544,6 +545,7 @@ pub struct TiledProductParams {
     pub(crate) offsets: InU32,
     pub(crate) row_to_slot: InU32,
     pub(crate) y: Out,
+    pub(crate) taken: OutU32,
     pub(crate) rows: i64,
     pub(crate) num_experts: i64,
     pub(crate) n: i64,
@@ -551,7 +553,7 @@ pub struct TiledProductParams {
     pub(crate) top_k: i64,
     pub(crate) x_stride: i64,
     pub(crate) y_stride: i64,
-    pub(crate) unused: [i64; 5usize],
+    pub(crate) unused: [i64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -564,14 +566,15 @@ const _: () = {
     ["Offset of field: TiledProductParams::offsets"][::std::mem::offset_of!(TiledProductParams, offsets) - 392usize];
     ["Offset of field: TiledProductParams::row_to_slot"][::std::mem::offset_of!(TiledProductParams, row_to_slot) - 400usize];
     ["Offset of field: TiledProductParams::y"][::std::mem::offset_of!(TiledProductParams, y) - 408usize];
-    ["Offset of field: TiledProductParams::rows"][::std::mem::offset_of!(TiledProductParams, rows) - 416usize];
-    ["Offset of field: TiledProductParams::num_experts"][::std::mem::offset_of!(TiledProductParams, num_experts) - 424usize];
-    ["Offset of field: TiledProductParams::n"][::std::mem::offset_of!(TiledProductParams, n) - 432usize];
-    ["Offset of field: TiledProductParams::k"][::std::mem::offset_of!(TiledProductParams, k) - 440usize];
-    ["Offset of field: TiledProductParams::top_k"][::std::mem::offset_of!(TiledProductParams, top_k) - 448usize];
-    ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 456usize];
-    ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 464usize];
-    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 472usize];
+    ["Offset of field: TiledProductParams::taken"][::std::mem::offset_of!(TiledProductParams, taken) - 416usize];
+    ["Offset of field: TiledProductParams::rows"][::std::mem::offset_of!(TiledProductParams, rows) - 424usize];
+    ["Offset of field: TiledProductParams::num_experts"][::std::mem::offset_of!(TiledProductParams, num_experts) - 432usize];
+    ["Offset of field: TiledProductParams::n"][::std::mem::offset_of!(TiledProductParams, n) - 440usize];
+    ["Offset of field: TiledProductParams::k"][::std::mem::offset_of!(TiledProductParams, k) - 448usize];
+    ["Offset of field: TiledProductParams::top_k"][::std::mem::offset_of!(TiledProductParams, top_k) - 456usize];
+    ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 464usize];
+    ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 472usize];
+    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 480usize];
 };
 #[repr(C)]
 #[repr(align(64))]

@@ -40,8 +40,8 @@ use crate::view::{Rows, RowsMut};
 ///
 /// The bits of a row depend on that row, the weights and the class of the call. On the CPU the classes are `R <= 16 * E`, where dot
 /// products read the weights as they lie, and more rows, where sums run over k in blocks of fixed length. On a GPU they are
-/// [`max_rows_per_expert`](ExpertRows::max_rows_per_expert) `<= 8`, `<= 32` and `<= 64`, where each weight is loaded once, and beyond
-/// `R < 256 * E` and more rows. Neither other rows, nor how many rows an expert got, nor the number of threads show in the bits. They
+/// [`max_rows_per_expert`](ExpertRows::max_rows_per_expert) `<= 8`, `<= 32` and `<= 64`, where each weight is loaded once, and more
+/// rows. Neither other rows, nor how many rows an expert got, nor the number of threads show in the bits. They
 /// may differ between instruction sets.
 ///
 /// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is

@@ -27,6 +27,17 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
                  : "memory");
 }
 
+// A word to the place of the same offset in CTA `rank` of the cluster, whose four bytes count on the barrier of the same offset there.
+__device__ __forceinline__ void store_async_remote(uint32_t at, uint32_t value, uint32_t barrier, uint32_t rank) {
+    asm volatile("{\n"
+                 ".reg .b32 to, remote;\n"
+                 "mapa.shared::cluster.u32 to, %0, %3;\n"
+                 "mapa.shared::cluster.u32 remote, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [remote];\n"
+                 "}" ::"r"(at), "r"(value), "r"(barrier), "r"(rank)
+                 : "memory");
+}
+
 // True once the phase of that parity has completed, by arrivals of any CTA of the cluster. As `.acquire.cluster` it would drop the L1
 // cache (CCTL.IVALL) at each try; nothing is read after it that another CTA has written.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {

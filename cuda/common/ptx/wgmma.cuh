@@ -11,16 +11,17 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Operands in shared memory, in the 128-byte swizzle that TMA writes: tiles begin on 1024 bytes. `leading` and `stride` in bytes.
-__device__ __forceinline__ uint64_t swizzled(uint32_t tile, uint32_t leading, uint32_t stride) {
-    return uint64_t((tile & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
-}
-// Rows of 64 elements of k, 128 bytes each; the next 16 of k are 32 bytes on.
-__device__ __forceinline__ uint64_t k_major(uint32_t tile) { return swizzled(tile, 16, 1024); }
-enum : uint64_t { K_MAJOR_STEP = 32 >> 4 };
+// Operands in shared memory, in the 128-byte swizzle that TMA writes: tiles begin on 1024 bytes. What is here called an operand is the low
+// word of its descriptor; the high word says swizzle and stride, which is 1024 bytes from 8 rows to the next, and is the same for all.
+enum : uint32_t { SWIZZLED = 1u << 30 | 1024 >> 4 };
+// `tile` may name its CTA in the high bits, which a descriptor does not know.
+__device__ __forceinline__ uint32_t swizzled(uint32_t tile, uint32_t leading) { return (tile & 0x3ffff) >> 4 | leading >> 4 << 16; }
+// Rows of 64 elements of k, 128 bytes each; the next 16 of k are 32 bytes on. The hardware does not read `leading`.
+__device__ __forceinline__ uint32_t k_major(uint32_t tile) { return swizzled(tile, 16); }
+enum : uint32_t { K_MAJOR_STEP = 32 >> 4 };
 // Panels of 64 columns with `depth` rows, one per k, 128 bytes each; the next 16 of k are 16 rows on.
-__device__ __forceinline__ uint64_t mn_major(uint32_t tile, uint32_t depth) { return swizzled(tile, depth * 128, 1024); }
-enum : uint64_t { MN_MAJOR_STEP = 16 * 128 >> 4 };
+__device__ __forceinline__ uint32_t mn_major(uint32_t tile, uint32_t depth) { return swizzled(tile, depth * 128); }
+enum : uint32_t { MN_MAJOR_STEP = 16 * 128 >> 4 };
 
 template <typename T> struct IsBf16 { enum : bool { VALUE = false }; };
 template <> struct IsBf16<bf16> { enum : bool { VALUE = true }; };
@@ -58,12 +59,12 @@ __device__ __forceinline__ void pin(float (&d)[128]) { asm volatile("" : WGMMA_H
                  ", accumulate, 1, 1, " TRANS ";\n"                                                                                                \
                  "}"                                                                                                                               \
                  : WGMMA_HELD_##COUNT                                                                                                              \
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(TRANS_A)), "n"(int(TRANS_B)))
+                 : "l"(uint64_t(SWIZZLED) << 32 | a), "l"(uint64_t(SWIZZLED) << 32 | b), "r"(int(accumulate)), "n"(int(TRANS_A)), "n"(int(TRANS_B)))
 
 // d[64 x N] = a[64 x 16] * b[16 x N] + (accumulate ? d : 0). TRANS says of an operand that it lies MN-major.
 #define WGMMA(N, COUNT, A, B, FROM, TRANS)                                                                                                         \
     template <typename T, bool TRANS_A, bool TRANS_B>                                                                                              \
-    __device__ __forceinline__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {                                            \
+    __device__ __forceinline__ void wgmma(float (&d)[COUNT], uint32_t a, uint32_t b, bool accumulate) {                                            \
         if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_AS("bf16", N, COUNT, A, B, FROM, TRANS);                                                       \
         else WGMMA_AS("f16", N, COUNT, A, B, FROM, TRANS);                                                                                         \
     }

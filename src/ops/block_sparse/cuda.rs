@@ -24,7 +24,7 @@ pub(super) fn sdd<A: Float, B: Float, O: Float>(
         return Ok(());
     }
     let (a, b) = (Operand::new(&a), Operand::new(&b));
-    if tiled::serves_sdd::<A, O>(&a, &b, y) {
+    if tiled::serves_sdd::<A, O>(&a, &b, topology, y) {
         return tiled::sdd::<A, O>(stream, &a, &b, topology, y);
     }
     plain::sdd::<A, O>(stream, &a, &b, topology, y)

@@ -35,16 +35,19 @@ fn has_tensor_cores<T: Float>() -> bool {
     matches!(T::DTYPE, DType::Bf16 | DType::F16)
 }
 
-/// Static shape and layout alone decide.
-pub(super) fn serves_sdd<T: Float, O: Float>(a: &Operand, b: &Operand, y: &RowsMut<'_, O>) -> bool {
-    has_tensor_cores::<T>() && loads(a) && loads(b) && stores(y)
+/// Static shape and layout alone decide. Boxes begin on 16 bytes of a row in memory: TMA takes others for an illegal instruction. So where the
+/// rows of an operand run along the matrix that is sparse, its blocks must begin by eights.
+pub(super) fn serves_sdd<T: Float, O: Float>(a: &Operand, b: &Operand, topology: &Topology, y: &RowsMut<'_, O>) -> bool {
+    let aligned = (!a.transposed || topology.begins_by_eights(false)) && (b.transposed || topology.begins_by_eights(true));
+    has_tensor_cores::<T>() && loads(a) && loads(b) && stores(y) && aligned
 }
 
-/// Static shape and layout alone decide: rows of the result come in pieces of 8 elements, also where it is stored transposed and they
-/// begin and end with block rows.
+/// Static shape and layout alone decide: as above, and rows of the result come in pieces of 8 elements, also where it is stored transposed
+/// and they begin and end with block rows.
 pub(super) fn serves_sparse_dense<T: Float, O: Float>(product: &SparseDense<'_>, y: &RowsMut<'_, O>) -> bool {
     let by_eights = if product.turned { product.topology.by_eights(product.by_cols) } else { product.n().is_multiple_of(8) };
-    has_tensor_cores::<T>() && loads(&product.blocks) && loads(&product.d) && stores(y) && by_eights
+    let aligned = !product.d.transposed || product.topology.begins_by_eights(!product.by_cols);
+    has_tensor_cores::<T>() && loads(&product.blocks) && loads(&product.d) && stores(y) && by_eights && aligned
 }
 
 pub(super) fn sdd<T: Float, O: Float>(

@@ -8,7 +8,8 @@ use crate::device::cuda::Grid;
 use crate::device::driver::{TensorMap, TensorMapDesc};
 use crate::device::image::{self, Image};
 use crate::device::params::{
-    FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, TILED_COLS, TILED_DEPTH, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS, TiledProductParams,
+    FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, TILED_CLUSTER, TILED_COLS, TILED_DEPTH, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS,
+    TiledProductParams,
 };
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
@@ -21,24 +22,16 @@ pub struct Form {
     /// What its entry points end with.
     pub name: &'static str,
     image: &'static Image,
-    serves: Class,
+    /// The most rows of an expert in the calls that it serves: what the host knows, whatever the routing is.
+    serves: usize,
     /// Rows of a tile.
     rows: u32,
     /// Columns of a tile, of all products together, or of each.
     cols: Columns,
-    /// Blocks that take adjacent row tiles and share the weights they load.
+    /// Blocks that take tiles together.
     cluster: u32,
     threads: u32,
     shared_bytes: u32,
-}
-
-/// A class of calls, by what the host knows: nothing that depends on how many rows an expert got.
-#[derive(Clone, Copy, Debug)]
-enum Class {
-    /// No expert can own more rows.
-    MostRows(usize),
-    /// At least so many rows for each expert, on average.
-    MeanRows(usize),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,23 +40,16 @@ enum Columns {
     OfEach(u32),
 }
 
-/// The tile table: a call takes the first form whose class it is in.
+/// The tile table: a call takes the first form that serves it.
 ///
-/// Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: each row tile of an expert has a
-/// neighbour, and a pair of blocks halves the traffic of weights from the L2 cache; with fewer rows, half of a pair would idle.
-pub static FORMS: [Form; 5] =
-    [few("few8", 8), few("few32", 32), few("few64", 64), tiled("256x2", Class::MeanRows(256), 2), tiled("256", Class::MeanRows(0), 1)];
+/// Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: a pair of blocks halves the traffic of
+/// weights from the L2 cache, or that of rows where few are left of an expert.
+pub static FORMS: [Form; 4] = [few("few8", 8), few("few32", 32), few("few64", 64), TILED];
 
 /// The entry points of a family, in the order of [`FORMS`].
 macro_rules! forms {
     ($family:literal) => {
-        [
-            concat!($family, "_few8"),
-            concat!($family, "_few32"),
-            concat!($family, "_few64"),
-            concat!($family, "_256x2"),
-            concat!($family, "_256"),
-        ]
+        [concat!($family, "_few8"), concat!($family, "_few32"), concat!($family, "_few64"), concat!($family, "_256x2")]
     };
 }
 
@@ -71,7 +57,7 @@ const fn few(name: &'static str, rows: u32) -> Form {
     Form {
         name,
         image: &image::GROUPED_GEMM_FEW,
-        serves: Class::MostRows(rows as usize),
+        serves: rows as usize,
         rows,
         cols: Columns::OfEach(FEW_COLS),
         cluster: 1,
@@ -80,18 +66,16 @@ const fn few(name: &'static str, rows: u32) -> Form {
     }
 }
 
-const fn tiled(name: &'static str, serves: Class, cluster: u32) -> Form {
-    Form {
-        name,
-        image: &image::GROUPED_GEMM,
-        serves,
-        rows: TILED_ROWS,
-        cols: Columns::OfAll(TILED_COLS),
-        cluster,
-        threads: TILED_THREADS,
-        shared_bytes: TILED_SHARED_BYTES,
-    }
-}
+const TILED: Form = Form {
+    name: "256x2",
+    image: &image::GROUPED_GEMM,
+    serves: usize::MAX,
+    rows: TILED_ROWS,
+    cols: Columns::OfAll(TILED_COLS),
+    cluster: TILED_CLUSTER,
+    threads: TILED_THREADS,
+    shared_bytes: TILED_SHARED_BYTES,
+};
 
 thread_local! {
     static FORCED: Cell<Option<usize>> = const { Cell::new(None) };
@@ -110,10 +94,7 @@ pub fn with_form<R>(form: usize, work: impl FnOnce() -> R) -> R {
 }
 
 fn choose(rows: &ExpertRows<'_>) -> usize {
-    let fits = |form: &Form| match form.serves {
-        Class::MostRows(most) => rows.max_rows_per_expert() <= most,
-        Class::MeanRows(mean) => rows.rows() >= rows.num_experts().saturating_mul(mean),
-    };
+    let fits = |form: &Form| rows.max_rows_per_expert() <= form.serves;
     FORCED.get().or_else(|| FORMS.iter().position(fits)).unwrap_or(FORMS.len() - 1)
 }
 
@@ -170,6 +151,7 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         offsets,
         row_to_slot,
         y: y.address(),
+        taken: cuda.scratch(),
         rows: num_rows as i64,
         num_experts: rows.num_experts() as i64,
         n: n as i64,
@@ -177,11 +159,11 @@ pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
         top_k: top_k as i64,
         x_stride: x.stride() as i64,
         y_stride: y.stride() as i64,
-        unused: [0; 5],
+        unused: [0; 4],
     };
     // Each expert may end in a tile of its own; clusters that find no tile leave.
-    let row_tiles = (num_rows as u64).div_ceil(u64::from(form.cluster * form.rows)) + (rows.num_experts().min(num_rows) as u64) - 1;
-    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols));
+    let row_tiles = (num_rows as u64).div_ceil(u64::from(form.rows)) + (rows.num_experts().min(num_rows) as u64) - 1;
+    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols * form.cluster));
     let clusters = tiles.min(u64::from(cuda.attributes().sm_count / form.cluster)) as u32;
     let Form { cluster, threads, shared_bytes, .. } = *form;
     let grid = Grid { blocks: [clusters * cluster, 1, 1], threads, shared_bytes, cluster };

@@ -176,7 +176,7 @@ fn map_at(m: &Machine<'_>, address: u64) -> Result<Decoded, Trouble> {
 }
 
 /// A shared address that must be a multiple of `align`, with `bytes` behind it.
-fn place(m: &Machine<'_>, what: &str, address: u64, bytes: usize, align: u32) -> Result<(usize, usize), Trouble> {
+pub(super) fn place(m: &Machine<'_>, what: &str, address: u64, bytes: usize, align: u32) -> Result<(usize, usize), Trouble> {
     let found = m.split_shared(address).and_then(|(rank, low)| Some((rank, m.ctas[rank].shared.offset(low, bytes as u32)?)));
     let Some((rank, offset)) = found else {
         let low = address as u32 & ((1 << RANK_SHIFT) - 1);

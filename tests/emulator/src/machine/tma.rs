@@ -18,9 +18,19 @@ use std::sync::Arc;
 /// The global (or for copies between CTAs the shared) side of a bulk copy.
 #[derive(Clone, Debug)]
 pub(crate) enum Far {
-    Tensor { map: Box<Decoded>, coords: [i32; 5] },
-    Linear { address: u64 },
-    Shared { rank: usize, offset: usize },
+    Tensor {
+        map: Box<Decoded>,
+        coords: [i32; 5],
+    },
+    Linear {
+        address: u64,
+    },
+    Shared {
+        rank: usize,
+        offset: usize,
+    },
+    /// What an asynchronous store carries.
+    Value(Vec<u8>),
 }
 
 /// A load under way.
@@ -203,15 +213,16 @@ impl Machine<'_> {
                     }
                 }
             }
-            Far::Linear { .. } | Far::Shared { .. } => {
+            Far::Linear { .. } | Far::Shared { .. } | Far::Value(_) => {
                 let mut data = Fetched::new(op.bytes, [0; 16]);
-                match op.from {
-                    Far::Linear { address } => self.read_global(&reader, "bulk load", address, &mut data, 0, op.bytes)?,
-                    Far::Shared { rank, offset } => {
+                match &op.from {
+                    &Far::Linear { address } => self.read_global(&reader, "bulk load", address, &mut data, 0, op.bytes)?,
+                    &Far::Shared { rank, offset } => {
                         self.check_shared(&reader, rank, offset, op.bytes, READ)?;
                         let shared = &self.ctas[rank].shared;
                         data.put(0, &shared.data[offset..offset + op.bytes], |start, n| shared.uninitialised(offset + start, n));
                     }
+                    Far::Value(bytes) => data.put(0, bytes, |_, _| None),
                     Far::Tensor { .. } => {}
                 }
                 for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
@@ -301,7 +312,7 @@ impl Machine<'_> {
             Far::Linear { address } => {
                 self.write_global(&writer, what, *address, op.bytes, kind, &mut |part, at| change(part, &data[at..at + part.len()]))?;
             }
-            Far::Shared { .. } => {}
+            Far::Shared { .. } | Far::Value(_) => {}
         }
         self.clocks.acquire(w.thread0 as usize + lane, 1, &after);
         Ok(())
