@@ -3,8 +3,9 @@
 use super::{Machine, Trouble, trouble};
 use crate::memory::global::Buffer;
 use crate::race::cells::Sweep;
-use crate::race::{ASYNC, Access, READ, WRITE, clock::Clock};
+use crate::race::{ASYNC, Access, Conflict, READ, WRITE, clock::Clock};
 use crate::report::Fault;
+use std::sync::Arc;
 
 /// Who performs an asynchronous access.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +15,15 @@ pub(crate) struct Actor<'c> {
     /// What happened before its start.
     pub known: &'c Clock,
     pub site: u32,
+    pub hint: Hint<'c>,
+}
+
+/// What lets a report say more of a conflict.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Hint<'c> {
+    None,
+    /// What each warp of a warpgroup knew when it queued the product.
+    Warps(&'c [Arc<Clock>; 4]),
 }
 
 impl Machine<'_> {
@@ -40,8 +50,27 @@ impl Machine<'_> {
     pub fn sweep_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, len: usize, sweep: &mut Sweep<'_>) -> Result<(), Trouble> {
         match self.ctas[rank].shared.sweep(offset, len, sweep) {
             None => Ok(()),
-            Some((at, c)) => Err(self.conflict(c, a.id, sweep.kind(), self.shared_name(rank, at), false)),
+            Some((at, c)) => {
+                let t = self.conflict(c, a.id, sweep.kind(), self.shared_name(rank, at), false);
+                Err(self.explain(t, a, c))
+            }
         }
+    }
+
+    /// Adds to a conflict what the hint of its actor tells.
+    fn explain(&self, mut t: Trouble, a: &Actor<'_>, c: Conflict) -> Trouble {
+        let me = self.clocks.cluster;
+        match (a.hint, c) {
+            (Hint::Warps(warps), Conflict::Race(cell)) => {
+                let unaware = |warp: &&Arc<Clock>| !warp.knows(me, cell.cluster, cell.actor, cell.clock);
+                let n = warps.iter().filter(unaware).count();
+                if (1..4).contains(&n) {
+                    t.message += &format!(": {n} of the four warps do not know of it");
+                }
+            }
+            (Hint::Warps(_), Conflict::Proxy(_)) | (Hint::None, _) => {}
+        }
+        t
     }
 
     /// Reports the first byte of a range of shared memory that nobody wrote.
