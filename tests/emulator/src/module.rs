@@ -35,6 +35,8 @@ pub(crate) struct Program {
     /// Label positions, ascending.
     pub labels: Vec<(u32, String)>,
     pub functions: Vec<FunctionInfo>,
+    /// Greatest alignment among the external arrays of shared memory, at least 16: `ptxas` rounds every entry's static part up to it.
+    pub dynamic_align: u32,
     /// Branch tables.
     pub tables: Vec<Vec<u32>>,
     /// 32-bit rows each instruction touches; `touch_ends[pc]` ends its part.
@@ -104,7 +106,12 @@ pub(crate) struct FunctionInfo {
 
 impl Program {
     pub fn new(text: &str) -> Self {
-        Self { text: text.to_owned(), ..Self::default() }
+        Self { text: text.to_owned(), dynamic_align: 16, ..Self::default() }
+    }
+
+    /// Where the dynamic shared memory of an entry begins, which is what its static part takes.
+    pub fn dynamic_offset(&self, function: usize) -> u32 {
+        self.functions[function].static_shared.next_multiple_of(self.dynamic_align)
     }
 
     /// After lowering: marks the instructions that touch a register wgmma works on.
@@ -179,7 +186,7 @@ impl Module {
             let entries = self.entries().into_iter().map(str::to_owned).collect();
             return Err(LaunchError::NoKernel { name: name.to_owned(), entries });
         };
-        let max_dynamic_shared = (48u32 << 10).saturating_sub(self.program.functions[function].static_shared);
+        let max_dynamic_shared = (48u32 << 10).saturating_sub(self.program.dynamic_offset(function));
         Ok(Kernel { program: Arc::clone(&self.program), function, max_dynamic_shared })
     }
 
@@ -214,7 +221,7 @@ impl Kernel {
         self.info().rows32 + 2 * self.info().rows64
     }
 
-    /// Bytes of statically declared shared memory.
+    /// Bytes of statically declared shared memory, without what rounds them up to the alignment of the dynamic part.
     pub fn static_shared_bytes(&self) -> u32 {
         self.info().static_shared
     }
@@ -247,7 +254,7 @@ impl Kernel {
     ///
     /// [`LaunchError::Limit`] if static and dynamic together pass 232,448 bytes.
     pub fn set_max_dynamic_shared(&mut self, bytes: u32) -> Result<(), LaunchError> {
-        let limit = 232_448 - self.static_shared_bytes().min(232_448);
+        let limit = 232_448 - self.program.dynamic_offset(self.function).min(232_448);
         if bytes > limit {
             return Err(LaunchError::Limit { what: "dynamic shared memory limit", got: bytes.into(), limit: limit.into() });
         }

@@ -36,13 +36,14 @@ pub enum Detector {
     Uninitialised = 1 << 1,
     /// Ordinary writes read through the async proxy without a proxy fence in between.
     ProxyFence = 1 << 2,
-    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with.
+    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with, and tiles of TMA that do not begin where their
+    /// swizzle does.
     Swizzle = 1 << 3,
     /// Accumulators and A registers touched while a wgmma may use them, and missing `wgmma.fence`.
     WgmmaRegisters = 1 << 4,
     /// Work left unfinished when a thread or a block exits.
     ExitState = 1 << 5,
-    /// Two different source lines meeting at one block barrier.
+    /// Two different source lines meeting at one `__syncthreads`: barrier 0, aligned, with every thread.
     BarrierSite = 1 << 6,
 }
 

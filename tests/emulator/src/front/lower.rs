@@ -28,7 +28,10 @@ pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String,
     let mut shared = 0u64;
     for var in &module.vars {
         let symbol = match var.space {
-            VarSpace::Shared if var.unsized_array || var.bytes == 0 => Symbol::DynamicShared,
+            VarSpace::Shared if var.unsized_array || var.bytes == 0 => {
+                program.dynamic_align = program.dynamic_align.max(var.align);
+                Symbol::DynamicShared
+            }
             VarSpace::Shared => Symbol::Shared(place(&mut shared, var, MAX_SHARED_BYTES)?),
             _ => match addresses.get(var.name) {
                 Some(&address) => Symbol::Global(address),
@@ -212,7 +215,10 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
             },
             Stmt::Var(var) => {
                 let symbol = match var.space {
-                    VarSpace::Shared if var.unsized_array => Symbol::DynamicShared,
+                    VarSpace::Shared if var.unsized_array => {
+                        self.program.dynamic_align = self.program.dynamic_align.max(var.align);
+                        Symbol::DynamicShared
+                    }
                     VarSpace::Shared => Symbol::Shared(place(self.shared, var, MAX_SHARED_BYTES)?),
                     VarSpace::Local => Symbol::Local(place(&mut self.local, var, MAX_LOCAL_BYTES)?),
                     VarSpace::Param => Symbol::Param(place(&mut self.param, var, 1 << 20)?, var.bytes as u32),

@@ -3,7 +3,7 @@
 use super::{Machine, Trouble, trouble};
 use crate::memory::global::Buffer;
 use crate::race::cells::Sweep;
-use crate::race::{ASYNC, Access, Conflict, READ, WRITE, clock::Clock};
+use crate::race::{ASYNC, Access, Conflict, PENDING, READ, WRITE, clock::Clock};
 use crate::report::Fault;
 use std::sync::Arc;
 
@@ -24,6 +24,8 @@ pub(crate) enum Hint<'c> {
     None,
     /// What each warp of a warpgroup knew when it queued the product.
     Warps(&'c [Arc<Clock>; 4]),
+    /// The last step of every actor before a bulk store was issued, which reads its source later.
+    Issued(&'c [u32]),
 }
 
 impl Machine<'_> {
@@ -51,14 +53,15 @@ impl Machine<'_> {
         match self.ctas[rank].shared.sweep(offset, len, sweep) {
             None => Ok(()),
             Some((at, c)) => {
-                let t = self.conflict(c, a.id, sweep.kind(), self.shared_name(rank, at), false);
-                Err(self.explain(t, a, c))
+                let name = self.shared_name(rank, at);
+                let t = self.conflict(c, a.id, sweep.kind(), name.clone(), false);
+                Err(self.explain(t, a, c, &name))
             }
         }
     }
 
-    /// Adds to a conflict what the hint of its actor tells.
-    fn explain(&self, mut t: Trouble, a: &Actor<'_>, c: Conflict) -> Trouble {
+    /// Adds to a conflict at `place` what the hint of its actor tells.
+    fn explain(&self, mut t: Trouble, a: &Actor<'_>, c: Conflict, place: &str) -> Trouble {
         let me = self.clocks.cluster;
         match (a.hint, c) {
             (Hint::Warps(warps), Conflict::Race(cell)) => {
@@ -68,7 +71,18 @@ impl Machine<'_> {
                     t.message += &format!(": {n} of the four warps do not know of it");
                 }
             }
-            (Hint::Warps(_), Conflict::Proxy(_)) | (Hint::None, _) => {}
+            (Hint::Issued(before), Conflict::Race(cell)) if cell.cluster == me && cell.clock != PENDING => {
+                let actor = usize::from(cell.actor);
+                if before.get(actor).is_some_and(|&last| cell.clock > last) {
+                    let (store, writer) = (self.actor_name(a.id), self.actor_name(cell.actor));
+                    t.message = format!("data race on {place}: overwritten by {writer} before the {store} had read it");
+                    // The store came first.
+                    (t.pc, t.other) = (Some(cell.site), Some(a.site));
+                    let per = self.threads_per_cta();
+                    t.thread = (actor < self.clocks.threads.len()).then(|| ((actor / per) as u32, Some((actor % per) as u32)));
+                }
+            }
+            _ => {}
         }
         t
     }

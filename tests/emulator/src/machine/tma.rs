@@ -55,6 +55,8 @@ pub(crate) struct BulkStore {
     pub offset: usize,
     pub reduce: Option<(Fun, Ty)>,
     pub known: Arc<Clock>,
+    /// The last step of every actor before it was issued.
+    pub before: Vec<u32>,
     pub site: u32,
     /// What was read from shared memory, once it was.
     pub data: Option<Vec<u8>>,
@@ -240,7 +242,7 @@ impl Machine<'_> {
         }
         let actor = self.actor(w.cta, TMA_ACTORS);
         let (id, step, after) = self.clocks.start(actor, &op.known);
-        let reader = Actor { id, step, known: &op.known, site: op.site, hint: Hint::None };
+        let reader = Actor { id, step, known: &op.known, site: op.site, hint: Hint::Issued(&op.before) };
         let mut data = vec![0; op.bytes];
         match &op.to {
             Far::Tensor { map, coords } => {
