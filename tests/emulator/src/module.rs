@@ -2,7 +2,9 @@
 
 use crate::error::LaunchError;
 use crate::front::ast::Loc;
+use crate::front::unwritten;
 use crate::isa::Code;
+use crate::isa::ty::{Reg, Src};
 use crate::report::Place;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -39,7 +41,7 @@ pub(crate) struct Program {
     pub dynamic_align: u32,
     /// Branch tables.
     pub tables: Vec<Vec<u32>>,
-    /// 32-bit rows each instruction touches; `touch_ends[pc]` ends its part.
+    /// Registers each instruction touches, its guard left out; `touch_ends[pc]` ends its part.
     pub touches: Vec<Touch>,
     pub touch_ends: Vec<u32>,
 }
@@ -63,10 +65,36 @@ pub(crate) struct Slot {
     pub align: u32,
 }
 
-/// An instruction reads or writes a 32-bit row.
+/// A register of a frame: of up to 32 bits, of 64 bits, a predicate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Row {
+    W(u32),
+    D(u32),
+    P(u32),
+}
+
+impl Row {
+    pub fn of(reg: Reg) -> Option<Row> {
+        match reg {
+            Reg::W(slot, _) => Some(Row::W(slot)),
+            Reg::D(slot) => Some(Row::D(slot)),
+            Reg::Sink => None,
+        }
+    }
+
+    pub fn of_src(src: Src) -> Option<Row> {
+        match src {
+            Src::W(slot) => Some(Row::W(slot)),
+            Src::D(slot) => Some(Row::D(slot)),
+            Src::Imm(_) | Src::Special(_) => None,
+        }
+    }
+}
+
+/// An instruction reads or writes a register.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Touch {
-    pub slot: u32,
+    pub row: Row,
     pub write: bool,
 }
 
@@ -102,6 +130,8 @@ pub(crate) struct FunctionInfo {
     pub uses: Uses,
     /// 32-bit rows that wgmma works on.
     pub watched: HashSet<u32>,
+    /// Registers that may be read before they are written, and those that may hold copies of them, with their names.
+    pub unwritten: HashMap<Row, String>,
 }
 
 impl Program {
@@ -114,17 +144,24 @@ impl Program {
         self.functions[function].static_shared.next_multiple_of(self.dynamic_align)
     }
 
-    /// After lowering: marks the instructions that touch a register wgmma works on.
-    pub fn finish(&mut self) {
-        for f in self.functions.iter().filter(|f| !f.watched.is_empty()) {
-            for pc in f.start..f.end {
-                let hit = self.touches_of(pc).iter().any(|t| f.watched.contains(&t.slot));
-                self.code[pc as usize].watched = hit;
-            }
+    /// After lowering a function: marks the instructions that touch a register wgmma works on, and those that touch one that may be read
+    /// unwritten. `name` gives the registers' names.
+    pub fn finish(&mut self, function: usize, name: impl Fn(Row) -> String) {
+        let f = &self.functions[function];
+        let unwritten = unwritten::find(self, f);
+        for pc in f.start..f.end {
+            let rows = self.touches_of(pc).iter().map(|t| t.row);
+            let code = &self.code[pc as usize];
+            let watched = !f.watched.is_empty() && rows.clone().any(|row| matches!(row, Row::W(slot) if f.watched.contains(&slot)));
+            let guard = code.guard.slot().map(Row::P);
+            let unsure = !unwritten.is_empty() && rows.chain(guard).any(|row| unwritten.contains(&row));
+            let code = &mut self.code[pc as usize];
+            (code.watched, code.unsure) = (watched, unsure);
         }
+        self.functions[function].unwritten = unwritten.into_iter().map(|row| (row, name(row))).collect();
     }
 
-    /// 32-bit rows the instruction at `pc` touches.
+    /// Registers the instruction at `pc` touches, its guard left out.
     pub fn touches_of(&self, pc: u32) -> &[Touch] {
         let start = if pc == 0 { 0 } else { self.touch_ends[pc as usize - 1] };
         &self.touches[start as usize..self.touch_ends[pc as usize] as usize]

@@ -45,6 +45,8 @@ pub enum Detector {
     ExitState = 1 << 5,
     /// Two different source lines meeting at one `__syncthreads`: barrier 0, aligned, with every thread.
     BarrierSite = 1 << 6,
+    /// Registers read before anything wrote them, other than by a copy.
+    UnwrittenRegisters = 1 << 7,
 }
 
 /// A set of detectors. Bounds, alignment, mbarrier protocol, `.aligned` and deadlock checks cannot be switched off.
@@ -53,7 +55,7 @@ pub struct Detectors(u16);
 
 impl Detectors {
     /// Every detector, in the order of their bits.
-    pub const EACH: [Detector; 7] = [
+    pub const EACH: [Detector; 8] = [
         Detector::Race,
         Detector::Uninitialised,
         Detector::ProxyFence,
@@ -61,11 +63,12 @@ impl Detectors {
         Detector::WgmmaRegisters,
         Detector::ExitState,
         Detector::BarrierSite,
+        Detector::UnwrittenRegisters,
     ];
 
     /// Every detector on: the default.
     pub const fn all() -> Self {
-        Self(0x7f)
+        Self(0xff)
     }
 
     /// Only the checks that cannot be switched off.

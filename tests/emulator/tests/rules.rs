@@ -274,3 +274,61 @@ fn who_may_fence_an_init() {
         }
     }
 }
+
+/// A register is written lane by lane; copies carry that it is not, and whatever else reads it is at fault.
+#[test]
+fn registers_nobody_wrote() {
+    let text = |body: &str| {
+        format!(
+            ".func (.param .b32 r) half(.param .b32 x)\n{{\n\t.reg .b32 a, b;\n\t.reg .pred p;\n\tld.param.b32 a, [x];\n\tsetp.gt.u32 p, a, 15;\n\
+             \t@p mov.u32 b, 4;\n\t@p add.u32 a, b, 1;\n\tst.param.b32 [r], a;\n\tret;\n}}\n\
+             .visible .entry k(.param .u64 out)\n{{\n\t.reg .b32 a, b, c, d, i;\n\t.reg .b16 h, l;\n\t.reg .b64 to, w;\n\t.reg .pred p, q, u;\n\
+             \tmov.u32 i, %tid.x;\n\tsetp.lt.u32 p, i, 16;\n{body}\n\tret;\n}}\n"
+        )
+    };
+    let call = "{\n.param .b32 from;\n.param .b32 back;\nst.param.b32 [from], i;\ncall (back), half, (from);\nld.param.b32 d, [back];\n}";
+    let silent = [
+        "@p mov.u32 a, 3;\n@p add.u32 b, a, 1;",
+        "@p bra one;\nmov.u32 a, 3;\nbra met;\none:\nmov.u32 a, 4;\nmet:\nadd.u32 b, a, 1;",
+        // Copies that nothing reads, and choices of the other side.
+        "mov.u32 b, a;\nmov.b64 w, {a, b};\nmov.b64 {c, d}, w;\nmov.b32 {h, l}, a;\nmov.pred q, u;",
+        "@p mov.u32 a, 3;\nselp.b32 b, a, i, p;\nadd.u32 b, b, 1;",
+        // The first time round the loop takes the other value.
+        "setp.ne.u32 q, i, i;\nmov.u32 c, 0;\nloop:\n@q add.u32 d, a, 1;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.gt.u32 q, c, 0;\nsetp.lt.u32 p, c, 4;\n@p bra loop;",
+        "setp.eq.u32 q, i, i;\n@q mov.u32 a, 3;\nadd.u32 b, a, 1;",
+        call,
+    ];
+    let faults = [
+        ("add.u32 b, a, 1;", "a", 0),
+        ("@p mov.u32 a, 3;\nadd.u32 b, a, 1;", "a", 16),
+        ("@!p mov.u32 a, 3;\n@p add.u32 b, a, 1;", "a", 0),
+        ("@p bra one;\nmov.u32 a, 3;\none:\nadd.u32 b, a, 1;", "a", 0),
+        ("@!p bra one;\nmov.u32 a, 3;\none:\nadd.u32 b, a, 1;", "a", 16),
+        ("@u add.u32 b, i, 1;", "u", 0),
+        ("@p setp.eq.u32 u, i, 3;\nselp.b32 b, 1, 2, u;", "u", 16),
+        ("ld.param.u64 to, [out];\nst.global.u32 [to], a;", "a", 0),
+        ("st.global.u32 [to], i;", "to", 0),
+        ("mov.u32 b, a;\nadd.u32 c, b, 1;", "b", 0),
+        ("mov.b64 w, {i, a};\nadd.u64 to, w, 1;", "w", 0),
+        ("mov.b64 w, {i, a};\nmov.b64 {c, d}, w;\nadd.u32 d, d, 1;", "d", 0),
+        ("@p mov.u32 a, 3;\nselp.b32 b, i, a, p;\nadd.u32 b, b, 1;", "b", 16),
+        ("mov.pred q, u;\n@q add.u32 b, i, 1;", "q", 0),
+        ("mov.u32 c, 0;\nloop:\nadd.u32 d, a, 1;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.lt.u32 p, c, 4;\n@p bra loop;", "a", 0),
+    ];
+    for options in Options::standard(4) {
+        for body in silent {
+            run(&text(body), 32, &[], &[0; 128], options.clone()).unwrap_or_else(|e| panic!("{body}: {e}"));
+        }
+        let mistaken = text(call).replace("@p add.u32 a, b, 1;", "add.u32 a, b, 1;");
+        let faults = faults.map(|(body, name, lane)| (text(body), name, lane)).into_iter().chain([(mistaken, "b", 0)]);
+        for (text, name, first) in faults {
+            let off = Options { detectors: Detectors::all().without(Detector::UnwrittenRegisters), ..options.clone() };
+            let report = run(&text, 32, &[], &[0; 128], options.clone()).expect_err(&text);
+            let said = report.message == format!("register {name} is read before anything wrote it");
+            assert!(report.fault == Fault::UnwrittenRegister && said && report.lane == first, "{text}: {report}");
+            if let Err(report) = run(&text, 32, &[], &[0; 128], off) {
+                assert_ne!(report.fault, Fault::UnwrittenRegister, "{text}: {report}");
+            }
+        }
+    }
+}

@@ -152,7 +152,7 @@ fn warp(env: &Env<'_>, cluster: u32, rank: u32, index: u32, slot: u32, dynamic_o
     let mut w = Warp { cta: rank, index, slot, thread0: rank * threads + index * 32, exists, live: exists, ready: true, ..Warp::default() };
     w.cur = Group { pc: info.start, mask: exists, frame: 0, state: State::Ready, result: None };
     w.merge_pc = u32::MAX;
-    w.extend_rows(info.rows32, info.rows64, info.rowsp);
+    w.extend_rows(info);
     let local_base = w.local.push(info.local_bytes).unwrap_or(0);
     let extra = (info.frame_param_bytes as usize).saturating_sub(env.params.len());
     w.frames.push(Frame {

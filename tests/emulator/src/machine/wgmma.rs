@@ -16,6 +16,7 @@ use super::warp::{State, Warp, lanes};
 use super::{Machine, TMA_ACTORS, Trouble, Wake, trouble};
 use crate::isa::wgmma::{ASource, Product};
 use crate::isa::{Flow, Op};
+use crate::module::Row;
 use crate::options::Detector;
 use crate::race::clock::Clock;
 use crate::report::Fault;
@@ -115,7 +116,8 @@ pub(crate) fn watch(m: &Machine<'_>, w: &mut Warp, op: &Op, pc: u32) -> Result<(
     let rows = w.r32.len();
     w.wgmma.grow(rows);
     for touch in m.env.program.touches_of(pc) {
-        let row = (w.base32 + touch.slot) as usize;
+        let Row::W(slot) = touch.row else { continue };
+        let row = (w.base32 + slot) as usize;
         let verb = if touch.write { "written" } else { "read" };
         if w.wgmma.accumulator[row] > 0 {
             return Err(trouble(Fault::WgmmaRegister, format!("accumulator {verb} between wgmma and its wait_group")));
