@@ -130,7 +130,7 @@ pub(crate) struct FunctionInfo {
     pub uses: Uses,
     /// 32-bit rows that wgmma works on.
     pub watched: HashSet<u32>,
-    /// Registers that may be read before they are written, and those that may hold copies of them, with their names.
+    /// Registers that may be read before they are written, and those that may be made of such, with their names.
     pub unwritten: HashMap<Row, String>,
 }
 

@@ -43,9 +43,9 @@ pub enum Detector {
     WgmmaRegisters = 1 << 4,
     /// Work left unfinished when a thread or a block exits.
     ExitState = 1 << 5,
-    /// Two different source lines meeting at one `__syncthreads`: barrier 0, aligned, with every thread.
+    /// Two different source lines meeting at one aligned barrier of the whole block, such as `__syncthreads`.
     BarrierSite = 1 << 6,
-    /// Registers read before anything wrote them, other than by a copy.
+    /// Registers read before anything wrote them, other than by arithmetic whose result is not read either.
     UnwrittenRegisters = 1 << 7,
 }
 

@@ -177,10 +177,10 @@ fn tiles_may_begin_at_any_128_bytes() {
     }
 }
 
-/// Threads of different warps may meet at a barrier from different places, as warps with roles of their own do. One `__syncthreads`,
-/// which is barrier 0 with every thread, is the exception: the language wants it in uniform code.
+/// Threads of different warps may meet at a barrier from different places, as warps with roles of their own do. An aligned barrier of
+/// the whole block, such as `__syncthreads`, wants one place.
 #[test]
-fn only_syncthreads_wants_one_line() {
+fn only_aligned_barriers_want_one_line() {
     let text = |barrier: &str| {
         format!(
             ".file 1 \"roles.cu\"\n.visible .entry k(.param .u64 out)\n{{\n\t.shared .align 4 .b8 word[4];\n\t.reg .pred p;\n\t.reg .b32 r, at;\n\t.reg .b64 to;\n\
@@ -192,11 +192,11 @@ fn only_syncthreads_wants_one_line() {
         .replace("\tst.global.u32 [to], r;\n\tret;", "\tmov.u32 at, %tid.x;\n\tsetp.eq.u32 p, at, 32;\n\t@p st.global.u32 [to], r;\n\tret;")
     };
     for options in Options::standard(4) {
-        for free in ["barrier.sync 1;", "barrier.sync 0;", "bar.sync 1;", "bar.sync 2, 64;", "barrier.sync.aligned 3;"] {
+        for free in ["barrier.sync 1;", "barrier.sync 0;", "barrier.cta.sync 7;", "bar.sync 2, 64;", "barrier.sync.aligned 3, 64;"] {
             let after = run(&text(free), 64, &[], &[0; 4], options.clone()).unwrap_or_else(|e| panic!("{free}: {e}"));
             assert_eq!(words(&after), [7], "{free}");
         }
-        for one in ["bar.sync 0;", "barrier.sync.aligned 0;", "barrier.cta.sync.aligned 0;"] {
+        for one in ["bar.sync 0;", "bar.sync 1;", "barrier.sync.aligned 0;", "barrier.cta.sync.aligned 3;"] {
             let report = run(&text(one), 64, &[], &[0; 4], options.clone()).expect_err(one);
             assert!(report.fault == Fault::Barrier && report.message.contains("two lines meet"), "{one}: {report}");
             let off = Options { detectors: Detectors::all().without(Detector::BarrierSite), ..options.clone() };
@@ -275,7 +275,7 @@ fn who_may_fence_an_init() {
     }
 }
 
-/// A register is written lane by lane; copies carry that it is not, and whatever else reads it is at fault.
+/// A register is written lane by lane; arithmetic passes on that it is not, and whatever else reads it is at fault.
 #[test]
 fn registers_nobody_wrote() {
     let text = |body: &str| {
@@ -283,50 +283,58 @@ fn registers_nobody_wrote() {
             ".func (.param .b32 r) half(.param .b32 x)\n{{\n\t.reg .b32 a, b;\n\t.reg .pred p;\n\tld.param.b32 a, [x];\n\tsetp.gt.u32 p, a, 15;\n\
              \t@p mov.u32 b, 4;\n\t@p add.u32 a, b, 1;\n\tst.param.b32 [r], a;\n\tret;\n}}\n\
              .visible .entry k(.param .u64 out)\n{{\n\t.reg .b32 a, b, c, d, i;\n\t.reg .b16 h, l;\n\t.reg .b64 to, w;\n\t.reg .pred p, q, u;\n\
-             \tmov.u32 i, %tid.x;\n\tsetp.lt.u32 p, i, 16;\n{body}\n\tret;\n}}\n"
+             \tmov.u32 i, %tid.x;\n\tsetp.lt.u32 p, i, 16;\n\tld.param.u64 to, [out];\n\tmad.wide.u32 to, i, 8, to;\n{body}\n\tret;\n}}\n"
         )
     };
     let call = "{\n.param .b32 from;\n.param .b32 back;\nst.param.b32 [from], i;\ncall (back), half, (from);\nld.param.b32 d, [back];\n}";
     let silent = [
-        "@p mov.u32 a, 3;\n@p add.u32 b, a, 1;",
-        "@p bra one;\nmov.u32 a, 3;\nbra met;\none:\nmov.u32 a, 4;\nmet:\nadd.u32 b, a, 1;",
-        // Copies that nothing reads, and choices of the other side.
-        "mov.u32 b, a;\nmov.b64 w, {a, b};\nmov.b64 {c, d}, w;\nmov.b32 {h, l}, a;\nmov.pred q, u;",
-        "@p mov.u32 a, 3;\nselp.b32 b, a, i, p;\nadd.u32 b, b, 1;",
+        "@p mov.u32 a, 3;\n@p add.u32 b, a, 1;\n@p st.global.u32 [to], b;",
+        "@p bra one;\nmov.u32 a, 3;\nbra met;\none:\nmov.u32 a, 4;\nmet:\nst.global.u32 [to], a;",
+        // What is made of nothing and then not wanted.
+        "mov.u32 b, a;\nmov.b64 w, {a, b};\nmov.b64 {c, d}, w;\nmov.b32 {h, l}, a;\nmov.pred q, u;\nadd.u32 c, a, 1;\nsetp.lt.u32 q, c, d;",
+        "@p mov.u32 a, 3;\nadd.u32 b, a, 1;\nselp.b32 b, b, i, p;\nst.global.u32 [to], b;",
+        "@p mov.u32 a, 3;\nadd.u32 b, a, 1;\n@p st.global.u32 [to], b;",
+        "@p setp.lt.u32 u, i, 8;\nand.pred q, p, u;\n@q st.global.u32 [to], i;",
+        "@!p setp.lt.u32 u, i, 24;\nor.pred q, u, p;\n@q st.global.u32 [to], i;",
+        "@p mov.u32 a, 3;\nsetp.lt.and.u32 q, a, 8, p;\n@q st.global.u32 [to], i;",
         // The first time round the loop takes the other value.
-        "setp.ne.u32 q, i, i;\nmov.u32 c, 0;\nloop:\n@q add.u32 d, a, 1;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.gt.u32 q, c, 0;\nsetp.lt.u32 p, c, 4;\n@p bra loop;",
-        "setp.eq.u32 q, i, i;\n@q mov.u32 a, 3;\nadd.u32 b, a, 1;",
+        "setp.ne.u32 q, i, i;\nmov.u32 c, 0;\nloop:\n@q st.global.u32 [to], a;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.gt.u32 q, c, 0;\nsetp.lt.u32 p, c, 4;\n@p bra loop;",
+        "setp.eq.u32 q, i, i;\n@q mov.u32 a, 3;\nst.global.u32 [to], a;",
         call,
     ];
     let faults = [
-        ("add.u32 b, a, 1;", "a", 0),
-        ("@p mov.u32 a, 3;\nadd.u32 b, a, 1;", "a", 16),
-        ("@!p mov.u32 a, 3;\n@p add.u32 b, a, 1;", "a", 0),
-        ("@p bra one;\nmov.u32 a, 3;\none:\nadd.u32 b, a, 1;", "a", 0),
-        ("@!p bra one;\nmov.u32 a, 3;\none:\nadd.u32 b, a, 1;", "a", 16),
-        ("@u add.u32 b, i, 1;", "u", 0),
-        ("@p setp.eq.u32 u, i, 3;\nselp.b32 b, 1, 2, u;", "u", 16),
-        ("ld.param.u64 to, [out];\nst.global.u32 [to], a;", "a", 0),
-        ("st.global.u32 [to], i;", "to", 0),
-        ("mov.u32 b, a;\nadd.u32 c, b, 1;", "b", 0),
-        ("mov.b64 w, {i, a};\nadd.u64 to, w, 1;", "w", 0),
-        ("mov.b64 w, {i, a};\nmov.b64 {c, d}, w;\nadd.u32 d, d, 1;", "d", 0),
-        ("@p mov.u32 a, 3;\nselp.b32 b, i, a, p;\nadd.u32 b, b, 1;", "b", 16),
-        ("mov.pred q, u;\n@q add.u32 b, i, 1;", "q", 0),
-        ("mov.u32 c, 0;\nloop:\nadd.u32 d, a, 1;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.lt.u32 p, c, 4;\n@p bra loop;", "a", 0),
+        ("st.global.u32 [to], a;", "a", 0),
+        ("@p mov.u32 a, 3;\nst.global.u32 [to], a;", "a", 16),
+        ("@!p mov.u32 a, 3;\n@p st.global.u32 [to], a;", "a", 0),
+        ("@p bra one;\nmov.u32 a, 3;\none:\nst.global.u32 [to], a;", "a", 0),
+        ("@!p bra one;\nmov.u32 a, 3;\none:\nst.global.u32 [to], a;", "a", 16),
+        ("@u st.global.u32 [to], i;", "u", 0),
+        ("@u bra one;\none:\nadd.u32 a, i, 1;", "u", 0),
+        ("@p setp.eq.u32 u, i, 3;\nselp.b32 b, 1, 2, u;\nst.global.u32 [to], b;", "b", 16),
+        ("add.u64 w, w, 4;\nst.global.u32 [w], i;", "w", 0),
+        ("shfl.sync.bfly.b32 b, a, 1, 31, -1;", "a", 0),
+        ("mov.u32 b, a;\nadd.u32 c, b, 1;\nst.global.u32 [to], c;", "c", 0),
+        ("mov.b64 w, {i, a};\nst.global.u64 [to], w;", "w", 0),
+        ("mov.b64 w, {i, a};\nmov.b64 {c, d}, w;\nst.global.u32 [to], d;", "d", 0),
+        ("@p mov.u32 a, 3;\nselp.b32 b, i, a, p;\nst.global.u32 [to], b;", "b", 16),
+        ("@u mov.u32 i, 3;\nst.global.u32 [to], i;", "i", 0),
+        ("mov.pred q, u;\n@q st.global.u32 [to], i;", "q", 0),
+        ("@p setp.lt.u32 u, i, 8;\nor.pred q, p, u;\n@q st.global.u32 [to], i;", "q", 16),
+        ("@p mov.u32 a, 3;\nsetp.lt.or.u32 q, a, 8, p;\n@q st.global.u32 [to], i;", "q", 16),
+        ("mov.u32 c, 0;\nloop:\nst.global.u32 [to], a;\nmov.u32 a, c;\nadd.u32 c, c, 1;\nsetp.lt.u32 p, c, 4;\n@p bra loop;", "a", 0),
     ];
     for options in Options::standard(4) {
         for body in silent {
-            run(&text(body), 32, &[], &[0; 128], options.clone()).unwrap_or_else(|e| panic!("{body}: {e}"));
+            run(&text(body), 32, &[], &[0; 256], options.clone()).unwrap_or_else(|e| panic!("{body}: {e}"));
         }
         let mistaken = text(call).replace("@p add.u32 a, b, 1;", "add.u32 a, b, 1;");
-        let faults = faults.map(|(body, name, lane)| (text(body), name, lane)).into_iter().chain([(mistaken, "b", 0)]);
+        let faults = faults.map(|(body, name, lane)| (text(body), name, lane)).into_iter().chain([(mistaken, "a", 0)]);
         for (text, name, first) in faults {
             let off = Options { detectors: Detectors::all().without(Detector::UnwrittenRegisters), ..options.clone() };
-            let report = run(&text, 32, &[], &[0; 128], options.clone()).expect_err(&text);
-            let said = report.message == format!("register {name} is read before anything wrote it");
+            let report = run(&text, 32, &[], &[0; 256], options.clone()).expect_err(&text);
+            let said = report.message == format!("register {name} is read, but nothing wrote it or what it is made of");
             assert!(report.fault == Fault::UnwrittenRegister && said && report.lane == first, "{text}: {report}");
-            if let Err(report) = run(&text, 32, &[], &[0; 128], off) {
+            if let Err(report) = run(&text, 32, &[], &[0; 256], off) {
                 assert_ne!(report.fault, Fault::UnwrittenRegister, "{text}: {report}");
             }
         }

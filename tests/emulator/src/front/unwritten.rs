@@ -1,67 +1,20 @@
 //! Registers that some path through a function may read before anything wrote them.
 //!
 //! Most registers have their one write in front of every read, so nothing needs to be known of them when the kernel runs. This finds
-//! the others: from each read backwards along the control flow, to the writes or to the beginning of the function. An instruction that
-//! merely copies (see [`copies`]) is no read: what it copies matters where the copy is read.
+//! the others: from each read backwards along the control flow, to the writes or to the beginning of the function.
 
 use crate::isa::control::Control;
-use crate::isa::ty::{PSrc, Src};
-use crate::isa::wgmma::Wgmma;
-use crate::isa::{Code, Op, compare::Compare, moves::Move};
+use crate::isa::{Code, Op};
 use crate::module::{FunctionInfo, Program, Row};
 use std::collections::HashSet;
 
 /// Steps that one function may take. Beyond them every register counts as found, which costs time and changes no verdict.
 const MAX_STEPS: usize = 1 << 24;
 
-/// Where an instruction only copies registers: to what, and from what.
-pub(crate) fn copies(op: &Op) -> Option<(Vec<Row>, Vec<Row>)> {
-    let of = |src: &Src| Row::of_src(*src);
-    let predicate = |p: &PSrc| if let PSrc::Reg { slot, .. } = p { Some(Row::P(*slot)) } else { None };
-    Some(match op {
-        Op::Move(Move::Mov32 { d, a } | Move::Mov64 { d, a }) => (Row::of(*d).into_iter().collect(), of(a).into_iter().collect()),
-        Op::Move(Move::Pack { d, parts, .. }) => (Row::of(*d).into_iter().collect(), parts.iter().filter_map(of).collect()),
-        Op::Move(Move::Unpack { parts, a, .. }) => (parts.iter().filter_map(|p| Row::of(*p)).collect(), of(a).into_iter().collect()),
-        Op::Compare(Compare::Selp { d, a, b, .. }) => (Row::of(*d).into_iter().collect(), [a, b].into_iter().filter_map(of).collect()),
-        Op::Compare(Compare::Pred { op: None, p, a, .. }) => (p.map(Row::P).into_iter().collect(), predicate(a).into_iter().collect()),
-        _ => return None,
-    })
-}
-
-/// Whether [`copies`] has an answer.
-fn is_copy(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Move(Move::Mov32 { .. } | Move::Mov64 { .. } | Move::Pack { .. } | Move::Unpack { .. })
-            | Op::Compare(Compare::Selp { .. } | Compare::Pred { op: None, .. })
-    )
-}
-
-/// The predicate that chooses between the sources of a copy: a read.
-pub(crate) fn chooser(op: &Op) -> Option<u32> {
-    match op {
-        Op::Compare(Compare::Selp { p: PSrc::Reg { slot, .. }, .. }) => Some(*slot),
-        _ => None,
-    }
-}
-
-/// Calls `f` with each register that an instruction reads for its own work.
-fn reads(program: &Program, pc: u32, mut f: impl FnMut(Row)) {
-    let code = &program.code[pc as usize];
-    code.guard.slot().into_iter().for_each(|slot| f(Row::P(slot)));
-    if is_copy(&code.op) {
-        return chooser(&code.op).into_iter().for_each(|slot| f(Row::P(slot)));
-    }
-    let fresh: &[u32] = match &code.op {
-        Op::Wgmma(wgmma) => match &**wgmma {
-            // With scale-d false the accumulators are written only.
-            Wgmma::Product(p) if p.scale_d == PSrc::Const(false) => &p.d,
-            _ => &[],
-        },
-        _ => &[],
-    };
-    let touches = program.touches_of(pc).iter().filter(|t| !t.write);
-    touches.map(|t| t.row).filter(|row| !matches!(row, Row::W(slot) if fresh.contains(slot))).for_each(f);
+/// Whether an instruction only makes registers out of registers. A compiler may put it where its operands have no value yet, as long
+/// as nothing comes of it; so its result is unwritten where an operand is, and it is no fault.
+pub(crate) fn is_pure(op: &Op) -> bool {
+    matches!(op, Op::Int(_) | Op::Packed(_) | Op::Float(_) | Op::Half(_) | Op::Compare(_) | Op::Convert(_) | Op::Move(_))
 }
 
 /// Where control may go after the instruction at `pc`, other than to the next one; and whether it may go to the next one.
@@ -174,64 +127,45 @@ impl<'p> Writes<'p> {
     }
 }
 
-/// What must be watched when the function runs: the registers that may be read unwritten, and those that may hold copies of them.
+/// What must be watched when the function runs: the registers that may be read unwritten, and those that may be made of them.
 pub(crate) fn find(program: &Program, f: &FunctionInfo) -> HashSet<Row> {
     let (blocks, writes) = (Blocks::new(program, f), Writes::new(program, f));
     let rows = writes.ends.len();
-    // By register: places, each in a block, before which its value matters.
-    let mut open: Vec<Vec<(u32, u32)>> = vec![Vec::new(); rows];
-    // Most reads have their write in the same block.
+    // By register: the blocks that read it before they write it.
+    let mut open: Vec<Vec<u32>> = vec![Vec::new(); rows];
     let mut here = vec![u32::MAX; rows];
     for pc in f.start..f.end {
         let block = blocks.of(pc);
-        reads(program, pc, |row| {
-            let number = writes.number(row);
-            if here[number] != block {
-                open[number].push((pc, block));
+        let (touches, guard) = (program.touches_of(pc), program.code[pc as usize].guard);
+        let reads = touches.iter().filter(|t| !t.write).map(|t| t.row).chain(guard.slot().map(Row::P));
+        for number in reads.map(|row| writes.number(row)) {
+            if here[number] != block && open[number].last() != Some(&block) {
+                open[number].push(block);
             }
-        });
-        let code = &program.code[pc as usize];
-        if code.guard.always() {
-            let value = if is_copy(&code.op) { u32::MAX } else { block };
-            program.touches_of(pc).iter().filter(|t| t.write).for_each(|t| here[writes.number(t.row)] = value);
+        }
+        if guard.always() {
+            touches.iter().filter(|t| t.write).for_each(|t| here[writes.number(t.row)] = block);
         }
     }
-    let mut todo: Vec<usize> = (0..rows).filter(|&number| !open[number].is_empty()).collect();
-    let mut followed = vec![false; (f.end - f.start) as usize];
-    let mut passed = vec![0; blocks.ends.len()];
+    // From there backwards, until a block writes it whatever its predicates are.
+    let (mut passed, mut steps) = (vec![u32::MAX; blocks.ends.len()], 0);
     let mut found = HashSet::new();
-    let (mut turn, mut steps) = (0u32, 0);
-    while let Some(number) = todo.pop() {
-        turn += 1;
-        let mut places = std::mem::take(&mut open[number]);
-        while let Some((before, block)) = places.pop() {
+    for (number, mut places) in open.into_iter().enumerate() {
+        let writing = |block: u32| {
+            let (first, last) = blocks.ends[block as usize];
             let list = writes.of(number);
-            let list = &list[..list.partition_point(|&at| at < before)];
-            let mut written = false;
-            for &at in list.iter().rev().take_while(|&&at| at >= blocks.ends[block as usize].0) {
-                steps += 1;
-                let code = &program.code[at as usize];
-                if is_copy(&code.op) && !std::mem::replace(&mut followed[(at - f.start) as usize], true) {
-                    for from in copies(&code.op).map_or_else(Vec::new, |(_, from)| from) {
-                        open[writes.number(from)].push((at, block));
-                        todo.push(writes.number(from));
-                    }
-                }
-                written = code.guard.always();
-                if written {
-                    break;
-                }
-            }
-            if written {
-                continue;
-            }
+            let inside = &list[list.partition_point(|&at| at < first)..list.partition_point(|&at| at <= last)];
+            inside.iter().any(|&at| program.code[at as usize].guard.always())
+        };
+        while let Some(block) = places.pop() {
             if block == 0 {
                 found.insert(writes.row(number));
+                break;
             }
             for &from in &blocks.before[block as usize] {
                 steps += 1;
-                if std::mem::replace(&mut passed[from as usize], turn) != turn {
-                    places.push((blocks.ends[from as usize].1 + 1, from));
+                if std::mem::replace(&mut passed[from as usize], number as u32) != number as u32 && !writing(from) {
+                    places.push(from);
                 }
             }
         }
@@ -243,12 +177,13 @@ pub(crate) fn find(program: &Program, f: &FunctionInfo) -> HashSet<Row> {
     while more {
         more = false;
         for pc in f.start..f.end {
-            let op = &program.code[pc as usize].op;
-            if is_copy(op)
-                && let Some((to, from)) = copies(op)
-                && from.iter().any(|row| found.contains(row))
-            {
-                to.into_iter().for_each(|row| more |= found.insert(row));
+            let Code { op, guard, .. } = &program.code[pc as usize];
+            let touches = program.touches_of(pc);
+            let unsure = |row: &Row| found.contains(row);
+            let made = is_pure(op)
+                && (touches.iter().any(|t| !t.write && unsure(&t.row)) || guard.slot().map(Row::P).is_some_and(|row| unsure(&row)));
+            if made {
+                touches.iter().filter(|t| t.write).for_each(|t| more |= found.insert(t.row));
             }
         }
     }

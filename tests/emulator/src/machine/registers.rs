@@ -2,17 +2,18 @@
 //!
 //! Each register of a frame has a mask of the lanes in which it is written. All lanes count as written from the start, but for the few
 //! registers that the image's control flow leaves in doubt ([`unwritten`]): so only instructions that touch one of those are looked at.
-//! A copy (`mov`, `selp`) of an unwritten register is unwritten and no fault, because compilers emit such copies for values that no path
-//! uses. Every other read is one.
+//! Arithmetic on unwritten registers makes unwritten ones and is no fault, because compilers compute ahead of the branch that decides
+//! whether the result is wanted. Reading them for anything else is one: as an address, as a value to store or to pass on, as a
+//! condition, as a fragment of a matrix.
 
 use super::warp::Warp;
 use super::{Machine, Trouble, trouble};
 use crate::front::unwritten;
-use crate::isa::compare::Compare;
+use crate::isa::compare::{Bool, Compare};
 use crate::isa::ty::PSrc;
 use crate::isa::wgmma::Wgmma;
 use crate::isa::{Code, Op};
-use crate::module::Row;
+use crate::module::{Row, Touch};
 use crate::options::Detector;
 use crate::report::Fault;
 
@@ -41,8 +42,41 @@ fn read(m: &Machine<'_>, w: &mut Warp, row: Row, mask: u32) -> Result<(), Troubl
     }
     let function = m.env.program.functions.iter().find(|f| (f.start..f.end).contains(&m.site));
     let name = function.and_then(|f| f.unwritten.get(&row)).map_or("", String::as_str);
-    let text = format!("register {name} is read before anything wrote it");
+    let text = format!("register {name} is read, but nothing wrote it or what it is made of");
     Err(trouble(Fault::UnwrittenRegister, text).at_lane(missing.trailing_zeros() as usize))
+}
+
+/// The lanes in which the result of arithmetic is made of written registers.
+fn made(w: &mut Warp, op: &Op, touches: &[Touch]) -> u32 {
+    let mut of = |row: Option<Row>| row.map_or(u32::MAX, |row| *lanes_of(w, row));
+    let predicate = |p: PSrc| if let PSrc::Reg { slot, .. } = p { Some(Row::P(slot)) } else { None };
+    // A false side decides `and`, a true one `or`, and a selection leaves one side out, whatever the other side is.
+    match *op {
+        Op::Compare(Compare::Selp { a, b, p, .. }) => {
+            let (a, b, chooser) = (of(Row::of_src(a)), of(Row::of_src(b)), of(predicate(p)));
+            let chosen = w.pred(p);
+            chooser & (a & chosen | b & !chosen)
+        }
+        Op::Compare(Compare::Pred { op: Some(how), a, b, .. }) => {
+            let (known_a, known_b) = (of(predicate(a)), of(predicate(b)));
+            let (a, b) = (w.pred(a), w.pred(b));
+            known_a & known_b | known_a & decides(how, a) | known_b & decides(how, b)
+        }
+        Op::Compare(Compare::Setp { combine: Some((how, c)), a, b, .. }) => {
+            let known = of(predicate(c));
+            known & (of(Row::of_src(a)) & of(Row::of_src(b)) | decides(how, w.pred(c)))
+        }
+        _ => touches.iter().filter(|t| !t.write).fold(u32::MAX, |all, t| all & of(Some(t.row))),
+    }
+}
+
+/// Lanes in which one side of a combination settles the result.
+fn decides(how: Bool, side: u32) -> u32 {
+    match how {
+        Bool::And => !side,
+        Bool::Or => side,
+        Bool::Xor => 0,
+    }
 }
 
 /// Before an instruction that touches a register in doubt, for the lanes of `mask` among those at this place.
@@ -50,28 +84,22 @@ pub(crate) fn check(m: &Machine<'_>, w: &mut Warp, code: &Code, mask: u32) -> Re
     if !m.has(Detector::UnwrittenRegisters) {
         return Ok(());
     }
-    if let Some(slot) = code.guard.slot() {
-        read(m, w, Row::P(slot), w.cur.mask)?;
-    }
-    if mask == 0 {
+    let guard = code.guard.slot().map(Row::P);
+    let touches = m.env.program.touches_of(m.site);
+    if unwritten::is_pure(&code.op) {
+        let known = made(w, &code.op, touches);
+        // Whether lanes with an unwritten predicate take part is unknown, so their result is.
+        let unsure = w.cur.mask & !guard.map_or(u32::MAX, |row| *lanes_of(w, row));
+        for touch in touches.iter().filter(|t| t.write) {
+            let lanes = lanes_of(w, touch.row);
+            *lanes = (*lanes & !mask | known & mask) & !unsure;
+        }
         return Ok(());
     }
-    if let Some((to, from)) = unwritten::copies(&code.op) {
-        let known = match code.op {
-            Op::Compare(Compare::Selp { a, b, p, .. }) => {
-                if let PSrc::Reg { slot, .. } = p {
-                    read(m, w, Row::P(slot), mask)?;
-                }
-                let chosen = w.pred(p);
-                let [a, b] = [a, b].map(|src| Row::of_src(src).map_or(u32::MAX, |row| *lanes_of(w, row)));
-                a & chosen | b & !chosen
-            }
-            _ => from.into_iter().fold(u32::MAX, |all, row| all & *lanes_of(w, row)),
-        };
-        for row in to {
-            let lanes = lanes_of(w, row);
-            *lanes = *lanes & !mask | known & mask;
-        }
+    if let Some(row) = guard {
+        read(m, w, row, w.cur.mask)?;
+    }
+    if mask == 0 {
         return Ok(());
     }
     // With scale-d false a product only writes its accumulators.
@@ -82,7 +110,6 @@ pub(crate) fn check(m: &Machine<'_>, w: &mut Warp, code: &Code, mask: u32) -> Re
         },
         _ => &[],
     };
-    let touches = m.env.program.touches_of(m.site);
     for touch in touches.iter().filter(|t| !t.write) {
         if !matches!(touch.row, Row::W(slot) if fresh.contains(&slot)) {
             read(m, w, touch.row, mask)?;
