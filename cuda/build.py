@@ -168,7 +168,10 @@ def main():
             wrong += [] if path.exists() and path.read_bytes() == content else [f"{name} is not what cuda/build.py writes"]
         else:
             path.write_bytes(content)
-    kernels = [ROOT / "tests/params/echo.sm_90a.ptx", *sorted((ROOT / "tests/emulator/kernels").rglob("*.ptx"))]
+    # Those of triton/ need ISA 8.6, which the oldest assembler does not know; Triton has assembled them.
+    emulated = ROOT / "tests/emulator/kernels"
+    own = sorted(path for path in emulated.rglob("*.ptx") if path.relative_to(emulated).parts[0] != "triton")
+    kernels = [ROOT / "tests/params/echo.sm_90a.ptx", *own]
     with ThreadPoolExecutor() as pool:
         wrong += [text for texts in pool.map(lambda path: test_kernel(path, tools), kernels) for text in texts]
     if wrong:

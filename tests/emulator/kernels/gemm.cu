@@ -3,7 +3,7 @@
 // Work    one 64 x 64 tile per block: blockIdx.x chooses the columns, blockIdx.y the expert (at most 64 rows each).
 //         Warpgroup 0 multiplies, one thread of warpgroup 1 feeds it by TMA through two stages of 64 k each.
 // Order   a stage is full when its bytes have landed, and empty when the warpgroup has waited for the wgmma that reads it.
-// Bugs    3-11, 28, 29, 37: each at the line that names it.
+// Bugs    3-11, 28, 29, 37, 38, 40: each at the line that names it.
 #include "common.cuh"
 
 struct GemmParams {
@@ -28,13 +28,17 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; ++s) {
-            mbarrier_init(full + 8 * s, 1);  // report 4 37
+            mbarrier_init(full + 8 * s, 1);  // report 4 37 40
             mbarrier_init(empty + 8 * s, 1);  // report 4
         }
-#ifndef BUG_37
+#if !defined(BUG_37) && !defined(BUG_40)
         fence_mbarrier_init();
 #endif
     }
+#ifdef BUG_40
+    __syncthreads();
+    if (threadIdx.x == 1) fence_mbarrier_init();
+#endif
 #ifndef BUG_4
     __syncthreads();
 #endif
@@ -82,13 +86,16 @@ extern "C" __global__ void __launch_bounds__(256, 1) gemm(const __grid_constant_
 #else
         const u64 a = descriptor(x_tile), b = descriptor(w_tile);
 #endif
+#ifdef BUG_38
+        if (threadIdx.x < 32)
+#endif
         while (!mbarrier_try_wait(full + 8 * s, phase)) {}  // report 4 7
         pin(acc);
 #ifndef BUG_10
         wgmma_fence();
 #endif
 #pragma unroll
-        for (u32 j = 0; j < 4; ++j) wgmma_64x64x16(acc, a + 2 * j, b + 2 * j, step + j > 0);  // report 6 9 10 11
+        for (u32 j = 0; j < 4; ++j) wgmma_64x64x16(acc, a + 2 * j, b + 2 * j, step + j > 0);  // report 6 9 10 11 38
         wgmma_commit();
         pin(acc);
 #ifdef BUG_11

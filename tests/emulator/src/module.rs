@@ -2,7 +2,9 @@
 
 use crate::error::LaunchError;
 use crate::front::ast::Loc;
+use crate::front::unwritten;
 use crate::isa::Code;
+use crate::isa::ty::{Reg, Src};
 use crate::report::Place;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -35,9 +37,11 @@ pub(crate) struct Program {
     /// Label positions, ascending.
     pub labels: Vec<(u32, String)>,
     pub functions: Vec<FunctionInfo>,
+    /// Greatest alignment among the external arrays of shared memory, at least 16: `ptxas` rounds every entry's static part up to it.
+    pub dynamic_align: u32,
     /// Branch tables.
     pub tables: Vec<Vec<u32>>,
-    /// 32-bit rows each instruction touches; `touch_ends[pc]` ends its part.
+    /// Registers each instruction touches, its guard left out; `touch_ends[pc]` ends its part.
     pub touches: Vec<Touch>,
     pub touch_ends: Vec<u32>,
 }
@@ -61,10 +65,36 @@ pub(crate) struct Slot {
     pub align: u32,
 }
 
-/// An instruction reads or writes a 32-bit row.
+/// A register of a frame: of up to 32 bits, of 64 bits, a predicate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Row {
+    W(u32),
+    D(u32),
+    P(u32),
+}
+
+impl Row {
+    pub fn of(reg: Reg) -> Option<Row> {
+        match reg {
+            Reg::W(slot, _) => Some(Row::W(slot)),
+            Reg::D(slot) => Some(Row::D(slot)),
+            Reg::Sink => None,
+        }
+    }
+
+    pub fn of_src(src: Src) -> Option<Row> {
+        match src {
+            Src::W(slot) => Some(Row::W(slot)),
+            Src::D(slot) => Some(Row::D(slot)),
+            Src::Imm(_) | Src::Special(_) => None,
+        }
+    }
+}
+
+/// An instruction reads or writes a register.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Touch {
-    pub slot: u32,
+    pub row: Row,
     pub write: bool,
 }
 
@@ -100,24 +130,38 @@ pub(crate) struct FunctionInfo {
     pub uses: Uses,
     /// 32-bit rows that wgmma works on.
     pub watched: HashSet<u32>,
+    /// Registers that may be read before they are written, and those that may be made of such, with their names.
+    pub unwritten: HashMap<Row, String>,
 }
 
 impl Program {
     pub fn new(text: &str) -> Self {
-        Self { text: text.to_owned(), ..Self::default() }
+        Self { text: text.to_owned(), dynamic_align: 16, ..Self::default() }
     }
 
-    /// After lowering: marks the instructions that touch a register wgmma works on.
-    pub fn finish(&mut self) {
-        for f in self.functions.iter().filter(|f| !f.watched.is_empty()) {
-            for pc in f.start..f.end {
-                let hit = self.touches_of(pc).iter().any(|t| f.watched.contains(&t.slot));
-                self.code[pc as usize].watched = hit;
-            }
+    /// Where the dynamic shared memory of an entry begins, which is what its static part takes.
+    pub fn dynamic_offset(&self, function: usize) -> u32 {
+        self.functions[function].static_shared.next_multiple_of(self.dynamic_align)
+    }
+
+    /// After lowering a function: marks the instructions that touch a register wgmma works on, and those that touch one that may be read
+    /// unwritten. `name` gives the registers' names.
+    pub fn finish(&mut self, function: usize, name: impl Fn(Row) -> String) {
+        let f = &self.functions[function];
+        let unwritten = unwritten::find(self, f);
+        for pc in f.start..f.end {
+            let rows = self.touches_of(pc).iter().map(|t| t.row);
+            let code = &self.code[pc as usize];
+            let watched = !f.watched.is_empty() && rows.clone().any(|row| matches!(row, Row::W(slot) if f.watched.contains(&slot)));
+            let guard = code.guard.slot().map(Row::P);
+            let unsure = !unwritten.is_empty() && rows.chain(guard).any(|row| unwritten.contains(&row));
+            let code = &mut self.code[pc as usize];
+            (code.watched, code.unsure) = (watched, unsure);
         }
+        self.functions[function].unwritten = unwritten.into_iter().map(|row| (row, name(row))).collect();
     }
 
-    /// 32-bit rows the instruction at `pc` touches.
+    /// Registers the instruction at `pc` touches, its guard left out.
     pub fn touches_of(&self, pc: u32) -> &[Touch] {
         let start = if pc == 0 { 0 } else { self.touch_ends[pc as usize - 1] };
         &self.touches[start as usize..self.touch_ends[pc as usize] as usize]
@@ -179,7 +223,7 @@ impl Module {
             let entries = self.entries().into_iter().map(str::to_owned).collect();
             return Err(LaunchError::NoKernel { name: name.to_owned(), entries });
         };
-        let max_dynamic_shared = (48u32 << 10).saturating_sub(self.program.functions[function].static_shared);
+        let max_dynamic_shared = (48u32 << 10).saturating_sub(self.program.dynamic_offset(function));
         Ok(Kernel { program: Arc::clone(&self.program), function, max_dynamic_shared })
     }
 
@@ -214,7 +258,7 @@ impl Kernel {
         self.info().rows32 + 2 * self.info().rows64
     }
 
-    /// Bytes of statically declared shared memory.
+    /// Bytes of statically declared shared memory, without what rounds them up to the alignment of the dynamic part.
     pub fn static_shared_bytes(&self) -> u32 {
         self.info().static_shared
     }
@@ -247,7 +291,7 @@ impl Kernel {
     ///
     /// [`LaunchError::Limit`] if static and dynamic together pass 232,448 bytes.
     pub fn set_max_dynamic_shared(&mut self, bytes: u32) -> Result<(), LaunchError> {
-        let limit = 232_448 - self.static_shared_bytes().min(232_448);
+        let limit = 232_448 - self.program.dynamic_offset(self.function).min(232_448);
         if bytes > limit {
             return Err(LaunchError::Limit { what: "dynamic shared memory limit", got: bytes.into(), limit: limit.into() });
         }

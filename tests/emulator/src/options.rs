@@ -36,14 +36,17 @@ pub enum Detector {
     Uninitialised = 1 << 1,
     /// Ordinary writes read through the async proxy without a proxy fence in between.
     ProxyFence = 1 << 2,
-    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with.
+    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with, and tiles of TMA that do not begin where their
+    /// swizzle does.
     Swizzle = 1 << 3,
     /// Accumulators and A registers touched while a wgmma may use them, and missing `wgmma.fence`.
     WgmmaRegisters = 1 << 4,
     /// Work left unfinished when a thread or a block exits.
     ExitState = 1 << 5,
-    /// Two different source lines meeting at one block barrier.
+    /// Two different source lines meeting at one aligned barrier of the whole block, such as `__syncthreads`.
     BarrierSite = 1 << 6,
+    /// Registers read before anything wrote them, other than by arithmetic whose result is not read either.
+    UnwrittenRegisters = 1 << 7,
 }
 
 /// A set of detectors. Bounds, alignment, mbarrier protocol, `.aligned` and deadlock checks cannot be switched off.
@@ -52,7 +55,7 @@ pub struct Detectors(u16);
 
 impl Detectors {
     /// Every detector, in the order of their bits.
-    pub const EACH: [Detector; 7] = [
+    pub const EACH: [Detector; 8] = [
         Detector::Race,
         Detector::Uninitialised,
         Detector::ProxyFence,
@@ -60,11 +63,12 @@ impl Detectors {
         Detector::WgmmaRegisters,
         Detector::ExitState,
         Detector::BarrierSite,
+        Detector::UnwrittenRegisters,
     ];
 
     /// Every detector on: the default.
     pub const fn all() -> Self {
-        Self(0x7f)
+        Self(0xff)
     }
 
     /// Only the checks that cannot be switched off.

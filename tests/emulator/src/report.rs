@@ -31,6 +31,8 @@ pub enum Fault {
     WgmmaFence,
     /// The warps of a warpgroup queued different wgmmas, or a descriptor is malformed.
     Wgmma,
+    /// A register read before anything wrote it.
+    UnwrittenRegister,
     /// An `.aligned` instruction executed by part of a warp.
     Divergence,
     /// A warp collective with a wrong mask, or one whose lanes never all arrive.

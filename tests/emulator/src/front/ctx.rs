@@ -5,7 +5,7 @@ use super::ast::{Arg, Inst, MemBase};
 use super::scope::{Fixup, Scopes, Symbol};
 use crate::isa::Mem;
 use crate::isa::ty::{PSrc, Reg, Special, Src, Ty};
-use crate::module::{FunctionInfo, Program, Touch, Uses};
+use crate::module::{FunctionInfo, Program, Row, Touch, Uses};
 
 type Result<T> = std::result::Result<T, FrontError>;
 
@@ -124,9 +124,7 @@ impl<'p, 'a> Ctx<'p, 'a> {
     }
 
     fn touch(&mut self, reg: Reg, write: bool) {
-        if let Reg::W(slot, _) = reg {
-            self.program.touches.push(Touch { slot, write });
-        }
+        self.program.touches.extend(Row::of(reg).map(|row| Touch { row, write }));
     }
 
     /// `want` bits of the instruction against the register's; 0 accepts any width.
@@ -226,7 +224,10 @@ impl<'p, 'a> Ctx<'p, 'a> {
         match *arg {
             Arg::Name("_", None) => Ok(None),
             Arg::Name(name, None) => match self.symbol(name)? {
-                Some(Symbol::Pred(slot)) => Ok(Some(slot)),
+                Some(Symbol::Pred(slot)) => {
+                    self.program.touches.push(Touch { row: Row::P(slot), write: true });
+                    Ok(Some(slot))
+                }
                 _ => self.error(format!("`{name}` is not a predicate register")),
             },
             _ => self.error(format!("{}: `{arg}` is not a predicate register", self.inst.opcode())),
@@ -251,7 +252,10 @@ impl<'p, 'a> Ctx<'p, 'a> {
                 PSrc::Const(v) => Ok(PSrc::Const(!v)),
             },
             Arg::Name(name, None) => match self.symbol(name)? {
-                Some(Symbol::Pred(slot)) => Ok(PSrc::Reg { slot, negated: false }),
+                Some(Symbol::Pred(slot)) => {
+                    self.program.touches.push(Touch { row: Row::P(slot), write: false });
+                    Ok(PSrc::Reg { slot, negated: false })
+                }
                 _ => self.error(format!("`{name}` is not a predicate register")),
             },
             _ => self.error(format!("{}: `{arg}` is not a predicate", self.inst.opcode())),

@@ -28,7 +28,10 @@ pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String,
     let mut shared = 0u64;
     for var in &module.vars {
         let symbol = match var.space {
-            VarSpace::Shared if var.unsized_array || var.bytes == 0 => Symbol::DynamicShared,
+            VarSpace::Shared if var.unsized_array || var.bytes == 0 => {
+                program.dynamic_align = program.dynamic_align.max(var.align);
+                Symbol::DynamicShared
+            }
             VarSpace::Shared => Symbol::Shared(place(&mut shared, var, MAX_SHARED_BYTES)?),
             _ => match addresses.get(var.name) {
                 Some(&address) => Symbol::Global(address),
@@ -66,7 +69,6 @@ pub(crate) fn lower(text: &str, module: &Module<'_>, addresses: &HashMap<String,
             }
         }
     }
-    program.finish();
     Ok(program)
 }
 
@@ -158,6 +160,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
         self.push(Guard::ALWAYS, isa::Op::Control(isa::control::Control::Ret), self.function.line);
         self.close();
         self.scopes.unresolved()?;
+        let names = std::mem::take(&mut self.scopes.names);
         let info = &mut self.program.functions[self.index as usize];
         info.start = start;
         info.end = self.program.code.len() as u32;
@@ -165,6 +168,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
         (info.rows32, info.rows64, info.rowsp) = (self.scopes.rows32, self.scopes.rows64, self.scopes.rowsp);
         info.local_bytes = self.local.next_multiple_of(16) as u32;
         info.frame_param_bytes = self.param as u32;
+        self.program.finish(self.index as usize, |row| names.get(&row).map_or_else(String::new, |name| (*name).to_owned()));
         Ok(())
     }
 
@@ -181,7 +185,7 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
     }
 
     fn push(&mut self, guard: Guard, op: isa::Op, line: u32) {
-        self.program.code.push(Code { guard, op, watched: false });
+        self.program.code.push(Code { guard, op, watched: false, unsure: false });
         self.program.lines.push(line);
         self.program.locs.push(self.loc);
         self.program.touch_ends.push(self.program.touches.len() as u32);
@@ -212,7 +216,10 @@ impl<'p, 'a: 'p, 's> Lowerer<'p, 'a, 's> {
             },
             Stmt::Var(var) => {
                 let symbol = match var.space {
-                    VarSpace::Shared if var.unsized_array => Symbol::DynamicShared,
+                    VarSpace::Shared if var.unsized_array => {
+                        self.program.dynamic_align = self.program.dynamic_align.max(var.align);
+                        Symbol::DynamicShared
+                    }
                     VarSpace::Shared => Symbol::Shared(place(self.shared, var, MAX_SHARED_BYTES)?),
                     VarSpace::Local => Symbol::Local(place(&mut self.local, var, MAX_LOCAL_BYTES)?),
                     VarSpace::Param => Symbol::Param(place(&mut self.param, var, 1 << 20)?, var.bytes as u32),

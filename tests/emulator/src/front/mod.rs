@@ -6,6 +6,7 @@ mod lex;
 mod lower;
 mod parse;
 pub(crate) mod scope;
+pub(crate) mod unwritten;
 
 pub(crate) use ctx::Ctx;
 pub(crate) use lower::{globals, lower};

@@ -3,6 +3,7 @@
 use super::FrontError;
 use super::ast::RegBits;
 use crate::isa::ty::Reg;
+use crate::module::Row;
 use std::collections::HashMap;
 
 /// What a name stands for.
@@ -53,6 +54,8 @@ pub(crate) struct Scopes<'a> {
     pub rows32: u32,
     pub rows64: u32,
     pub rowsp: u32,
+    /// The registers of the function.
+    pub names: HashMap<Row, &'a str>,
 }
 
 impl<'a> Scopes<'a> {
@@ -88,10 +91,21 @@ impl<'a> Scopes<'a> {
     }
 
     pub fn define(&mut self, name: &'a str, symbol: Symbol, line: u32) -> Result<(), FrontError> {
+        self.note(name, symbol);
         match self.top().symbols.insert(name, symbol) {
             None => Ok(()),
             Some(_) => Err(FrontError::new(line, format!("`{name}` is declared twice in one scope"))),
         }
+    }
+
+    /// Keeps the name of a register.
+    fn note(&mut self, name: &'a str, symbol: Symbol) {
+        let row = match symbol {
+            Symbol::Reg(reg, _) => Row::of(reg),
+            Symbol::Pred(slot) => Some(Row::P(slot)),
+            _ => None,
+        };
+        self.names.extend(row.map(|row| (row, name)));
     }
 
     pub fn family(&mut self, prefix: &'a str, bits: RegBits, count: u64, line: u32) -> Result<(), FrontError> {
@@ -149,6 +163,7 @@ impl<'a> Scopes<'a> {
                 && n < count
             {
                 let symbol = self.new_register(bits, line)?;
+                self.note(name, symbol);
                 self.stack[i].symbols.insert(name, symbol);
                 return Ok(Some(symbol));
             }

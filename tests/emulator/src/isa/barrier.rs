@@ -83,7 +83,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Barrier, mask: u32)
                     }
                     let lane = first(mask);
                     let (id, count) = (w.get32(id)[lane], count.map(|c| w.get32(c)[lane]));
-                    let arrival = Arrival { id, count, wait, reduce, votes: w.pred(q) };
+                    let arrival = Arrival { id, count, wait, aligned: is_aligned, reduce, votes: w.pred(q) };
                     match m.barrier(w, mask, arrival)? {
                         None if wait => return Ok(Flow::Wait(State::Barrier(id as u8))),
                         None => 0,

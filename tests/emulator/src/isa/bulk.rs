@@ -9,6 +9,7 @@ use crate::front::{Ctx, FrontError};
 use crate::machine::tma::{BulkStore, Far, Pending};
 use crate::machine::warp::{L64, Warp, lanes};
 use crate::machine::{Machine, Trouble, trouble};
+use crate::options::Detector;
 use crate::report::Fault;
 use crate::tensor_map::{Decoded, Swizzle};
 
@@ -196,14 +197,26 @@ pub(super) fn place(m: &Machine<'_>, what: &str, address: u64, bytes: usize, ali
     Ok((rank, offset))
 }
 
-fn alignment(swizzle: Swizzle) -> u32 {
-    match swizzle {
+/// A tile should begin where the pattern of its swizzle does, or a wgmma descriptor needs a base offset. TMA takes it anywhere: it
+/// swizzles by address.
+fn check_pattern(m: &Machine<'_>, what: &str, rank: usize, offset: usize, far: &Far) -> Result<(), Trouble> {
+    let Far::Tensor { map, .. } = far else { return Ok(()) };
+    let pattern = match map.swizzle {
         Swizzle::None => 128,
         Swizzle::B32 => 256,
         Swizzle::B64 => 512,
         Swizzle::B128 => 1024,
+    };
+    if m.has(Detector::Swizzle) && !(offset as u32 + SHARED_BASE).is_multiple_of(pattern) {
+        let (name, swizzle) = (m.shared_name(rank, offset), map.swizzle);
+        let text = format!("misaligned {what}: {name} should be aligned to {pattern} bytes, the pattern of {swizzle} swizzle");
+        return Err(trouble(Fault::Misaligned, text));
     }
+    Ok(())
 }
+
+/// What the hardware wants of the shared address of a tile.
+const TILE_ALIGNMENT: u32 = 128;
 
 struct Side {
     far: Far,
@@ -251,8 +264,8 @@ impl Operands {
             for (to, from) in coords.iter_mut().zip(&self.coords) {
                 *to = from[lane] as i32;
             }
-            let (bytes, align) = (map.box_bytes() as usize, alignment(map.swizzle));
-            return Ok(Side { far: Far::Tensor { map: Box::new(map), coords }, bytes, align });
+            let bytes = map.box_bytes() as usize;
+            return Ok(Side { far: Far::Tensor { map: Box::new(map), coords }, bytes, align: TILE_ALIGNMENT });
         }
         let bytes = self.bytes[lane] as usize;
         if bytes == 0 || !bytes.is_multiple_of(16) {
@@ -280,6 +293,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Bulk, mask: u32) ->
                 let mut issue = || {
                     let side = operands.side(m, lane)?;
                     let (rank, offset) = place(m, "bulk load", dst[lane], side.bytes, side.align)?;
+                    check_pattern(m, "bulk load", rank, offset, &side.far)?;
                     let (bar_rank, bar) = m.mbar_offset(mbar[lane])?;
                     m.mbar(bar_rank, bar)?;
                     let (ranks, bar_rank) = match &multicast {
@@ -320,12 +334,14 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Bulk, mask: u32) ->
                 let mut issue = || {
                     let side = operands.side(m, lane)?;
                     let (rank, offset) = place(m, "bulk store", src[lane], side.bytes, side.align)?;
+                    check_pattern(m, "bulk store", rank, offset, &side.far)?;
                     let known = m.clocks.snapshot(w.thread0 as usize + lane, 1);
+                    let before = m.clocks.mark();
                     let reduce = match (&side.far, *reduce) {
                         (Far::Tensor { map, .. }, Some((fun, _))) => Some((fun, element_ty(map)?)),
                         (_, reduce) => reduce,
                     };
-                    Ok(BulkStore { to: side.far, bytes: side.bytes, rank, offset, reduce, known, site: m.site, data: None })
+                    Ok(BulkStore { to: side.far, bytes: side.bytes, rank, offset, reduce, known, before, site: m.site, data: None })
                 };
                 let op = issue().map_err(|t: Trouble| t.at_lane(lane))?;
                 w.bulk.lane(lane).open.push(op);

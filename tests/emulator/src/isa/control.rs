@@ -226,7 +226,7 @@ fn call_exec(m: &mut Machine<'_>, w: &mut Warp, function: u32, args: &[Copy], ma
     let Some(local_base) = w.local.push(info.local_bytes) else {
         return Err(trouble(Fault::Stack, format!("local memory is full, {} needs {} bytes", info.name, info.local_bytes)).at_lane(lane));
     };
-    let (base32, base64, basep) = w.extend_rows(info.rows32, info.rows64, info.rowsp);
+    let (base32, base64, basep) = w.extend_rows(info);
     let stride = info.frame_param_bytes as usize;
     let mut params = vec![0xff; stride * 32];
     let caller = &w.frames[parent as usize];
@@ -287,10 +287,9 @@ impl Warp {
             if frame.live != 0 || self.frames.len() == 1 {
                 break;
             }
-            self.r32.truncate(frame.base32 as usize);
-            self.r64.truncate(frame.base64 as usize);
-            self.preds.truncate(frame.basep as usize);
-            self.local.pop(frame.local_base);
+            let (w, d, p, local) = (frame.base32, frame.base64, frame.basep, frame.local_base);
+            self.truncate_rows(w, d, p);
+            self.local.pop(local);
             self.frames.pop();
         }
     }

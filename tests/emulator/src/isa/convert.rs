@@ -133,8 +133,14 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
             Convert::FloatToInt { to, from, round: integral, ftz, d: ctx.dst(0)?, a: ctx.src(from.bits())? }
         }
         (to, from) if float(to) && float(from) => {
-            let narrowing = to.bits() < from.bits() || to == Ty::TF32 || matches!((to, from), (Ty::F16, Ty::BF16) | (Ty::BF16, Ty::F16));
-            let known = if narrowing { round.is_some() && integral.is_none() } else { round.is_none() || to != from };
+            let narrowing = to.bits() < from.bits() || to == Ty::TF32;
+            // Between the two formats of 16 bits the mode may be left out: ptxas 12.4 and 13.0 assemble `cvt.bf16.f16` as `cvt.rn.bf16.f16`.
+            let across = matches!((to, from), (Ty::F16, Ty::BF16) | (Ty::BF16, Ty::F16));
+            let known = match (narrowing, across) {
+                (true, _) => round.is_some() && integral.is_none(),
+                (_, true) => !(ftz || sat || relu || satfinite),
+                _ => round.is_none() || to != from,
+            };
             let rna_ok = round != Some(Round::Rna) || to == Ty::TF32;
             let same = to == from;
             if !known || !rna_ok || from == Ty::TF32 || integral.is_some() && !same {

@@ -41,6 +41,8 @@ pub(crate) struct Code {
     pub op: Op,
     /// Touches a register wgmma works on.
     pub watched: bool,
+    /// Touches a register that may be read before it is written.
+    pub unsure: bool,
 }
 
 /// `@p` or `@!p`, or neither.
@@ -61,6 +63,11 @@ impl Guard {
         }
         let row = w.preds[(w.basep + (self.0 >> 1)) as usize];
         if self.0 & 1 != 0 { !row } else { row }
+    }
+
+    /// The predicate register.
+    pub fn slot(self) -> Option<u32> {
+        (!self.always()).then_some(self.0 >> 1)
     }
 
     pub fn always(self) -> bool {

@@ -3,8 +3,9 @@
 use super::{Machine, Trouble, trouble};
 use crate::memory::global::Buffer;
 use crate::race::cells::Sweep;
-use crate::race::{ASYNC, Access, READ, WRITE, clock::Clock};
+use crate::race::{ASYNC, Access, Conflict, PENDING, READ, WRITE, clock::Clock};
 use crate::report::Fault;
+use std::sync::Arc;
 
 /// Who performs an asynchronous access.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +15,17 @@ pub(crate) struct Actor<'c> {
     /// What happened before its start.
     pub known: &'c Clock,
     pub site: u32,
+    pub hint: Hint<'c>,
+}
+
+/// What lets a report say more of a conflict.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Hint<'c> {
+    None,
+    /// What each warp of a warpgroup knew when it queued the product.
+    Warps(&'c [Arc<Clock>; 4]),
+    /// The last step of every actor before a bulk store was issued, which reads its source later.
+    Issued(&'c [u32]),
 }
 
 impl Machine<'_> {
@@ -40,8 +52,39 @@ impl Machine<'_> {
     pub fn sweep_shared(&mut self, a: &Actor<'_>, rank: usize, offset: usize, len: usize, sweep: &mut Sweep<'_>) -> Result<(), Trouble> {
         match self.ctas[rank].shared.sweep(offset, len, sweep) {
             None => Ok(()),
-            Some((at, c)) => Err(self.conflict(c, a.id, sweep.kind(), self.shared_name(rank, at), false)),
+            Some((at, c)) => {
+                let name = self.shared_name(rank, at);
+                let t = self.conflict(c, a.id, sweep.kind(), name.clone(), false);
+                Err(self.explain(t, a, c, &name))
+            }
         }
+    }
+
+    /// Adds to a conflict at `place` what the hint of its actor tells.
+    fn explain(&self, mut t: Trouble, a: &Actor<'_>, c: Conflict, place: &str) -> Trouble {
+        let me = self.clocks.cluster;
+        match (a.hint, c) {
+            (Hint::Warps(warps), Conflict::Race(cell)) => {
+                let unaware = |warp: &&Arc<Clock>| !warp.knows(me, cell.cluster, cell.actor, cell.clock);
+                let n = warps.iter().filter(unaware).count();
+                if (1..4).contains(&n) {
+                    t.message += &format!(": {n} of the four warps do not know of it");
+                }
+            }
+            (Hint::Issued(before), Conflict::Race(cell)) if cell.cluster == me && cell.clock != PENDING => {
+                let actor = usize::from(cell.actor);
+                if before.get(actor).is_some_and(|&last| cell.clock > last) {
+                    let (store, writer) = (self.actor_name(a.id), self.actor_name(cell.actor));
+                    t.message = format!("data race on {place}: overwritten by {writer} before the {store} had read it");
+                    // The store came first.
+                    (t.pc, t.other) = (Some(cell.site), Some(a.site));
+                    let per = self.threads_per_cta();
+                    t.thread = (actor < self.clocks.threads.len()).then(|| ((actor / per) as u32, Some((actor % per) as u32)));
+                }
+            }
+            _ => {}
+        }
+        t
     }
 
     /// Reports the first byte of a range of shared memory that nobody wrote.

@@ -48,6 +48,7 @@ pub(crate) struct Arrival {
     /// Threads given explicitly.
     pub count: Option<u32>,
     pub wait: bool,
+    pub aligned: bool,
     pub reduce: Reduce,
     /// Lanes whose predicate holds.
     pub votes: u32,
@@ -81,10 +82,12 @@ impl Machine<'_> {
                 let text = format!("barrier {}: count {expected} here, {want} by the first arrival: count mismatch", a.id);
                 return Err(trouble(Fault::Barrier, text).at_lane(lane).other(other));
             }
-            let plain = a.count.is_none() && a.wait;
+            // `.aligned` says that all threads of the block execute the same instruction. Without it they may meet from different places, as
+            // warps with roles of their own do. A count says that some of the block meet, which aligned forms of several places share too.
+            let one_place = a.aligned && a.wait && a.count.is_none();
             let known = program.locs[site as usize] != 0 && program.locs[barrier.first_pc as usize] != 0;
             let same = |k: (u32, u32, u32)| (k.0, k.1);
-            if check_site && plain && known && same(program.source_key(site)) != same(program.source_key(barrier.first_pc)) {
+            if check_site && one_place && known && same(program.source_key(site)) != same(program.source_key(barrier.first_pc)) {
                 let (here, there) = (program.place(site).short(), program.place(barrier.first_pc).short());
                 let text = format!("two lines meet at barrier {}: {here} and {there}", a.id);
                 let other = barrier.first_pc;

@@ -62,7 +62,7 @@ pub(crate) fn validate(kernel: &Kernel, launch: &Launch<'_>) -> Result<[u32; 3],
     let clusters: u64 = (0..3).map(|i| u64::from(launch.grid[i] / cluster[i])).product();
     limit("clusters in the grid", clusters, (1 << 31) - 1)?;
     limit("dynamic shared memory", launch.shared_bytes.into(), kernel.max_dynamic_shared().into())?;
-    limit("shared memory", u64::from(launch.shared_bytes) + u64::from(info.static_shared), 232_448)?;
+    limit("shared memory", u64::from(launch.shared_bytes) + u64::from(kernel.program.dynamic_offset(kernel.function)), 232_448)?;
     if launch.params.len() != info.param_bytes as usize {
         return Err(LaunchError::Params { want: info.param_bytes as usize, got: launch.params.len() });
     }
@@ -72,8 +72,7 @@ pub(crate) fn validate(kernel: &Kernel, launch: &Launch<'_>) -> Result<[u32; 3],
 /// Clusters that fit on the device at once.
 pub(crate) fn resident_clusters(env: &Env<'_>) -> usize {
     let threads: u32 = env.block.iter().product();
-    let info = &env.program.functions[env.function];
-    let shared = info.static_shared + env.dynamic_shared + 1024;
+    let shared = env.program.dynamic_offset(env.function) + env.dynamic_shared + 1024;
     let per_sm = (2048 / threads.next_multiple_of(32)).min(SHARED_PER_SM / shared).clamp(1, 32);
     let size: u32 = env.cluster.iter().product();
     (env.options.sm_count.max(1) * per_sm / size).max(1) as usize
@@ -107,8 +106,7 @@ pub(crate) fn machine<'g>(env: &'g Env<'g>, index: u32, buffers: usize) -> Machi
     let proxy = env.program.uses().async_proxy;
     let clocks = Clocks::new(watch, index, (threads * size) as usize, actors_per_cta * size as usize, proxy);
     let seed = if let Schedule::Random(seed) = options.schedule { seed } else { 0 };
-    // The dynamic part follows the static one at 16 bytes, whatever alignment its declaration asks for.
-    let dynamic_offset = info.static_shared.next_multiple_of(16);
+    let dynamic_offset = env.program.dynamic_offset(env.function);
     let mut ctas = Vec::new();
     let mut warps = Vec::new();
     for rank in 0..size {
@@ -154,7 +152,7 @@ fn warp(env: &Env<'_>, cluster: u32, rank: u32, index: u32, slot: u32, dynamic_o
     let mut w = Warp { cta: rank, index, slot, thread0: rank * threads + index * 32, exists, live: exists, ready: true, ..Warp::default() };
     w.cur = Group { pc: info.start, mask: exists, frame: 0, state: State::Ready, result: None };
     w.merge_pc = u32::MAX;
-    w.extend_rows(info.rows32, info.rows64, info.rowsp);
+    w.extend_rows(info);
     let local_base = w.local.push(info.local_bytes).unwrap_or(0);
     let extra = (info.frame_param_bytes as usize).saturating_sub(env.params.len());
     w.frames.push(Frame {

@@ -28,7 +28,7 @@ pub(crate) struct Mbar {
     pub done: [Option<Arc<Clock>>; 2],
     /// Warps with lanes that wait.
     pub waiters: Vec<u32>,
-    /// Who initialised it: thread, its step, PC. `None` once a `fence.mbarrier_init` has made that known to the async proxy.
+    /// Who initialised it: thread, its step, PC. `None` once that thread's `fence.mbarrier_init` has made it known to the async proxy.
     unfenced: Option<(usize, u32, u32)>,
 }
 
@@ -106,16 +106,12 @@ impl Machine<'_> {
         }
     }
 
-    /// `fence.mbarrier_init`: the async proxy may use the mbarriers whose initialisation the thread knows of.
+    /// `fence.mbarrier_init`: the async proxy may use the mbarriers that the thread itself has initialised. The fence does nothing for those
+    /// of other threads, whatever the thread knows of them.
     pub fn mbar_publish(&mut self, w: &Warp, mask: u32) {
-        let (clocks, cluster) = (&self.clocks, self.clocks.cluster);
-        if !clocks.on() {
-            return;
-        }
+        let first = w.thread0 as usize;
         for bar in self.ctas[w.cta as usize].shared.mbars.values_mut() {
-            let Some((thread, step, _)) = bar.unfenced else { continue };
-            let knows = |me: usize| me == thread || clocks.threads[me].base.knows(cluster, cluster, thread as u16, step);
-            if super::warp::lanes(mask).any(|lane| knows(w.thread0 as usize + lane)) {
+            if bar.unfenced.is_some_and(|(thread, ..)| (first..first + 32).contains(&thread) && mask >> (thread - first) & 1 != 0) {
                 bar.unfenced = None;
             }
         }

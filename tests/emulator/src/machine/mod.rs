@@ -7,6 +7,7 @@ pub(crate) mod deadlock;
 pub(crate) mod launch;
 pub(crate) mod mbarrier;
 pub(crate) mod product;
+pub(crate) mod registers;
 pub(crate) mod rng;
 pub(crate) mod run;
 pub(crate) mod sched;

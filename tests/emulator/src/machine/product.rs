@@ -32,7 +32,8 @@ impl Descriptor {
     pub fn decode(bits: u64) -> Result<Descriptor, Trouble> {
         let field = |shift: u32| ((bits >> shift) as u32 & 0x3fff) << 4;
         let base = bits >> 49 & 7;
-        if base != 0 {
+        // Without a swizzle the field has no meaning.
+        if base != 0 && bits >> 62 != 0 {
             return Err(trouble(Fault::Wgmma, format!("wgmma descriptor {bits:#018x}: base offset is {base}, only 0 is supported")));
         }
         let swizzle = match bits >> 62 {
@@ -297,6 +298,7 @@ mod tests {
         // MN-major, 128B: panels 8192 bytes apart.
         let d = Descriptor::decode(0x4000_0040_0200_0c00).unwrap();
         assert_eq!(d.chunk(true, 8, 8), 0xc000 + 8192 + 1024);
-        assert!(Descriptor::decode(1 << 49).is_err());
+        assert!(Descriptor::decode(1 << 62 | 1 << 49).is_err());
+        assert_eq!(Descriptor::decode(7 << 49).unwrap(), Descriptor::decode(0).unwrap());
     }
 }

@@ -5,7 +5,7 @@
 //! of them, so a lane may spin for a value that a later lane of its own warp will write.
 
 use super::warp::{Group, State, Warp, lanes};
-use super::{Machine, Trouble, Wake, trouble, wgmma};
+use super::{Machine, Trouble, Wake, registers, trouble, wgmma};
 use crate::isa::{self, Flow};
 use crate::report::Fault;
 
@@ -48,6 +48,9 @@ pub(crate) fn run(m: &mut Machine<'_>, w: &mut Warp, budget: u32) -> Result<Outc
         m.counters.warp_instructions += 1;
         m.counters.thread_instructions += u64::from(mask.count_ones());
         m.site = pc;
+        if code.unsure {
+            registers::check(m, w, code, mask)?;
+        }
         let flow = if mask == 0 {
             Flow::Next
         } else {

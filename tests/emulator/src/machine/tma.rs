@@ -3,7 +3,7 @@
 //! A load is queued at issue and runs when the option says: at once, when nothing else can run, or at random. A store reads shared
 //! memory when its group is waited for, and writes global memory when the full wait (or the exit) comes.
 
-use super::async_access::{Actor, Fetched};
+use super::async_access::{Actor, Fetched, Hint};
 use super::warp::{Warp, lanes};
 use super::{Machine, TMA_ACTORS, Trouble, trouble};
 use crate::isa::atomic::{self, Fun};
@@ -65,6 +65,8 @@ pub(crate) struct BulkStore {
     pub offset: usize,
     pub reduce: Option<(Fun, Ty)>,
     pub known: Arc<Clock>,
+    /// The last step of every actor before it was issued.
+    pub before: Vec<u32>,
     pub site: u32,
     /// What was read from shared memory, once it was.
     pub data: Option<Vec<u8>>,
@@ -184,7 +186,7 @@ impl Machine<'_> {
             actors.push(self.clocks.start(actor, &op.known));
         }
         let (id, step, _) = actors[0];
-        let reader = Actor { id, step, known: &op.known, site: op.site };
+        let reader = Actor { id, step, known: &op.known, site: op.site, hint: Hint::None };
         match &op.from {
             Far::Tensor { map, coords } => {
                 let inner = map.box_dims[0] as usize * map.element.bytes() as usize;
@@ -203,7 +205,7 @@ impl Machine<'_> {
                     data = data.reordered(|at| swizzled(map.swizzle, op.offset, at) - op.offset);
                 }
                 for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
-                    let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
+                    let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site, hint: Hint::None };
                     if whole {
                         self.write_shared(&writer, rank, op.offset, &data, tag)?;
                         continue;
@@ -226,7 +228,7 @@ impl Machine<'_> {
                     Far::Tensor { .. } => {}
                 }
                 for (&rank, (id, step, _)) in op.ranks.iter().zip(&actors) {
-                    let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site };
+                    let writer = Actor { id: *id, step: *step, known: &op.known, site: op.site, hint: Hint::None };
                     // A flat copy may bring rows that are swizzled already: no tag.
                     self.write_shared(&writer, rank, op.offset, &data, 0)?;
                 }
@@ -251,7 +253,7 @@ impl Machine<'_> {
         }
         let actor = self.actor(w.cta, TMA_ACTORS);
         let (id, step, after) = self.clocks.start(actor, &op.known);
-        let reader = Actor { id, step, known: &op.known, site: op.site };
+        let reader = Actor { id, step, known: &op.known, site: op.site, hint: Hint::Issued(&op.before) };
         let mut data = vec![0; op.bytes];
         match &op.to {
             Far::Tensor { map, coords } => {
@@ -286,7 +288,7 @@ impl Machine<'_> {
         let Some(data) = &op.data else { return Ok(()) };
         let actor = self.actor(w.cta, TMA_ACTORS + 1);
         let (id, step, after) = self.clocks.start(actor, &op.known);
-        let writer = Actor { id, step, known: &op.known, site: op.site };
+        let writer = Actor { id, step, known: &op.known, site: op.site, hint: Hint::None };
         let (kind, what) = match op.reduce {
             Some(_) => (READ | WRITE | ATOMIC, "bulk reduction"),
             None => (WRITE, "TMA store"),

@@ -1,6 +1,7 @@
 //! A warp: registers, lanes, groups of lanes at one PC, call frames.
 
 use crate::isa::ty::{PSrc, Reg, Special, Src};
+use crate::module::{FunctionInfo, Row};
 
 /// One value per lane.
 pub(crate) type L32 = [u32; 32];
@@ -88,6 +89,7 @@ pub(crate) struct Warp {
     pub r32: Vec<L32>,
     pub r64: Vec<L64>,
     pub preds: Vec<u32>,
+    pub written: super::registers::Written,
     /// Carry flag of the extended-precision instructions.
     pub carry: u32,
     pub tid: [L32; 3],
@@ -276,13 +278,33 @@ impl Warp {
         }
     }
 
-    /// Makes room for a frame's rows and points the bases at it.
-    pub fn extend_rows(&mut self, rows32: u32, rows64: u32, rowsp: u32) -> (u32, u32, u32) {
-        let bases = (self.r32.len() as u32, self.r64.len() as u32, self.preds.len() as u32);
-        self.r32.resize(self.r32.len() + rows32 as usize, [POISON; 32]);
-        self.r64.resize(self.r64.len() + rows64 as usize, [u64::MAX; 32]);
-        self.preds.resize(self.preds.len() + rowsp as usize, 0);
-        bases
+    /// Makes room for the rows of a function's frame, and gives their beginnings.
+    pub fn extend_rows(&mut self, f: &FunctionInfo) -> (u32, u32, u32) {
+        let (w, d, p) = (self.r32.len(), self.r64.len(), self.preds.len());
+        self.r32.resize(w + f.rows32 as usize, [POISON; 32]);
+        self.r64.resize(d + f.rows64 as usize, [u64::MAX; 32]);
+        self.preds.resize(p + f.rowsp as usize, 0);
+        self.written.w.resize(self.r32.len(), u32::MAX);
+        self.written.d.resize(self.r64.len(), u32::MAX);
+        self.written.p.resize(self.preds.len(), u32::MAX);
+        for row in f.unwritten.keys() {
+            match *row {
+                Row::W(slot) => self.written.w[w + slot as usize] = 0,
+                Row::D(slot) => self.written.d[d + slot as usize] = 0,
+                Row::P(slot) => self.written.p[p + slot as usize] = 0,
+            }
+        }
+        (w as u32, d as u32, p as u32)
+    }
+
+    /// Gives up the rows from these beginnings on.
+    pub fn truncate_rows(&mut self, w: u32, d: u32, p: u32) {
+        self.r32.truncate(w as usize);
+        self.r64.truncate(d as usize);
+        self.preds.truncate(p as usize);
+        self.written.w.truncate(w as usize);
+        self.written.d.truncate(d as usize);
+        self.written.p.truncate(p as usize);
     }
 
     /// Points the register bases at the running group's frame.

@@ -2,15 +2,23 @@
 //!
 //! A product is queued by each of the four warps and executed at the first wait that covers it, so that an operand overwritten too
 //! early shows in the numbers too. Until a warp's own wait its accumulators and A registers are locked.
+//!
+//! The four warps are not synchronised by queueing: `.sync` makes the threads of one warp wait for each other, `.aligned` only wants the
+//! same instruction of all four, and neither orders memory between the warps. So whoever wrote an operand must be known, and fenced, to
+//! each warp of the group. A wait teaches more: that the product has read its operands, and what any of the four warps knew when it queued
+//! it. The product cannot be complete before all four have queued it, and kernels that run on hardware rely on that: CUTLASS releases a
+//! stage with one arrival per warpgroup, made by a thread that waited for the product, also where all 128 threads read the stage
+//! themselves before (the scales of its blockwise fp8 kernels). The ISA does not promise this part.
 
-use super::async_access::Actor;
+use super::async_access::{Actor, Hint};
 use super::product;
 use super::warp::{State, Warp, lanes};
 use super::{Machine, TMA_ACTORS, Trouble, Wake, trouble};
 use crate::isa::wgmma::{ASource, Product};
 use crate::isa::{Flow, Op};
+use crate::module::Row;
 use crate::options::Detector;
-use crate::race::clock::{Clock, SyncClock};
+use crate::race::clock::Clock;
 use crate::report::Fault;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,7 +41,8 @@ pub(crate) struct Queued {
     /// Register base of each warp.
     bases: [u32; 4],
     arrived: u32,
-    known: SyncClock,
+    /// What each warp knew when it queued the product.
+    known: [Arc<Clock>; 4],
     /// Clock that waiting teaches; set when executed.
     after: Option<Arc<Clock>>,
 }
@@ -107,7 +116,8 @@ pub(crate) fn watch(m: &Machine<'_>, w: &mut Warp, op: &Op, pc: u32) -> Result<(
     let rows = w.r32.len();
     w.wgmma.grow(rows);
     for touch in m.env.program.touches_of(pc) {
-        let row = (w.base32 + touch.slot) as usize;
+        let Row::W(slot) = touch.row else { continue };
+        let row = (w.base32 + slot) as usize;
         let verb = if touch.write { "written" } else { "read" };
         if w.wgmma.accumulator[row] > 0 {
             return Err(trouble(Fault::WgmmaRegister, format!("accumulator {verb} between wgmma and its wait_group")));
@@ -170,7 +180,7 @@ pub(crate) fn queue(m: &mut Machine<'_>, w: &mut Warp, p: &Product) -> Result<()
     let group = &mut m.ctas[w.cta as usize].groups[group];
     let at = (w.wgmma.queued - group.first) as usize;
     if at == group.queue.len() {
-        let queued = Queued { key, pc: site, bases: [0; 4], arrived: 0, known: SyncClock::default(), after: None };
+        let queued = Queued { key, pc: site, bases: [0; 4], arrived: 0, known: Default::default(), after: None };
         group.queue.push_back(queued);
     } else if group.queue[at].key != key {
         let other = &group.queue[at];
@@ -180,7 +190,7 @@ pub(crate) fn queue(m: &mut Machine<'_>, w: &mut Warp, p: &Product) -> Result<()
     let entry = &mut group.queue[at];
     entry.arrived |= 1 << member;
     entry.bases[member as usize] = base32;
-    m.clocks.release(first_thread, w.exists, &mut entry.known);
+    entry.known[member as usize] = m.clocks.snapshot(first_thread, w.exists);
     if entry.arrived == 0xf {
         for slot in std::mem::take(&mut group.waiters) {
             m.wakes.push(Wake::Wgmma { slot });
@@ -240,13 +250,18 @@ fn execute(m: &mut Machine<'_>, w: &mut Warp, cta: usize, number: usize, i: usiz
     let actor = m.actor(cta as u32, TMA_ACTORS + 2 + number);
     let entry = &mut m.ctas[cta].groups[number].queue[i];
     let (pc, key, bases) = (entry.pc, entry.key.clone(), entry.bases);
-    let known = entry.known.take().unwrap_or_default();
-    let (id, step, after) = m.clocks.start(actor, &known);
+    let warps = std::mem::take(&mut entry.known);
+    let [mut any, mut all] = [&warps[0], &warps[0]].map(Arc::clone);
+    if m.clocks.on() {
+        warps[1..].iter().for_each(|warp| Arc::make_mut(&mut any).join(warp));
+        warps[1..].iter().for_each(|warp| Arc::make_mut(&mut all).keep_common(warp));
+    }
+    let (id, step, after) = m.clocks.start(actor, &any);
     entry_after(m, cta, number, i, after);
     let program = m.env.program;
     let Op::Wgmma(op) = &program.code[pc as usize].op else { return Ok(()) };
     let crate::isa::wgmma::Wgmma::Product(p) = &**op else { return Ok(()) };
-    let reader = Actor { id, step, known: &known, site: pc };
+    let reader = Actor { id, step, known: &all, site: pc, hint: Hint::Warps(&warps) };
     let name = m.actor_name(id);
     let at = |mut t: Trouble| {
         t.pc.get_or_insert(pc);

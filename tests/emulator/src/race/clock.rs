@@ -20,6 +20,12 @@ fn max_into(to: &mut [u32], from: &[u32]) {
     }
 }
 
+fn min_into(to: &mut [u32], from: &[u32]) {
+    for (t, f) in to.iter_mut().zip(from) {
+        *t = (*t).min(*f);
+    }
+}
+
 impl Clock {
     pub fn new(actors: usize, proxy: bool) -> Self {
         Self { hb: vec![0; actors], px: vec![0; if proxy { actors } else { 0 }], foreign: None }
@@ -30,6 +36,26 @@ impl Clock {
         max_into(&mut self.hb, &other.hb);
         max_into(&mut self.px, &other.px);
         self.join_foreign(&other.foreign);
+    }
+
+    /// Forgets what `other`, a clock of the same cluster, does not know.
+    pub fn keep_common(&mut self, other: &Clock) {
+        min_into(&mut self.hb, &other.hb);
+        min_into(&mut self.px, &other.px);
+        let (Some(mine), Some(theirs)) = (&mut self.foreign, &other.foreign) else {
+            self.foreign = None;
+            return;
+        };
+        if Arc::ptr_eq(mine, theirs) {
+            return;
+        }
+        let mine = Arc::make_mut(mine);
+        mine.retain(|cluster, _| theirs.contains_key(cluster));
+        for (cluster, clock) in mine {
+            let clock = Arc::make_mut(clock);
+            min_into(&mut clock.hb, &theirs[cluster].hb);
+            min_into(&mut clock.px, &theirs[cluster].px);
+        }
     }
 
     fn join_foreign(&mut self, other: &Option<Arc<BTreeMap<u32, Arc<Clock>>>>) {
@@ -143,5 +169,27 @@ impl SyncClock {
     pub fn take(&mut self) -> Option<Arc<Clock>> {
         self.last = None;
         self.clock.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_two_clocks_have_in_common() {
+        let clock = |hb: [u32; 2], foreign: &[(u32, [u32; 2])]| {
+            let theirs = |hb: [u32; 2]| Arc::new(Clock { hb: hb.to_vec(), px: hb.to_vec(), foreign: None });
+            let foreign = foreign.iter().map(|&(cluster, hb)| (cluster, theirs(hb))).collect();
+            Clock { hb: hb.to_vec(), px: hb.to_vec(), foreign: Some(Arc::new(foreign)) }
+        };
+        let mut common = clock([5, 1], &[(1, [4, 4]), (2, [9, 9])]);
+        common.keep_common(&clock([3, 2], &[(2, [7, 10]), (3, [1, 1])]));
+        assert_eq!((common.hb.as_slice(), common.px.as_slice()), ([3, 1].as_slice(), [3, 1].as_slice()));
+        let foreign = common.foreign.as_ref().unwrap();
+        assert_eq!(foreign.keys().collect::<Vec<_>>(), [&2]);
+        assert_eq!((foreign[&2].hb.as_slice(), foreign[&2].px.as_slice()), ([7, 9].as_slice(), [7, 9].as_slice()));
+        common.keep_common(&Clock::new(2, true));
+        assert_eq!((common.hb.as_slice(), common.foreign.is_none()), ([0, 0].as_slice(), true));
     }
 }

@@ -272,6 +272,14 @@ impl Clocks {
         all.take().unwrap_or_default()
     }
 
+    /// Begins a new step of every thread. Gives the last step of every actor before that.
+    pub fn mark(&mut self) -> Vec<u32> {
+        let asynchronous = self.asynchronous.iter().copied();
+        let steps = self.threads.iter().map(|t| t.own).chain(asynchronous).collect();
+        self.threads.iter_mut().for_each(|t| t.own += 1);
+        steps
+    }
+
     /// Threads execute a proxy fence.
     pub fn fence_proxy(&mut self, first: usize, mask: u32) {
         self.learn(first, mask, |base| {

@@ -8,8 +8,9 @@ mod cases;
 #[path = "../runner/mod.rs"]
 mod runner;
 
+use cases::evidence;
 use cases::families::{self, Family};
-use ptx_emulator::Fault::{DataRace, Deadlock, MissingProxyFence, WgmmaFence, WgmmaRegister};
+use ptx_emulator::Fault::{DataRace, Deadlock, MissingProxyFence, UnwrittenRegister, WgmmaFence, WgmmaRegister};
 use ptx_emulator::{Detector, Detectors, Options, Schedule, TmaCompletion};
 use runner::{Failure, Session};
 use std::fs;
@@ -117,6 +118,40 @@ fn without_its_order_each_kernel_is_reported() {
             Err(Failure::Report(report)) => assert_eq!(report.fault, fault, "{name} without `{order}`: {report}"),
             other => panic!("{name} without `{order}`: {other:?}"),
         }
+    }
+}
+
+/// A product reads its accumulators with scale-d alone; so only then must something have written them.
+#[test]
+fn accumulators_nobody_wrote() {
+    let family = families::wgmma::family();
+    let text = committed(&family);
+    for (scale_d, step) in [(true, 0), (false, 1)] {
+        let name = format!("wgmma_ss_n8_bf16_bf16 A B128 B B128 step {step} scale-d {scale_d}");
+        let case = family.cases.iter().find(|case| case.name == name).expect("the family has the case");
+        let without = text.replace("\tld.global.v4.f32 {d0, d1, d2, d3}, [own+0];\n", "");
+        assert_ne!(without, text);
+        match runner::launch(case, &without, Options::default()) {
+            Ok(outputs) => assert!(!scale_d && runner::disagreement(case, &outputs).is_none(), "{name}"),
+            Err(Failure::Report(report)) => assert!(scale_d && report.fault == UnwrittenRegister, "{name}: {report}"),
+            Err(other) => panic!("{name}: {other}"),
+        }
+    }
+}
+
+/// The list of what stands on the text of the ISA alone names cases that exist and hold the form. `--nocapture` prints it.
+#[test]
+fn what_stands_on_the_text_alone() {
+    let families = families::all();
+    for row in evidence::TEXT_ALONE {
+        let family = families.iter().find(|family| family.name == row.family).unwrap_or_else(|| panic!("no family `{}`", row.family));
+        let case = family.cases.iter().find(|case| case.name == row.case).unwrap_or_else(|| panic!("no case `{}`", row.case));
+        let text = committed(family);
+        let start = text.find(&format!(".entry {}(", case.entry)).expect("the image has the entry");
+        let entry = text[start..].split("\n}\n").next().unwrap_or_default();
+        let holds = entry.split(|c: char| c.is_whitespace() || c == ';').any(|word| word == row.form);
+        assert!(holds, "`{}` has no `{}`", row.case, row.form);
+        println!("{:<100} {:<40} {}: {}", row.form, row.section, row.family, row.case);
     }
 }
 

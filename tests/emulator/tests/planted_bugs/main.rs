@@ -162,6 +162,9 @@ bugs! {
     bug_31_aligned_under_a_branch: 31 in tile_product => Expected::always(&[Divergence], "");
     bug_36_one_group_short: 36 in warp_gemm => Expected::always(&[DataRace], "unordered with");
     bug_37_init_without_fence: 37 in gemm => Expected::always(&[MissingProxyFence], "mbarrier");
+    bug_38_one_warp_waits_for_four: 38 in gemm => Expected::always(&[DataRace], "do not know of it");
+    bug_39_writers_do_not_meet: 39 in tile_product => Expected::always(&[DataRace], "do not know of it");
+    bug_40_another_thread_fences_the_init: 40 in gemm => Expected::always(&[MissingProxyFence], "mbarrier");
     bug_32_wgmma_without_proxy_fence: 32 in tile_product => Expected::always(&[MissingProxyFence], "wgmma");
 }
 

@@ -64,6 +64,15 @@ fn ops() -> Vec<Op> {
                 ),
                 |x, i, _| before(x, i),
             ),
+            // The same without scope and semantics, which stands for a release within the CTA: nothing is read that it would have to order.
+            op(
+                "plain remote mbarrier arrive",
+                format!(
+                    "@first mbarrier.init.shared::cta.b64 [bar], {PER_CTA};\n@first fence.mbarrier_init.release.cluster;\n{SYNC}mapa.shared::cluster.u32 far, bar, next;\n\
+                     mbarrier.arrive.shared::cluster.b64 _, [far];\n{WAIT}add.u32 %d, %a, 1;\n{SYNC}"
+                ),
+                |x, i, _| x[i][0] + 1,
+            ),
             // Barriers made, published by a relaxed arrival, and used by the neighbour.
             op(
                 "relaxed arrive behind an init",

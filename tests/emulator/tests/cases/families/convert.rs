@@ -283,6 +283,14 @@ fn between_floats() -> Vec<Op> {
         values.extend([f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 1e38, -1e-40, 65519.0, 65520.0]);
         values
     };
+    // Between the two formats of sixteen bits the mode may be left out: to nearest, as ptxas assembles it.
+    let codes = |format: Binary| near(format).iter().map(|&x| format.round(x, Mode::Rn).unwrap_or(0x7FFF)).collect::<Vec<_>>();
+    for (name, mode) in [("cvt", Mode::Rn), ("cvt.rn", Mode::Rn), ("cvt.rz", Mode::Rz)] {
+        let to_bf16 = Op::new(&format!("{name}.bf16.f16"), &[Ty::F16], Ty::Bf16, move |x| rounded(BF16, F16.value(x[0]), mode));
+        let to_f16 = Op::new(&format!("{name}.f16.bf16"), &[Ty::Bf16], Ty::F16, move |x| rounded(F16, BF16.value(x[0]), mode));
+        ops.push(to_bf16.values(&[&[codes(F16), Ty::F16.edges()].concat()]));
+        ops.push(to_f16.values(&[&[codes(BF16), Ty::Bf16.edges()].concat()]));
+    }
     for (name, mode) in MODES {
         let f64s = |format: Binary| near(format).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         ops.push(

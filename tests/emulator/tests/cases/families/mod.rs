@@ -19,6 +19,27 @@ pub mod tensor;
 pub mod warp;
 pub mod wgmma;
 
+/// Every family whose cases all pass.
+pub fn all() -> Vec<Family> {
+    vec![
+        async_copy::family(),
+        atomic::family(),
+        barrier::family(),
+        cluster::family(),
+        control::family(),
+        convert::family(),
+        float::family(),
+        half::family(),
+        integer::family(),
+        matrix::family(),
+        mbarrier::family(),
+        memory::family(),
+        tensor::family(),
+        warp::family(),
+        wgmma::family(),
+    ]
+}
+
 /// A family: its image and the cases that launch it.
 pub struct Family {
     /// Stem of `kernels/instructions/<name>.ptx`.

@@ -25,11 +25,15 @@ fn image() -> String {
         text += &load(rank);
         text += &store(&format!("store_{rank}d"), rank, &format!("cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group"));
     }
-    text += &hinted(2);
+    text += &(hinted(2) + &hinted(3));
     for op in ["add", "min", "max", "and", "or", "xor"] {
         text += &store(&format!("reduce_{op}"), 2, &format!("cp.reduce.async.bulk.tensor.2d.global.shared::cta.{op}.tile.bulk_group"));
     }
-    text + MULTICAST
+    let in_3d = MULTICAST
+        .replace("entry multicast(", "entry multicast_3d(")
+        .replace("tensor.2d", "tensor.3d")
+        .replace("{x, zero}", "{x, zero, zero}");
+    text + MULTICAST + &in_3d
 }
 
 fn coordinates(rank: usize) -> (String, String, String) {
@@ -270,6 +274,14 @@ fn loads() -> Vec<Case> {
     args.extend(corner_args(&[64, 20]));
     args.push(Arg::input(hint.bytes.clone()));
     cases.push(Case { params: 5, ..Case::new("load with a cache hint", "tensor", "load_2d_hint", THREADS, args) }.shared(size as u32 + 16));
+    let mut hint = tensor(6, Element::Bf16, &[64, 10, 3], &[64, 8, 2], Swizzle::B128, 0);
+    hint.map.of = 6;
+    let size = hint.map.box_bytes();
+    let mut args = vec![Arg::Map(hint.map.clone()), Arg::output(picture(&hint, &[0, 2, 1])), Arg::U32(size as u32)];
+    args.extend(corner_args(&[0, 2, 1]));
+    args.push(Arg::input(hint.bytes.clone()));
+    let case = Case::new("load of rank 3 with a cache hint", "tensor", "load_3d_hint", THREADS, args);
+    cases.push(Case { params: 6, ..case }.shared(size as u32 + 16));
     // The map may lead to the same memory through a smaller outer stride than an inner one.
     let mut panels = tensor(5, Element::Bf16, &[64, 8, 2], &[64, 8, 2], Swizzle::B128, 0);
     panels.map.of = 6;
@@ -347,12 +359,12 @@ fn stores(outside: bool) -> Vec<Case> {
 
 fn multicasts() -> Vec<Case> {
     let mut cases = Vec::new();
-    for ranks in [2u32, 4] {
-        let mut tensor = tensor(6, Element::Bf16, &[256, 16], &[64, 16], Swizzle::B128, 0);
+    for (ranks, rank) in [(2u32, 2), (4, 2), (2, 3)] {
+        let mut tensor = tensor(6, Element::Bf16, &[256, 16, 2][..rank], &[64, 16, 1][..rank], Swizzle::B128, 0);
         tensor.map.of = 6;
         let size = tensor.map.box_bytes();
         // Two clusters, each with every rank's box in every CTA.
-        let whole: Vec<u8> = (0..ranks as i32).flat_map(|rank| picture(&tensor, &[rank * 64, 0])).collect();
+        let whole: Vec<u8> = (0..ranks as i32).flat_map(|r| picture(&tensor, &[r * 64, 0, 0][..rank])).collect();
         let want = whole.repeat(2 * ranks as usize);
         let args = vec![
             Arg::Map(tensor.map.clone()),
@@ -363,7 +375,8 @@ fn multicasts() -> Vec<Case> {
             Arg::U32(ranks),
             Arg::input(tensor.bytes.clone()),
         ];
-        let case = Case::new(format!("multicast among {ranks}"), "tensor", "multicast", THREADS, args);
+        let (name, entry) = if rank == 2 { ("multicast", "multicast") } else { ("multicast of rank 3", "multicast_3d") };
+        let case = Case::new(format!("{name} among {ranks}"), "tensor", entry, THREADS, args);
         cases.push(Case { params: 6, ..case }.grid(2 * ranks).cluster(ranks).shared(ranks * size as u32 + 16));
     }
     cases

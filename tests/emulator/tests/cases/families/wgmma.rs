@@ -361,5 +361,22 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    // The base offset of a descriptor (bits 49-51) has no meaning without a swizzle.
+    for transposed in [(false, false), (false, true)] {
+        let entry = Entry { transposed, ..plain(64, BOTH_BF16) };
+        let a = Layout::k_major(Swizzle::None, 64, 0, Number::Bf16);
+        let (kb, b) = if transposed.1 {
+            (64, Layout::mn_major(Swizzle::None, 64, 64, 0))
+        } else {
+            (32, Layout::k_major(Swizzle::None, 64, 0, Number::Bf16))
+        };
+        let mut case = case(format!("{} without swizzle, base offset 5", entry.name()), entry, a, 32, b, kb, true);
+        for arg in &mut case.args {
+            if let Arg::U64(fields) = arg {
+                *fields |= 5 << 49;
+            }
+        }
+        cases.push(case);
+    }
     cases
 }
