@@ -26,6 +26,7 @@ pub(crate) mod memory;
 pub(crate) mod mma;
 pub(crate) mod moves;
 pub(crate) mod packed;
+pub(crate) mod tensormap;
 pub(crate) mod ty;
 pub(crate) mod wgmma;
 
@@ -101,6 +102,7 @@ pub(crate) enum Op {
     Mbarrier(mbarrier::Mbarrier),
     CpAsync(cp_async::CpAsync),
     Bulk(Box<bulk::Bulk>),
+    Tensormap(Box<tensormap::Tensormap>),
     Matrix(Box<matrix::Matrix>),
     Mma(Box<mma::Mma>),
     Wgmma(Box<wgmma::Wgmma>),
@@ -144,6 +146,7 @@ const FAMILIES: &[Lower] = &[
     cluster::lower,
     mbarrier::lower,
     bulk::lower,
+    tensormap::lower,
     cp_async::lower,
     matrix::lower,
     mma::lower,
@@ -182,6 +185,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, op: &Op, mask: u32) -> Exe
         Op::Mbarrier(i) => mbarrier::exec(m, w, i, mask),
         Op::CpAsync(i) => cp_async::exec(m, w, i, mask),
         Op::Bulk(i) => bulk::exec(m, w, i, mask),
+        Op::Tensormap(i) => tensormap::exec(m, w, i, mask),
         Op::Matrix(i) => matrix::exec(m, w, i, mask),
         Op::Mma(i) => mma::exec(w, i, mask),
         Op::Wgmma(i) => wgmma::exec(m, w, i, mask),
