@@ -3,6 +3,7 @@
 // Order   every writer fences for the async proxy, then the block meets, then wgmma reads.
 // Bug 30  an accumulator is read before the wait. Bug 31: an aligned instruction under a branch that half a warp takes.
 // Bug 32  no fence for the async proxy. Bug 39: no barrier among the writers.
+// Bug 41  accumulators that nobody cleared, and a first product that adds to them.
 #include "common.cuh"
 
 struct TileProductParams {
@@ -27,7 +28,13 @@ extern "C" __global__ void tile_product(const __grid_constant__ TileProductParam
 #endif
 
     const u64 a = descriptor(shared_address(a_tile)), b = descriptor(shared_address(b_tile));
+#ifdef BUG_41
+    float acc[32];
+    constexpr bool fresh = false;
+#else
     float acc[32] = {};
+    constexpr bool fresh = true;
+#endif
     pin(acc);
 #ifdef BUG_31
     if (threadIdx.x % 32 < 16) wgmma_fence();  // report 31
@@ -35,7 +42,7 @@ extern "C" __global__ void tile_product(const __grid_constant__ TileProductParam
     wgmma_fence();
 #endif
 #pragma unroll
-    for (u32 j = 0; j < 4; ++j) wgmma_64x64x16(acc, a + 2 * j, b + 2 * j, j > 0);  // report 32 39
+    for (u32 j = 0; j < 4; ++j) wgmma_64x64x16(acc, a + 2 * j, b + 2 * j, !fresh || j > 0);  // report 32 39 41
     wgmma_commit();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* out = p.y + (16 * warp + lane / 4) * 64 + 2 * (lane % 4);

@@ -179,6 +179,83 @@ impl fmt::Debug for TensorMap {
     }
 }
 
+/// A field as `tensormap.replace` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Field {
+    GlobalAddress,
+    Rank,
+    BoxDim(usize),
+    GlobalDim(usize),
+    GlobalStride(usize),
+    ElementStride(usize),
+    Element(ElementType),
+    Interleave,
+    Swizzle(Swizzle),
+    Fill(OobFill),
+}
+
+impl Field {
+    /// By the ISA's numbering of element types, which is not the driver's.
+    pub fn element(code: u32) -> Option<Self> {
+        use ElementType::*;
+        let types = [U8, U16, U32, S32, U64, S64, F16, F32, F32Ftz, F64, Bf16, Tf32, Tf32Ftz];
+        types.get(code as usize).copied().map(Self::Element)
+    }
+
+    pub fn interleave(code: u32) -> Option<Self> {
+        (code == 0).then_some(Self::Interleave)
+    }
+
+    pub fn swizzle(code: u32) -> Option<Self> {
+        Swizzle::from_driver(code).map(Self::Swizzle)
+    }
+
+    pub fn fill(code: u32) -> Option<Self> {
+        match code {
+            0 => Some(Self::Fill(OobFill::Zeros)),
+            1 => Some(Self::Fill(OobFill::NanRequestZeroFma)),
+            _ => None,
+        }
+    }
+}
+
+impl TensorMap {
+    /// Replaces one field of a map, or of 128 bytes of zeros that are to become one.
+    pub(crate) fn replace(&mut self, field: Field, value: u64) -> Result<(), TensorMapError> {
+        let out = &mut self.0;
+        if *out == [0; 128] {
+            out[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        }
+        if out[0..4] != MAGIC.to_le_bytes() {
+            return refuse("object", "must be a tensor map or zeros", u32::from_le_bytes([out[0], out[1], out[2], out[3]]).into());
+        }
+        match field {
+            Field::GlobalAddress if value == 0 || !value.is_multiple_of(16) => {
+                return refuse("global_address", "must be non-zero and a multiple of 16", value);
+            }
+            Field::GlobalAddress => out[8..16].copy_from_slice(&value.to_le_bytes()),
+            Field::Rank if value >= 5 => return refuse("rank", "must be in 0..=4, one less than the number of dimensions", value),
+            Field::Rank => out[4] = value as u8 + 1,
+            Field::BoxDim(i) if value == 0 || value > 256 => return refuse(format!("box_dim {i}"), "must be in 1..=256", value),
+            Field::BoxDim(i) => out[80 + 2 * i..82 + 2 * i].copy_from_slice(&(value as u16).to_le_bytes()),
+            Field::GlobalDim(i) if value == 0 || value > 1 << 32 => return refuse(format!("global_dim {i}"), "must be in 1..=2^32", value),
+            Field::GlobalDim(i) => out[16 + 4 * i..20 + 4 * i].copy_from_slice(&((value - 1) as u32).to_le_bytes()),
+            Field::GlobalStride(i) if !value.is_multiple_of(16) || value >= 1 << 40 => {
+                return refuse(format!("global_stride {i}"), "must be a multiple of 16 below 2^40", value);
+            }
+            Field::GlobalStride(i) => out[40 + 8 * i..48 + 8 * i].copy_from_slice(&value.to_le_bytes()),
+            Field::ElementStride(i) if value != 1 => {
+                return refuse(format!("element_stride {i}"), "other than 1 is not implemented", value);
+            }
+            Field::ElementStride(_) | Field::Interleave => {}
+            Field::Element(element) => out[5] = element as u8,
+            Field::Swizzle(swizzle) => out[6] = swizzle as u8,
+            Field::Fill(fill) => out[7] = fill as u8,
+        }
+        Ok(())
+    }
+}
+
 /// Why a tensor map was refused: the argument, what it must satisfy, what it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMapError {
@@ -314,7 +391,7 @@ impl TensorMapDesc<'_> {
 }
 
 impl Decoded {
-    /// `None` if these bytes were not made by the encoder.
+    /// `None` if these bytes are no valid map.
     pub fn from_bytes(bytes: &[u8; 128]) -> Option<Self> {
         let u32_at = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
         let u64_at = |i: usize| u64::from(u32_at(i)) | u64::from(u32_at(i + 4)) << 32;
@@ -344,7 +421,9 @@ impl Decoded {
                 return None;
             }
         }
-        (map.box_bytes() <= 232_448).then_some(map)
+        let inner = u64::from(map.box_dims[0]) * element.bytes();
+        let swizzled = map.swizzle == Swizzle::None || inner <= u64::from(map.swizzle.span());
+        (map.box_bytes() <= 232_448 && inner.is_multiple_of(16) && swizzled && map.base.is_multiple_of(16)).then_some(map)
     }
 
     /// Bytes of the full box, which is also what an mbarrier is told.

@@ -284,3 +284,45 @@ fn offsets_beyond_32_bits() {
     gpu.read(buffer + far + 16, &mut word).expect("in bounds");
     assert_eq!(word, 77u32.to_le_bytes());
 }
+
+/// What lies next to the forms that run is refused by name.
+#[test]
+fn forms_beyond_the_model_are_refused() {
+    let registers = ".reg .b32 r<8>;\n.reg .b64 d<8>;\n.reg .f64 f<8>;\n.reg .b16 h<4>;\n.reg .pred q;\nmov.pred q, 0;";
+    let sums = |n: usize| (0..n).map(|i| format!("%s{i}")).collect::<Vec<_>>().join(", ");
+    let wgmma = |shape: &str, types: &str, n: usize| {
+        format!(".reg .b32 %s<128>;\nwgmma.mma_async.sync.aligned.{shape}.{types} {{{}}}, d0, d1, q;", sums(n))
+    };
+    let bodies = [
+        (wgmma("m64n40k32", "s32.s8.s8", 20), "m64n40k32"),
+        (wgmma("m64n16k16", "s32.s8.s8", 8), "m64n16k16"),
+        (wgmma("m64n8k256", "s32.b1.b1.and.popc", 4), "m64n8k256"),
+        (wgmma("m64n8k16", "f32.tf32.tf32", 4), "m64n8k16"),
+        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64.rz {f0, f1}, {f2}, {f3}, {f4, f5};".to_owned(), "f64"),
+        ("tensormap.replace.tile.swizzle_mode.global.b1024.b32 [d0], 4;".to_owned(), "swizzle_mode.global.b1024.b32 with 4"),
+        ("tensormap.replace.tile.elemtype.global.b1024.b32 [d0], 13;".to_owned(), "elemtype.global.b1024.b32 with 13"),
+        ("tensormap.replace.tile.interleave_layout.global.b1024.b32 [d0], 1;".to_owned(), "interleave_layout.global.b1024.b32 with 1"),
+        ("tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [d0], 0;".to_owned(), "swizzle_atomicity"),
+        ("tensormap.replace.tile.global_stride.global.b1024.b32 [d0], 0, r0;".to_owned(), "global_stride"),
+        ("tensormap.replace.tile.box_dim.global.b1024.b32 [d0], 5, r0;".to_owned(), "0..=4"),
+        ("fence.proxy.tensormap::generic.acquire.gpu [d0], 64;".to_owned(), "128..=128"),
+        ("cvt.sat.bf16.f16 h0, h1;".to_owned(), "cvt.sat.bf16.f16"),
+        ("cvt.rn.relu.f16.bf16 h0, h1;".to_owned(), "cvt.rn.relu.f16.bf16"),
+    ];
+    refused(&bodies.map(|(body, names)| (entry(&format!("{registers}\n{body}")), names)));
+    let on_device = |field: &str| {
+        format!(
+            ".reg .b64 at;\nld.param.u64 at, [p];\n.reg .pred first;\n.reg .b32 i;\nmov.u32 i, %tid.x;\nsetp.eq.u32 first, i, 0;\n\
+             @first tensormap.replace.tile.{field};"
+        )
+    };
+    for (field, said) in [
+        ("element_stride.global.b1024.b32 [at], 0, 2", "`element_stride 0` other than 1 is not implemented, got 2"),
+        ("global_address.global.b1024.b64 [at], 24", "`global_address` must be non-zero and a multiple of 16, got 24"),
+        ("box_dim.global.b1024.b32 [at], 1, 257", "`box_dim 1` must be in 1..=256, got 257"),
+        ("rank.global.b1024.b32 [at], 5", "`rank` must be in 0..=4"),
+    ] {
+        let report = report(&on_device(field));
+        assert!(report.fault == Fault::Tma && report.message.contains(said), "{field}: {report}");
+    }
+}

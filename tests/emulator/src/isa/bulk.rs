@@ -173,7 +173,7 @@ fn map_at(m: &Machine<'_>, address: u64) -> Result<Decoded, Trouble> {
         (Space::Local, _) => return Err(not("is in local memory: the parameter lacks __grid_constant__")),
         _ => return Err(not("is in shared memory")),
     }
-    Decoded::from_bytes(&bytes).ok_or_else(|| not("was not made by the encoder"))
+    Decoded::from_bytes(&bytes).ok_or_else(|| not("is not valid"))
 }
 
 /// A shared address that must be a multiple of `align`, with `bytes` behind it.

@@ -7,7 +7,7 @@ use crate::machine::warp::Warp;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fence {
-    /// `fence.sc`, `fence.acq_rel`, `membar`.
+    /// `fence.sc`, `fence.acq_rel`, `membar`; and `fence.proxy.tensormap`, whose absence is not looked for.
     Memory,
     /// `fence.proxy.async`, for shared, global or all memory.
     ProxyAsync,
@@ -31,6 +31,16 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
             Fence::ProxyAlias
         }
         "fence" if ctx.take("proxy") => {
+            if ctx.take("tensormap::generic") {
+                if ctx.one_of(&[("acquire", true), ("release", false)])? {
+                    super::memory::scope(ctx)?;
+                    ctx.mem()?;
+                    ctx.imm_in(128..=128)?;
+                } else {
+                    super::memory::scope(ctx)?;
+                }
+                return Ok(Some(Op::Fence(Fence::Memory)));
+            }
             if !ctx.take("async") {
                 return ctx.unimplemented();
             }

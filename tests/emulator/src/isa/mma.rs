@@ -4,16 +4,34 @@ use super::ty::{Reg, Src, Ty};
 use super::{Exec, Flow, Op};
 use crate::front::{Ctx, FrontError};
 use crate::machine::run::aligned;
-use crate::machine::warp::{L32, Warp};
+use crate::machine::warp::{L32, L64, Warp};
 use crate::num;
 
 #[derive(Debug)]
-pub(crate) struct Mma {
+pub(crate) enum Mma {
+    Narrow(Narrow),
+    Double(Double),
+}
+
+/// Operands of up to 32 bits.
+#[derive(Debug)]
+pub(crate) struct Narrow {
     k: usize,
     a_ty: Elem,
     b_ty: Elem,
     acc: Acc,
     satfinite: bool,
+    d: Vec<Reg>,
+    a: Vec<Src>,
+    b: Vec<Src>,
+    c: Vec<Src>,
+}
+
+/// Operands of 64 bits.
+#[derive(Debug)]
+pub(crate) struct Double {
+    rows: usize,
+    k: usize,
     d: Vec<Reg>,
     a: Vec<Src>,
     b: Vec<Src>,
@@ -39,6 +57,9 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
     }
     if !ctx.take("sync") || !ctx.take("aligned") {
         return ctx.unimplemented();
+    }
+    if ctx.has("f64") {
+        return double(ctx).map(Some);
     }
     let k = ctx.one_of(&[("m16n8k4", 4), ("m16n8k8", 8), ("m16n8k16", 16), ("m16n8k32", 32)])?;
     if !ctx.take("row") || !ctx.take("col") {
@@ -68,7 +89,23 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
     let n_acc = if acc == Acc::F16 { 2 } else { 4 };
     let (d, a) = (ctx.dst_vector(n_acc, 32)?, ctx.src_vector(16 * k / per / 32, 32)?);
     let (b, c) = (ctx.src_vector(8 * k / per / 32, 32)?, ctx.src_vector(n_acc, 32)?);
-    Ok(Some(Op::Mma(Box::new(Mma { k, a_ty: elem(at), b_ty: elem(bt), acc, satfinite, d, a, b, c }))))
+    Ok(Some(Op::Mma(Box::new(Mma::Narrow(Narrow { k, a_ty: elem(at), b_ty: elem(bt), acc, satfinite, d, a, b, c })))))
+}
+
+fn double(ctx: &mut Ctx<'_, '_>) -> Result<Op, FrontError> {
+    let shapes = [("m8n8k4", (8, 4)), ("m16n8k4", (16, 4)), ("m16n8k8", (16, 8)), ("m16n8k16", (16, 16))];
+    let (rows, k) = ctx.one_of(&shapes)?;
+    if !ctx.take("row") || !ctx.take("col") {
+        return ctx.unimplemented();
+    }
+    // To nearest is the default.
+    ctx.take("rn");
+    for _ in 0..4 {
+        ctx.ty_of(&[Ty::F64])?;
+    }
+    let (d, a) = (ctx.dst_vector(rows / 4, 64)?, ctx.src_vector(rows * k / 32, 64)?);
+    let (b, c) = (ctx.src_vector(k / 4, 64)?, ctx.src_vector(rows / 4, 64)?);
+    Ok(Op::Mma(Box::new(Mma::Double(Double { rows, k, d, a, b, c }))))
 }
 
 /// Element `j` of a register.
@@ -92,6 +129,41 @@ pub(crate) fn exec(w: &mut Warp, i: &Mma, mask: u32) -> Exec {
     if let Some(state) = aligned(w, mask, false)? {
         return Ok(Flow::Wait(state));
     }
+    match i {
+        Mma::Narrow(i) => narrow_exec(w, i, mask),
+        Mma::Double(i) => double_exec(w, i, mask),
+    }
+    Ok(Flow::Next)
+}
+
+/// Register r of lane 4g+t holds row g + 8*(r%2), column t + 4*(r/2) of A (row g, column t + 4*r where A has eight rows), row g, column
+/// t + 4*r of B, and row g + 8*(r/2), column 2t + r%2 of the sums.
+fn double_exec(w: &mut Warp, i: &Double, mask: u32) {
+    let tall = i.rows / 8;
+    let mut a = vec![0f64; i.rows * i.k];
+    let mut b = vec![0f64; 8 * i.k];
+    for (r, src) in i.a.iter().enumerate() {
+        for (l, v) in w.get64(*src).iter().enumerate() {
+            a[(l / 4 + 8 * (r % tall)) * i.k + l % 4 + 4 * (r / tall)] = f64::from_bits(*v);
+        }
+    }
+    for (r, src) in i.b.iter().enumerate() {
+        for (l, v) in w.get64(*src).iter().enumerate() {
+            b[l / 4 * i.k + l % 4 + 4 * r] = f64::from_bits(*v);
+        }
+    }
+    let c: Vec<L64> = i.c.iter().map(|c| w.get64(*c)).collect();
+    for (r, d) in i.d.iter().enumerate() {
+        let sum = |l: usize| {
+            let (row, column) = (l / 4 + 8 * (r / 2), 2 * (l % 4) + r % 2);
+            let start = f64::from_bits(c[r][l]);
+            (0..i.k).fold(start, |sum, k| a[row * i.k + k].mul_add(b[column * i.k + k], sum)).to_bits()
+        };
+        w.put64(*d, mask, &std::array::from_fn(sum));
+    }
+}
+
+fn narrow_exec(w: &mut Warp, i: &Narrow, mask: u32) {
     let bits = match i.a_ty {
         Elem::Float(ty) => usize::from(ty.bits()),
         Elem::Int { .. } => 8,
@@ -159,5 +231,4 @@ pub(crate) fn exec(w: &mut Warp, i: &Mma, mask: u32) -> Exec {
     for (d, out) in i.d.iter().zip(&out) {
         w.put32(*d, mask, out);
     }
-    Ok(Flow::Next)
 }

@@ -27,6 +27,7 @@ pub(crate) mod mma;
 pub(crate) mod moves;
 pub(crate) mod packed;
 pub(crate) mod store_async;
+pub(crate) mod tensormap;
 pub(crate) mod ty;
 pub(crate) mod wgmma;
 
@@ -103,6 +104,7 @@ pub(crate) enum Op {
     CpAsync(cp_async::CpAsync),
     Bulk(Box<bulk::Bulk>),
     StoreAsync(Box<store_async::StoreAsync>),
+    Tensormap(Box<tensormap::Tensormap>),
     Matrix(Box<matrix::Matrix>),
     Mma(Box<mma::Mma>),
     Wgmma(Box<wgmma::Wgmma>),
@@ -147,6 +149,7 @@ const FAMILIES: &[Lower] = &[
     mbarrier::lower,
     bulk::lower,
     store_async::lower,
+    tensormap::lower,
     cp_async::lower,
     matrix::lower,
     mma::lower,
@@ -186,6 +189,7 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, op: &Op, mask: u32) -> Exe
         Op::CpAsync(i) => cp_async::exec(m, w, i, mask),
         Op::Bulk(i) => bulk::exec(m, w, i, mask),
         Op::StoreAsync(i) => store_async::exec(m, w, i, mask),
+        Op::Tensormap(i) => tensormap::exec(m, w, i, mask),
         Op::Matrix(i) => matrix::exec(m, w, i, mask),
         Op::Mma(i) => mma::exec(w, i, mask),
         Op::Wgmma(i) => wgmma::exec(m, w, i, mask),

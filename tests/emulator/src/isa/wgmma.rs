@@ -15,8 +15,7 @@ pub(crate) struct Product {
     pub k: usize,
     pub a_ty: Ty,
     pub b_ty: Ty,
-    /// Accumulators in f16 pairs instead of f32.
-    pub half: bool,
+    pub sum: Sum,
     /// Accumulator rows of the frame.
     pub d: Vec<u32>,
     pub a: ASource,
@@ -27,6 +26,17 @@ pub(crate) struct Product {
     /// MN-major operands.
     pub trans_a: bool,
     pub trans_b: bool,
+}
+
+/// What an accumulator register holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sum {
+    F32,
+    /// Two of f16.
+    F16,
+    S32 {
+        satfinite: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -78,17 +88,20 @@ fn product(ctx: &mut Ctx<'_, '_>) -> Result<Product, FrontError> {
     });
     let Some((n, k)) = shape.filter(|(n, _)| n % 8 == 0 && (8..=256).contains(n)) else { return ctx.unimplemented() };
     let (d_ty, a_ty, b_ty) = (ctx.ty()?, ctx.ty()?, ctx.ty()?);
-    let narrow = matches!(a_ty, Ty::E4M3 | Ty::E5M2);
-    let pair = match (a_ty, b_ty) {
-        (Ty::BF16, Ty::BF16) => d_ty == Ty::F32,
-        (Ty::F16, Ty::F16) | (Ty::E4M3 | Ty::E5M2, Ty::E4M3 | Ty::E5M2) => matches!(d_ty, Ty::F32 | Ty::F16),
-        _ => false,
+    let integers = matches!((a_ty, b_ty), (Ty::S8 | Ty::U8, Ty::S8 | Ty::U8));
+    let satfinite = integers && ctx.take("satfinite");
+    let sum = match (a_ty, b_ty, d_ty) {
+        (Ty::BF16, Ty::BF16, Ty::F32) | (Ty::TF32, Ty::TF32, Ty::F32) => Sum::F32,
+        (Ty::F16, Ty::F16, Ty::F32) | (Ty::E4M3 | Ty::E5M2, Ty::E4M3 | Ty::E5M2, Ty::F32) => Sum::F32,
+        (Ty::F16, Ty::F16, Ty::F16) | (Ty::E4M3 | Ty::E5M2, Ty::E4M3 | Ty::E5M2, Ty::F16) => Sum::F16,
+        // Products of integers come in fewer widths.
+        (_, _, Ty::S32) if integers && (n == 8 || n == 24 || n % 16 == 0) => Sum::S32 { satfinite },
+        _ => return ctx.unimplemented(),
     };
-    if !pair || k != if narrow { 32 } else { 16 } {
+    if k != 32 / a_ty.bytes() as usize {
         return ctx.unimplemented();
     }
-    let half = d_ty == Ty::F16;
-    let regs = ctx.inout_vector(if half { n / 4 } else { n / 2 }, 32)?;
+    let regs = ctx.inout_vector(if sum == Sum::F16 { n / 4 } else { n / 2 }, 32)?;
     let d = rows(ctx, &regs)?;
     let a = match ctx.peek() {
         Some(Arg::Vector(items)) => {
@@ -109,9 +122,9 @@ fn product(ctx: &mut Ctx<'_, '_>) -> Result<Product, FrontError> {
         -1 => Ok(true),
         other => ctx.error(format!("wgmma: scale is {other}, must be 1 or -1")),
     };
-    let (negate_a, negate_b) = (scale(ctx)?, scale(ctx)?);
+    let (negate_a, negate_b) = if integers { (false, false) } else { (scale(ctx)?, scale(ctx)?) };
     let (mut trans_a, mut trans_b) = (false, false);
-    if !narrow {
+    if a_ty.bytes() == 2 {
         if matches!(a, ASource::Descriptor(_)) {
             trans_a = ctx.imm_in(0..=1)? == 1;
         }
@@ -121,7 +134,7 @@ fn product(ctx: &mut Ctx<'_, '_>) -> Result<Product, FrontError> {
     if let ASource::Registers(slots) = &a {
         ctx.watch(slots.iter().copied());
     }
-    Ok(Product { n, k, a_ty, b_ty, half, d, a, b, scale_d, negate_a, negate_b, trans_a, trans_b })
+    Ok(Product { n, k, a_ty, b_ty, sum, d, a, b, scale_d, negate_a, negate_b, trans_a, trans_b })
 }
 
 pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Wgmma, mask: u32) -> Exec {

@@ -4,7 +4,7 @@ use super::async_access::Actor;
 use super::warp::{L32, Warp};
 use super::{Machine, Trouble, trouble};
 use crate::isa::ty::{SHARED_BASE, Ty};
-use crate::isa::wgmma::Product;
+use crate::isa::wgmma::{Product, Sum};
 use crate::num;
 use crate::options::Detector;
 use crate::race::{self, cells::Sweep};
@@ -87,6 +87,14 @@ fn elements(ty: Ty, bytes: &[u8], out: &mut [f32]) {
                 *o = num::f16(u16::from_le_bytes([b[0], b[1]]).into());
             }
         }
+        Ty::TF32 => {
+            // The tensor core reads the upper 19 bits.
+            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *o = f32::from_bits(u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0xffff_e000);
+            }
+        }
+        Ty::S8 => out.iter_mut().zip(bytes).for_each(|(o, b)| *o = f32::from(*b as i8)),
+        Ty::U8 => out.iter_mut().zip(bytes).for_each(|(o, b)| *o = f32::from(*b)),
         _ => {
             let format = if ty == Ty::E4M3 { num::E4M3 } else { num::E5M2 };
             for (o, b) in out.iter_mut().zip(bytes) {
@@ -233,7 +241,18 @@ fn sixteen_rows<const K: usize>(w: &mut Warp, member: usize, base: u32, p: &Prod
         let slot = |i: usize| (base + p.d[i]) as usize;
         for h in 0..2 {
             let a = &a[(16 * member + 8 * h) * K..][..8 * K];
-            if p.half {
+            if let Sum::S32 { satfinite } = p.sum {
+                // 32 products of two bytes are exact in f32.
+                let (e, o) = (slot(4 * c + 2 * h), slot(4 * c + 2 * h + 1));
+                let (mut even, mut odd) = ([0; 32], [0; 32]);
+                eight_rows::<K>(&mut even, &mut odd, a, panel, false);
+                for (at, sums) in [(e, even), (o, odd)] {
+                    for (old, sum) in w.r32[at].iter_mut().zip(sums) {
+                        let (before, sum) = (if scale_d { *old as i32 } else { 0 }, f32::from_bits(sum) as i32);
+                        *old = if satfinite { before.saturating_add(sum) } else { before.wrapping_add(sum) } as u32;
+                    }
+                }
+            } else if p.sum == Sum::F16 {
                 // A register holds an even and an odd column.
                 let at = slot(2 * c + h);
                 let mut even: L32 = std::array::from_fn(|l| num::f16(w.r32[at][l] & 0xffff).to_bits());

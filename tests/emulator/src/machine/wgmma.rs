@@ -285,10 +285,10 @@ fn execute(m: &mut Machine<'_>, w: &mut Warp, cta: usize, number: usize, i: usiz
     for (member, base) in bases.iter().enumerate() {
         let slot = first_slot + member;
         let warp: &mut Warp = if slot == w.slot as usize { w } else { &mut m.warps[slot] };
-        if p.k == 16 {
-            product::multiply::<16>(warp, member, *base, p, &a, &panels, key.scale_d);
-        } else {
-            product::multiply::<32>(warp, member, *base, p, &a, &panels, key.scale_d);
+        match p.k {
+            8 => product::multiply::<8>(warp, member, *base, p, &a, &panels, key.scale_d),
+            16 => product::multiply::<16>(warp, member, *base, p, &a, &panels, key.scale_d),
+            _ => product::multiply::<32>(warp, member, *base, p, &a, &panels, key.scale_d),
         }
     }
     m.counters.wgmmas += 1;

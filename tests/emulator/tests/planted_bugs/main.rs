@@ -128,7 +128,7 @@ macro_rules! bugs {
 
 use Fault::{
     Barrier, Collective, DataRace, Deadlock, Divergence, ExitState, InterBlockRace, Mbarrier, Misaligned, MissingProxyFence, OutOfBounds,
-    SwizzleMismatch, Uninitialised, WgmmaFence, WgmmaRegister,
+    SwizzleMismatch, Uninitialised, UnwrittenRegister, WgmmaFence, WgmmaRegister,
 };
 
 bugs! {
@@ -165,6 +165,7 @@ bugs! {
     bug_38_one_warp_waits_for_four: 38 in gemm => Expected::always(&[DataRace], "do not know of it");
     bug_39_writers_do_not_meet: 39 in tile_product => Expected::always(&[DataRace], "do not know of it");
     bug_40_another_thread_fences_the_init: 40 in gemm => Expected::always(&[MissingProxyFence], "mbarrier");
+    bug_41_accumulators_nobody_cleared: 41 in tile_product => Expected::always(&[UnwrittenRegister], "nothing wrote it");
     bug_32_wgmma_without_proxy_fence: 32 in tile_product => Expected::always(&[MissingProxyFence], "wgmma");
 }
 
@@ -248,6 +249,7 @@ fn detectors_can_be_switched_off_one_by_one() {
         (Detector::WgmmaRegisters, 10, workloads::gemm(), WgmmaFence),
         (Detector::WgmmaRegisters, 30, workloads::tile_product(), WgmmaRegister),
         (Detector::ExitState, 16, workloads::tma_store(), ExitState),
+        (Detector::UnwrittenRegisters, 41, workloads::tile_product(), UnwrittenRegister),
         // Whole warps at each of the two barriers; lanes of one warp are told apart in any case.
         (Detector::BarrierSite, 21, workloads::block_sum_of(192), Barrier),
     ];

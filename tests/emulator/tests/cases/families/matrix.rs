@@ -13,6 +13,10 @@ pub fn family() -> Family {
         text += &shape.ptx();
         all.push(shape.case());
     }
+    for (rows, k) in [(8, 4), (16, 4), (16, 8), (16, 16)] {
+        text += &double(rows, k);
+        all.push(double_case(rows, k));
+    }
     Family::table("matrix", text, all)
 }
 
@@ -198,6 +202,69 @@ impl Shape {
         ];
         Case::new(self.entry, "matrix", self.entry, 32, args)
     }
+}
+
+/// f64 operands: registers of A, B and the accumulators.
+fn double_registers(rows: usize, k: usize) -> (usize, usize, usize) {
+    (rows * k / 32, k / 4, rows / 4)
+}
+
+fn double(rows: usize, k: usize) -> String {
+    let (a, b, c) = double_registers(rows, k);
+    let list = |name: &str, count: usize| (0..count).map(|i| format!("{name}{i}")).collect::<Vec<_>>().join(", ");
+    let mut text = format!(
+        "\n.visible .entry mma_m{rows}_k{k}_f64(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d)\n{{\n\t.reg .b32 i;\n\t.reg .f64 a<{a}>, b<{b}>, c<{c}>, d<{c}>;\n\t.reg .b64 at;\n\tmov.u32 i, %tid.x;\n"
+    );
+    for (name, count) in [("a", a), ("b", b), ("c", c)] {
+        text += &format!("\tld.param.u64 at, [{name}];\n\tmad.wide.u32 at, i, {}, at;\n", 8 * count);
+        for r in 0..count {
+            text += &format!("\tld.global.f64 {name}{r}, [at+{}];\n", 8 * r);
+        }
+    }
+    text += &format!(
+        "\tmma.sync.aligned.m{rows}n8k{k}.row.col.f64.f64.f64.f64 {{{}}}, {{{}}}, {{{}}}, {{{}}};\n\tld.param.u64 at, [d];\n\tmad.wide.u32 at, i, {}, at;\n",
+        list("d", c),
+        list("a", a),
+        list("b", b),
+        list("c", c),
+        8 * c
+    );
+    for r in 0..c {
+        text += &format!("\tst.global.f64 [at+{}], d{r};\n", 8 * r);
+    }
+    text + "\tret;\n}\n"
+}
+
+fn double_case(rows: usize, k: usize) -> Case {
+    let (a_count, b_count, c_count) = double_registers(rows, k);
+    let (a, b, c) = (scrambled(rows * k, 54, 1000), scrambled(8 * k, 55, 1000), scrambled(rows * 8, 56, 1000));
+    // Register r of a lane, for each lane and each of `count` registers.
+    let registers = |count: usize, value: &dyn Fn(usize, usize, usize) -> f64| -> Vec<u8> {
+        let each = (0..32).flat_map(|lane| (0..count).map(move |r| (lane / 4, lane % 4, r)));
+        each.flat_map(|(group, t, r)| value(group, t, r).to_le_bytes()).collect()
+    };
+    let of_a = |group: usize, t: usize, r: usize| {
+        let (low, block) = if rows == 8 { (0, r) } else { (8 * (r % 2), r / 2) };
+        f64::from(a[(group + low) * k + t + 4 * block])
+    };
+    let place = |group: usize, t: usize, r: usize| (group + 8 * (r / 2), 2 * t + r % 2);
+    let sum = |row: usize, column: usize| {
+        f64::from(c[row * 8 + column]) + (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[column * k + i])).sum::<f64>()
+    };
+    let args = vec![
+        Arg::input(registers(a_count, &of_a)),
+        Arg::input(registers(b_count, &|group, t, r| f64::from(b[group * k + t + 4 * r]))),
+        Arg::input(registers(c_count, &|group, t, r| {
+            let (row, column) = place(group, t, r);
+            f64::from(c[row * 8 + column])
+        })),
+        Arg::output(registers(c_count, &|group, t, r| {
+            let (row, column) = place(group, t, r);
+            sum(row, column)
+        })),
+    ];
+    let entry = format!("mma_m{rows}_k{k}_f64");
+    Case::new(entry.clone(), "matrix", entry, 32, args)
 }
 
 // Moves ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ use super::Family;
 
 pub fn family() -> Family {
     let mut cases = loads();
-    cases.extend(stores(false));
+    cases.extend(stores());
     cases.extend(multicasts());
-    cases.extend(stores(true));
+    cases.push(replaced());
     Family::table("tensor", image(), cases)
 }
 
@@ -33,7 +33,7 @@ fn image() -> String {
         .replace("entry multicast(", "entry multicast_3d(")
         .replace("tensor.2d", "tensor.3d")
         .replace("{x, zero}", "{x, zero, zero}");
-    text + MULTICAST + &in_3d
+    text + MULTICAST + &in_3d + REPLACE
 }
 
 fn coordinates(rank: usize) -> (String, String, String) {
@@ -81,6 +81,94 @@ fn store(entry: &str, rank: usize, opcode: &str) -> String {
          \t{opcode} [desc, {{{list}}}], [base];\n\tcp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;\ndone:\n\tret;\n}}\n"
     )
 }
+
+/// Makes a map out of nothing, in shared memory and then, from a copy in global memory, another box of it; and loads by both.
+const REPLACE: &str = r"
+.visible .entry replaced(.param .u64 tensor, .param .u64 workspace, .param .u64 out, .param .u32 size)
+{
+	.reg .pred p, first;
+	.reg .b32 base, bar, object, bytes, i, from, word, zero, x, y, phase;
+	.reg .b64 data, map, to, at, stride;
+	.shared .align 128 .b8 made[128];
+	ld.param.u32 bytes, [size];
+	ld.param.u64 data, [tensor];
+	ld.param.u64 map, [workspace];
+	ld.param.u64 to, [out];
+	mov.u32 base, tile;
+	add.u32 bar, base, bytes;
+	mov.u32 object, made;
+	mov.u32 zero, 0;
+	mov.u32 i, %tid.x;
+	setp.eq.u32 first, i, 0;
+	setp.ge.u32 p, i, 32;
+	@p bra begun;
+	mad.lo.u32 from, i, 4, object;
+	st.shared.b32 [from], zero;
+	bar.warp.sync -1;
+	mov.u64 stride, 256;
+	@!first bra made_it;
+	tensormap.replace.tile.global_address.shared::cta.b1024.b64 [object], data;
+	tensormap.replace.tile.rank.shared::cta.b1024.b32 [object], 1;
+	tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [object], 0, 64;
+	tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [object], 1, 32;
+	tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [object], 0, 128;
+	tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [object], 1, 40;
+	tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [object], 0, stride;
+	tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [object], 0, 1;
+	tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [object], 1, 1;
+	tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [object], 10;
+	tensormap.replace.tile.interleave_layout.shared::cta.b1024.b32 [object], 0;
+	tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [object], 3;
+	tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [object], 0;
+made_it:
+	bar.warp.sync -1;
+	tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [map], [object], 128;
+	@!first bra begun;
+	mbarrier.init.shared::cta.b64 [bar], 1;
+	fence.mbarrier_init.release.cluster;
+begun:
+	mov.u32 x, 64;
+	mov.u32 y, 20;
+	mov.u32 phase, 0;
+load:
+	bar.sync 0;
+	@!first bra wait;
+	fence.proxy.tensormap::generic.acquire.gpu [map], 128;
+	mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
+	cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [base], [map, {x, y}], [bar];
+wait:
+	mbarrier.try_wait.parity.shared::cta.b64 p, [bar], phase;
+	@!p bra wait;
+	mov.u32 i, %tid.x;
+	shl.b32 i, i, 2;
+dump:
+	setp.ge.u32 p, i, bytes;
+	@p bra dumped;
+	add.u32 from, base, i;
+	ld.shared.b32 word, [from];
+	cvt.u64.u32 at, i;
+	add.u64 at, at, to;
+	st.global.b32 [at], word;
+	mov.u32 from, %ntid.x;
+	mad.lo.u32 i, from, 4, i;
+	bra dump;
+dumped:
+	bar.sync 0;
+	setp.ne.u32 p, phase, 0;
+	@p bra done;
+	// The same tensor without its last columns, from its second row on.
+	add.u64 data, data, 256;
+	@first tensormap.replace.tile.global_address.global.b1024.b64 [map], data;
+	@first tensormap.replace.tile.global_dim.global.b1024.b32 [map], 0, 70;
+	@first fence.proxy.tensormap::generic.release.gpu;
+	cvt.u64.u32 at, bytes;
+	add.u64 to, to, at;
+	mov.u32 phase, 1;
+	bra load;
+done:
+	ret;
+}
+";
 
 /// Every CTA of the cluster loads its own box (coordinate = rank * step) into slot `rank` of every CTA in `ranks`.
 const MULTICAST: &str = r"
@@ -296,14 +384,13 @@ fn loads() -> Vec<Case> {
     cases
 }
 
-fn stores(outside: bool) -> Vec<Case> {
+fn stores() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, mut tensor, corners) in tensors() {
         let rank = tensor.map.dims.len();
         tensor.map.of = 3 + rank;
         for corner in corners {
-            let wholly = corner.iter().zip(&tensor.map.dims).any(|(&at, &dim)| at as i64 >= dim as i64);
-            if corner.iter().any(|&at| at < 0) || wholly != outside {
+            if corner.iter().any(|&at| at < 0) {
                 continue;
             }
             let (size, width) = (tensor.map.box_bytes(), tensor.map.element.bytes());
@@ -320,9 +407,6 @@ fn stores(outside: bool) -> Vec<Case> {
             let case = Case::new(format!("store {name} at {corner:?}"), "tensor", format!("store_{rank}d"), THREADS, args);
             cases.push(tensor.map.strides_as_documented(Case { params: 3 + rank, ..case }.shared(size as u32)));
         }
-    }
-    if outside {
-        return cases;
     }
     let ops: [(&str, Element, fn(u32, u32) -> u32); 7] = [
         ("add", Element::U32, u32::wrapping_add),
@@ -355,6 +439,20 @@ fn stores(outside: bool) -> Vec<Case> {
         cases.push(Case { params: 5, ..case }.shared(size));
     }
     cases
+}
+
+fn replaced() -> Case {
+    let corner = [64, 20];
+    let whole = tensor(0, Element::Bf16, &[128, 40], &[64, 32], Swizzle::B128, 0);
+    let mut part = tensor(0, Element::Bf16, &[70, 40], &[64, 32], Swizzle::B128, 116);
+    part.bytes = [&whole.bytes[256..], &[0; 256]].concat();
+    let size = whole.map.box_bytes();
+    let want = [picture(&whole, &corner), picture(&part, &corner)].concat();
+    let bytes = [&whole.bytes[..], &[0; 256]].concat();
+    let args =
+        vec![Arg::input(bytes), Arg::Buffer { before: vec![0; 128], after: Expect::Anything }, Arg::output(want), Arg::U32(size as u32)];
+    let case = Case::new("tensormap.replace", "tensor", "replaced", THREADS, args).shared(size as u32 + 16);
+    case.beyond_isa("ptxas 12.4 takes global_stride in units of 16 bytes")
 }
 
 fn multicasts() -> Vec<Case> {

@@ -31,8 +31,11 @@ struct Types {
 enum Number {
     F16,
     Bf16,
+    Tf32,
     E4m3,
     E5m2,
+    S8,
+    U8,
 }
 
 impl Number {
@@ -42,24 +45,46 @@ impl Number {
             Number::Bf16 => "bf16",
             Number::E4m3 => "e4m3",
             Number::E5m2 => "e5m2",
+            Number::Tf32 => "tf32",
+            Number::S8 => "s8",
+            Number::U8 => "u8",
         }
     }
 
-    fn format(self) -> Binary {
+    fn format(self) -> Option<Binary> {
         match self {
-            Number::F16 => F16,
-            Number::Bf16 => BF16,
-            Number::E4m3 => E4M3,
-            Number::E5m2 => E5M2,
+            Number::F16 => Some(F16),
+            Number::Bf16 => Some(BF16),
+            Number::E4m3 => Some(E4M3),
+            Number::E5m2 => Some(E5M2),
+            Number::Tf32 | Number::S8 | Number::U8 => None,
         }
+    }
+
+    fn integer(self) -> bool {
+        matches!(self, Number::S8 | Number::U8)
+    }
+
+    /// The value that stands for `x`, a small integer: what the type has no sign for is counted from zero.
+    fn value(self, x: f32) -> f32 {
+        if self == Number::U8 { x + 200.0 } else { x }
     }
 
     fn bytes(self) -> usize {
-        if matches!(self, Number::F16 | Number::Bf16) { 2 } else { 1 }
+        match self {
+            Number::Tf32 => 4,
+            Number::F16 | Number::Bf16 => 2,
+            Number::E4m3 | Number::E5m2 | Number::S8 | Number::U8 => 1,
+        }
     }
 
     fn encode(self, x: f32) -> Vec<u8> {
-        let bits = self.format().round(x.into(), Mode::Rn).expect("an integer is a number");
+        let bits = match self.format() {
+            Some(format) => format.round(x.into(), Mode::Rn).expect("an integer is a number"),
+            // Small integers have no bits below those of tf32.
+            None if self == Number::Tf32 => x.to_bits().into(),
+            None => x as i64 as u64,
+        };
         bits.to_le_bytes()[..self.bytes()].to_vec()
     }
 }
@@ -74,13 +99,14 @@ struct Entry {
     transposed: (bool, bool),
     /// -1 as scale-a, scale-b.
     negated: (bool, bool),
+    satfinite: bool,
 }
 
 impl Entry {
     fn name(&self) -> String {
         let flag = |on: bool, text: &'static str| if on { text } else { "" };
         format!(
-            "wgmma_{}_n{}_{}_{}{}{}{}{}",
+            "wgmma_{}_n{}_{}_{}{}{}{}{}{}",
             if self.a_in_registers { "rs" } else { "ss" },
             self.n,
             self.types.a.name(),
@@ -89,6 +115,7 @@ impl Entry {
             flag(self.transposed.1, "_tb"),
             flag(self.negated.0, "_na"),
             flag(self.negated.1, "_nb"),
+            flag(self.satfinite, "_satfinite"),
         )
     }
 
@@ -98,8 +125,10 @@ impl Entry {
 
     fn ptx(&self) -> String {
         let count = self.n / 2;
+        let d = if self.types.a.integer() { "b32" } else { "f32" };
         let sign = |negative: bool| if negative { "-1" } else { "1" };
-        let mut immediates = format!("{}, {}", sign(self.negated.0), sign(self.negated.1));
+        let mut immediates =
+            if self.types.a.integer() { String::new() } else { format!(", {}, {}", sign(self.negated.0), sign(self.negated.1)) };
         if self.types.a.bytes() == 2 {
             if !self.a_in_registers {
                 immediates += &format!(", {}", u8::from(self.transposed.0));
@@ -111,8 +140,9 @@ impl Entry {
         let a = if self.a_in_registers { "{a0, a1, a2, a3}" } else { "a_desc" };
         let mut text = format!(
             "\n.visible .entry {}(.param .u64 a, .param .u32 a_bytes, .param .u64 b, .param .u32 b_bytes, .param .u64 c, .param .u64 out, .param .u64 a_fields, .param .u64 b_fields, .param .u32 scale_d)\n{{\n\
-             \t.reg .pred p, more;\n\t.reg .b32 i, at, end, to, w<4>, a<4>;\n\t.reg .b64 from, own, a_desc, b_desc, field;\n\t.reg .f32 d<{count}>;\n",
-            self.name()
+             \t.reg .pred p, more;\n\t.reg .b32 i, at, end, to, w<4>, a<4>;\n\t.reg .b64 from, own, a_desc, b_desc, field;\n\t.reg .{} d<{count}>;\n",
+            self.name(),
+            if self.types.a.integer() { "b32" } else { "f32" }
         );
         let copy = |operand: &str, base: &str| {
             format!(
@@ -140,20 +170,22 @@ impl Entry {
         text += "\tfence.proxy.async.shared::cta;\n\tbar.sync 0;\n";
         text += &format!("\tld.param.u64 from, [c];\n\tmov.u32 i, %tid.x;\n\tmad.wide.u32 own, i, {}, from;\n", 4 * count);
         for i in (0..count).step_by(4) {
-            text += &format!("\tld.global.v4.f32 {{{}}}, [own+{}];\n", list(i), 4 * i);
+            text += &format!("\tld.global.v4.{d} {{{}}}, [own+{}];\n", list(i), 4 * i);
         }
         text += "\tld.param.u32 i, [scale_d];\n\tsetp.ne.u32 more, i, 0;\n\twgmma.fence.sync.aligned;\n";
         text += &format!(
-            "\twgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}.{} {{{all}}}, {a}, b_desc, more, {immediates};\n",
+            "\twgmma.mma_async.sync.aligned.m64n{}k{}.{}{}.{}.{} {{{all}}}, {a}, b_desc, more{immediates};\n",
             self.n,
             self.k(),
+            if self.satfinite { "satfinite." } else { "" },
+            if self.types.a.integer() { "s32" } else { "f32" },
             self.types.a.name(),
             self.types.b.name()
         );
         text += "\twgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;\n";
         text += &format!("\tld.param.u64 from, [out];\n\tmov.u32 i, %tid.x;\n\tmad.wide.u32 own, i, {}, from;\n", 4 * count);
         for i in (0..count).step_by(4) {
-            text += &format!("\tst.global.v4.f32 [own+{}], {{{}}};\n", 4 * i, list(i));
+            text += &format!("\tst.global.v4.{d} [own+{}], {{{}}};\n", 4 * i, list(i));
         }
         text + "\tret;\n}\n"
     }
@@ -169,7 +201,7 @@ const BOTH_E4M3: Types = types(Number::E4m3, Number::E4m3);
 const BOTH_E5M2: Types = types(Number::E5m2, Number::E5m2);
 
 fn plain(n: usize, types: Types) -> Entry {
-    Entry { n, types, a_in_registers: false, transposed: (false, false), negated: (false, false) }
+    Entry { n, types, a_in_registers: false, transposed: (false, false), negated: (false, false), satfinite: false }
 }
 
 fn entries() -> Vec<Entry> {
@@ -191,6 +223,15 @@ fn entries() -> Vec<Entry> {
     }
     entries.push(Entry { negated: (true, false), a_in_registers: true, ..plain(16, BOTH_F16) });
     entries.push(Entry { negated: (false, true), ..plain(16, BOTH_E4M3) });
+    let tf32 = types(Number::Tf32, Number::Tf32);
+    entries.extend([8, 16, 64, 88, 256].map(|n| plain(n, tf32)));
+    entries.extend([24, 64].map(|n| Entry { a_in_registers: true, ..plain(n, tf32) }));
+    entries.push(Entry { negated: (true, false), ..plain(16, tf32) });
+    for (a, b) in [(Number::S8, Number::S8), (Number::S8, Number::U8), (Number::U8, Number::S8), (Number::U8, Number::U8)] {
+        entries.extend([plain(24, types(a, b)), Entry { a_in_registers: true, ..plain(64, types(a, b)) }]);
+    }
+    entries.extend([plain(8, types(Number::S8, Number::S8)), plain(256, types(Number::S8, Number::S8))]);
+    entries.push(Entry { satfinite: true, ..plain(16, types(Number::S8, Number::S8)) });
     entries
 }
 
@@ -294,7 +335,9 @@ fn a_registers(a: &[f32], width: usize, k0: usize, number: Number, thread: usize
 /// One launch: A is 64 x ka, B is n x kb, and the instruction takes 32 bytes of k out of each.
 fn case(name: String, entry: Entry, a_layout: Layout, ka: usize, b_layout: Layout, kb: usize, scale_d: bool) -> Case {
     let (n, k) = (entry.n, entry.k());
-    let (a, b) = (scrambled(64 * ka, 41, 4), scrambled(n * kb, 42, 4));
+    let values =
+        |count: usize, seed: u64, number: Number| scrambled(count, seed, 4).into_iter().map(|x| number.value(x)).collect::<Vec<_>>();
+    let (a, b) = (values(64 * ka, 41, entry.types.a), values(n * kb, 42, entry.types.b));
     let c = scrambled(128 * n / 2, 43, 100);
     let sign = if entry.negated.0 != entry.negated.1 { -1.0 } else { 1.0 };
     let mut want = Vec::new();
@@ -312,13 +355,26 @@ fn case(name: String, entry: Entry, a_layout: Layout, ka: usize, b_layout: Layou
     };
     let b_picture = b_layout.picture(&b, n, kb, entry.types.b);
     let shared = b_picture.len() + if entry.a_in_registers { 0 } else { a_picture.len() };
+    let limits = |x: f32| if x > 0.0 { i32::MAX } else { i32::MIN };
+    let sums = |values: &[f32]| match (entry.types.a.integer(), entry.satfinite) {
+        (false, _) => f32s(values),
+        (true, false) => u32s(&values.iter().map(|&x| x as i32 as u32).collect::<Vec<_>>()),
+        // At the edge of what the accumulators hold.
+        (true, true) => u32s(
+            &values
+                .iter()
+                .zip(&c)
+                .map(|(&x, &c)| if scale_d { limits(c).saturating_add((x - c) as i32) } else { x as i32 } as u32)
+                .collect::<Vec<_>>(),
+        ),
+    };
     let args = vec![
         Arg::input(a_picture.clone()),
         Arg::U32(a_picture.len() as u32),
         Arg::input(b_picture.clone()),
         Arg::U32(b_picture.len() as u32),
-        Arg::input(f32s(&c)),
-        Arg::output(f32s(&want)),
+        Arg::input(sums(&c)),
+        Arg::output(sums(&want)),
         Arg::U64(a_layout.fields()),
         Arg::U64(b_layout.fields()),
         Arg::U32(scale_d.into()),
