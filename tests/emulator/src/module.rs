@@ -37,7 +37,8 @@ pub(crate) struct Program {
     /// Label positions, ascending.
     pub labels: Vec<(u32, String)>,
     pub functions: Vec<FunctionInfo>,
-    /// Greatest alignment among the external arrays of shared memory, at least 16: `ptxas` rounds every entry's static part up to it.
+    /// Greatest alignment among the external arrays of shared memory, at least 16: `ptxas` rounds every
+    /// entry's static part up to it.
     pub dynamic_align: u32,
     /// Branch tables.
     pub tables: Vec<Vec<u32>>,
@@ -130,7 +131,8 @@ pub(crate) struct FunctionInfo {
     pub uses: Uses,
     /// 32-bit rows that wgmma works on.
     pub watched: HashSet<u32>,
-    /// Registers that may be read before they are written, and those that may be made of such, with their names.
+    /// Registers that may be read before they are written, and those that may be made of such, with their
+    /// names.
     pub unwritten: HashMap<Row, String>,
 }
 
@@ -144,8 +146,8 @@ impl Program {
         self.functions[function].static_shared.next_multiple_of(self.dynamic_align)
     }
 
-    /// After lowering a function: marks the instructions that touch a register wgmma works on, and those that touch one that may be read
-    /// unwritten. `name` gives the registers' names.
+    /// After lowering a function: marks the instructions that touch a register wgmma works on, and those that
+    /// touch one that may be read unwritten. `name` gives the registers' names.
     pub fn finish(&mut self, function: usize, name: impl Fn(Row) -> String) {
         let f = &self.functions[function];
         let unwritten = unwritten::find(self, f);
@@ -258,7 +260,8 @@ impl Kernel {
         self.info().rows32 + 2 * self.info().rows64
     }
 
-    /// Bytes of statically declared shared memory, without what rounds them up to the alignment of the dynamic part.
+    /// Bytes of statically declared shared memory, without what rounds them up to the alignment of the
+    /// dynamic part.
     pub fn static_shared_bytes(&self) -> u32 {
         self.info().static_shared
     }

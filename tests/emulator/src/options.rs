@@ -36,8 +36,8 @@ pub enum Detector {
     Uninitialised = 1 << 1,
     /// Ordinary writes read through the async proxy without a proxy fence in between.
     ProxyFence = 1 << 2,
-    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with, and tiles of TMA that do not begin where their
-    /// swizzle does.
+    /// A wgmma descriptor whose swizzle differs from the one TMA wrote the bytes with, and tiles of TMA that
+    /// do not begin where their swizzle does.
     Swizzle = 1 << 3,
     /// Accumulators and A registers touched while a wgmma may use them, and missing `wgmma.fence`.
     WgmmaRegisters = 1 << 4,

@@ -1,4 +1,5 @@
-//! Rules as the hardware has them, at their edges: what shipped code relies on passes, and what lies just beyond is reported.
+//! Rules as the hardware has them, at their edges: what shipped code relies on passes, and what lies just
+//! beyond is reported.
 
 use ptx_emulator::{
     Detector, Detectors, ElementType, Fault, Gpu, Interleave, L2Promotion, Launch, OobFill, Options, Report, Schedule, Swizzle,
@@ -10,7 +11,8 @@ fn module(text: &str) -> String {
     format!(".version 8.4\n.target sm_90a\n.address_size 64\n{text}")
 }
 
-/// Runs the entry `k` of a module with one buffer, filled with `before`, as its last parameter; gives the buffer afterwards.
+/// Runs the entry `k` of a module with one buffer, filled with `before`, as its last parameter; gives the
+/// buffer afterwards.
 fn run(text: &str, threads: u32, params: &[u8], before: &[u8], options: Options) -> Result<Vec<u8>, Box<Report>> {
     run_shared(text, threads, params, before, 0, options)
 }
@@ -33,7 +35,8 @@ fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes"))).collect()
 }
 
-/// `ptxas` rounds the static part up to the greatest alignment among the module's external arrays, at least 16, for every entry.
+/// `ptxas` rounds the static part up to the greatest alignment among the module's external arrays, at least
+/// 16, for every entry.
 #[test]
 fn dynamic_shared_memory_is_aligned_as_declared() {
     let text = |externs: &str| {
@@ -115,8 +118,8 @@ done:
 }
 ";
 
-/// TMA wants 128 bytes; that a tile begins where its swizzle does is a wish of the `Swizzle` detector, since the hardware swizzles by
-/// address wherever the tile begins.
+/// TMA wants 128 bytes; that a tile begins where its swizzle does is a wish of the `Swizzle` detector, since
+/// the hardware swizzles by address wherever the tile begins.
 #[test]
 fn tiles_may_begin_at_any_128_bytes() {
     let source: Vec<u8> = (0..1024u32).map(|i| (i * 37 + i / 128 * 11 + 5) as u8).collect();
@@ -158,7 +161,8 @@ fn tiles_may_begin_at_any_128_bytes() {
                 let run = format!("{swizzle} at {offset}, {tma:?}");
                 let place = |at: usize| (at + offset as usize) ^ ((at + offset as usize) >> 7 & chunks) << 4;
                 let (picture, stored) = attempt(swizzle, offset, free, tma).unwrap_or_else(|e| panic!("{run}: {e}"));
-                // Where a piece at the edge of the tile is swizzled out of it the dump cannot follow: 128 bytes stay together.
+                // Where a piece at the edge of the tile is swizzled out of it the dump cannot follow: 128
+                // bytes stay together.
                 assert!((0..1024).all(|at| picture[place(at) - offset as usize] == source[at]), "{run}");
                 assert_eq!(stored, source, "{run}");
                 match attempt(swizzle, offset, Detectors::all(), tma) {
@@ -177,8 +181,8 @@ fn tiles_may_begin_at_any_128_bytes() {
     }
 }
 
-/// Threads of different warps may meet at a barrier from different places, as warps with roles of their own do. An aligned barrier of
-/// the whole block, such as `__syncthreads`, wants one place.
+/// Threads of different warps may meet at a barrier from different places, as warps with roles of their own
+/// do. An aligned barrier of the whole block, such as `__syncthreads`, wants one place.
 #[test]
 fn only_aligned_barriers_want_one_line() {
     let text = |barrier: &str| {
@@ -205,8 +209,8 @@ fn only_aligned_barriers_want_one_line() {
     }
 }
 
-/// A source that changes between a bulk store and its wait is named as that, with the change as the place and the store as what came
-/// before it.
+/// A source that changes between a bulk store and its wait is named as that, with the change as the place and
+/// the store as what came before it.
 #[test]
 fn a_store_overwritten_before_it_is_read_says_so() {
     let text = |before: &str, after: &str| {
@@ -239,8 +243,8 @@ fn a_store_overwritten_before_it_is_read_says_so() {
     }
 }
 
-/// A fence for the async proxy, on any thread of the path, is as good as the one for `mbarrier.init`; that one counts for its own
-/// thread alone.
+/// A fence for the async proxy, on any thread of the path, is as good as the one for `mbarrier.init`; that
+/// one counts for its own thread alone.
 #[test]
 fn who_may_fence_an_init() {
     let text = |own: &str, others: &str| {
@@ -275,7 +279,8 @@ fn who_may_fence_an_init() {
     }
 }
 
-/// A register is written lane by lane; arithmetic passes on that it is not, and whatever else reads it is at fault.
+/// A register is written lane by lane; arithmetic passes on that it is not, and whatever else reads it is at
+/// fault.
 #[test]
 fn registers_nobody_wrote() {
     let text = |body: &str| {

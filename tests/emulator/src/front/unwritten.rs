@@ -1,23 +1,27 @@
 //! Registers that some path through a function may read before anything wrote them.
 //!
-//! Most registers have their one write in front of every read, so nothing needs to be known of them when the kernel runs. This finds
-//! the others: from each read backwards along the control flow, to the writes or to the beginning of the function.
+//! Most registers have their one write in front of every read, so nothing needs to be known of them when the
+//! kernel runs. This finds the others: from each read backwards along the control flow, to the writes or to
+//! the beginning of the function.
 
 use crate::isa::control::Control;
 use crate::isa::{Code, Op};
 use crate::module::{FunctionInfo, Program, Row};
 use std::collections::HashSet;
 
-/// Steps that one function may take. Beyond them every register counts as found, which costs time and changes no verdict.
+/// Steps that one function may take. Beyond them every register counts as found, which costs time and changes
+/// no verdict.
 const MAX_STEPS: usize = 1 << 24;
 
-/// Whether an instruction only makes registers out of registers. A compiler may put it where its operands have no value yet, as long
-/// as nothing comes of it; so its result is unwritten where an operand is, and it is no fault.
+/// Whether an instruction only makes registers out of registers. A compiler may put it where its operands
+/// have no value yet, as long as nothing comes of it; so its result is unwritten where an operand is, and it
+/// is no fault.
 pub(crate) fn is_pure(op: &Op) -> bool {
     matches!(op, Op::Int(_) | Op::Packed(_) | Op::Float(_) | Op::Half(_) | Op::Compare(_) | Op::Convert(_) | Op::Move(_))
 }
 
-/// Where control may go after the instruction at `pc`, other than to the next one; and whether it may go to the next one.
+/// Where control may go after the instruction at `pc`, other than to the next one; and whether it may go to
+/// the next one.
 fn successors(program: &Program, pc: u32) -> (&[u32], bool) {
     let Code { op, guard, .. } = &program.code[pc as usize];
     match op {
@@ -127,7 +131,8 @@ impl<'p> Writes<'p> {
     }
 }
 
-/// What must be watched when the function runs: the registers that may be read unwritten, and those that may be made of them.
+/// What must be watched when the function runs: the registers that may be read unwritten, and those that may
+/// be made of them.
 pub(crate) fn find(program: &Program, f: &FunctionInfo) -> HashSet<Row> {
     let (blocks, writes) = (Blocks::new(program, f), Writes::new(program, f));
     let rows = writes.ends.len();

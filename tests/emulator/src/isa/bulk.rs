@@ -197,8 +197,8 @@ pub(super) fn place(m: &Machine<'_>, what: &str, address: u64, bytes: usize, ali
     Ok((rank, offset))
 }
 
-/// A tile should begin where the pattern of its swizzle does, or a wgmma descriptor needs a base offset. TMA takes it anywhere: it
-/// swizzles by address.
+/// A tile should begin where the pattern of its swizzle does, or a wgmma descriptor needs a base offset. TMA
+/// takes it anywhere: it swizzles by address.
 fn check_pattern(m: &Machine<'_>, what: &str, rank: usize, offset: usize, far: &Far) -> Result<(), Trouble> {
     let Far::Tensor { map, .. } = far else { return Ok(()) };
     let pattern = match map.swizzle {

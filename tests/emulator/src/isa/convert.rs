@@ -134,8 +134,8 @@ pub(crate) fn lower(ctx: &mut Ctx<'_, '_>) -> Result<Option<Op>, FrontError> {
         }
         (to, from) if float(to) && float(from) => {
             let narrowing = to.bits() < from.bits() || to == Ty::TF32;
-            // The mode is mandatory where the result is smaller. Between the two formats of 16 bits it may be left out: ptxas 12.4 and 13.0
-            // assemble `cvt.bf16.f16` as `cvt.rn.bf16.f16`.
+            // The mode is mandatory where the result is smaller. Between the two formats of 16 bits it may be
+            // left out: ptxas 12.4 and 13.0 assemble `cvt.bf16.f16` as `cvt.rn.bf16.f16`.
             let across = matches!((to, from), (Ty::F16, Ty::BF16) | (Ty::BF16, Ty::F16));
             let known = match (narrowing, across) {
                 (true, _) => round.is_some() && integral.is_none(),

@@ -136,8 +136,8 @@ pub(crate) fn exec(w: &mut Warp, i: &Mma, mask: u32) -> Exec {
     Ok(Flow::Next)
 }
 
-/// Register r of lane 4g+t holds row g + 8*(r%2), column t + 4*(r/2) of A (row g, column t + 4*r where A has eight rows), row g, column
-/// t + 4*r of B, and row g + 8*(r/2), column 2t + r%2 of the sums.
+/// Register r of lane 4g+t holds row g + 8*(r%2), column t + 4*(r/2) of A (row g, column t + 4*r where A has
+/// eight rows), row g, column t + 4*r of B, and row g + 8*(r/2), column 2t + r%2 of the sums.
 fn double_exec(w: &mut Warp, i: &Double, mask: u32) {
     let tall = i.rows / 8;
     let mut a = vec![0f64; i.rows * i.k];

@@ -82,8 +82,9 @@ impl Machine<'_> {
                 let text = format!("barrier {}: count {expected} here, {want} by the first arrival: count mismatch", a.id);
                 return Err(trouble(Fault::Barrier, text).at_lane(lane).other(other));
             }
-            // `.aligned` says that all threads of the block execute the same instruction. Without it they may meet from different places, as
-            // warps with roles of their own do. A count says that some of the block meet, which aligned forms of several places share too.
+            // `.aligned` says that all threads of the block execute the same instruction. Without it they may
+            // meet from different places, as warps with roles of their own do. A count says that some of the
+            // block meet, which aligned forms of several places share too.
             let one_place = a.aligned && a.wait && a.count.is_none();
             let known = program.locs[site as usize] != 0 && program.locs[barrier.first_pc as usize] != 0;
             let same = |k: (u32, u32, u32)| (k.0, k.1);

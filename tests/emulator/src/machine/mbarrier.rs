@@ -28,7 +28,8 @@ pub(crate) struct Mbar {
     pub done: [Option<Arc<Clock>>; 2],
     /// Warps with lanes that wait.
     pub waiters: Vec<u32>,
-    /// Who initialised it: thread, its step, PC. `None` once that thread's `fence.mbarrier_init` has made it known to the async proxy.
+    /// Who initialised it: thread, its step, PC. `None` once that thread's `fence.mbarrier_init` has made it
+    /// known to the async proxy.
     unfenced: Option<(usize, u32, u32)>,
 }
 
@@ -106,8 +107,8 @@ impl Machine<'_> {
         }
     }
 
-    /// `fence.mbarrier_init`: the async proxy may use the mbarriers that the thread itself has initialised. The fence does nothing for those
-    /// of other threads, whatever the thread knows of them.
+    /// `fence.mbarrier_init`: the async proxy may use the mbarriers that the thread itself has initialised.
+    /// The fence does nothing for those of other threads, whatever the thread knows of them.
     pub fn mbar_publish(&mut self, w: &Warp, mask: u32) {
         let first = w.thread0 as usize;
         for bar in self.ctas[w.cta as usize].shared.mbars.values_mut() {

@@ -1,9 +1,10 @@
 //! Registers read before anything wrote them.
 //!
-//! Each register of a frame has a mask of the lanes in which it is written. All lanes count as written from the start, but for the few
-//! registers that the image's control flow leaves in doubt ([`unwritten`]): so only instructions that touch one of those are looked at.
-//! Arithmetic on unwritten registers makes unwritten ones and is no fault, because compilers compute ahead of the branch that decides
-//! whether the result is wanted. Reading them for anything else is one: as an address, as a value to store or to pass on, as a
+//! Each register of a frame has a mask of the lanes in which it is written. All lanes count as written from
+//! the start, but for the few registers that the image's control flow leaves in doubt ([`unwritten`]): so
+//! only instructions that touch one of those are looked at. Arithmetic on unwritten registers makes unwritten
+//! ones and is no fault, because compilers compute ahead of the branch that decides whether the result is
+//! wanted. Reading them for anything else is one: as an address, as a value to store or to pass on, as a
 //! condition, as a fragment of a matrix.
 
 use super::warp::Warp;
@@ -50,7 +51,8 @@ fn read(m: &Machine<'_>, w: &mut Warp, row: Row, mask: u32) -> Result<(), Troubl
 fn made(w: &mut Warp, op: &Op, touches: &[Touch]) -> u32 {
     let mut of = |row: Option<Row>| row.map_or(u32::MAX, |row| *lanes_of(w, row));
     let predicate = |p: PSrc| if let PSrc::Reg { slot, .. } = p { Some(Row::P(slot)) } else { None };
-    // A false side decides `and`, a true one `or`, and a selection leaves one side out, whatever the other side is.
+    // A false side decides `and`, a true one `or`, and a selection leaves one side out, whatever the other
+    // side is.
     match *op {
         Op::Compare(Compare::Selp { a, b, p, .. }) => {
             let (a, b, chooser) = (of(Row::of_src(a)), of(Row::of_src(b)), of(predicate(p)));

@@ -3,12 +3,14 @@
 //! A product is queued by each of the four warps and executed at the first wait that covers it, so that an operand overwritten too
 //! early shows in the numbers too. Until a warp's own wait its accumulators and A registers are locked.
 //!
-//! The four warps are not synchronised by queueing: `.sync` makes the threads of one warp wait for each other, `.aligned` only wants the
-//! same instruction of all four, and neither orders memory between the warps. So whoever wrote an operand must be known, and fenced, to
-//! each warp of the group. A wait teaches more: that the product has read its operands, and what any of the four warps knew when it queued
-//! it. The product cannot be complete before all four have queued it, and kernels that run on hardware rely on that: CUTLASS releases a
-//! stage with one arrival per warpgroup, made by a thread that waited for the product, also where all 128 threads read the stage
-//! themselves before (the scales of its blockwise fp8 kernels). The ISA does not promise this part.
+//! The four warps are not synchronised by queueing: `.sync` makes the threads of one warp wait for each
+//! other, `.aligned` only wants the same instruction of all four, and neither orders memory between the
+//! warps. So whoever wrote an operand must be known, and fenced, to each warp of the group. A wait teaches
+//! more: that the product has read its operands, and what any of the four warps knew when it queued it. The
+//! product cannot be complete before all four have queued it, and kernels that run on hardware rely on that:
+//! CUTLASS releases a stage with one arrival per warpgroup, made by a thread that waited for the product,
+//! also where all 128 threads read the stage themselves before (the scales of its blockwise fp8 kernels). The
+//! ISA does not promise this part.
 
 use super::async_access::{Actor, Hint};
 use super::product;

@@ -1,9 +1,10 @@
 //! What the cases rest on.
 //!
-//! Every expectation was worked out from the text of the PTX ISA. Most forms of instruction have been confirmed since by code that the
-//! hardware runs: kernels of Triton, CUTLASS, DeepGEMM and FlashAttention give the right numbers on the emulator. The forms listed here
-//! occur in this repository's images and in none of the kernels of Triton that were run, so their cases stand on the text alone. Each was
-//! held against its section of PTX ISA 9.0 once more.
+//! Every expectation was worked out from the text of the PTX ISA. Most forms of instruction have been
+//! confirmed since by code that the hardware runs: kernels of Triton, CUTLASS, DeepGEMM and FlashAttention
+//! give the right numbers on the emulator. The forms listed here occur in this repository's images and in
+//! none of the kernels of Triton that were run, so their cases stand on the text alone. Each was held against
+//! its section of PTX ISA 9.0 once more.
 
 /// A form of instruction whose case was checked against the text of the ISA alone.
 pub struct TextAlone {

@@ -139,7 +139,8 @@ fn accumulators_nobody_wrote() {
     }
 }
 
-/// The list of what stands on the text of the ISA alone names cases that exist and hold the form. `--nocapture` prints it.
+/// The list of what stands on the text of the ISA alone names cases that exist and hold the form.
+/// `--nocapture` prints it.
 #[test]
 fn what_stands_on_the_text_alone() {
     let families = families::all();

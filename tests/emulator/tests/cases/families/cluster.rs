@@ -64,7 +64,8 @@ fn ops() -> Vec<Op> {
                 ),
                 |x, i, _| before(x, i),
             ),
-            // The same without scope and semantics, which stands for a release within the CTA: nothing is read that it would have to order.
+            // The same without scope and semantics, which stands for a release within the CTA: nothing is
+            // read that it would have to order.
             op(
                 "plain remote mbarrier arrive",
                 format!(

@@ -82,7 +82,8 @@ fn store(entry: &str, rank: usize, opcode: &str) -> String {
     )
 }
 
-/// Makes a map out of nothing, in shared memory and then, from a copy in global memory, another box of it; and loads by both.
+/// Makes a map out of nothing, in shared memory and then, from a copy in global memory, another box of it;
+/// and loads by both.
 const REPLACE: &str = r"
 .visible .entry replaced(.param .u64 tensor, .param .u64 workspace, .param .u64 out, .param .u32 size)
 {
