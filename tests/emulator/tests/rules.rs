@@ -345,3 +345,123 @@ fn registers_nobody_wrote() {
         }
     }
 }
+
+/// One box of 16 words to or from memory, at a coordinate.
+const COPY_A_ROW: &str = r"
+.extern .shared .align 128 .b8 tile[];
+.visible .entry k(.param .align 64 .b8 map[128], .param .u32 first)
+{
+	.reg .pred p;
+	.reg .b32 base, bar, x, i;
+	.reg .b64 desc;
+	ld.param.u32 x, [first];
+	mov.u32 base, tile;
+	add.u32 bar, base, 64;
+	mov.b64 desc, map;
+	cvta.param.u64 desc, desc;
+	mov.u32 i, 0;
+fill:
+	add.u32 bar, base, i;
+	st.shared.u32 [bar], 7;
+	add.u32 i, i, 4;
+	setp.lt.u32 p, i, 64;
+	@p bra fill;
+	add.u32 bar, base, 64;
+	fence.proxy.async.shared::cta;
+	COPY
+	ret;
+}
+";
+const LOAD_A_ROW: &str = r"
+	mbarrier.init.shared::cta.b64 [bar], 1;
+	fence.mbarrier_init.release.cluster;
+	mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 64;
+	cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [base], [desc, {x}], [bar];
+wait:
+	mbarrier.try_wait.parity.shared::cta.b64 p, [bar], 0;
+	@!p bra wait;";
+const STORE_A_ROW: &str =
+    "cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [desc, {x}], [base];\ncp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;";
+
+/// Runs the copy on a tensor of `words` words in a buffer of 64, and gives the buffer.
+fn copy_a_row(copy: &str, words: u64, first: i32) -> Result<Vec<u8>, Box<Report>> {
+    let mut gpu = Gpu::new(Options { step_limit: 100_000, ..Options::default() });
+    let module = gpu.load("k.ptx", module(&COPY_A_ROW.replace("COPY", copy))).unwrap_or_else(|e| panic!("{e}"));
+    let kernel = module.kernel("k").expect("it has an entry k");
+    let address = gpu.alloc(256).expect("there is memory");
+    gpu.write(address, &[0; 256]).expect("the buffer is that long");
+    let desc = TensorMapDesc {
+        element: ElementType::U32,
+        address,
+        dims: &[words],
+        strides: &[],
+        box_dims: &[16],
+        element_strides: &[],
+        interleave: Interleave::None,
+        swizzle: Swizzle::None,
+        l2_promotion: L2Promotion::None,
+        oob_fill: OobFill::Zeros,
+    };
+    let mut params = gpu.encode_tensor_map(&desc).expect("a good map").0.to_vec();
+    params.extend(first.to_le_bytes());
+    gpu.launch(&kernel, &Launch { grid: [1, 1, 1], block: [1, 1, 1], params: &params, shared_bytes: 128, ..Launch::default() })?;
+    let mut after = vec![0; 256];
+    gpu.read(address, &mut after).expect("the buffer is that long");
+    Ok(after)
+}
+
+/// An H100 takes a copy that begins elsewhere for an illegal instruction.
+#[test]
+fn tensor_copies_begin_on_16_bytes_of_a_row() {
+    for copy in [LOAD_A_ROW, STORE_A_ROW] {
+        for first in [0, 4, 60, 64, 100] {
+            copy_a_row(copy, 64, first).unwrap_or_else(|e| panic!("{first}: {e}"));
+        }
+        for first in [1, 2, 63] {
+            let report = copy_a_row(copy, 64, first).expect_err("no multiple of four words");
+            let bytes = format!("{} bytes into a row", 4 * first);
+            assert!(report.fault == Fault::Tma && report.message.contains(&bytes), "{report}");
+        }
+    }
+}
+
+/// A load may begin before the tensor; an H100 takes such a store for an illegal instruction.
+#[test]
+fn tensor_stores_do_not_begin_before_the_tensor() {
+    copy_a_row(LOAD_A_ROW, 64, -4).unwrap_or_else(|e| panic!("{e}"));
+    let report = copy_a_row(STORE_A_ROW, 64, -4).expect_err("before the tensor");
+    assert!(report.fault == Fault::Tma && report.message.contains("coordinate -4"), "{report}");
+}
+
+/// An H100 stores sixteen bytes of which the first lie inside a row; of loads it keeps to the byte.
+#[test]
+fn tensor_stores_end_by_16_bytes() {
+    for (words, stored) in [(64, 16), (16, 16), (13, 16), (12, 12), (9, 12), (1, 4)] {
+        let after = copy_a_row(STORE_A_ROW, words, 0).unwrap_or_else(|e| panic!("{words}: {e}"));
+        let want: Vec<u32> = (0..64).map(|i| if i < stored { 7 } else { 0 }).collect();
+        assert_eq!(self::words(&after), want, "{words} words");
+    }
+}
+
+/// An H100 takes it for an illegal instruction.
+#[test]
+fn shared_memory_is_copied_within_a_cluster_alone() {
+    let text = r"
+.visible .entry k(.param .u64 out)
+{
+	.shared .align 128 .b8 from[16];
+	.shared .align 128 .b8 to[16];
+	.shared .align 8 .b64 bar;
+	.reg .b32 a, b, c;
+	mov.u32 a, from;
+	mov.u32 b, to;
+	mov.u32 c, bar;
+	mbarrier.init.shared::cta.b64 [c], 1;
+	fence.mbarrier_init.release.cluster;
+	cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [b], [a], 16, [c];
+	ret;
+}
+";
+    let report = run(text, 1, &[], &[0; 4], Options::default()).expect_err("no cluster");
+    assert!(report.fault == Fault::Tma && report.message.contains("without clusters"), "{report}");
+}

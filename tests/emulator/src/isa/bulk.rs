@@ -264,6 +264,11 @@ impl Operands {
             for (to, from) in coords.iter_mut().zip(&self.coords) {
                 *to = from[lane] as i32;
             }
+            let start = i64::from(coords[0]) * map.element.bytes() as i64;
+            if start % 16 != 0 {
+                let text = format!("tensor copy begins {start} bytes into a row of the tensor, must be a multiple of 16");
+                return Err(trouble(Fault::Tma, text));
+            }
             let bytes = map.box_bytes() as usize;
             return Ok(Side { far: Far::Tensor { map: Box::new(map), coords }, bytes, align: TILE_ALIGNMENT });
         }
@@ -276,6 +281,9 @@ impl Operands {
             return Err(trouble(Fault::Misaligned, format!("misaligned bulk copy: address {address:#x} must be a multiple of 16")));
         }
         if self.shared {
+            if m.ctas.len() == 1 {
+                return Err(trouble(Fault::Tma, "bulk copy from shared to shared memory in a launch without clusters"));
+            }
             let (rank, offset) = place(m, "bulk copy", address & 0xffff_ffff, bytes, 16)?;
             return Ok(Side { far: Far::Shared { rank, offset }, bytes, align: 16 });
         }
@@ -334,6 +342,11 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Bulk, mask: u32) ->
                 let mut issue = || {
                     let side = operands.side(m, lane)?;
                     let (rank, offset) = place(m, "bulk store", src[lane], side.bytes, side.align)?;
+                    if let Far::Tensor { coords: [first, ..], .. } = side.far
+                        && first < 0
+                    {
+                        return Err(trouble(Fault::Tma, format!("tensor store at coordinate {first} of a row, must not be negative")));
+                    }
                     check_pattern(m, "bulk store", rank, offset, &side.far)?;
                     let known = m.clocks.snapshot(w.thread0 as usize + lane, 1);
                     let before = m.clocks.mark();

@@ -363,7 +363,7 @@ pub(crate) fn exec(w: &mut Warp, inst: &Compare, mask: u32) -> Exec {
                     Class::Infinite => v.is_infinite(),
                     Class::Number => !v.is_nan(),
                     Class::NotANumber => v.is_nan(),
-                    Class::Normal => v.is_finite() && v.abs() >= smallest,
+                    Class::Normal => v == 0.0 || v.is_finite() && v.abs() >= smallest, // zeros are said to be normal
                     Class::Subnormal => v != 0.0 && v.abs() < smallest,
                 }
             });

@@ -307,6 +307,8 @@ impl Machine<'_> {
             Far::Tensor { map, coords } => {
                 for row in rows(map, coords) {
                     let Some((address, n, skip)) = row.global else { continue };
+                    // The last 16 bytes of a row are stored whole, even if it ends among them.
+                    let n = if op.reduce.is_none() { (skip + n).next_multiple_of(16) - skip } else { n };
                     let from = &data[row.packed + skip..row.packed + skip + n];
                     self.write_global(&writer, what, address, n, kind, &mut |part, at| change(part, &from[at..at + part.len()]))?;
                 }

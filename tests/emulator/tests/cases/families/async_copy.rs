@@ -136,14 +136,6 @@ fn bulk() -> Vec<Op> {
         op("cp.reduce.async.bulk.add.u32", &reduce("add.u32"), |x, i| 2 * x[i][0]),
         op("cp.reduce.async.bulk.xor.b32", &reduce("xor.b32"), |_, _| 0),
         op("cp.reduce.async.bulk.min.s32", &reduce("min.s32"), |x, i| x[i][0]),
-        op(
-            "cp.async.bulk between shared",
-            &format!(
-                ".shared .align 128 .b8 copy[512];\n.reg .b32 to;\nmov.u32 to, copy;\nst.shared.u32 [at], %a;\nfence.proxy.async.shared::cta;\nbar.sync 0;\n@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 512;\n\
-                 @first cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [base], 512, [bar];\n{BULK_WAIT}mad.lo.u32 to, %i, 4, to;\nld.shared.u32 %d, [to];"
-            ),
-            |x, i| x[i][0],
-        ),
     ];
     let float = |form: &str, want: fn(f32) -> f32| {
         Op::across(

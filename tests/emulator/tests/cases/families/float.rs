@@ -50,7 +50,7 @@ fn arithmetic32() -> Vec<Op> {
         unary("testp", |a: f32| u32::from(a.is_subnormal())).body("testp.subnormal.f32", &testp("subnormal")),
         unary("testp", |a: f32| u32::from(a.is_nan())).body("testp.notanumber.f32", &testp("notanumber")),
         unary("testp", |a: f32| u32::from(a.is_infinite())).body("testp.infinite.f32", &testp("infinite")),
-        unary("testp", |a: f32| u32::from(a.is_normal())).body("testp.normal.f32", &testp("normal")),
+        unary("testp", |a: f32| u32::from(a.is_normal() || a == 0.0)).body("testp.normal.f32", &testp("normal")),
     ];
     for (name, mode) in MODES {
         ops.push(Op::new(&format!("add.{name}.f32"), &[Ty::F32; 2], Ty::F32, move |x| rounded(sum(wide(x[0]), wide(x[1]), mode), mode)));

@@ -205,6 +205,9 @@ fn shifts() -> Vec<Op> {
 fn fields() -> Vec<Op> {
     const POSITIONS: &[u64] = &[0, 1, 4, 15, 30, 31, 32, 255, 0x104];
     const LENGTHS: &[u64] = &[0, 1, 5, 16, 31, 32, 33, 255, 0x108];
+    // The ISA bounds both by 255. An H100 takes the low eight bits for words, and all bits for double words.
+    const POSITIONS_64: &[u64] = POSITIONS.split_at(8).0;
+    const LENGTHS_64: &[u64] = LENGTHS.split_at(8).0;
     let mut ops = vec![
         unary("popc.b32", |a: u32| a.count_ones()),
         unary("popc.b64", |a: u64| a.count_ones()),
@@ -228,13 +231,13 @@ fn fields() -> Vec<Op> {
         ]),
         ternary("bfe.u64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, false)).values(&[
             &[0xFEDC_BA98_7654_3210],
-            POSITIONS,
-            LENGTHS,
+            POSITIONS_64,
+            LENGTHS_64,
         ]),
         ternary("bfe.s64", |a: u64, at: u32, len: u32| extract(a, 64, at, len, true)).values(&[
             &[0xFEDC_BA98_7654_3210],
-            POSITIONS,
-            LENGTHS,
+            POSITIONS_64,
+            LENGTHS_64,
         ]),
         ternary("bfi.b32", |a: u32, b: u32, at: u32| insert(u64::from(a), u64::from(b), 32, at, 7) as u32)
             .values(&[&[0x89AB_CDEF, 0], &[0xFFFF_FFFF, 0x1234_5678], POSITIONS])
@@ -243,7 +246,7 @@ fn fields() -> Vec<Op> {
             .values(&[&[0x89AB_CDEF, 0], &[0xFFFF_FFFF, 0x1234_5678], LENGTHS])
             .body("bfi.b32 position 9", "bfi.b32 %d, %a, %b, 9, %c;"),
         ternary("bfi.b64", |a: u64, b: u64, at: u32| insert(a, b, 64, at, 20))
-            .values(&[&[0xFEDC_BA98_7654_3210], &[0, u64::MAX], POSITIONS])
+            .values(&[&[0xFEDC_BA98_7654_3210], &[0, u64::MAX], POSITIONS_64])
             .body("bfi.b64 length 20", "bfi.b64 %d, %a, %b, %c, 20;"),
         ternary("prmt.b32", permute).values(&[
             &[0x8765_4321, 0x00FF_7F80],
