@@ -197,11 +197,12 @@ def steps(run, exe, rehearse):
         run.note("peer", "skipped", 0, "this Python has no torch")
     run.step("again", [bench, "--tokens", "8192,8,1", "--out", again, *emulated], 40)
 
-    profile, kernels = work / "ncu.ncu-rep", "regex:glu_nt_bf16_256x2|nn_bf16_256|glu_nt_bf16_few8"
+    profile, kernels = work / "ncu.ncu-rep", "regex:glu_nt_bf16_256x2|nn_bf16_256x2|glu_nt_bf16_few8"
     if shutil.which("ncu"):
         once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", kernels]
         ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", profile.with_suffix("")]
-        run.step("ncu", [*ncu, bench, "--tokens", "8192,8", *emulated], 60, keep=[profile])
+        run.step("ncu", [*ncu, bench, "--tokens", "8192,8", "--what", "gather,glu_nt_of_sorted,nn", *emulated], 60, keep=[profile])
+        run.step("ncu-details", ["ncu", "--import", profile, "--page", "details"], 20)
     if shutil.which("compute-sanitizer"):
         sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
         run.step("sanitizer", [*sanitizer, *doctor], 90)

@@ -7,10 +7,12 @@
 #include "common/dtype.cuh"
 #include "common/pages.cuh"
 #include "common/reduce.cuh"
+#include "common/ptx/launch.cuh"
 
 enum : int { WARPS = 4 };
 
 template <typename T> __device__ void attention(const AttentionParams& p) {
+    await_previous_launch();
     extern __shared__ float dynamic[]; // per warp: the query, the weighted sum of values
     __shared__ int64_t      row_of_key[WARPS][32];
     __shared__ float        weight_of_key[WARPS][32];

@@ -12,6 +12,7 @@
 #include "common/dtype.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_tile.cuh"
+#include "common/ptx/launch.cuh"
 #include "common/ptx/tma.cuh"
 
 enum : int { COLS = TILED_COLS, BOX = 64, BOX_BYTES = BOX * PITCH, STAGES = 4 };
@@ -285,6 +286,7 @@ template <typename F> __device__ __forceinline__ void product(const BlockProduct
         ring.init(1, CONSUMERS * WARPGROUP / 32);
         fence_mbarrier_init();
     }
+    await_previous_launch();
     __syncthreads();
     if (is_producer()) {
         registers_dec<PRODUCER_REGISTERS>();

@@ -6,8 +6,10 @@
 // Order     one chain of f32 additions over ascending k per element, rounded once. arrange is integers, without atomics: same offsets, same index.
 #include "common/dtype.cuh"
 #include "common/tile.cuh"
+#include "common/ptx/launch.cuh"
 
 template <typename T, typename O> __device__ void sdd(const SddParams& p) {
+    await_previous_launch();
     __shared__ TileInputs inputs;
     const int64_t         across = p.block / TILE, tiles = p.rows.offsets[p.rows.places] * across * across;
 
@@ -35,6 +37,7 @@ template <typename T, typename O> __device__ void sdd(const SddParams& p) {
 }
 
 template <typename T, typename O> __device__ void dsd(const DsdParams& p) {
+    await_previous_launch();
     __shared__ TileInputs inputs;
     const int64_t         across = p.block / TILE, col_tiles = (p.n + TILE - 1) / TILE, tiles = p.axis.places * across * col_tiles;
 
@@ -87,6 +90,7 @@ template <typename Mine> __device__ __forceinline__ Expert find_expert(const Arr
 }
 
 extern "C" __global__ void __launch_bounds__(128) block_sparse_arrange(const __grid_constant__ ArrangeParams p) {
+    await_previous_launch();
     // One item for each block row, one for each block column, and the ends of both.
     for (int64_t item = blockIdx.x; item < p.block_rows + p.block_cols + 2; item += gridDim.x) {
         if (item <= p.block_rows) {

@@ -5,8 +5,10 @@
 // Cost      memory bound: 2 * T * D * sizeof(T) + 4 * T bytes.
 // Order     a copy, bit for bit.
 #include "common/dtype.cuh"
+#include "common/ptx/launch.cuh"
 
 template <typename T> __device__ void lookup(const EmbeddingParams& p) {
+    await_previous_launch();
     constexpr int SIZE = Vec<T>::SIZE;
     for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
         const T* row = static_cast<const T*>(p.table) + int64_t(p.ids[token]) * p.table_stride;

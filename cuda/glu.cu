@@ -5,10 +5,12 @@
 // Cost      memory bound: 3 * R * F * sizeof(T) bytes.
 // Order     elementwise, so the bits of a row depend on that row alone.
 #include "common/dtype.cuh"
+#include "common/ptx/launch.cuh"
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <typename T> __device__ void glu(const GluParams& p) {
+    await_previous_launch();
     constexpr int SIZE = Vec<T>::SIZE;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) { // 64-bit: R * F passes 2^31 at T = 49,933 for DBRX
         const T* gates = static_cast<const T*>(p.gate) + row * p.gate_stride;

@@ -7,8 +7,7 @@
 //           operand). The two tiles of a pair have the same columns, and each block loads half of the weights for both; or, where few rows
 //           are left of an expert, the same rows (common/pair_tiles.cuh).
 //           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight
-//           threads. Warpgroups 1 and 2 multiply 64 rows each. Results leave through shared memory by bulk copies, while the next tile's
-//           products run.
+//           threads. Warpgroups 1 and 2 multiply 64 rows each, and store.
 // Cost      2 * R * N * K FLOP (twice that for glu_nt) on the tensor cores. Per tile and stage x moves 16 KB and the weights 16 KB (32 KB where
 //           rows are shared) from the L2 cache; from memory, each band of 16 pairs of an expert reads its weights once.
 // Order     one chain of f32 additions per element over ascending k, 16 at a time, rounded once, without a split: a row's bits depend on
@@ -19,6 +18,7 @@
 #include "common/pair_tiles.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_tile.cuh"
+#include "common/ptx/launch.cuh"
 #include "common/ptx/tma.cuh"
 
 enum : int { CLUSTER = TILED_CLUSTER, STAGES = 4 };
@@ -166,22 +166,27 @@ __device__ __forceinline__ void skip(const TiledProductParams& p, Stages& ring) 
     }
 }
 
-// Copies OUT_COLS columns of a warp's 16 rows to y, as far as there are that many. `to` and all rows lie on 16 bytes, columns come by eights.
+// Stores OUT_COLS columns of a warp's 16 rows, as far as there are that many: through shared memory, so that 16 threads write 256 bytes of a
+// row. `to` and all rows lie on 16 bytes, columns come by eights. Nothing waits for the stores: the next tile's products run meanwhile.
 template <typename T>
-__device__ __forceinline__ void store_rows_async(T* to, int64_t stride, int rows, int cols, uint32_t slab, const float* sum) {
-    const int      lane = threadIdx.x % 32;
-    const uint32_t into = slab + lane % 16 * OUT_PITCH + lane / 16 * 16;
-    bulk_wait_read();
-    __syncwarp();
+__device__ __forceinline__ void store_wide_rows(T* to, int64_t stride, int rows, int cols, uint32_t slab, const float* sum) {
+    enum : int { LANES = OUT_COLS / 8, EACH = 32 / LANES }; // of a row; rows at a time
+    const int      lane = threadIdx.x % 32, row = lane / LANES, col = lane % LANES * 8;
+    const uint32_t into = slab + lane % 16 * OUT_PITCH + lane / 16 * 16, from = slab + row * OUT_PITCH + col * 2;
 #pragma unroll
     for (int i = 0; i < OUT_COLS / 16; i++) {
         const float* s = sum + 8 * i;
         stmatrix_x4(into + 32 * i, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
     }
-    fence_proxy_async();
     __syncwarp();
-    if (lane < min(rows, 16) && cols > 0) bulk_store(to + lane * stride, slab + lane * OUT_PITCH, min(cols, int(OUT_COLS)) * sizeof(T));
-    bulk_commit();
+    const int left = col < cols ? rows - row : 0;
+    to += row * stride + col;
+#pragma unroll
+    for (int i = 0; i < 16; i += EACH, to += EACH * stride) {
+        const uint4 values = load_shared_16(from + i * OUT_PITCH);
+        if (i < left) store_global_16(to, values);
+    }
+    __syncwarp(); // before the next columns overwrite these
 }
 
 // Warpgroups 1 and 2.
@@ -208,11 +213,10 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
         for (uint32_t i = 0; i < F::COLS; i += STEP) {
             const uint32_t       col = tile.col + i;
             typename F::O* const y = static_cast<typename F::O*>(p.y) + row * p.y_stride + col;
-            if constexpr (sizeof(typename F::O) == 2) store_rows_async(y, p.y_stride, rows, int(p.n - col), shared + OUT_AT + warp * OUT_BYTES, sum + i / 2);
+            if constexpr (sizeof(typename F::O) == 2) store_wide_rows(y, p.y_stride, rows, int(p.n - col), shared + OUT_AT + warp * OUT_BYTES, sum + i / 2);
             else store_floats(y, p.y_stride, rows, int(p.n - col), sum + i / 2);
         }
     }
-    bulk_wait_read(); // nobody leaves while its rows are read
 }
 
 template <typename F> __device__ __forceinline__ void product(const TiledProductParams& p) {
@@ -224,6 +228,7 @@ template <typename F> __device__ __forceinline__ void product(const TiledProduct
         for (uint32_t i = 0; i < NUMBERS; i++) mbarrier_init(shared + NUMBERS_AT + 8 * i, 1);
         fence_mbarrier_init();
     }
+    await_previous_launch();
     cluster_sync();
     if (is_producer()) {
         registers_dec<PRODUCER_REGISTERS>();

@@ -12,6 +12,7 @@
 #include "common/expert_tiles.cuh"
 #include "common/gathered_rows.cuh"
 #include "common/ring.cuh"
+#include "common/ptx/launch.cuh"
 #include "common/ptx/tma.cuh"
 #include "common/ptx/wgmma.cuh"
 
@@ -125,6 +126,7 @@ template <typename F> __device__ __forceinline__ void product(const TiledProduct
         ring.init(p.row_to_slot ? 1 + WARPGROUP : 1, WARPGROUP / 32);
         fence_mbarrier_init();
     }
+    await_previous_launch();
     __syncthreads();
     if (__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) == 0) produce<F>(p, shared, ring);
     else consume<F>(p, shared, ring);

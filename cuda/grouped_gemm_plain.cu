@@ -5,6 +5,7 @@
 // Cost      2 * R * N * K FLOP (twice that for glu_nt) on the f32 pipes; x is read N / 32 times, w R / 32 times, through the caches.
 // Order     one chain of f32 additions over ascending k per element, rounded once: a row's bits depend on that row and the weights alone.
 #include "common/dtype.cuh"
+#include "common/ptx/launch.cuh"
 
 enum : int { TILE = 32, THREADS = 64, PITCH = TILE + 4 }; // rows of shared tiles stay on 16 bytes
 
@@ -39,6 +40,7 @@ __device__ __forceinline__ void load_weights(float (*tile)[PITCH], const T* w, i
 }
 
 template <typename T, typename O, bool NN, bool GLU> __device__ void product(const ProductParams& p) {
+    await_previous_launch();
     __shared__ __align__(16) float xs[TILE][PITCH];          // [k][row]
     __shared__ __align__(16) float ws[GLU ? 2 : 1][TILE][PITCH]; // [k][column]
     __shared__ int64_t             input_row[TILE];

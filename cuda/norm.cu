@@ -6,6 +6,7 @@
 // Order     sums in f32, over a thread's elements, then warps, then the block: the number of threads follows from D alone.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
+#include "common/ptx/launch.cuh"
 
 enum Kind { LAYER, RMS };
 
@@ -13,6 +14,7 @@ enum Kind { LAYER, RMS };
 enum : int { ELEMS_PER_THREAD = 16 };
 
 template <typename T, Kind KIND, bool ADD> __device__ void norm(const NormParams& p) {
+    await_previous_launch();
     constexpr int    SIZE = Vec<T>::SIZE, VECTORS = ELEMS_PER_THREAD / SIZE;
     __shared__ float scratch[32][2];
 

@@ -5,8 +5,10 @@
 // Cost      memory bound: gather 2 * R * D * sizeof(T) + 4 * R bytes, combine (R + T) * D * sizeof(T) + 8 * R bytes.
 // Order     gather copies bit for bit; combine sums in f32 in slot order and rounds once, so a token's bits depend on its own rows alone.
 #include "common/dtype.cuh"
+#include "common/ptx/launch.cuh"
 
 template <typename T> __device__ void gather(const GatherParams& p) {
+    await_previous_launch();
     constexpr int SIZE = Vec<T>::SIZE;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const T* x = static_cast<const T*>(p.x) + int64_t(p.row_to_slot[row] / uint32_t(p.top_k)) * p.x_stride;
@@ -17,6 +19,7 @@ template <typename T> __device__ void gather(const GatherParams& p) {
 }
 
 template <typename T> __device__ void combine(const CombineParams& p) {
+    await_previous_launch();
     constexpr int SIZE = Vec<T>::SIZE;
     for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
         for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_model; col += blockDim.x * SIZE) {

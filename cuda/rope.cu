@@ -6,10 +6,12 @@
 // Order     elementwise in pairs, in f32, each element rounded once.
 #include "common/dtype.cuh"
 #include "common/pages.cuh"
+#include "common/ptx/launch.cuh"
 
 __device__ __forceinline__ float limited(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; } // NaN passes
 
 template <typename T, int N> __device__ void rope(const RopeParams& p) {
+    await_previous_launch();
     const int64_t half = p.rotary_dim / 2, pairs = half / N, units = pairs + (p.head_dim - p.rotary_dim) / N;
     const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
     for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {

@@ -7,6 +7,7 @@
 // Order     every sum's order follows from D or E alone; index is a stable counting sort without atomics: same ids, same maps.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
+#include "common/ptx/launch.cuh"
 
 // ---- logits
 
@@ -14,6 +15,7 @@ enum : int { LOGITS_WARPS = 8, TOKENS = 4, EXPERTS = 8 };
 static_assert(TOKENS * EXPERTS == 32, "one sum per lane");
 
 template <typename T> __device__ void logits(const LogitsParams& p) {
+    await_previous_launch();
     constexpr int    SIZE = Vec<T>::SIZE;
     __shared__ float partial[LOGITS_WARPS][32];
     const int64_t    expert_tiles = (p.num_experts + EXPERTS - 1) / EXPERTS;
@@ -123,7 +125,7 @@ template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) { choose<CHOOSE_WARPS>(p); }
+extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) { await_previous_launch(); choose<CHOOSE_WARPS>(p); }
 
 // ---- index
 
@@ -193,9 +195,10 @@ __device__ __forceinline__ void index(const IndexParams& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) { index(p); }
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) { await_previous_launch(); index(p); }
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route(const __grid_constant__ RouteParams p) {
+    await_previous_launch();
     choose<INDEX_WARPS>(p.choose);
     __syncthreads(); // every id is written
     index(p.index);

@@ -6,8 +6,10 @@
 // Order     a maximum over (value, index) ranks, which no order of work can change: the lowest index among equals.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
+#include "common/ptx/launch.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024) sample_argmax(const __grid_constant__ ArgmaxParams p) {
+    await_previous_launch();
     __shared__ uint64_t best_of_warp[32];
     for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
         const float* logits = p.logits + token * p.logits_stride;

@@ -85,7 +85,12 @@ impl Launcher<'_> {
         let Case { grid, block, cluster, shared_bytes, .. } = *case;
         let offsets = if case.one_struct { &[0] } else { &offsets[..] };
         // SAFETY: the parameters are laid out as the case says its kernel declares them; the buffers are as long as the case says.
-        unsafe { driver.launch(stream, &Launch { function, grid, block, cluster, shared_bytes, params: &params, offsets })? };
+        unsafe {
+            driver.launch(
+                stream,
+                &Launch { function, grid, block, cluster, shared_bytes, is_programmatic: false, params: &params, offsets },
+            )?
+        };
         driver.synchronize(stream)?;
         let mut outputs = vec![Vec::new(); case.args.len()];
         for (i, arg) in case.args.iter().enumerate() {

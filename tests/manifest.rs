@@ -99,6 +99,24 @@ fn no_kernel_has_what_costs_dearly() {
     assert_eq!(distinct.len(), entries.len(), "an entry point in two images");
 }
 
+/// Every kernel lets the next one start, and waits for the one in front of it before it touches memory: so that launches may overlap.
+#[test]
+fn kernels_wait_for_the_launch_before() {
+    let manifest = read("ptx/MANIFEST");
+    let mut count = 0;
+    for image in manifest.lines().filter_map(|line| line.strip_prefix("image ")).map(|line| line.split(' ').next().unwrap()) {
+        for (entry, text) in entries(&manifest, &read(&format!("ptx/{image}.ptx"))) {
+            let at = |what: &str| text.find(what).unwrap_or(text.len());
+            let next = at("griddepcontrol.launch_dependents;");
+            let wait = at("griddepcontrol.wait;");
+            let memory = [".global.", "cp.async", "ld.v", "st.v", "atom.", "red."].iter().map(|what| at(what)).min().unwrap();
+            assert!(next < wait && wait < memory && memory < text.len(), "{}: {next}, {wait}, {memory}", entry.name);
+            count += 1;
+        }
+    }
+    assert_eq!(count, manifest.lines().filter(|line| line.starts_with("entry ")).count());
+}
+
 /// The entries of an image, with the text of each.
 fn entries<'a>(manifest: &'a str, ptx: &'a str) -> Vec<(Line<'a>, &'a str)> {
     let lines = manifest.lines().filter(|line| line.starts_with("entry ")).map(Line::parse);

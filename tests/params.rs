@@ -175,7 +175,16 @@ fn echo<P: Copy + Debug>(machine: &Machine) -> usize {
     arguments[std::mem::offset_of!(Echo<P>, out)..][..8].copy_from_slice(&out.to_ne_bytes());
     let function = driver.function(*image, &CString::new(format!("echo_{name}")).unwrap()).unwrap();
     let one = [1, 1, 1];
-    let launch = Launch { function, grid: one, block: one, cluster: one, shared_bytes: 0, params: &arguments, offsets: &[0] };
+    let launch = Launch {
+        function,
+        grid: one,
+        block: one,
+        cluster: one,
+        shared_bytes: 0,
+        is_programmatic: false,
+        params: &arguments,
+        offsets: &[0],
+    };
     let mut got = vec![0u64; want.len()];
     // SAFETY: the kernel's own arguments; it writes as many words as the struct has fields, and one more; they are read once it is done.
     unsafe {

@@ -291,6 +291,26 @@ fn buffers_outlive_their_stream() {
 }
 
 /// A stream has zeros to count in, of its own.
+/// Kernels may be started before the one in front of them is done, on the streams that ask for it.
+#[test]
+fn dependent_launch_is_off_until_it_is_asked_for() {
+    let (driver, stream, other) = two_streams();
+    let launch = |stream: &Stream| {
+        let x = Buffer::<f32>::zeros(stream, 8).unwrap();
+        let mut y = Buffer::<f32>::zeros(stream, 8).unwrap();
+        glu::glu(stream, x.rows(2, 4).unwrap(), x.rows(2, 4).unwrap(), &mut y.rows_mut(2, 4).unwrap()).unwrap();
+    };
+    launch(&stream);
+    stream.set_dependent_launch(true);
+    launch(&stream);
+    launch(&other);
+    stream.set_dependent_launch(false);
+    launch(&stream);
+    let is_programmatic = |call| matches!(call, Call::Launch { is_programmatic: true, .. });
+    assert_eq!(driver.launches().into_iter().map(is_programmatic).collect::<Vec<_>>(), [false, true, false, false]);
+    Device::cpu().stream().unwrap().set_dependent_launch(true); // of no meaning there
+}
+
 #[test]
 fn streams_have_scratch() {
     let (driver, stream) = dropless_kit::device::emulated();

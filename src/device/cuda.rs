@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
@@ -182,6 +183,8 @@ pub(crate) struct RawStream {
     captured: Mutex<Option<Vec<u64>>>,
     /// Zeros that kernels of this stream may count in, if they leave zeros behind.
     scratch: u64,
+    /// Kernels may be started before the one in front of them is done.
+    is_programmatic: AtomicBool,
 }
 
 /// Bytes of a stream's scratch.
@@ -209,14 +212,19 @@ pub(crate) struct Grid {
 impl RawStream {
     pub(crate) fn new(device: &Arc<CudaDevice>) -> Result<RawStream, Error> {
         let handle = device.call(Op::Stream, 0, |driver| driver.create_stream(device.ordinal))?;
-        let (staging, captured) = Default::default();
-        let mut stream = RawStream { device: device.clone(), handle, staging, captured, scratch: 0 };
+        let (staging, captured, is_programmatic) = Default::default();
+        let mut stream = RawStream { device: device.clone(), handle, staging, captured, scratch: 0, is_programmatic };
         stream.scratch = device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.alloc(handle, SCRATCH_BYTES))?;
         device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.fill(handle, stream.scratch, 0, SCRATCH_BYTES))?;
         Ok(stream)
     }
 
-    /// The address of [`SCRATCH_BYTES`] zeros.
+    pub(crate) fn set_programmatic(&self, on: bool) {
+        self.is_programmatic.store(on, Ordering::Relaxed);
+    }
+
+    /// The address of [`SCRATCH_BYTES`] zeros. Of the launches that count there, no two may run at a time: they are of this stream, or of
+    /// graphs captured from it, which run on it.
     pub(crate) fn scratch(&self) -> u64 {
         self.scratch
     }
@@ -360,8 +368,8 @@ impl RawStream {
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes, cluster } = grid;
-        let launch =
-            Launch { function, grid: blocks, block: [threads, 1, 1], cluster: [cluster, 1, 1], shared_bytes, params, offsets: &[0] };
+        let (block, cluster, is_programmatic) = ([threads, 1, 1], [cluster, 1, 1], self.is_programmatic.load(Ordering::Relaxed));
+        let launch = Launch { function, grid: blocks, block, cluster, shared_bytes, is_programmatic, params, offsets: &[0] };
         // SAFETY: the caller's duty.
         self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
     }

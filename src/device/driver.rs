@@ -110,6 +110,9 @@ pub struct Launch<'a> {
     pub cluster: [u32; 3],
     /// Dynamic shared memory.
     pub shared_bytes: u32,
+    /// The kernel waits for the launch before it by itself (`griddepcontrol.wait`), so that it may be started earlier: programmatic
+    /// stream serialization.
+    pub is_programmatic: bool,
     /// The parameters' bytes.
     pub params: &'a [u8],
     /// Where in `params` each parameter begins: `&[0]` for a single one. Their sizes are the image's.

@@ -294,6 +294,24 @@ impl Stream {
         }
     }
 
+    /// Lets the GPU start each kernel of this stream before the one in front of it is done (programmatic dependent launch): the launch
+    /// and the first steps of a kernel, which touch no memory of others, then overlap with that one's end. Results are the same. It is off
+    /// at first; a graph keeps what was set while it was captured. Without meaning on the CPU.
+    ///
+    /// ```
+    /// let stream = dropless::Device::cpu().stream()?;
+    /// stream.set_dependent_launch(true);
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn set_dependent_launch(&self, on: bool) {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.timeline.cuda {
+            cuda.set_programmatic(on);
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = on;
+    }
+
     /// Address and size of the zeros that kernels may count in, on a GPU.
     #[cfg(feature = "cuda")]
     #[doc(hidden)]

@@ -33,13 +33,6 @@ __device__ __forceinline__ void tma_load_3d_multicast(uint32_t to, const TensorM
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks)
                  : "memory");
 }
-// Consecutive bytes from shared to global memory, by 16; `bulk_commit` makes a group of this thread's copies.
-__device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// This thread's groups have read their shared memory, which may be overwritten.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 // 16 bytes to shared memory, of which the first `bytes` come from global memory and the rest are zero.

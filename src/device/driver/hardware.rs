@@ -24,15 +24,22 @@ pub(crate) const MIN_VERSION: u32 = 12040;
 type Code = c_int;
 type Pointer = *mut c_void;
 
-/// One launch attribute of `cuLaunchKernelEx`; only the cluster dimensions are used.
+/// One launch attribute of `cuLaunchKernelEx`, with its value's first words.
 #[repr(C, align(8))]
+#[derive(Clone, Copy)]
 struct LaunchAttribute {
     id: c_uint,
     pad: c_uint,
-    cluster: [c_uint; 3],
+    value: [c_uint; 3],
     rest: [u8; 52],
 }
 const _: () = assert!(size_of::<LaunchAttribute>() == 72);
+
+impl LaunchAttribute {
+    const fn new(id: c_uint, value: [c_uint; 3]) -> LaunchAttribute {
+        LaunchAttribute { id, pad: 0, value, rest: [0; 52] }
+    }
+}
 
 /// `CUlaunchConfig`.
 #[repr(C)]
@@ -47,6 +54,7 @@ struct LaunchConfig {
 const _: () = assert!(size_of::<LaunchConfig>() == 56);
 
 const ATTRIBUTE_CLUSTER_DIMENSION: c_uint = 4;
+const ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
 const FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
 /// Parameters of one kernel at most.
 const MAX_PARAMS: usize = 16;
@@ -437,14 +445,19 @@ unsafe impl Driver for Hardware {
         if launch.offsets.len() > MAX_PARAMS {
             return Err(DriverError { name: "CUDA_ERROR_INVALID_VALUE", call: "cuLaunchKernelEx", code: 1 });
         }
-        let attribute = LaunchAttribute { id: ATTRIBUTE_CLUSTER_DIMENSION, pad: 0, cluster: launch.cluster, rest: [0; 52] };
+        let mut attributes = [LaunchAttribute::new(ATTRIBUTE_CLUSTER_DIMENSION, launch.cluster); 2];
+        let mut count = usize::from(launch.cluster != [1, 1, 1]);
+        if launch.is_programmatic {
+            attributes[count] = LaunchAttribute::new(ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
+            count += 1;
+        }
         let config = LaunchConfig {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
             stream: pointer(stream),
-            attributes: &attribute,
-            num_attributes: c_uint::from(launch.cluster != [1, 1, 1]),
+            attributes: attributes.as_ptr(),
+            num_attributes: count as c_uint,
         };
         // One pointer for each parameter: the driver takes sizes and places from the image, where the compiler may have put a
         // parameter elsewhere than at the start (a struct aligned to 64 bytes begins 48 bytes into the parameters).

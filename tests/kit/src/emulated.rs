@@ -333,7 +333,7 @@ unsafe impl Driver for Emulated {
         kernel.set_max_dynamic_shared(bytes).map_err(|_| INVALID_VALUE)
     }
     unsafe fn launch(&self, _: Handle, launch: &driver::Launch<'_>) -> DriverResult<()> {
-        let driver::Launch { function, grid, block, cluster, shared_bytes, params, offsets } = *launch;
+        let driver::Launch { function, grid, block, cluster, shared_bytes, is_programmatic: _, params, offsets } = *launch; // one after another
         let kernel = (function as usize).wrapping_sub(1);
         let mut state = self.state();
         let declared: Vec<usize> = state.kernels.get(kernel).ok_or(INVALID_HANDLE)?.params().iter().map(|param| param.0).collect();

@@ -19,7 +19,7 @@ pub enum Call {
     Write { bytes: usize },
     Read { bytes: usize },
     Load { bytes: usize },
-    Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, params: Vec<u8> },
+    Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, is_programmatic: bool, params: Vec<u8> },
     Wait,
     Synchronize { stream: Handle },
     BeginCapture,
@@ -224,8 +224,8 @@ unsafe impl Driver for Recorder {
     }
     unsafe fn launch(&self, _: Handle, launch: &Launch<'_>) -> DriverResult<()> {
         let entry = self.entries.lock().expect("no panic while recording")[launch.function as usize - 1].clone();
-        let Launch { grid, block, shared_bytes, params, .. } = *launch;
-        self.push(Call::Launch { entry, grid, block, shared_bytes, params: params.to_vec() });
+        let Launch { grid, block, shared_bytes, is_programmatic, params, .. } = *launch;
+        self.push(Call::Launch { entry, grid, block, shared_bytes, is_programmatic, params: params.to_vec() });
         Ok(())
     }
     fn encode_tensor_map(&self, _: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap> {
