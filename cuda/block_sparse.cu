@@ -211,7 +211,7 @@ template <typename F> struct Consumer {
         };
         for (bool last = false; !last;) {
             uint32_t note = await();
-            for (; note == DEPTH; note = await()) stage(); // whole ones, in a loop of their own
+            for (; note == DEPTH; note = await()) stage(); // full stages but the last, without the clearing
             clear_rest(note);
             stage();
             last = note & LAST;

@@ -2,10 +2,10 @@
 //
 // Contract  src/ops/grouped_gemm/cuda/tiled.rs takes this form for bf16 and f16 where K and N are multiples of 8 and rows begin on 16 bytes; other
 //           shapes go to grouped_gemm_plain.cu. Offsets and maps come from a Routing, or from a caller who vouches for them.
-// Work      a block per SM; two blocks are a pair, which takes tile after tile, always the next that no pair has taken. A tile of a block is
-//           128 rows of one expert x 256 columns, or 128 columns of two products at once (glu_nt: their weights lie side by side, as one
-//           operand). The two tiles of a pair have the same columns, and each block loads half of the weights for both; or, where few rows
-//           are left of an expert, the same rows (common/pair_tiles.cuh).
+// Work      a block per SM; two blocks are a pair, which takes tile after tile, always the next that no pair has taken. A block's tile is 128
+//           rows of one expert by 256 columns; for glu_nt by 128 columns of each product, whose weights lie side by side as one operand of
+//           256. The two tiles of a pair have the same columns, and each block loads half of the weights for both; or, where few rows are
+//           left of an expert, the same rows, and each block loads its own weights (common/pair_tiles.cuh).
 //           Warpgroup 0 loads stages of 64 of k: weights by TMA, rows by TMA or, where they are gathered, by cp.async, one row to eight
 //           threads. Warpgroups 1 and 2 multiply 64 rows each, and store.
 // Cost      2 * R * N * K FLOP (twice that for glu_nt) on the tensor cores. Per tile and stage x moves 16 KB and the weights 16 KB (32 KB where
@@ -25,9 +25,9 @@ enum : int { CLUSTER = TILED_CLUSTER, STAGES = 4 };
 enum : int { X_BYTES = ROWS * PITCH, W_BYTES = TILED_COLS * PITCH, STAGE_BYTES = X_BYTES + W_BYTES };
 // A warp's 16 rows on their way out: OUT_COLS at a time, rows 16 bytes longer than they are, so that they lie on different banks.
 enum : int { OUT_COLS = 128, OUT_PITCH = 2 * OUT_COLS + 16, OUT_BYTES = 16 * OUT_PITCH };
-// Numbers of tiles on their way to those who work on them: more than the tiles that can be under way, which is one per stage and the next.
+// Slots for the numbers of tiles. The loader is at most STAGES + 1 tiles ahead of the consumers, so a slot is read before it is used again.
 enum : uint32_t { NUMBERS = 8 };
-static_assert(NUMBERS > STAGES + 1, "a number that is not read yet would be overwritten");
+static_assert(NUMBERS > STAGES + 1, "a number would be overwritten before it is read");
 enum : int {
     OUT_AT = STAGES * STAGE_BYTES,
     BARRIERS_AT = OUT_AT + 4 * CONSUMERS * OUT_BYTES,
@@ -45,10 +45,13 @@ template <typename T_, typename O_, bool NN_, bool GLU_> struct Form {
     enum : int { COLS = GLU ? TILED_COLS / 2 : TILED_COLS };
 };
 
+// Of a tile.
+__device__ __forceinline__ uint32_t stages_of(const TiledProductParams& p) { return (uint32_t(p.k) + DEPTH - 1) / DEPTH; }
+
 // The tiles of a block, and how a pair comes by them. The first is numbered as the pair. Each further one is the next that no pair has taken:
 // the thread that loads weights in block 0 counts it in global memory and sends its number to both blocks. So pairs that are done early take
-// more; and whoever counts the last tile sets the counter back, since every tile is followed by one count. BY_WARP: all lanes of a warp ask
-// together, and lane 0 reads, which will hand back the stages of the tile: so that nobody overwrites a number that is still to be read.
+// more. With BY_WARP lane 0 reads for the warp. The same lane later releases the tile's stages to block 0, whose loader sends the numbers: so no
+// number is overwritten before it was read.
 template <typename F, bool BY_WARP> struct Tiles {
     const TiledProductParams& p;
     PairTiles<F::COLS>        tiles;
@@ -58,7 +61,7 @@ template <typename F, bool BY_WARP> struct Tiles {
     __device__ __forceinline__ Tiles(const TiledProductParams& p, uint32_t shared)
         : p(p), tiles(p), shared(shared), rank(cluster_rank()), pairs(gridDim.x / CLUSTER), number(blockIdx.x / CLUSTER) {}
 
-    // The next tile of this block. Its rows and columns may lie behind the last ones.
+    // The next tile of this block. Part or all of it may lie beyond the expert's last row or the last column.
     __device__ __forceinline__ bool next(PairTile& tile) {
         if (turn > 0) {
             while (!mbarrier_try_wait(barrier(), (turn - 1) / NUMBERS % 2)) {}
@@ -69,14 +72,15 @@ template <typename F, bool BY_WARP> struct Tiles {
         return tiles.find(number, rank, tile);
     }
 
-    // By the thread of each block that loads weights, for each tile: `count` first, `send` when its result is wanted.
+    // By the loading thread of each block, once per tile: `count` at its start, `send` once the atomic has had time to return.
     __device__ __forceinline__ uint32_t count() const { return rank == 0 ? pairs + atomicAdd(p.taken, 1) : 0; }
     __device__ __forceinline__ void send(uint32_t next_number) const {
         mbarrier_arrive_expect(barrier(), sizeof next_number);
         if (rank != 0) return;
         for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), next_number, barrier(), to);
     }
-    // By the same thread, behind the last tile.
+    // By the same thread, behind the last tile. There are as many counts as tiles, so the pair that holds the last number is the last to count:
+    // it sets the counter to zero.
     __device__ __forceinline__ void finish() const {
         if (rank == 0 && number + 1 == pairs + tiles.first) atomicExch(p.taken, 0);
     }
@@ -87,18 +91,17 @@ private:
     __device__ __forceinline__ uint32_t place() const { return shared + NUMBERS_AT + 8 * NUMBERS + 4 * slot(); }
 };
 
-// The weights of one stage, the two halves of its columns one after the other; those of two products, or of one. A paired block loads one
-// half for both, else each loads its own.
+// The 256 rows of the operand, in boxes. For glu_nt 128 are of w and 128 of v, and paired blocks load alternate boxes for both; of one product
+// each loads its half. Blocks that are not paired load all of their own.
 template <typename F>
 __device__ __forceinline__ void load_weights(const TiledProductParams& p, uint32_t to, uint32_t k, const PairTile& tile, uint32_t rank, uint32_t full) {
-    enum : uint32_t { HALVES = 2, COLS = TILED_COLS / HALVES, BOX = F::NN ? 64 : F::GLU ? COLS / 2 : COLS, BOXES = COLS / BOX };
+    enum : uint32_t { COLS = TILED_COLS / CLUSTER, BOX = F::NN ? 64 : F::GLU ? COLS / 2 : COLS, BOXES = COLS / BOX };
 #pragma unroll
-    for (uint32_t i = 0; i < HALVES * BOXES; i++) {
+    for (uint32_t i = 0; i < CLUSTER * BOXES; i++) {
         const uint32_t at = to + i * BOX * PITCH, col = tile.col + i * BOX % F::COLS;
         const TensorMap& w = F::GLU && i * BOX >= F::COLS ? p.v : p.w;
         const uint32_t   x = F::NN ? col : k, y = F::NN ? k : col;
-        // Of two products each block loads half, too: boxes by turns.
-        const bool mine = F::GLU ? i % HALVES == rank : i / BOXES == rank;
+        const bool mine = F::GLU ? i % CLUSTER == rank : i / BOXES == rank;
         if (!tile.is_paired) tma_load_3d(at, w, x, y, tile.expert, full);
         else if (mine) tma_load_3d_multicast(at, w, x, y, tile.expert, full, (1 << CLUSTER) - 1);
     }
@@ -113,7 +116,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
         prefetch_tensor_map(p.w);
         if (F::GLU) prefetch_tensor_map(p.v);
     }
-    const uint32_t stages = uint32_t(p.k + DEPTH - 1) / DEPTH;
+    const uint32_t stages = stages_of(p);
     Tiles<F, false> tiles(p, shared);
     for (PairTile tile; tiles.next(tile);) {
         GatheredRows<typename F::T, ROWS> rows;
@@ -140,26 +143,27 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
 }
 
-// One consumer's products over all of k. The other consumer's keep the tensor cores busy while this one waits for its own: so a stage is
-// handed back as soon as it has been read, and more of them are on their way.
+// One consumer's products over all of k. It waits for each stage's products and releases the stage at once, so that more stages are on their
+// way; meanwhile the other consumer's products run.
 template <typename F, bool GATHERED>
-__device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t a, uint32_t b, Stages& ring, float (&sum)[TILED_COLS / 2]) {
-    const uint32_t stages = uint32_t(p.k + DEPTH - 1) / DEPTH;
-    for (uint32_t i = 0; i < stages; i++) {
+__device__ __forceinline__ void multiply(uint32_t stages, uint32_t a, uint32_t b, Stages& ring, float (&sum)[TILED_COLS / 2]) {
+    bool accumulate = false;
+    for (uint32_t left = stages; left > 0; left--) {
         const uint32_t stage = ring.stage * (STAGE_BYTES >> 4);
         ring.wait_full();
         if (GATHERED) fence_proxy_async();
-        multiply_stage<typename F::T, false, F::NN>(sum, a + stage, b + stage, i > 0);
+        multiply_stage<typename F::T, false, F::NN>(sum, a + stage, b + stage, accumulate);
         wgmma_wait<0>();
         ring.release();
         ring.advance();
+        accumulate = true;
     }
     pin(sum);
 }
 
-// Hands back the stages of a tile of which this consumer has nothing.
-__device__ __forceinline__ void skip(const TiledProductParams& p, Stages& ring) {
-    for (uint32_t k = 0; k < p.k; k += DEPTH) {
+// Releases the stages of a tile in which this consumer has no rows or columns.
+__device__ __forceinline__ void skip(uint32_t stages, Stages& ring) {
+    for (uint32_t left = stages; left > 0; left--) {
         ring.wait_full();
         ring.release();
         ring.advance();
@@ -193,16 +197,17 @@ __device__ __forceinline__ void store_wide_rows(T* to, int64_t stride, int rows,
 template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, Stages ring) {
     const uint32_t warp = consumer_warp(), down = warp / 4 * HALF;
     const uint32_t a = k_major(shared + down * PITCH), b = F::NN ? mn_major(shared + X_BYTES, DEPTH) : k_major(shared + X_BYTES);
+    const uint32_t stages = stages_of(p);
     Tiles<F, true> tiles(p, shared);
     for (PairTile tile; tiles.next(tile);) {
         if (tile.row + down >= tile.end || tile.col >= p.n) {
-            skip(p, ring);
+            skip(stages, ring);
             continue;
         }
         // The first product of a tile overwrites these zeros. Without them ptxas 12.4 serialises every wgmma (C7515).
         float sum[TILED_COLS / 2] = {};
-        if (p.row_to_slot) multiply<F, true>(p, a, b, ring, sum);
-        else multiply<F, false>(p, a, b, ring, sum);
+        if (p.row_to_slot) multiply<F, true>(stages, a, b, ring, sum);
+        else multiply<F, false>(stages, a, b, ring, sum);
         if (F::GLU)
 #pragma unroll
             for (int i = 0; i < F::COLS / 2; i++) sum[i] = silu(sum[i]) * sum[F::COLS / 2 + i];

@@ -14,8 +14,8 @@ struct PairTile {
 // Walks the tiles of all experts by their index, which must not decrease.
 //
 // Rows of an expert go by 256 to pairs of tiles that share the weights they load. Where no more than 128 are left, they are a single row tile, of
-// which the blocks take two columns: else one of them would idle. Rows run fastest, over two columns of tiles, so that blocks at work together
-// share weights; but in bands of BAND pairs, so that the rows of a band stay in the L2 cache while columns pass.
+// which the blocks take two columns: else one of them would idle. Bands of BAND pairs follow one another, so that the rows of a band stay in the L2
+// cache while columns pass. The order within a band: two columns of tiles at a time, rows fastest, so that blocks at work together share weights.
 // 32 bits: a matrix with more tiles would not fit any memory.
 template <uint32_t COLS> struct PairTiles {
     enum : uint32_t { BAND = 16, ROWS = TILED_ROWS, PAIR_ROWS = 2 * ROWS };

@@ -28,8 +28,8 @@ template <int STAGES, int CLUSTER> struct Ring {
     __device__ __forceinline__ void wait_empty() const {
         while (!mbarrier_try_wait(empty(), phase ^ 1)) {}
     }
-    // By consumers that have waited for their products. Each warp arrives for itself, in every block: so no stage can be filled twice while a
-    // warp is still on its way to see it full.
+    // By consumers that have waited for their products. Each warp arrives for itself, in every block: if one arrived for all, a stage could be
+    // filled again before another warp had seen it full.
     __device__ __forceinline__ void release() const {
         const uint32_t lane = threadIdx.x % 32;
         if (CLUSTER > 1) {

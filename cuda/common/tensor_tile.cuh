@@ -60,6 +60,7 @@ __device__ __forceinline__ void store_floats(float* to, int64_t stride, int rows
             if (r < rows && c < cols) *reinterpret_cast<float2*>(to + r * stride + c) = make_float2(sum[4 * i + 2 * half], sum[4 * i + 2 * half + 1]);
         }
     }
+    __syncwarp(); // whole again: descriptors in uniform registers want that
 }
 
 // The same transposed: a warp's 16 rows become 16 columns of 64 rows, two threads to a row.

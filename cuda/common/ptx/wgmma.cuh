@@ -11,10 +11,10 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Operands in shared memory, in the 128-byte swizzle that TMA writes: tiles begin on 1024 bytes. What is here called an operand is the low
-// word of its descriptor; the high word says swizzle and stride, which is 1024 bytes from 8 rows to the next, and is the same for all.
+// Operands in shared memory, in the 128-byte swizzle that TMA writes: tiles begin on 1024 bytes. Functions take the low word of a descriptor as
+// the operand. The high word is the same for all: the swizzle, and 1024 bytes from 8 rows to the next.
 enum : uint32_t { SWIZZLED = 1u << 30 | 1024 >> 4 };
-// `tile` may name its CTA in the high bits, which a descriptor does not know.
+// The high bits of a shared address name the CTA; a descriptor leaves them out.
 __device__ __forceinline__ uint32_t swizzled(uint32_t tile, uint32_t leading) { return (tile & 0x3ffff) >> 4 | leading >> 4 << 16; }
 // Rows of 64 elements of k, 128 bytes each; the next 16 of k are 32 bytes on. The hardware does not read `leading`.
 __device__ __forceinline__ uint32_t k_major(uint32_t tile) { return swizzled(tile, 16); }

@@ -43,7 +43,7 @@ enum Columns {
 /// The tile table: a call takes the first form that serves it.
 ///
 /// Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: a pair of blocks halves the traffic of
-/// weights from the L2 cache, or that of rows where few are left of an expert.
+/// weights from the L2 cache; where few rows of an expert are left, the blocks take two columns of them, each with weights of its own.
 pub static FORMS: [Form; 4] = [few("few8", 8), few("few32", 32), few("few64", 64), TILED];
 
 /// The entry points of a family, in the order of [`FORMS`].
