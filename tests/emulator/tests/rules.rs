@@ -243,6 +243,48 @@ fn a_store_overwritten_before_it_is_read_says_so() {
     }
 }
 
+/// Without `EqualWrites` threads may write the same bytes to the same place of shared memory by one instruction, and
+/// nothing more.
+#[test]
+fn equal_writes() {
+    let text = |store: &str, body: &str| {
+        format!(
+            ".visible .entry k(.param .u64 out)\n{{\n\t.shared .align 4 .b8 word[4];\n\t.reg .pred p;\n\t.reg .b32 r, i, at;\n\t.reg .b64 to;\n\
+             \tld.param.u64 to, [out];\n\tmov.u32 at, word;\n\tmov.u32 i, %tid.x;\n\tsetp.eq.u32 p, i, 3;\n\
+             \t{store}\n\tbar.sync 0;\n\t{body}\n\tret;\n}}\n"
+        )
+    };
+    let lenient = Detectors::all().without(Detector::EqualWrites);
+    let one = "st.shared.u32 [at], 7;";
+    let cases = [
+        // Lanes of a warp, and warps.
+        (text(one, "ld.shared.u32 r, [at];"), true),
+        (text("and.b32 r, i, 0;\n\tst.shared.u32 [at], r;", ""), true),
+        // Other values: of every thread, or of one; bytes that stay the same do not count.
+        (text("st.shared.u32 [at], i;", ""), false),
+        (text("selp.u32 r, 8, 7, p;\n\tst.shared.u32 [at], r;", ""), false),
+        // Another instruction, and a read.
+        (text("@p st.shared.u32 [at], 7;\n\t@!p st.shared.u32 [at], 7;", ""), false),
+        (text("st.shared.u32 [at], 7;\n\tld.shared.u32 r, [at];", ""), false),
+        // Global memory.
+        (text("st.global.u32 [to], 7;", ""), false),
+    ];
+    for options in Options::standard(4) {
+        for (text, let_be) in &cases {
+            let run = |detectors: Detectors| run(text, 64, &[], &[0; 4], Options { detectors, ..options.clone() });
+            let report = run(Detectors::all()).expect_err(text);
+            assert_eq!(report.fault, Fault::DataRace, "{text}: {report}");
+            match run(lenient) {
+                Ok(_) => assert!(let_be, "{text}: no report"),
+                Err(report) => assert!(!let_be && report.fault == Fault::DataRace, "{text}: {report}"),
+            }
+            // Each of the two detectors has its own races.
+            let other = run(Detectors::all().without(Detector::Race));
+            assert!(other.is_err_and(|report| report.fault == Fault::DataRace) || !let_be, "{text}: no report");
+        }
+    }
+}
+
 /// A fence for the async proxy, on any thread of the path, is as good as the one for `mbarrier.init`; that
 /// one counts for its own thread alone.
 #[test]

@@ -58,9 +58,9 @@ const BREACHES: &[Breach] = &[
         ],
     },
     // Threads that hold the same value write it to the same word of shared memory, by one instruction. In the
-    // memory model that is a race, whatever the values are.
+    // memory model that is a race, whatever the values are. `Race` stays on: see `unequal_writes`.
     Breach {
-        detector: Detector::Race,
+        detector: Detector::EqualWrites,
         is: |report| {
             let says = |words| report.message.contains(words);
             let both_write = says(": write by ") && says("earlier write by ");
@@ -146,6 +146,17 @@ fn right(work: &Work, image: &Image, ptx: &str, detectors: Detectors) {
     }
 }
 
+/// `ptx`, where the store of line `line` writes the thread's number for each of its 32-bit values.
+fn unequal(ptx: &str, line: u32) -> String {
+    let mut lines: Vec<String> = ptx.lines().map(str::to_owned).collect();
+    let store = &mut lines[line as usize - 1];
+    let (place, values) = store.split_once("], ").expect("an address and what is written there");
+    let numbers = vec!["number"; values.split(',').count()].join(", ");
+    let numbers = if values.starts_with('{') { format!("{{{numbers}}}") } else { numbers };
+    *store = format!("{{ .reg .b32 number; mov.u32 number, %tid.x; {place}], {numbers}; }}");
+    lines.join("\n")
+}
+
 /// `ptx` with `text` behind every instruction whose line holds `name`.
 fn followed(ptx: &str, name: &str, text: &str) -> String {
     let mut out = String::new();
@@ -170,6 +181,28 @@ fn judged(work: Work) {
         }
         if let Some((instruction, text)) = breach.mend {
             right(&work, &image, &followed(&ptx, instruction, text), detectors);
+        }
+    }
+}
+
+/// Where an image's threads write equal values to one place, unequal ones are a race still.
+#[test]
+fn unequal_writes() {
+    let images = BREACHES.iter().filter(|breach| breach.detector == Detector::EqualWrites).flat_map(|breach| breach.images);
+    for name in images {
+        let (work, image, ptx) = (workload(name), image(name), launch::ptx(name));
+        let strict = Options { detectors: detectors(name, Some(Detector::EqualWrites)), ..Options::default() };
+        let Err(Failure::Report(equal)) = work.launch(&image, &ptx, limited(strict)) else { panic!("{name} is silent") };
+        let line = equal.place.as_ref().expect("a race has a place").ptx_line;
+        for options in Options::standard(2) {
+            let options = limited(Options { detectors: detectors(name, None), ..options });
+            match work.launch(&image, &unequal(&ptx, line), options) {
+                Err(Failure::Report(report)) if report.fault == Fault::DataRace => {
+                    assert_eq!(report.place.as_ref().map(|place| place.ptx_line), Some(line), "{name}: {report}");
+                }
+                Err(failure) => panic!("{name}: {failure}"),
+                Ok(_) => panic!("{name}, line {line}: not seen"),
+            }
         }
     }
 }
