@@ -3,7 +3,7 @@
 //!
 //! Every image runs under the standard schedules with the detectors on, and must give the right numbers.
 //! Where Triton breaks a rule of the PTX ISA that hardware lets pass, [`BREACHES`] names the images and the
-//! one detector that is off for them; an image that does not trip its detector may not stand there.
+//! one detector that is off for them; an image that does not trip its detector may not be listed there.
 //! [`MUTANTS`] are images with one fault put in, each of which must be seen.
 
 #[path = "../cases/mod.rs"]
@@ -83,8 +83,8 @@ const BREACHES: &[Breach] = &[
     },
 ];
 
-/// Image, text, what replaces it wherever it stands, and the reports of it. Where a mutant runs to its end,
-/// the numbers must be wrong; without a report here that is so under every schedule.
+/// An image, a text in it, what replaces that text everywhere, and the faults that may be reported. A mutant that
+/// runs to its end must leave wrong numbers; one without faults here must do so under every schedule.
 const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // Two parameters swapped: a for b.
     ("matmul_nt_bf16", "%rd2, [matmul_param_0]", "%rd2, [matmul_param_1]", &[]),
@@ -94,7 +94,7 @@ const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // wgmma descriptors: 512 bytes from eight rows to the next for 1024; swizzle of 64 bytes for 128.
     ("tensor_matmul_nn_bf16", "4611686293305294848", "4611686155866341376", &[]),
     ("tensor_matmul_nn_bf16", "4611686293305294848", "9223372311732682752", &[Fault::SwizzleMismatch]),
-    // b as if it lay the other way round.
+    // b read as if it were transposed.
     ("tensor_matmul_nn_bf16", ", 1, 1, 0, 1;", ", 1, 1, 0, 0;", &[Fault::DataRace]),
     // One 8-bit format for the other.
     ("tensor_matmul_nt_e4m3", ".e4m3.e4m3", ".e4m3.e5m2", &[]),
@@ -103,7 +103,7 @@ const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // Synchronisation taken out or loosened.
     ("matmul_nt_bf16", "fence.proxy.async.shared::cta;", "", &[Fault::MissingProxyFence]),
     ("matmul_nt_bf16", "cp.async.wait_group \t2;", "cp.async.wait_group \t4;", &[Fault::DataRace]),
-    // No barrier behind that: each of the four warps has waited for its own copies alone.
+    // No barrier behind that wait: each of the four warps has waited for its own copies alone.
     ("matmul_nt_bf16", "wait_group \t2;\n\tbar.sync \t0;", "wait_group \t2;", &[Fault::DataRace]),
     ("matmul_nt_bf16", "wgmma.fence.sync.aligned;", "", &[Fault::WgmmaFence]),
     ("tensor_matmul_nn_bf16", "wgmma.wait_group.sync.aligned 0;", "", &[Fault::WgmmaRegister]),
