@@ -30,7 +30,7 @@ pub enum TmaCompletion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Detector {
-    /// Data races in shared and global memory, between blocks too.
+    /// Data races in shared and global memory, between blocks too; but for [`Detector::EqualWrites`].
     Race = 1 << 0,
     /// Reads of bytes nobody wrote.
     Uninitialised = 1 << 1,
@@ -47,6 +47,9 @@ pub enum Detector {
     BarrierSite = 1 << 6,
     /// Registers read before anything wrote them, other than by arithmetic whose result is not read either.
     UnwrittenRegisters = 1 << 7,
+    /// Threads that write the same bytes to the same place of shared memory by one instruction, unordered. To
+    /// the memory model that is a race like any other; hardware does not show it.
+    EqualWrites = 1 << 8,
 }
 
 /// A set of detectors. Bounds, alignment, mbarrier protocol, `.aligned` and deadlock checks cannot be switched off.
@@ -55,7 +58,7 @@ pub struct Detectors(u16);
 
 impl Detectors {
     /// Every detector, in the order of their bits.
-    pub const EACH: [Detector; 8] = [
+    pub const EACH: [Detector; 9] = [
         Detector::Race,
         Detector::Uninitialised,
         Detector::ProxyFence,
@@ -64,11 +67,12 @@ impl Detectors {
         Detector::ExitState,
         Detector::BarrierSite,
         Detector::UnwrittenRegisters,
+        Detector::EqualWrites,
     ];
 
     /// Every detector on: the default.
     pub const fn all() -> Self {
-        Self(0xff)
+        Self(0x1ff)
     }
 
     /// Only the checks that cannot be switched off.

@@ -17,6 +17,7 @@ fn run(text: &str, threads: u32, params: &[u8], before: &[u8], options: Options)
     run_shared(text, threads, params, before, 0, options)
 }
 
+/// The same with `shared` bytes of dynamic shared memory.
 fn run_shared(text: &str, threads: u32, params: &[u8], before: &[u8], shared: u32, options: Options) -> Result<Vec<u8>, Box<Report>> {
     let mut gpu = Gpu::new(Options { step_limit: 100_000, ..options });
     let module = gpu.load("k.ptx", module(text)).unwrap_or_else(|e| panic!("{e}"));
@@ -118,8 +119,8 @@ done:
 }
 ";
 
-/// TMA wants 128 bytes; that a tile begins where its swizzle does is a wish of the `Swizzle` detector, since
-/// the hardware swizzles by address wherever the tile begins.
+/// A tile of TMA must begin on 128 bytes. Only the `Swizzle` detector asks that it begin where its swizzle does:
+/// the hardware swizzles by address, wherever the tile begins.
 #[test]
 fn tiles_may_begin_at_any_128_bytes() {
     let source: Vec<u8> = (0..1024u32).map(|i| (i * 37 + i / 128 * 11 + 5) as u8).collect();
@@ -161,8 +162,7 @@ fn tiles_may_begin_at_any_128_bytes() {
                 let run = format!("{swizzle} at {offset}, {tma:?}");
                 let place = |at: usize| (at + offset as usize) ^ ((at + offset as usize) >> 7 & chunks) << 4;
                 let (picture, stored) = attempt(swizzle, offset, free, tma).unwrap_or_else(|e| panic!("{run}: {e}"));
-                // Where a piece at the edge of the tile is swizzled out of it the dump cannot follow: 128
-                // bytes stay together.
+                // A swizzle moves pieces of 16 bytes within their 128 bytes, so that all of them stay in the tile.
                 assert!((0..1024).all(|at| picture[place(at) - offset as usize] == source[at]), "{run}");
                 assert_eq!(stored, source, "{run}");
                 match attempt(swizzle, offset, Detectors::all(), tma) {
@@ -181,19 +181,20 @@ fn tiles_may_begin_at_any_128_bytes() {
     }
 }
 
-/// Threads of different warps may meet at a barrier from different places, as warps with roles of their own
-/// do. An aligned barrier of the whole block, such as `__syncthreads`, wants one place.
+/// Warps may meet at a barrier from different lines, as a producer and its consumers do. At an aligned barrier
+/// of the whole block, such as `__syncthreads`, all must come from one line.
 #[test]
 fn only_aligned_barriers_want_one_line() {
     let text = |barrier: &str| {
         format!(
-            ".file 1 \"roles.cu\"\n.visible .entry k(.param .u64 out)\n{{\n\t.shared .align 4 .b8 word[4];\n\t.reg .pred p;\n\t.reg .b32 r, at;\n\t.reg .b64 to;\n\
-             \tmov.u32 at, word;\n\tmov.u32 r, %tid.x;\n\tsetp.lt.u32 p, r, 32;\n\t@p bra producer;\n\
-             \t.loc 1 20 1\n\t{barrier}\n\tld.shared.u32 r, [at];\n\tld.param.u64 to, [out];\n\tst.global.u32 [to], r;\n\tret;\n\
-             producer:\n\t.loc 1 10 1\n\tst.shared.u32 [at], 7;\n\t{barrier}\n\tret;\n}}\n"
+            ".file 1 \"roles.cu\"\n.visible .entry k(.param .u64 out)\n{{\n\t.shared .align 4 .b8 word[4];\n\
+             \t.reg .pred p, first;\n\t.reg .b32 r, i, at;\n\t.reg .b64 to;\n\
+             \tmov.u32 at, word;\n\tmov.u32 i, %tid.x;\n\tand.b32 r, i, 31;\n\tsetp.eq.u32 first, r, 0;\n\
+             \tsetp.lt.u32 p, i, 32;\n\t@p bra producer;\n\
+             \t.loc 1 20 1\n\t{barrier}\n\tld.shared.u32 r, [at];\n\tld.param.u64 to, [out];\n\
+             \t@first st.global.u32 [to], r;\n\tret;\n\
+             producer:\n\t.loc 1 10 1\n\t@first st.shared.u32 [at], 7;\n\t{barrier}\n\tret;\n}}\n"
         )
-        .replace("st.shared.u32 [at], 7;", "setp.eq.u32 p, r, 0;\n\t@p st.shared.u32 [at], 7;")
-        .replace("\tst.global.u32 [to], r;\n\tret;", "\tmov.u32 at, %tid.x;\n\tsetp.eq.u32 p, at, 32;\n\t@p st.global.u32 [to], r;\n\tret;")
     };
     for options in Options::standard(4) {
         for free in ["barrier.sync 1;", "barrier.sync 0;", "barrier.cta.sync 7;", "bar.sync 2, 64;", "barrier.sync.aligned 3, 64;"] {
@@ -209,8 +210,8 @@ fn only_aligned_barriers_want_one_line() {
     }
 }
 
-/// A source that changes between a bulk store and its wait is named as that, with the change as the place and
-/// the store as what came before it.
+/// A write to the source of a bulk store before the wait is reported as that: the write is the place, the store
+/// the earlier access.
 #[test]
 fn a_store_overwritten_before_it_is_read_says_so() {
     let text = |before: &str, after: &str| {
@@ -237,14 +238,56 @@ fn a_store_overwritten_before_it_is_read_says_so() {
             let texts = [&report.place, &report.other].map(|place| place.as_ref().expect("both sides are known").ptx_text.clone());
             assert!(texts[0].contains("st.shared.u32 [at], 9;") && texts[1].contains("cp.async.bulk.global"), "{report}");
         }
-        // A write that comes first and that nothing orders is an earlier write.
+        // A write before the store that nothing orders is an ordinary race.
         let report = run(&text("@other st.shared.u32 [at], 9;", ""), options.clone()).expect_err("a race");
         assert!(report.message.contains("unordered with earlier write by thread 3"), "{report}");
     }
 }
 
-/// A fence for the async proxy, on any thread of the path, is as good as the one for `mbarrier.init`; that
-/// one counts for its own thread alone.
+/// Without `EqualWrites` threads may write the same bytes to the same place of shared memory by one instruction, and
+/// nothing more.
+#[test]
+fn equal_writes() {
+    let text = |store: &str, body: &str| {
+        format!(
+            ".visible .entry k(.param .u64 out)\n{{\n\t.shared .align 4 .b8 word[4];\n\t.reg .pred p;\n\t.reg .b32 r, i, at;\n\t.reg .b64 to;\n\
+             \tld.param.u64 to, [out];\n\tmov.u32 at, word;\n\tmov.u32 i, %tid.x;\n\tsetp.eq.u32 p, i, 3;\n\
+             \t{store}\n\tbar.sync 0;\n\t{body}\n\tret;\n}}\n"
+        )
+    };
+    let lenient = Detectors::all().without(Detector::EqualWrites);
+    let one = "st.shared.u32 [at], 7;";
+    let cases = [
+        // Lanes of a warp, and warps.
+        (text(one, "ld.shared.u32 r, [at];"), true),
+        (text("and.b32 r, i, 0;\n\tst.shared.u32 [at], r;", ""), true),
+        // Other values: of every thread, or of one; bytes that stay the same do not count.
+        (text("st.shared.u32 [at], i;", ""), false),
+        (text("selp.u32 r, 8, 7, p;\n\tst.shared.u32 [at], r;", ""), false),
+        // Another instruction, and a read.
+        (text("@p st.shared.u32 [at], 7;\n\t@!p st.shared.u32 [at], 7;", ""), false),
+        (text("st.shared.u32 [at], 7;\n\tld.shared.u32 r, [at];", ""), false),
+        // Global memory.
+        (text("st.global.u32 [to], 7;", ""), false),
+    ];
+    for options in Options::standard(4) {
+        for (text, let_be) in &cases {
+            let run = |detectors: Detectors| run(text, 64, &[], &[0; 4], Options { detectors, ..options.clone() });
+            let report = run(Detectors::all()).expect_err(text);
+            assert_eq!(report.fault, Fault::DataRace, "{text}: {report}");
+            match run(lenient) {
+                Ok(_) => assert!(let_be, "{text}: no report"),
+                Err(report) => assert!(!let_be && report.fault == Fault::DataRace, "{text}: {report}"),
+            }
+            // Each of the two detectors has its own races.
+            let other = run(Detectors::all().without(Detector::Race));
+            assert!(other.is_err_and(|report| report.fault == Fault::DataRace) || !let_be, "{text}: no report");
+        }
+    }
+}
+
+/// Between an `mbarrier.init` and a bulk copy that signals it there must be a `fence.mbarrier_init` of the same
+/// thread, or a `fence.proxy.async` of any thread on the path.
 #[test]
 fn who_may_fence_an_init() {
     let text = |own: &str, others: &str| {
@@ -279,8 +322,8 @@ fn who_may_fence_an_init() {
     }
 }
 
-/// A register is written lane by lane; arithmetic passes on that it is not, and whatever else reads it is at
-/// fault.
+/// Each lane's register counts for itself. The result of arithmetic on an unwritten register is unwritten; any
+/// other read of one is a fault.
 #[test]
 fn registers_nobody_wrote() {
     let text = |body: &str| {
@@ -295,7 +338,7 @@ fn registers_nobody_wrote() {
     let silent = [
         "@p mov.u32 a, 3;\n@p add.u32 b, a, 1;\n@p st.global.u32 [to], b;",
         "@p bra one;\nmov.u32 a, 3;\nbra met;\none:\nmov.u32 a, 4;\nmet:\nst.global.u32 [to], a;",
-        // What is made of nothing and then not wanted.
+        // Results of unwritten registers that nothing reads.
         "mov.u32 b, a;\nmov.b64 w, {a, b};\nmov.b64 {c, d}, w;\nmov.b32 {h, l}, a;\nmov.pred q, u;\nadd.u32 c, a, 1;\nsetp.lt.u32 q, c, d;",
         "@p mov.u32 a, 3;\nadd.u32 b, a, 1;\nselp.b32 b, b, i, p;\nst.global.u32 [to], b;",
         "@p mov.u32 a, 3;\nadd.u32 b, a, 1;\n@p st.global.u32 [to], b;",
@@ -356,7 +399,6 @@ const COPY_A_ROW: &str = r"
 	.reg .b64 desc;
 	ld.param.u32 x, [first];
 	mov.u32 base, tile;
-	add.u32 bar, base, 64;
 	mov.b64 desc, map;
 	cvta.param.u64 desc, desc;
 	mov.u32 i, 0;
@@ -410,7 +452,7 @@ fn copy_a_row(copy: &str, words: u64, first: i32) -> Result<Vec<u8>, Box<Report>
     Ok(after)
 }
 
-/// An H100 takes a copy that begins elsewhere for an illegal instruction.
+/// A copy that begins elsewhere is an illegal instruction on an H100.
 #[test]
 fn tensor_copies_begin_on_16_bytes_of_a_row() {
     for copy in [LOAD_A_ROW, STORE_A_ROW] {
@@ -425,7 +467,7 @@ fn tensor_copies_begin_on_16_bytes_of_a_row() {
     }
 }
 
-/// A load may begin before the tensor; an H100 takes such a store for an illegal instruction.
+/// A load may begin before the tensor; such a store is an illegal instruction on an H100.
 #[test]
 fn tensor_stores_do_not_begin_before_the_tensor() {
     copy_a_row(LOAD_A_ROW, 64, -4).unwrap_or_else(|e| panic!("{e}"));
@@ -433,7 +475,7 @@ fn tensor_stores_do_not_begin_before_the_tensor() {
     assert!(report.fault == Fault::Tma && report.message.contains("coordinate -4"), "{report}");
 }
 
-/// An H100 stores sixteen bytes of which the first lie inside a row; of loads it keeps to the byte.
+/// Where a row ends within 16 bytes, an H100 stores all 16.
 #[test]
 fn tensor_stores_end_by_16_bytes() {
     for (words, stored) in [(64, 16), (16, 16), (13, 16), (12, 12), (9, 12), (1, 4)] {
@@ -443,9 +485,9 @@ fn tensor_stores_end_by_16_bytes() {
     }
 }
 
-/// An H100 takes it for an illegal instruction.
+/// Without clusters the copy is an illegal instruction on an H100.
 #[test]
-fn shared_memory_is_copied_within_a_cluster_alone() {
+fn copies_from_shared_to_shared_memory_want_a_cluster() {
     let text = r"
 .visible .entry k(.param .u64 out)
 {

@@ -4,7 +4,7 @@ use super::warp::{L64, Lanes, Warp, lanes};
 use super::{Machine, Trouble, trouble};
 use crate::isa::moves::Space;
 use crate::memory::global::{PAGE, Page};
-use crate::race::{self, ATOMIC, Cell, Conflict, READ, WRITE};
+use crate::race::{self, ATOMIC, Access, Cell, Conflict, READ, WRITE};
 use crate::report::Fault;
 use std::sync::MutexGuard;
 
@@ -186,15 +186,16 @@ impl<'g> Machine<'g> {
                 let reader = self.actor_name((w.thread0 as usize + lane) as u16);
                 return Err(self.uninitialised_shared(&reader, n as usize, rank, byte).at_lane(lane));
             }
+            let new = t.touch(lane, if kind & READ != 0 { get(&shared.data[offset..offset + len]) } else { 0 })?;
             if watch {
                 let me = w.thread0 as usize + lane;
-                let access = self.clocks.thread_access(me, kind, self.site);
+                let repeats = kind == WRITE && shared.data[offset..offset + len] == new.to_le_bytes()[..len];
+                let access = Access { repeats, ..self.clocks.thread_access(me, kind, self.site) };
                 if let Some((at, c)) = shared.check(offset, len, &access, self.clocks.watch, &mut dice) {
                     return Err(self.conflict(c, me as u16, kind, self.shared_name(rank, at), false).at_lane(lane));
                 }
             }
             let shared = &mut self.ctas[rank].shared;
-            let new = t.touch(lane, if kind & READ != 0 { get(&shared.data[offset..offset + len]) } else { 0 })?;
             if kind & WRITE != 0 {
                 put(&mut shared.data[offset..offset + len], new);
                 shared.mark(offset, len);

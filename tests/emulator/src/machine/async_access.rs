@@ -30,7 +30,15 @@ pub(crate) enum Hint<'c> {
 
 impl Machine<'_> {
     fn async_access<'c>(&self, a: &Actor<'c>, kind: u8) -> Access<'c> {
-        Access { actor: a.id, clock: a.step, cluster: self.clocks.cluster, kind: kind | ASYNC, site: a.site, known: a.known }
+        Access {
+            actor: a.id,
+            clock: a.step,
+            cluster: self.clocks.cluster,
+            kind: kind | ASYNC,
+            site: a.site,
+            known: a.known,
+            repeats: false,
+        }
     }
 
     /// Race check of a range of shared memory.

@@ -102,7 +102,8 @@ pub(crate) fn machine<'g>(env: &'g Env<'g>, index: u32, buffers: usize) -> Machi
     let nwarps = threads.div_ceil(32);
     let groups = nwarps.div_ceil(4);
     let actors_per_cta = TMA_ACTORS + 2 + groups as usize;
-    let watch = Watch { race: options.detectors.has(Detector::Race), proxy: options.detectors.has(Detector::ProxyFence) };
+    let has = |detector| options.detectors.has(detector);
+    let watch = Watch { race: has(Detector::Race), equal: has(Detector::EqualWrites), proxy: has(Detector::ProxyFence) };
     let proxy = env.program.uses().async_proxy;
     let clocks = Clocks::new(watch, index, (threads * size) as usize, actors_per_cta * size as usize, proxy);
     let seed = if let Schedule::Random(seed) = options.schedule { seed } else { 0 };

@@ -90,7 +90,7 @@ impl Machine<'_> {
             return Ok(());
         }
         let kind = READ | WRITE | ATOMIC;
-        let access = Access { actor, clock, cluster: self.clocks.cluster, kind, site, known };
+        let access = Access { actor, clock, cluster: self.clocks.cluster, kind, site, known, repeats: false };
         let watch = race::Watch { proxy: false, ..self.clocks.watch };
         if let Some((_, c)) = self.ctas[rank].shared.check(offset as usize, 8, &access, watch, &mut 1) {
             let name = format!("mbarrier {}", self.shared_name(rank, offset as usize));

@@ -183,7 +183,7 @@ mod tests {
     use super::*;
     use crate::machine::rng::Rng;
 
-    const BOTH: Watch = Watch { race: true, proxy: true };
+    const ALL: Watch = Watch { race: true, equal: true, proxy: true };
 
     #[test]
     fn masks() {
@@ -207,19 +207,19 @@ mod tests {
                         known.px[other] = known.px[other].max(if rng.below(8) != 0 { clock } else { 0 });
                     }
                 }
-                let a = Access { actor, clock, cluster: 0, kind, site: clock, known: &known };
+                let a = Access { actor, clock, cluster: 0, kind, site: clock, known: &known, repeats: false };
                 let len = [1, 2, 4, 8, 16, 16, 16, 16, 32, 12][rng.below(10)];
                 let start = if len == 12 { 4 * rng.below(13) } else { rng.below(64 / len) * len };
                 let mut twin = cells.clone();
-                let found = cells.check(start, len, &a, BOTH, &mut 1);
+                let found = cells.check(start, len, &a, ALL, &mut 1);
                 let wanted = (start / 4..(start + len).div_ceil(4)).find_map(|word| {
-                    let found = check(&mut plain[word], &a, mask(word, start, start + len), BOTH, &mut 1);
+                    let found = check(&mut plain[word], &a, mask(word, start, start + len), ALL, &mut 1);
                     found.map(|c| (start.max(4 * word), c))
                 });
                 // Which of several earlier accesses is named may differ.
                 let place = |found: Option<Found>| found.map(|(at, _)| at);
                 assert_eq!(place(found), place(wanted));
-                let swept = twin.sweep(start, len, &mut Sweep::new(a, BOTH, 1));
+                let swept = twin.sweep(start, len, &mut Sweep::new(a, ALL, 1));
                 assert_eq!(place(swept), place(wanted));
                 if rng.below(2) == 0 {
                     cells = twin;

@@ -58,6 +58,8 @@ pub(crate) struct Access<'c> {
     pub kind: u8,
     pub site: u32,
     pub known: &'c Clock,
+    /// A write of what the bytes hold already.
+    pub repeats: bool,
 }
 
 /// What is wrong with an access.
@@ -68,11 +70,20 @@ pub(crate) enum Conflict {
     Proxy(Cell),
 }
 
-/// Which of the two checks run.
+/// Which of the checks run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Watch {
     pub race: bool,
+    /// Races of two writes of the same bytes by one instruction, which are not among those of `race`.
+    pub equal: bool,
     pub proxy: bool,
+}
+
+impl Watch {
+    #[inline(always)]
+    pub fn on(self) -> bool {
+        self.race || self.equal || self.proxy
+    }
 }
 
 /// Checks an access to the bytes `mask` of a granule and remembers it.
@@ -94,7 +105,8 @@ pub(crate) fn check(cells: &mut Granule, a: &Access<'_>, mask: u8, watch: Watch,
         if cell.mask & mask != 0 {
             let both_read = !write && cell.kind & WRITE == 0;
             let both_atomic = cell.kind & a.kind & ATOMIC != 0;
-            if watch.race && !before && !both_read && !both_atomic {
+            let equal = a.repeats && cell.site == a.site && cell.kind == WRITE;
+            if (if equal { watch.equal } else { watch.race }) && !before && !both_read && !both_atomic {
                 return Some(Conflict::Race(*cell));
             }
             // An ordinary write that the async proxy reads needs a proxy fence in between.
@@ -151,7 +163,7 @@ pub(crate) struct Clocks {
 
 impl Clocks {
     pub fn new(watch: Watch, cluster: u32, threads: usize, asynchronous: usize, proxy: bool) -> Self {
-        let on = watch.race || watch.proxy;
+        let on = watch.on();
         let base = Arc::new(if on { Clock::new(threads + asynchronous, proxy) } else { Clock::default() });
         let thread = ThreadClock { base, own: 1, fenced: 0, release: None, acquire: None };
         let (threads, asynchronous) = if on { (vec![thread; threads], vec![0; asynchronous]) } else { (Vec::new(), Vec::new()) };
@@ -160,7 +172,7 @@ impl Clocks {
 
     #[inline(always)]
     pub fn on(&self) -> bool {
-        self.watch.race || self.watch.proxy
+        self.watch.on()
     }
 
     /// A fresh seed for the choice of a cell to give up.
@@ -174,7 +186,7 @@ impl Clocks {
     #[inline]
     pub fn thread_access(&self, thread: usize, kind: u8, site: u32) -> Access<'_> {
         let t = &self.threads[thread];
-        Access { actor: thread as u16, clock: t.own, cluster: self.cluster, kind, site, known: &t.base }
+        Access { actor: thread as u16, clock: t.own, cluster: self.cluster, kind, site, known: &t.base, repeats: false }
     }
 
     /// Threads `first + lane` release what they know into `to`, and go on to their next step.
@@ -318,7 +330,7 @@ impl Clocks {
 mod tests {
     use super::*;
 
-    const BOTH: Watch = Watch { race: true, proxy: true };
+    const ALL: Watch = Watch { race: true, equal: true, proxy: true };
 
     fn access(c: &mut Clocks, cells: &mut Granule, thread: usize, kind: u8) -> Option<Conflict> {
         let mut dice = 1;
@@ -327,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_barrier_orders_and_its_absence_does_not() {
-        let mut c = Clocks::new(BOTH, 0, 64, 0, false);
+        let mut c = Clocks::new(ALL, 0, 64, 0, false);
         let mut cells = Granule::default();
         assert!(access(&mut c, &mut cells, 3, WRITE).is_none());
         assert!(matches!(access(&mut c, &mut cells, 40, READ), Some(Conflict::Race(cell)) if cell.actor == 3));
@@ -344,7 +356,7 @@ mod tests {
 
     #[test]
     fn atomics_do_not_race_with_each_other() {
-        let mut c = Clocks::new(BOTH, 0, 32, 0, false);
+        let mut c = Clocks::new(ALL, 0, 32, 0, false);
         let mut cells = Granule::default();
         for thread in 0..32 {
             assert!(access(&mut c, &mut cells, thread, READ | WRITE | ATOMIC).is_none());
@@ -355,7 +367,7 @@ mod tests {
     #[test]
     fn the_proxy_fence_may_be_on_either_side_of_the_barrier() {
         for fence_first in [true, false] {
-            let mut c = Clocks::new(BOTH, 0, 32, 1, true);
+            let mut c = Clocks::new(ALL, 0, 32, 1, true);
             let mut cells = Granule::default();
             assert!(access(&mut c, &mut cells, 0, WRITE).is_none());
             if fence_first {
@@ -365,8 +377,8 @@ mod tests {
             let issue = |c: &mut Clocks, cells: &mut Granule| {
                 let known = c.snapshot(0, 2);
                 let (actor, clock, _) = c.start(0, &known);
-                let a = Access { actor, clock, cluster: 0, kind: READ | ASYNC, site: 0, known: &known };
-                check(cells, &a, 0xf, BOTH, &mut 1)
+                let a = Access { actor, clock, cluster: 0, kind: READ | ASYNC, site: 0, known: &known, repeats: false };
+                check(cells, &a, 0xf, ALL, &mut 1)
             };
             if !fence_first {
                 assert!(matches!(issue(&mut c, &mut cells.clone()), Some(Conflict::Proxy(_))));

@@ -3,7 +3,7 @@
 //!
 //! Every image runs under the standard schedules with the detectors on, and must give the right numbers.
 //! Where Triton breaks a rule of the PTX ISA that hardware lets pass, [`BREACHES`] names the images and the
-//! one detector that is off for them; an image that does not trip its detector may not stand there.
+//! one detector that is off for them; an image that does not trip its detector may not be listed there.
 //! [`MUTANTS`] are images with one fault put in, each of which must be seen.
 
 #[path = "../cases/mod.rs"]
@@ -58,9 +58,9 @@ const BREACHES: &[Breach] = &[
         ],
     },
     // Threads that hold the same value write it to the same word of shared memory, by one instruction. In the
-    // memory model that is a race, whatever the values are.
+    // memory model that is a race, whatever the values are. `Race` stays on: see `unequal_writes`.
     Breach {
-        detector: Detector::Race,
+        detector: Detector::EqualWrites,
         is: |report| {
             let says = |words| report.message.contains(words);
             let both_write = says(": write by ") && says("earlier write by ");
@@ -83,8 +83,8 @@ const BREACHES: &[Breach] = &[
     },
 ];
 
-/// Image, text, what replaces it wherever it stands, and the reports of it. Where a mutant runs to its end,
-/// the numbers must be wrong; without a report here that is so under every schedule.
+/// An image, a text in it, what replaces that text everywhere, and the faults that may be reported. A mutant that
+/// runs to its end must leave wrong numbers; one without faults here must do so under every schedule.
 const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // Two parameters swapped: a for b.
     ("matmul_nt_bf16", "%rd2, [matmul_param_0]", "%rd2, [matmul_param_1]", &[]),
@@ -94,7 +94,7 @@ const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // wgmma descriptors: 512 bytes from eight rows to the next for 1024; swizzle of 64 bytes for 128.
     ("tensor_matmul_nn_bf16", "4611686293305294848", "4611686155866341376", &[]),
     ("tensor_matmul_nn_bf16", "4611686293305294848", "9223372311732682752", &[Fault::SwizzleMismatch]),
-    // b as if it lay the other way round.
+    // b read as if it were transposed.
     ("tensor_matmul_nn_bf16", ", 1, 1, 0, 1;", ", 1, 1, 0, 0;", &[Fault::DataRace]),
     // One 8-bit format for the other.
     ("tensor_matmul_nt_e4m3", ".e4m3.e4m3", ".e4m3.e5m2", &[]),
@@ -103,7 +103,7 @@ const MUTANTS: &[(&str, &str, &str, &[Fault])] = &[
     // Synchronisation taken out or loosened.
     ("matmul_nt_bf16", "fence.proxy.async.shared::cta;", "", &[Fault::MissingProxyFence]),
     ("matmul_nt_bf16", "cp.async.wait_group \t2;", "cp.async.wait_group \t4;", &[Fault::DataRace]),
-    // No barrier behind that: each of the four warps has waited for its own copies alone.
+    // No barrier behind that wait: each of the four warps has waited for its own copies alone.
     ("matmul_nt_bf16", "wait_group \t2;\n\tbar.sync \t0;", "wait_group \t2;", &[Fault::DataRace]),
     ("matmul_nt_bf16", "wgmma.fence.sync.aligned;", "", &[Fault::WgmmaFence]),
     ("tensor_matmul_nn_bf16", "wgmma.wait_group.sync.aligned 0;", "", &[Fault::WgmmaRegister]),
@@ -146,6 +146,17 @@ fn right(work: &Work, image: &Image, ptx: &str, detectors: Detectors) {
     }
 }
 
+/// `ptx`, where the store of line `line` writes the thread's number for each of its 32-bit values.
+fn unequal(ptx: &str, line: u32) -> String {
+    let mut lines: Vec<String> = ptx.lines().map(str::to_owned).collect();
+    let store = &mut lines[line as usize - 1];
+    let (place, values) = store.split_once("], ").expect("an address and what is written there");
+    let numbers = vec!["number"; values.split(',').count()].join(", ");
+    let numbers = if values.starts_with('{') { format!("{{{numbers}}}") } else { numbers };
+    *store = format!("{{ .reg .b32 number; mov.u32 number, %tid.x; {place}], {numbers}; }}");
+    lines.join("\n")
+}
+
 /// `ptx` with `text` behind every instruction whose line holds `name`.
 fn followed(ptx: &str, name: &str, text: &str) -> String {
     let mut out = String::new();
@@ -170,6 +181,28 @@ fn judged(work: Work) {
         }
         if let Some((instruction, text)) = breach.mend {
             right(&work, &image, &followed(&ptx, instruction, text), detectors);
+        }
+    }
+}
+
+/// Where an image's threads write equal values to one place, unequal ones are a race still.
+#[test]
+fn unequal_writes() {
+    let images = BREACHES.iter().filter(|breach| breach.detector == Detector::EqualWrites).flat_map(|breach| breach.images);
+    for name in images {
+        let (work, image, ptx) = (workload(name), image(name), launch::ptx(name));
+        let strict = Options { detectors: detectors(name, Some(Detector::EqualWrites)), ..Options::default() };
+        let Err(Failure::Report(equal)) = work.launch(&image, &ptx, limited(strict)) else { panic!("{name} is silent") };
+        let line = equal.place.as_ref().expect("a race has a place").ptx_line;
+        for options in Options::standard(2) {
+            let options = limited(Options { detectors: detectors(name, None), ..options });
+            match work.launch(&image, &unequal(&ptx, line), options) {
+                Err(Failure::Report(report)) if report.fault == Fault::DataRace => {
+                    assert_eq!(report.place.as_ref().map(|place| place.ptx_line), Some(line), "{name}: {report}");
+                }
+                Err(failure) => panic!("{name}: {failure}"),
+                Ok(_) => panic!("{name}, line {line}: not seen"),
+            }
         }
     }
 }
