@@ -342,10 +342,10 @@ pub(crate) fn exec(m: &mut Machine<'_>, w: &mut Warp, inst: &Bulk, mask: u32) ->
                 let mut issue = || {
                     let side = operands.side(m, lane)?;
                     let (rank, offset) = place(m, "bulk store", src[lane], side.bytes, side.align)?;
-                    if let Far::Tensor { coords: [first, ..], .. } = side.far
-                        && first < 0
+                    if let Far::Tensor { coords, .. } = &side.far
+                        && let Some(coordinate) = coords.iter().find(|&&coordinate| coordinate < 0)
                     {
-                        return Err(trouble(Fault::Tma, format!("tensor store at coordinate {first} of a row, must not be negative")));
+                        return Err(trouble(Fault::Tma, format!("tensor store at coordinate {coordinate}, must not be negative")));
                     }
                     check_pattern(m, "bulk store", rank, offset, &side.far)?;
                     let known = m.clocks.snapshot(w.thread0 as usize + lane, 1);

@@ -11,7 +11,6 @@
 #![allow(clippy::type_complexity)] // a table of names and functions says what it is
 
 pub mod elementwise;
-pub mod evidence;
 pub mod number;
 
 pub mod families;

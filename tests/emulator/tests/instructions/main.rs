@@ -8,7 +8,6 @@ mod cases;
 #[path = "../runner/mod.rs"]
 mod runner;
 
-use cases::evidence;
 use cases::families::{self, Family};
 use ptx_emulator::Fault::{DataRace, Deadlock, MissingProxyFence, UnwrittenRegister, WgmmaFence, WgmmaRegister};
 use ptx_emulator::{Detector, Detectors, Options, Schedule, TmaCompletion};
@@ -136,23 +135,6 @@ fn accumulators_nobody_wrote() {
             Err(Failure::Report(report)) => assert!(scale_d && report.fault == UnwrittenRegister, "{name}: {report}"),
             Err(other) => panic!("{name}: {other}"),
         }
-    }
-}
-
-/// The list of what stands on the text of the ISA alone names cases that exist and hold the form.
-/// `--nocapture` prints it.
-#[test]
-fn what_stands_on_the_text_alone() {
-    let families = families::all();
-    for row in evidence::TEXT_ALONE {
-        let family = families.iter().find(|family| family.name == row.family).unwrap_or_else(|| panic!("no family `{}`", row.family));
-        let case = family.cases.iter().find(|case| case.name == row.case).unwrap_or_else(|| panic!("no case `{}`", row.case));
-        let text = committed(family);
-        let start = text.find(&format!(".entry {}(", case.entry)).expect("the image has the entry");
-        let entry = text[start..].split("\n}\n").next().unwrap_or_default();
-        let holds = entry.split(|c: char| c.is_whitespace() || c == ';').any(|word| word == row.form);
-        assert!(holds, "`{}` has no `{}`", row.case, row.form);
-        println!("{:<100} {:<40} {}: {}", row.form, row.section, row.family, row.case);
     }
 }
 
