@@ -271,6 +271,7 @@ impl Topology {
     }
 
     /// True if the host knows that each of its block rows, or block columns, begins at a multiple of eight.
+    #[cfg(feature = "cuda")]
     pub(crate) fn begins_by_eights(&self, by_cols: bool) -> bool {
         self.num_experts == 0 || self.by_eights(by_cols) // without experts they begin at multiples of the block
     }

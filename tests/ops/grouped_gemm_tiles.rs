@@ -7,6 +7,7 @@ use dropless::layout::WeightOrder;
 use dropless::{Bf16, Buffer, Device, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, grouped_gemm};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
+use dropless_kit::emulated::{Emulated, Options, Schedule, TmaCompletion};
 use dropless_kit::fill::{Random, integers, normal, to_f64};
 use dropless_kit::guard::{self, Bits, Guarded};
 use dropless_kit::recorder::{Call, Recorder};
@@ -99,6 +100,72 @@ fn many_tiles() {
     for order in [Nk, Kn] {
         edges::<Bf16>(order, &[130, 128 * 17 + 5], 264, 8);
     }
+}
+
+/// Experts of as many rows as a tile and a pair of tiles hold, and of one less and more, beside each other, with three columns of
+/// tiles, of which the last has no second; and all rows to the last expert. By one pair of blocks, which takes the numbers of all tiles,
+/// where an SM is left over; by a few; and by more than there are tiles. Whoever counts the last tile leaves zero behind.
+#[test]
+fn any_number_of_pairs_takes_every_tile_once() {
+    if device::hardware_only() {
+        return; // asks for devices of other sizes
+    }
+    for (sm_count, schedule) in [(3, Schedule::Reverse), (8, Schedule::Random(1)), (132, Schedule::Random(2))] {
+        let options = Options { sm_count, schedule, tma: TmaCompletion::Random, ..Options::default() };
+        let driver = Arc::new(Emulated::new(options));
+        let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
+        for (order, sizes, k) in [(Nk, &[1, 127, 0, 128, 129, 255, 257, 0][..], 8), (Kn, &[0, 0, 256], 72)] {
+            let (rows, n) = (sizes.iter().sum::<u32>() as usize, 520);
+            let (x, w) = (integers::<F16>(1, rows * k), integers::<F16>(2, sizes.len() * n * k));
+            let product = Product { order, x: &x, w: &w, sizes, n, k };
+            let want: Vec<_> = product.want().iter().map(|want| F16::from_f32(*want as f32)).collect();
+            with_form(FORMS.len() - 1, || same_bits(&product.run::<F16>(&stream), &want));
+            assert_eq!(taken(&stream), 0, "{sm_count} SMs, {sizes:?}");
+        }
+        assert_eq!(driver.reports(), [""; 0]);
+    }
+}
+
+/// The word in which pairs of blocks count the tiles they have taken.
+fn taken(stream: &Stream) -> u32 {
+    let (address, bytes) = stream.scratch().unwrap();
+    // SAFETY: the stream's own zeros, which outlive the view.
+    let scratch = unsafe { Rows::<u32>::from_raw(stream.place(), address, 1, bytes / 4, bytes / 4).unwrap() };
+    scratch.to_vec(stream).unwrap()[0]
+}
+
+/// Launches of other shapes one behind the other on one stream, at once and from a graph: each begins with its first tile.
+#[test]
+fn launches_in_a_row_count_from_zero() {
+    let (n, k, experts) = (264, 8, 3);
+    let (x, w) = (integers::<Bf16>(1, 385 * k), integers::<Bf16>(2, experts * n * k));
+    let all: [[u32; 3]; 4] = [[385, 0, 0], [0, 0, 1], [0, 129, 128], [0, 1, 0]];
+    device::each_gpu(|stream| {
+        let (x, w) = (Guarded::with(stream, &x, 385, k, 0), Guarded::with(stream, &w, experts * n, k, 0));
+        let w = ExpertWeights::nk(w.view(), experts).unwrap();
+        let offsets = all.map(|sizes| Buffer::from_slice(stream, &offsets(&sizes)).unwrap());
+        let mut outputs = all.map(|sizes| Buffer::<f32>::zeros(stream, sizes.iter().sum::<u32>() as usize * n).unwrap());
+        let run = |outputs: &mut [Buffer<f32>; 4]| {
+            offsets.iter().zip(outputs).try_for_each(|(offsets, y)| {
+                let rows = y.len() / n;
+                // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
+                let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1)?, rows)? };
+                let (x, mut y) = (x.view().row_range(0..rows)?, y.rows_mut(rows, n)?);
+                with_form(FORMS.len() - 1, || grouped_gemm::nt(stream, x, w, owned, &mut y))
+            })
+        };
+        run(&mut outputs).unwrap();
+        let first = outputs.each_ref().map(|y| y.to_vec(stream).unwrap());
+        assert_eq!(taken(stream), 0);
+        let graph = stream.capture(|| run(&mut outputs)).unwrap();
+        outputs.iter_mut().for_each(|y| y.copy_from_slice(stream, &vec![f32::NAN; y.len()]).unwrap());
+        for _ in 0..2 {
+            // SAFETY: everything that was recorded is still here.
+            unsafe { graph.launch().unwrap() };
+        }
+        assert_eq!(taken(stream), 0);
+        outputs.iter().zip(&first).for_each(|(y, first)| same_bits(&y.to_vec(stream).unwrap(), first));
+    });
 }
 
 /// As many experts as there may be, most of them without rows, and a dense layer, which has no offsets.
