@@ -44,7 +44,8 @@ struct Options {
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { tokens: vec![8192, 2048, 1024, 512, 1, 8, 64, 4, 2, 16, 32, 128], what: Vec::new(), emulated: false, out: None };
+    let mut options =
+        Options { tokens: vec![8192, 2048, 1024, 512, 1, 8, 64, 4, 2, 16, 32, 128], what: Vec::new(), emulated: false, out: None };
     let mut args = std::env::args().skip(1);
     let value = |args: &mut dyn Iterator<Item = String>, name: &str| args.next().ok_or(format!("{name} needs a value"));
     while let Some(arg) = args.next() {

@@ -507,3 +507,42 @@ fn copies_from_shared_to_shared_memory_want_a_cluster() {
     let report = run(text, 1, &[], &[0; 4], Options::default()).expect_err("no cluster");
     assert!(report.fault == Fault::Tma && report.message.contains("without clusters"), "{report}");
 }
+
+/// An asynchronous store arrives when its mbarrier says so, and not before.
+#[test]
+fn asynchronous_stores_are_waited_for() {
+    let text = |wait: &str| {
+        format!(
+            "
+.visible .entry k(.param .u64 out)
+{{
+	.shared .align 8 .b64 bar;
+	.shared .align 4 .b32 word;
+	.reg .pred p;
+	.reg .b32 at, there, barrier, remote, value;
+	.reg .b64 to;
+	ld.param.u64 to, [out];
+	mov.u32 at, word;
+	mov.u32 barrier, bar;
+	mbarrier.init.shared::cta.b64 [barrier], 1;
+	fence.mbarrier_init.release.cluster;
+	mbarrier.arrive.expect_tx.shared::cta.b64 _, [barrier], 4;
+	mapa.shared::cluster.u32 there, at, 0;
+	mapa.shared::cluster.u32 remote, barrier, 0;
+	st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], 7, [remote];
+{wait}
+	ld.shared.u32 value, [at];
+	st.global.u32 [to], value;
+	ret;
+}}
+"
+        )
+    };
+    let wait = "wait:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [barrier], 0;\n\t@!p bra wait;";
+    for options in Options::standard(2) {
+        let after = run(&text(wait), 1, &[], &[0; 4], options.clone()).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(words(&after), [7]);
+        let report = run(&text(""), 1, &[], &[0; 4], options).expect_err("nobody waits");
+        assert!(matches!(report.fault, Fault::DataRace | Fault::Uninitialised), "{report}");
+    }
+}
