@@ -46,7 +46,7 @@ template <typename T_, typename O_, bool NN_, bool GLU_> struct Form {
 };
 
 // The tiles of a block, and how a pair comes by them. The first is numbered as the pair. Each further one is the next that no pair has taken:
-// the thread that loads weights in block 0 counts it in global memory and sends its number to both blocks. So pairs that are done early take
+// the thread that loads weights in block 0 counts it in global memory and sends the count to both blocks. So pairs that are done early take
 // more; and whoever counts the last tile sets the counter back, since every tile is followed by one count. BY_WARP: all lanes of a warp ask
 // together, and lane 0 reads, which will hand back the stages of the tile: so that nobody overwrites a number that is still to be read.
 template <typename F, bool BY_WARP> struct Tiles {
@@ -62,19 +62,22 @@ template <typename F, bool BY_WARP> struct Tiles {
     __device__ __forceinline__ bool next(PairTile& tile) {
         if (turn > 0) {
             while (!mbarrier_try_wait(barrier(), (turn - 1) / NUMBERS % 2)) {}
-            if (!BY_WARP || threadIdx.x % 32 == 0) number = load_shared_4(place());
+            if (!BY_WARP || threadIdx.x % 32 == 0) number = pairs + load_shared_4(place());
             if (BY_WARP) number = __shfl_sync(~0u, number, 0);
         }
         turn++;
         return tiles.find(number, rank, tile);
     }
 
-    // By the thread of each block that loads weights, for each tile: `count` first, `send` when its result is wanted.
-    __device__ __forceinline__ uint32_t count() const { return rank == 0 ? pairs + atomicAdd(p.taken, 1) : 0; }
-    __device__ __forceinline__ void send(uint32_t next_number) const {
-        mbarrier_arrive_expect(barrier(), sizeof next_number);
+    // By the thread of each block that loads weights, for each tile: `count` first, `send` when its result is
+    // wanted. What was counted is sent as it is, and is not the result of atomicAdd: ptxas gathers additions of a
+    // warp into one and hands out shares, which waits for memory before anything is loaded. As would any sum made
+    // of it here. No launch has 2^31 tiles.
+    __device__ __forceinline__ uint32_t count() const { return rank == 0 ? atomicInc(p.taken, 1u << 31) : 0; }
+    __device__ __forceinline__ void send(uint32_t counted) const {
+        mbarrier_arrive_expect(barrier(), sizeof counted);
         if (rank != 0) return;
-        for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), next_number, barrier(), to);
+        for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), counted, barrier(), to);
     }
     // By the same thread, behind the last tile.
     __device__ __forceinline__ void finish() const {
@@ -118,7 +121,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     for (PairTile tile; tiles.next(tile);) {
         GatheredRows<typename F::T, ROWS> rows;
         if (gathered) rows.find(p, tile.row, tile.end);
-        const uint32_t next_number = is_loader ? tiles.count() : 0;
+        const uint32_t counted = is_loader ? tiles.count() : 0;
         for (uint32_t i = 0; i < stages; i++) {
             const uint32_t x = shared + ring.stage * STAGE_BYTES, w = x + X_BYTES, k = i * DEPTH;
             ring.wait_empty();
@@ -127,7 +130,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
                 load_weights<F>(p, w, k, tile, tiles.rank, ring.full());
                 if (!gathered) tma_load_2d(x, p.x_map, k, tile.row, ring.full()); // other experts' rows, too: they are not stored
                 // Late enough for the count to be there, early enough for nobody to wait.
-                if (i == min(uint32_t(STAGES), stages - 1)) tiles.send(next_number);
+                if (i == min(uint32_t(STAGES), stages - 1)) tiles.send(counted);
             }
             if (gathered) {
                 rows.copy(p, x, k);
