@@ -25,9 +25,9 @@ enum : int { CLUSTER = TILED_CLUSTER, STAGES = 4 };
 enum : int { X_BYTES = ROWS * PITCH, W_BYTES = TILED_COLS * PITCH, STAGE_BYTES = X_BYTES + W_BYTES };
 // A warp's 16 rows on their way out: OUT_COLS at a time, rows 16 bytes longer than they are, so that they lie on different banks.
 enum : int { OUT_COLS = 128, OUT_PITCH = 2 * OUT_COLS + 16, OUT_BYTES = 16 * OUT_PITCH };
-// Slots for the numbers of tiles. The loader is at most STAGES + 1 tiles ahead of the consumers, so a slot is read before it is used again.
+// Slots for the counts of tiles. The loader is at most STAGES + 1 tiles ahead of the consumers, so a slot is read before it is used again.
 enum : uint32_t { NUMBERS = 8 };
-static_assert(NUMBERS > STAGES + 1, "a number would be overwritten before it is read");
+static_assert(NUMBERS > STAGES + 1, "a count would be overwritten before it is read");
 enum : int {
     OUT_AT = STAGES * STAGE_BYTES,
     BARRIERS_AT = OUT_AT + 4 * CONSUMERS * OUT_BYTES,
@@ -49,9 +49,9 @@ template <typename T_, typename O_, bool NN_, bool GLU_> struct Form {
 __device__ __forceinline__ uint32_t stages_of(const TiledProductParams& p) { return (uint32_t(p.k) + DEPTH - 1) / DEPTH; }
 
 // The tiles of a block, and how a pair comes by them. The first is numbered as the pair. Each further one is the next that no pair has taken:
-// the thread that loads weights in block 0 counts it in global memory and sends its number to both blocks. So pairs that are done early take
-// more. With BY_WARP lane 0 reads for the warp. The same lane later releases the tile's stages to block 0, whose loader sends the numbers: so no
-// number is overwritten before it was read.
+// the thread that loads weights in block 0 counts it in global memory and sends the count to both blocks. So pairs that are done early take
+// more. With BY_WARP lane 0 reads for the warp. The same lane later releases the tile's stages to block 0, whose loader sends the counts: so no
+// count is overwritten before it was read.
 template <typename F, bool BY_WARP> struct Tiles {
     const TiledProductParams& p;
     PairTiles<F::COLS>        tiles;
@@ -65,19 +65,21 @@ template <typename F, bool BY_WARP> struct Tiles {
     __device__ __forceinline__ bool next(PairTile& tile) {
         if (turn > 0) {
             while (!mbarrier_try_wait(barrier(), (turn - 1) / NUMBERS % 2)) {}
-            if (!BY_WARP || threadIdx.x % 32 == 0) number = load_shared_4(place());
+            if (!BY_WARP || threadIdx.x % 32 == 0) number = pairs + load_shared_4(place());
             if (BY_WARP) number = __shfl_sync(~0u, number, 0);
         }
         turn++;
         return tiles.find(number, rank, tile);
     }
 
-    // By the loading thread of each block, once per tile: `count` at its start, `send` once the atomic has had time to return.
-    __device__ __forceinline__ uint32_t count() const { return rank == 0 ? pairs + atomicAdd(p.taken, 1) : 0; }
-    __device__ __forceinline__ void send(uint32_t next_number) const {
-        mbarrier_arrive_expect(barrier(), sizeof next_number);
+    // By the loading thread of each block, once per tile: `count` at its start, `send` once the atomic has had time to return. The count is sent
+    // as it came, and readers add to it: a sum made here would wait for memory before the tile's first load. So would atomicAdd, since ptxas
+    // joins the additions of a warp and shuffles the result. No launch has 2^31 tiles.
+    __device__ __forceinline__ uint32_t count() const { return rank == 0 ? atomicInc(p.taken, 1u << 31) : 0; }
+    __device__ __forceinline__ void send(uint32_t counted) const {
+        mbarrier_arrive_expect(barrier(), sizeof counted);
         if (rank != 0) return;
-        for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), next_number, barrier(), to);
+        for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), counted, barrier(), to);
     }
     // By the same thread, behind the last tile. There are as many counts as tiles, so the pair that holds the last number is the last to count:
     // it sets the counter to zero.
@@ -121,7 +123,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
     for (PairTile tile; tiles.next(tile);) {
         GatheredRows<typename F::T, ROWS> rows;
         if (gathered) rows.find(p, tile.row, tile.end);
-        const uint32_t next_number = is_loader ? tiles.count() : 0;
+        const uint32_t counted = is_loader ? tiles.count() : 0;
         for (uint32_t i = 0; i < stages; i++) {
             const uint32_t x = shared + ring.stage * STAGE_BYTES, w = x + X_BYTES, k = i * DEPTH;
             ring.wait_empty();
@@ -130,7 +132,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
                 load_weights<F>(p, w, k, tile, tiles.rank, ring.full());
                 if (!gathered) tma_load_2d(x, p.x_map, k, tile.row, ring.full()); // other experts' rows, too: they are not stored
                 // Late enough for the count to be there, early enough for nobody to wait.
-                if (i == min(uint32_t(STAGES), stages - 1)) tiles.send(next_number);
+                if (i == min(uint32_t(STAGES), stages - 1)) tiles.send(counted);
             }
             if (gathered) {
                 rows.copy(p, x, k);
@@ -165,6 +167,7 @@ __device__ __forceinline__ void multiply(uint32_t stages, uint32_t a, uint32_t b
 __device__ __forceinline__ void skip(uint32_t stages, Stages& ring) {
     for (uint32_t left = stages; left > 0; left--) {
         ring.wait_full();
+        __syncwarp(); // lanes release for their warp
         ring.release();
         ring.advance();
     }
