@@ -23,7 +23,7 @@
 
 enum : int { CLUSTER = TILED_CLUSTER, STAGES = 4 };
 enum : int { X_BYTES = ROWS * PITCH, W_BYTES = TILED_COLS * PITCH, STAGE_BYTES = X_BYTES + W_BYTES };
-// A warp's 16 rows on their way out: OUT_COLS at a time, rows 16 bytes longer than they are, so that they lie on different banks.
+// A warp stages 16 rows of results in shared memory, OUT_COLS columns at a time. The pitch of 16 bytes more avoids bank conflicts.
 enum : int { OUT_COLS = 128, OUT_PITCH = 2 * OUT_COLS + 16, OUT_BYTES = 16 * OUT_PITCH };
 // Slots for the counts of tiles. The loader is at most STAGES + 1 tiles ahead of the consumers, so a slot is read before it is used again.
 enum : uint32_t { NUMBERS = 8 };
@@ -173,8 +173,8 @@ __device__ __forceinline__ void skip(uint32_t stages, Stages& ring) {
     }
 }
 
-// Stores OUT_COLS columns of a warp's 16 rows, as far as there are that many: through shared memory, so that 16 threads write 256 bytes of a
-// row. `to` and all rows lie on 16 bytes, columns come by eights. Nothing waits for the stores: the next tile's products run meanwhile.
+// Stores OUT_COLS columns of a warp's 16 rows, but at most `rows` and `cols` of them. Staging lets 16 threads write 256 bytes of one row. `to` and
+// all rows begin on 16 bytes, and `cols` is a multiple of 8. Nothing waits for the stores: the next tile's products run meanwhile.
 template <typename T>
 __device__ __forceinline__ void store_wide_rows(T* to, int64_t stride, int rows, int cols, uint32_t slab, const float* sum) {
     enum : int { LANES = OUT_COLS / 8, EACH = 32 / LANES }; // of a row; rows at a time

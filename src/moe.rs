@@ -120,9 +120,9 @@ pub struct Weights<'a, W> {
 /// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded to the type of
 /// `x`; `y` is summed in `f32` in the order of the token's choices and rounded once.
 /// A token's bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on a GPU
-/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]). On a GPU the layer is 5 launches for `T <= 64`, 6 for `T <= 128`,
-/// 7 for more; none asks the host for a count. No token is dropped, whatever the distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t`
-/// stays in row `t`.
+/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]). On a GPU the layer is 5 launches for `T <= 64`, 6 for
+/// `T <= 128` and 7 for more; none waits for the host. No token is dropped for any distribution over experts. `T = 0` is a no-op with an
+/// empty routing. A NaN in token `t` stays in row `t`.
 ///
 /// # Errors
 ///

@@ -22,7 +22,7 @@ pub struct Form {
     /// What its entry points end with.
     pub name: &'static str,
     image: &'static Image,
-    /// The most rows of an expert in the calls that it serves: what the host knows, whatever the routing is.
+    /// It serves calls in which no expert can own more rows. The host knows that bound without knowing the routing.
     serves: usize,
     /// Rows of a tile.
     rows: u32,

@@ -108,7 +108,7 @@ impl Machine<'_> {
     }
 
     /// `fence.mbarrier_init`: the async proxy may use the mbarriers that the thread itself has initialised.
-    /// The fence does nothing for those of other threads, whatever the thread knows of them.
+    /// It does nothing for mbarriers that another thread has initialised, not even behind a barrier between the two.
     pub fn mbar_publish(&mut self, w: &Warp, mask: u32) {
         let first = w.thread0 as usize;
         for bar in self.ctas[w.cta as usize].shared.mbars.values_mut() {

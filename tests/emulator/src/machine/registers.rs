@@ -51,8 +51,8 @@ fn read(m: &Machine<'_>, w: &mut Warp, row: Row, mask: u32) -> Result<(), Troubl
 fn made(w: &mut Warp, op: &Op, touches: &[Touch]) -> u32 {
     let mut of = |row: Option<Row>| row.map_or(u32::MAX, |row| *lanes_of(w, row));
     let predicate = |p: PSrc| if let PSrc::Reg { slot, .. } = p { Some(Row::P(slot)) } else { None };
-    // A false side decides `and`, a true one `or`, and a selection leaves one side out, whatever the other
-    // side is.
+    // One side can decide the result: a false one that of `and`, a true one that of `or`. A selection reads one
+    // side. The other side may then be unwritten.
     match *op {
         Op::Compare(Compare::Selp { a, b, p, .. }) => {
             let (a, b, chooser) = (of(Row::of_src(a)), of(Row::of_src(b)), of(predicate(p)));

@@ -5,9 +5,9 @@
 //!
 //! The four warps are not synchronised by queueing: `.sync` makes the threads of one warp wait for each
 //! other, `.aligned` only wants the same instruction of all four, and neither orders memory between the
-//! warps. So whoever wrote an operand must be known, and fenced, to each warp of the group. A wait teaches
-//! more: that the product has read its operands, and what any of the four warps knew when it queued it. The
-//! product cannot be complete before all four have queued it, and kernels that run on hardware rely on that:
+//! warps. So each of the four warps must know of the writes to an operand, and of a fence behind them. A wait
+//! teaches more: that the product has read its operands, and what any of the four warps knew when it queued it.
+//! The product cannot be complete before all four have queued it, and kernels that run on hardware rely on that:
 //! CUTLASS releases a stage with one arrival per warpgroup, made by a thread that waited for the product,
 //! also where all 128 threads read the stage themselves before (the scales of its blockwise fp8 kernels). The
 //! ISA does not promise this part.

@@ -57,8 +57,8 @@ const BREACHES: &[Breach] = &[
             "tensor_max_i32",
         ],
     },
-    // Threads that hold the same value write it to the same word of shared memory, by one instruction. In the
-    // memory model that is a race, whatever the values are. `Race` stays on: see `unequal_writes`.
+    // Threads that hold the same value write it to the same word of shared memory, by one instruction. The
+    // memory model calls that a race even for equal values. `Race` stays on: see `unequal_writes`.
     Breach {
         detector: Detector::EqualWrites,
         is: |report| {

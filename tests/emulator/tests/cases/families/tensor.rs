@@ -29,11 +29,12 @@ fn image() -> String {
     for op in ["add", "min", "max", "and", "or", "xor"] {
         text += &store(&format!("reduce_{op}"), 2, &format!("cp.reduce.async.bulk.tensor.2d.global.shared::cta.{op}.tile.bulk_group"));
     }
-    let in_3d = MULTICAST
+    let multicast = MULTICAST.replace("DUMP\n", DUMP);
+    let in_3d = multicast
         .replace("entry multicast(", "entry multicast_3d(")
         .replace("tensor.2d", "tensor.3d")
         .replace("{x, zero}", "{x, zero, zero}");
-    text + MULTICAST + &in_3d + REPLACE
+    text + &multicast + &in_3d + &REPLACE.replace("DUMP\n", &DUMP.replace("done", "dumped"))
 }
 
 fn coordinates(rank: usize) -> (String, String, String) {
@@ -140,20 +141,7 @@ load:
 wait:
 	mbarrier.try_wait.parity.shared::cta.b64 p, [bar], phase;
 	@!p bra wait;
-	mov.u32 i, %tid.x;
-	shl.b32 i, i, 2;
-dump:
-	setp.ge.u32 p, i, bytes;
-	@p bra dumped;
-	add.u32 from, base, i;
-	ld.shared.b32 word, [from];
-	cvt.u64.u32 at, i;
-	add.u64 at, at, to;
-	st.global.b32 [at], word;
-	mov.u32 from, %ntid.x;
-	mad.lo.u32 i, from, 4, i;
-	bra dump;
-dumped:
+DUMP
 	bar.sync 0;
 	setp.ne.u32 p, phase, 0;
 	@p bra done;
@@ -212,20 +200,7 @@ wait:
 	mov.u32 x, %ctaid.x;
 	mul.wide.u32 at, x, bytes;
 	add.u64 to, to, at;
-	mov.u32 i, %tid.x;
-	shl.b32 i, i, 2;
-dump:
-	setp.ge.u32 p, i, bytes;
-	@p bra done;
-	add.u32 from, base, i;
-	ld.shared.b32 word, [from];
-	cvt.u64.u32 at, i;
-	add.u64 at, at, to;
-	st.global.b32 [at], word;
-	mov.u32 from, %ntid.x;
-	mad.lo.u32 i, from, 4, i;
-	bra dump;
-done:
+DUMP
 	barrier.cluster.arrive;
 	barrier.cluster.wait;
 	ret;
