@@ -56,6 +56,9 @@
 //! |---|---|---|
 //! | `cuda` | yes | the CUDA backend with its images; nothing is needed at build time |
 //! | `rayon` | yes | worker threads for the CPU backend |
+//! | `half` | no | the types of the crate `half` are elements, used where they lie; [`Bf16`] and [`F16`] convert from and to them |
+//! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
+//! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
 //! | `text` | no | the DBRX example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
@@ -70,6 +73,7 @@
 pub mod device;
 mod dtype;
 mod error;
+mod interop;
 pub mod layout;
 pub mod moe;
 pub mod ops;

@@ -197,6 +197,12 @@ impl<'a, T: Element> Rows<'a, T> {
         Ok(values)
     }
 
+    /// Where the first element lies.
+    #[cfg(feature = "ndarray")]
+    pub(crate) fn first(&self) -> *const T {
+        self.first
+    }
+
     /// The device address of the first element.
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {

@@ -1,0 +1,8 @@
+//! Other crates' types, as elements and as views. Each module is a feature; none is on by default.
+
+#[cfg(feature = "bytemuck")]
+mod bytemuck;
+#[cfg(feature = "half")]
+mod half;
+#[cfg(feature = "ndarray")]
+mod ndarray;
