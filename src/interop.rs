@@ -2,6 +2,8 @@
 
 #[cfg(feature = "bytemuck")]
 mod bytemuck;
+#[cfg(feature = "cudarc")]
+pub mod cudarc;
 #[cfg(feature = "half")]
 mod half;
 #[cfg(feature = "ndarray")]
