@@ -8,8 +8,8 @@ use std::sync::Arc;
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
 use dropless::device::driver::{Driver, DriverError, ImageError};
 use dropless::layout::KvShape;
-use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::{Normalize, logits};
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
+use dropless::router::logits;
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Op, Place, RopeTable, Routing, RoutingBuffers, Rows,
     RowsMut, Stream, TokenIds, Workspace, embedding, grouped_gemm, norm, rope, sample,
@@ -25,7 +25,7 @@ use dropless_kit::recorder::{Call, Recorder};
 const D: usize = 16;
 const TOKENS: usize = 3;
 const VOCABULARY: usize = 8;
-const SHAPE: Shape = Shape { d_model: D, d_ffn: 24, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
+const SHAPE: Shape = Shape::new(D, 24, 4, 2);
 
 /// A transformer layer behind an embedding, small; every operation at least once.
 struct Model {
@@ -116,12 +116,10 @@ impl Model {
             &mut self.y.rows_mut(TOKENS, D)?,
         )?;
         let [w1, v1, w2] = self.experts.each_ref().map(|w| w.rows(4 * 24, D));
-        let weights = Weights {
-            router: self.router.rows(4, D)?,
-            w1: ExpertWeights::nk(w1?, 4)?,
-            v1: ExpertWeights::nk(v1?, 4)?,
-            w2: ExpertWeights::kn(w2?, 4)?,
-        };
+        let weights = Weights::new(
+            self.router.rows(4, D)?,
+            Experts::gated(ExpertWeights::nk(w1?, 4)?, ExpertWeights::nk(v1?, 4)?, ExpertWeights::kn(w2?, 4)?),
+        );
         let (y, x) = (self.y.rows(TOKENS, D)?, &mut self.x.rows_mut(TOKENS, D)?);
         moe::forward(stream, &plan, y, &weights, &mut self.routing, &mut self.workspace, x).map(|_| ())
     }

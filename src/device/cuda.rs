@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 use super::image::{ALL, COMPUTE_CAPABILITY, Image};
+use super::kernel::Kernel;
 use super::lent::Lent;
 use super::staging::Staging;
 use crate::dtype::Element;
@@ -208,7 +209,7 @@ fn device_lost(first_op: Op, DriverError { code, name, call }: DriverError) -> E
 
 /// The refusal of something that a graph cannot hold.
 fn within_capture(op: Op, got: &'static str) -> Error {
-    Error::Unsupported { op, what: "within a capture", got, supported: "operations that ran before" }
+    Error::unsupported(op, "within a capture", got, "operations that ran before")
 }
 
 impl Drop for CudaDevice {
@@ -369,7 +370,7 @@ impl RawStream {
             return Ok(());
         }
         let supported = "a capture by dropless, or a stream from Stream::from_raw_with_owner";
-        Err(Error::Unsupported { op, what: "work within a capture", got: "by the stream's owner", supported })
+        Err(Error::unsupported(op, "work within a capture", "by the stream's owner", supported))
     }
 
     /// Frees what was dropped within captures, unless one is under way, or cannot be ruled out.
@@ -433,7 +434,7 @@ impl RawStream {
         self.outside_capture(Op::Stream, "another capture")?;
         if self.handle == DEFAULT_STREAM {
             let supported = "a stream that was created";
-            return Err(Error::Unsupported { op: Op::Stream, what: "capture on", got: "the default stream", supported });
+            return Err(Error::unsupported(Op::Stream, "capture on", "the default stream", supported));
         }
         // Held over both, so that no memory is freed on a stream that has begun to record.
         let mut captured = lock(&self.capture);
@@ -499,6 +500,18 @@ impl RawStream {
         let launch = Launch { function, grid: blocks, block, cluster, shared_bytes, is_programmatic, params, offsets: &[0] };
         // SAFETY: the caller's duty.
         self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
+    }
+}
+
+impl RawStream {
+    /// Queues one kernel of an op's table.
+    ///
+    /// # Safety
+    ///
+    /// As of [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_kernel<K, P: Copy>(&self, op: Op, kernel: &Kernel<K>, grid: Grid, params: &P) -> Result<(), Error> {
+        // SAFETY: the caller's duty.
+        unsafe { self.launch(op, kernel.image, kernel.entry, grid, params) }
     }
 }
 

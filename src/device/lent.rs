@@ -144,7 +144,7 @@ impl Stream {
         let mut stream = adopt(device, handle, Some(Box::new(owner)))?;
         if stream.timeline.taken.swap(true, Ordering::Acquire) {
             let (got, supported) = ("that a Stream was made from already", "one at a time");
-            return Err(Error::Unsupported { op: Op::Stream, what: "a stream", got, supported });
+            return Err(Error::unsupported(Op::Stream, "a stream", got, supported));
         }
         stream.alone = Some(Alone(stream.timeline.clone()));
         Ok(stream)
@@ -152,7 +152,7 @@ impl Stream {
 }
 
 fn adopt(device: &Device, handle: *mut c_void, owner: Option<Owner>) -> Result<Stream, Error> {
-    let refused = |what, got, supported| Err(Error::Unsupported { op: Op::Stream, what, got, supported });
+    let refused = |what, got, supported| Err(Error::unsupported(Op::Stream, what, got, supported));
     let Backend::Cuda(cuda) = &device.0 else { return refused("a raw stream of", "cpu", "cuda") };
     let handle = match handle.expose_provenance() as Handle {
         PER_THREAD => return refused("handle", "CU_STREAM_PER_THREAD", "a stream that was created, CU_STREAM_LEGACY"),

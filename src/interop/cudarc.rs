@@ -53,7 +53,7 @@ impl Stream {
         }
         if device.driver_id() != Arc::as_ptr(&Hardware::shared()?).addr() {
             let (got, supported) = ("of another driver", "one from Device::cuda");
-            return Err(Error::Unsupported { op: Op::Stream, what: "a cudarc stream on a device", got, supported });
+            return Err(Error::unsupported(Op::Stream, "a cudarc stream on a device", got, supported));
         }
         cuda.context().bind_to_thread().map_err(report)?; // the default stream's handle does not say which context it is of
         // SAFETY: cudarc's value keeps the stream alive.
@@ -106,7 +106,7 @@ impl Stream {
     ) -> Result<R, E> {
         if self.as_raw() != Some(cuda.cu_stream().cast()) || self.place() != Place::Cuda(cuda.context().ordinal() as u32) {
             let (got, supported) = ("another", "the one that this was made from");
-            return Err(Error::Unsupported { op: Op::Stream, what: "the cudarc stream", got, supported }.into());
+            return Err(Error::unsupported(Op::Stream, "the cudarc stream", got, supported).into());
         }
         self.outside_capture(Op::Stream, "a cudarc scope")?;
         let loans = Loans { stream: self, of: RefCell::default() };
@@ -289,7 +289,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
             return Ok(());
         }
         let (got, supported) = ("another CudaContext", "the stream's");
-        Err(Error::Unsupported { op: Op::View, what: "memory of", got, supported })
+        Err(Error::unsupported(Op::View, "memory of", got, supported))
     }
 
     /// Keeps a guard until the scope ends. Gives the mark of its memory, which counts as written here just now: cudarc had this stream

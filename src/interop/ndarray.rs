@@ -126,7 +126,7 @@ impl<'a, T: Element> TryFrom<RowsMut<'a, T>> for ArrayViewMut2<'a, T> {
 /// The shape of an array on the host.
 fn shape(place: Place, [rows, cols]: [usize; 2], stride: usize) -> Result<StrideShape<Ix2>, Error> {
     if place != Place::Host {
-        return Err(Error::Unsupported { op: Op::View, what: "an array of memory on", got: "cuda", supported: "cpu" });
+        return Err(Error::unsupported(Op::View, "an array of memory on", "cuda", "cpu"));
     }
     // A single row may have a stride that says nothing.
     Ok((rows, cols).strides((if rows > 1 { stride } else { cols }, 1)))
