@@ -19,6 +19,8 @@ pub mod kernel;
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;
+#[cfg(feature = "cuda")]
+mod lent;
 mod mark;
 #[cfg(feature = "cuda")]
 mod staging;
@@ -65,12 +67,18 @@ impl Device {
         Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
     }
 
-    /// The GPU with this ordinal, through NVIDIA's driver, which is looked for at run time.
+    /// The GPU with this ordinal, as the driver counts, through NVIDIA's driver, which is looked for at run
+    /// time.
+    ///
+    /// Work runs in the device's primary context, which the CUDA runtime, cudarc and candle use too. It is
+    /// made current for each call, and a thread that had another context current has it again behind the
+    /// call. A thread that had none keeps the primary one.
     ///
     /// # Errors
     ///
-    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::DriverStart`], [`Error::NoDevice`],
-    /// [`Error::Arch`].
+    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::DriverStart`],
+    /// [`Error::NoDevice`], [`Error::Arch`]. Of a GPU that the kernels are not built for nothing is asked but
+    /// its attributes; no context is made there.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: u32) -> Result<Device, Error> {
         Device::with_driver(driver::hardware::Hardware::shared()?, ordinal)
