@@ -213,7 +213,7 @@ fn check<A: Float, W: Float>(
     }
     let parts = routing.parts_mut(Op::Moe, num_tokens)?;
     let [ids, chosen, offsets, row_to_slot, slot_to_row] = parts.accesses();
-    let scratch = ("workspace", workspace.words.access(true));
+    let scratch = ("workspace", workspace.access());
     stream.admit(
         Op::Moe,
         &[

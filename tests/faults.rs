@@ -41,7 +41,7 @@ struct Model {
     rope: RopeTable,
     cache: KvCache<f32>,
     routing: RoutingBuffers,
-    workspace: Workspace,
+    workspace: Workspace<'static>,
     ids: Buffer<u32>,
     x: Buffer<f32>,
     residual: Buffer<f32>,
