@@ -20,11 +20,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use dropless::block_sparse::{self, Dense, Sparse};
-use dropless::grouped_gemm::tiles::{FORMS, with_form};
-use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::{self, Normalize};
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
+use dropless::router;
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Stream, TokenIds, Topology, Workspace, embedding,
+    Bf16, Buffer, Device, Error, ExpertWeights, Float, Routing, RoutingBuffers, Rows, Stream, TokenIds, Topology, Workspace, embedding,
     grouped_gemm, permute,
 };
 use dropless_kit::device;
@@ -109,15 +108,26 @@ impl Model {
         &self.table[stack.ids[row] as usize * self.shape.d_model..][..self.shape.d_model]
     }
 
-    fn weights(&self) -> Result<Weights<'_, Bf16>, Error> {
+    /// The stacks' rows: gate, up and down.
+    fn stacks(&self) -> Result<[Rows<'_, Bf16>; 3], Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = self.shape;
         let [w1, v1, w2] = [&self.w1, &self.v1, &self.w2].map(|stack| stack.buffer.rows(num_experts * d_ffn, d_model));
-        Ok(Weights {
-            router: self.router.rows(num_experts, d_model)?,
-            w1: ExpertWeights::nk(w1?, num_experts)?,
-            v1: ExpertWeights::nk(v1?, num_experts)?,
-            w2: ExpertWeights::kn(w2?, num_experts)?,
-        })
+        Ok([w1?, v1?, w2?])
+    }
+
+    /// The same as the experts' matrices.
+    fn matrices(&self) -> Result<[ExpertWeights<'_>; 3], Error> {
+        let ([w1, v1, w2], num_experts) = (self.stacks()?, self.shape.num_experts);
+        Ok([ExpertWeights::nk(w1, num_experts)?, ExpertWeights::nk(v1, num_experts)?, ExpertWeights::kn(w2, num_experts)?])
+    }
+
+    fn router(&self) -> Result<Rows<'_, Bf16>, Error> {
+        self.router.rows(self.shape.num_experts, self.shape.d_model)
+    }
+
+    fn weights(&self) -> Result<Weights<'_>, Error> {
+        let [w1, v1, w2] = self.matrices()?;
+        Ok(Weights::new(self.router()?, Experts::gated(w1, v1, w2)))
     }
 }
 
@@ -279,11 +289,12 @@ impl Bench<'_> {
         let Shape { d_model, d_ffn, num_experts, .. } = model.shape;
         let rows = routing.rows();
         let (flop, bytes) = ((2 * rows * d_model * d_ffn) as f64, (num_experts * d_model * d_ffn * 2) as f64);
-        let (weights, x) = (model.weights()?, sorted.rows(rows, d_model)?);
+        let ([w1, ..], x) = (model.matrices()?, sorted.rows(rows, d_model)?);
+        let [w1_rows, _, w2_rows] = model.stacks()?;
         let mut h = Buffer::<Bf16>::zeros(stream, rows * d_ffn)?;
         let nt = At { what: "nt", form: "", tokens, flop, bytes };
         record.figure(&nt, || {
-            let call = |h: &mut Buffer<Bf16>| grouped_gemm::nt(stream, x, weights.w1, routing.expert_rows(), &mut h.rows_mut(rows, d_ffn)?);
+            let call = |h: &mut Buffer<Bf16>| grouped_gemm::nt(stream, x, w1, routing.expert_rows(), &mut h.rows_mut(rows, d_ffn)?);
             self.measure(&mut h, true, &mut None, call, |_| Ok(()))
         });
         drop(h);
@@ -291,7 +302,7 @@ impl Bench<'_> {
         for (block, form) in [(64, "64"), (128, "128")] {
             let mut topology = Topology::for_experts(stream, block, rows, &vec![d_ffn; num_experts])?;
             block_sparse::arrange(stream, routing.expert_rows(), &mut topology)?;
-            let (w1, w2) = (Dense::from(weights.w1.stacked()).t(), Dense::from(weights.w2.stacked()));
+            let (w1, w2) = (Dense::from(w1_rows).t(), Dense::from(w2_rows));
             let stored = topology.stored_rows();
             let mut blocks = Buffer::<Bf16>::zeros(stream, stored * block)?;
             record.figure(&At { what: "sdd", form, ..nt }, || {
@@ -318,6 +329,7 @@ impl Bench<'_> {
         let x = Buffer::from_slice(stream, &x_host)?;
         let x = || x.rows(tokens, d_model);
         let weights = model.weights()?;
+        let [w1, v1, w2] = model.matrices()?;
         let plan = Plan::<Bf16>::new(model.shape, tokens)?;
         let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
         let mut y = Buffer::<Bf16>::zeros(stream, tokens * d_model)?;
@@ -325,7 +337,7 @@ impl Bench<'_> {
         let mut layer_buffers = RoutingBuffers::new(stream, tokens, top_k, num_experts)?;
 
         let mut logits = Buffer::<f32>::zeros(stream, tokens * num_experts)?;
-        router::logits(stream, x()?, weights.router, &mut logits.rows_mut(tokens, num_experts)?)?;
+        router::logits(stream, x()?, model.router()?, &mut logits.rows_mut(tokens, num_experts)?)?;
         let routing = router::route(stream, logits.rows(tokens, num_experts)?, model.shape.normalize, &mut buffers)?;
         let (ids, slots) = (routing.expert_ids().to_vec(stream)?, routing.row_to_slot().to_vec(stream)?);
         let offsets = routing.offsets().to_vec(stream)?;
@@ -345,7 +357,7 @@ impl Bench<'_> {
         record.figure(&at("glu_nt_of_sorted", "", 2.0), || {
             let call = |h: &mut Buffer<Bf16>| {
                 let (x, mut h) = (sorted.rows(rows, d_model)?, h.rows_mut(rows, d_ffn)?);
-                grouped_gemm::glu_nt(stream, x, weights.w1, weights.v1, routing.expert_rows(), &mut h)
+                grouped_gemm::glu_nt(stream, x, w1, v1, routing.expert_rows(), &mut h)
             };
             self.measure(&mut h, true, &mut glus, call, |_| Ok(()))
         });
@@ -357,17 +369,17 @@ impl Bench<'_> {
         drop(sorted);
 
         let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
-        for (form, about) in FORMS.iter().enumerate() {
+        for (form, class) in grouped_gemm::forms() {
             // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be compared.
-            let many = about.name.starts_with("256");
+            let many = class == usize::MAX;
             if many != (tokens > 64) && tokens != 64 && !emulated {
                 continue;
             }
             let mut random = Random::new(6);
-            record.figure(&at("glu_nt", about.name, 2.0), || {
+            record.figure(&at("glu_nt", form, 2.0), || {
                 let call = |h: &mut Buffer<Bf16>| {
                     let mut h = h.rows_mut(rows, d_ffn)?;
-                    with_form(form, || grouped_gemm::glu_nt(stream, x()?, weights.w1, weights.v1, routing.gathered_rows(), &mut h))
+                    grouped_gemm::glu_nt(stream, x()?, w1, v1, routing.gathered_rows().in_class(class), &mut h)
                 };
                 self.measure(&mut h, true, &mut glus, call, |h| {
                     (0..CHECKED).try_for_each(|_| {
@@ -380,11 +392,11 @@ impl Bench<'_> {
             });
             // All forms multiply the same rows, whatever this one has left.
             let h_host = glus.get_or_insert_with(|| normal(7, rows * d_ffn, 1.0));
-            record.figure(&at("nn", about.name, 1.0), || {
+            record.figure(&at("nn", form, 1.0), || {
                 h.copy_from_slice(stream, h_host)?;
                 let call = |out: &mut Buffer<Bf16>| {
                     let (h, mut out) = (h.rows(rows, d_ffn)?, out.rows_mut(rows, d_model)?);
-                    with_form(form, || grouped_gemm::nn(stream, h, weights.w2, routing.expert_rows(), &mut out))
+                    grouped_gemm::nn(stream, h, w2, routing.expert_rows().in_class(class), &mut out)
                 };
                 self.measure(&mut out, true, &mut products, call, |out| {
                     (0..CHECKED).try_for_each(|_| {
@@ -425,12 +437,12 @@ impl Bench<'_> {
 fn run() -> Result<bool, Failure> {
     let options = options()?;
     let (stream, shape, tokens) = if options.emulated {
-        let shape = Shape { d_model: 72, d_ffn: 136, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
+        let shape = Shape::new(72, 136, 4, 2);
         (device::emulated().1, shape, vec![3, 70])
     } else {
         match Device::cuda(0).and_then(|device| device.stream()) {
             Ok(stream) => {
-                let shape = Shape { d_model: 6144, d_ffn: 10752, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+                let shape = Shape::new(6144, 10752, 16, 4);
                 (stream, shape, options.tokens)
             }
             Err(error) => {

@@ -3,8 +3,7 @@
 //! of every expert in use are read once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::Normalize;
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::{Bf16, Device, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::relative_l2;
@@ -14,18 +13,20 @@ use dropless_kit::fill::{normal, to_f64};
 mod oracle;
 
 fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, d_model: usize, d_ffn: usize) {
-    let shape = Shape { d_model, d_ffn, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(d_model, d_ffn, 16, 4);
     let elements = shape.num_experts * d_ffn * d_model;
     let scale = (d_model as f64).sqrt().recip();
     let router = normal::<W>(1, shape.num_experts * d_model, scale);
     let stacks = [2, 3, 4].map(|seed| normal::<W>(seed, elements, scale));
     let [w1, v1, w2] = stacks.each_ref().map(|w| Rows::from_slice(w, shape.num_experts * d_ffn, d_model).unwrap());
-    let weights = Weights {
-        router: Rows::from_slice(&router, shape.num_experts, d_model).unwrap(),
-        w1: ExpertWeights::nk(w1, shape.num_experts).unwrap(),
-        v1: ExpertWeights::nk(v1, shape.num_experts).unwrap(),
-        w2: ExpertWeights::kn(w2, shape.num_experts).unwrap(),
-    };
+    let weights = Weights::new(
+        Rows::from_slice(&router, shape.num_experts, d_model).unwrap(),
+        Experts::gated(
+            ExpertWeights::nk(w1, shape.num_experts).unwrap(),
+            ExpertWeights::nk(v1, shape.num_experts).unwrap(),
+            ExpertWeights::kn(w2, shape.num_experts).unwrap(),
+        ),
+    );
     let x = normal::<A>(5, num_tokens * d_model, 1.0);
     let mut y = vec![A::default(); x.len()];
     let plan = Plan::<A>::new(shape, num_tokens).unwrap();

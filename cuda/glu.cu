@@ -1,13 +1,12 @@
-// glu: y[r, f] = silu(gate[r, f]) * up[r, f]
+// glu: y[r, f] = silu(gate[r, f]) * up[r, f], or another gate
 //
 // Contract  src/ops/glu.rs has checked shapes, dtypes and that every row begins on 16 bytes; nothing is re-checked here.
 // Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
 // Cost      memory bound: 3 * R * F * sizeof(T) bytes.
 // Order     elementwise, so the bits of a row depend on that row alone.
+#include "common/activation.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx/launch.cuh"
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <typename T> __device__ void glu(const GluParams& p) {
     await_previous_launch();
@@ -20,7 +19,10 @@ template <typename T> __device__ void glu(const GluParams& p) {
             const Vec<T> gate = load_first(gates + col, p.d_ffn - col), up = load_first(ups + col, p.d_ffn - col);
             Vec<T>       y;
 #pragma unroll
-            for (int j = 0; j < SIZE; j++) y.at[j] = from_f32<T>(silu(to_f32(gate.at[j])) * to_f32(up.at[j]));
+            for (int j = 0; j < SIZE; j++) {
+                const float x = to_f32(gate.at[j]), u = to_f32(up.at[j]);
+                y.at[j] = from_f32<T>(p.epilogue.is_general ? gated<Precise>(p.epilogue, x, u) : silu<Precise>(x) * u);
+            }
             store_first(ys + col, p.d_ffn - col, y);
         }
     }

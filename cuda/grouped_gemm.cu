@@ -196,6 +196,64 @@ __device__ __forceinline__ void store_wide_rows(T* to, int64_t stride, int rows,
     __syncwarp(); // before the next columns overwrite these
 }
 
+// Eight results on 16 bytes.
+__device__ __forceinline__ void store_eight(float* to, const float (&values)[8]) {
+    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+    *reinterpret_cast<float4*>(to + 4) = make_float4(values[4], values[5], values[6], values[7]);
+}
+template <typename T> __device__ __forceinline__ void store_eight(T* to, const float (&values)[8]) {
+    const uint4 packed = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
+    store_global_16(to, packed);
+}
+
+// Stores a warp's 16 rows with biases, or another activation. Sums go through the warp's slab as f32, 64 columns at a time (for glu 32 of each
+// product), so that the code for one of them stands here once and not for each register.
+template <typename F>
+__device__ __forceinline__ void store_general(const TiledProductParams& p, uint32_t slab, const PairTile& tile, uint32_t row, const float (&sum)[TILED_COLS / 2]) {
+    using T = typename F::T;
+    enum : int { STEP = F::GLU ? 32 : 64, STEPS = F::COLS / STEP, SLAB_PITCH = 64 * 4 + 16 };
+    enum : int { LANES = STEP / 8, EACH = 32 / LANES }; // of a row; rows at a time
+    static_assert(16 * SLAB_PITCH <= OUT_BYTES, "rows of f32 beyond the slab");
+    const uint32_t lane = threadIdx.x % 32, into = slab + lane / 4 * SLAB_PITCH + lane % 4 * 8, skip = lane % LANES * 8;
+    const uint32_t rows = min(16u, tile.end > row ? tile.end - row : 0u);
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (i != step) continue; // registers have no index
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float* s = sum + (F::GLU && j >= 4 ? F::COLS / 2 + STEP / 2 * i + 4 * (j - 4) : STEP / 2 * i + 4 * j);
+                store_shared_8(into + 32 * j, s[0], s[1]);
+                store_shared_8(into + 32 * j + 8 * SLAB_PITCH, s[2], s[3]);
+            }
+        }
+        __syncwarp();
+        const uint32_t col = tile.col + step * STEP + skip;
+        if (col < p.n) {
+            float first_bias[8], second_bias[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                first_bias[j] = bias_of<T>(p.epilogue.first_bias, tile.expert, col + j);
+                second_bias[j] = F::GLU ? bias_of<T>(p.epilogue.second_bias, tile.expert, col + j) : 0.0f;
+            }
+#pragma unroll 1
+            for (uint32_t r = lane / LANES; r < rows; r += EACH) {
+                const uint32_t from = slab + r * SLAB_PITCH + skip * 4;
+                float          values[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const float first = load_shared_float(from + 4 * j) + first_bias[j];
+                    const float second = F::GLU ? load_shared_float(from + 4 * (STEP + j)) + second_bias[j] : 0.0f;
+                    values[j] = finished<Fast, F::GLU>(p.epilogue, first, second);
+                }
+                store_eight(static_cast<typename F::O*>(p.y) + (row + r) * p.y_stride + col, values);
+            }
+        }
+        __syncwarp(); // before the next columns overwrite these
+    }
+}
+
 // Warpgroups 1 and 2.
 template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, Stages ring) {
     const uint32_t warp = consumer_warp(), down = warp / 4 * HALF;
@@ -211,9 +269,13 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
         float sum[TILED_COLS / 2] = {};
         if (p.row_to_slot) multiply<F, true>(stages, a, b, ring, sum);
         else multiply<F, false>(stages, a, b, ring, sum);
+        if (p.epilogue.is_general) {
+            store_general<F>(p, shared + OUT_AT + warp * OUT_BYTES, tile, tile.row + warp * 16, sum);
+            continue;
+        }
         if (F::GLU)
 #pragma unroll
-            for (int i = 0; i < F::COLS / 2; i++) sum[i] = silu(sum[i]) * sum[F::COLS / 2 + i];
+            for (int i = 0; i < F::COLS / 2; i++) sum[i] = silu<Fast>(sum[i]) * sum[F::COLS / 2 + i];
         const uint32_t row = tile.row + warp * 16;
         const int      rows = int(tile.end - row);
         constexpr int  STEP = sizeof(typename F::O) == 2 ? OUT_COLS : 64;

@@ -100,6 +100,34 @@ __device__ __forceinline__ void multiply(const TiledProductParams& p, uint32_t s
     for (int i = 0; i < F::PRODUCTS; i++) pin(sum[i]);
 }
 
+// With biases, or another activation. The sums move down by four after each four that are stored, so that the code for them stands here once.
+template <typename F>
+__device__ __forceinline__ void store_general(const TiledProductParams& p, const ExpertTile& tile, float (&sum)[F::PRODUCTS][F::TOKENS / 2]) {
+    using T = typename F::T;
+    const uint32_t lane = threadIdx.x % 32, first_col = tile.col * COLS + 16 * (threadIdx.x / 32 % 4) + lane / 4;
+    float          bias[2][2] = {}; // of two columns
+    for (int i = 0; i < 2; i++) {
+        const uint32_t col = first_col + 8 * i;
+        if (col >= p.n) continue;
+        bias[0][i] = bias_of<T>(p.epilogue.first_bias, tile.expert, col);
+        if (F::GLU) bias[1][i] = bias_of<T>(p.epilogue.second_bias, tile.expert, col);
+    }
+#pragma unroll 1
+    for (uint32_t first_row = tile.row + lane % 4 * 2; first_row < tile.row + F::TOKENS; first_row += 8) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t col = first_col + i / 2 * 8, row = first_row + i % 2;
+            const float    first = sum[0][i] + bias[0][i / 2], second = F::GLU ? sum[F::PRODUCTS - 1][i] + bias[1][i / 2] : 0.0f;
+            const float    value = finished<Fast, F::GLU>(p.epilogue, first, second);
+            if (row < tile.end && col < p.n) static_cast<typename F::O*>(p.y)[row * p.y_stride + col] = from_f32<typename F::O>(value);
+        }
+#pragma unroll
+        for (int product = 0; product < F::PRODUCTS; product++)
+#pragma unroll
+            for (int i = 0; i + 4 < F::TOKENS / 2; i++) sum[product][i] = sum[product][i + 4];
+    }
+}
+
 // Warpgroup 1. An accumulator's row is a column of y, its column a row of y.
 template <typename F> __device__ __forceinline__ void consume(const TiledProductParams& p, uint32_t shared, typename F::Stages ring) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -109,10 +137,14 @@ template <typename F> __device__ __forceinline__ void consume(const TiledProduct
         // The first product of a tile overwrites these zeros. Without them ptxas 12.4 serialises every wgmma (C7515).
         float sum[F::PRODUCTS][F::TOKENS / 2] = {};
         multiply<F>(p, shared, ring, sum);
+        if (p.epilogue.is_general) {
+            store_general<F>(p, tile, sum);
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < F::TOKENS / 2; i++) {
             const uint32_t col = tile.col * COLS + 16 * warp + lane / 4 + i / 2 % 2 * 8, row = tile.row + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            const float value = F::GLU ? silu(sum[0][i]) * sum[F::PRODUCTS - 1][i] : sum[0][i];
+            const float value = F::GLU ? silu<Fast>(sum[0][i]) * sum[F::PRODUCTS - 1][i] : sum[0][i];
             if (row < tile.end && col < p.n) static_cast<typename F::O*>(p.y)[row * p.y_stride + col] = from_f32<typename F::O>(value);
         }
     }

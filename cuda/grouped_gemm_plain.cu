@@ -1,15 +1,14 @@
-// grouped_gemm: y[r, :] = x[input(r), :] * w[expert of r], w as [N, K] (nt) or [K, N] (nn); glu_nt: silu(x w^T) * (x v^T)
+// grouped_gemm: y[r, :] = x[input(r), :] * w[expert of r], w as [N, K] (nt) or [K, N] (nn); glu: silu(x w^T) * (x v^T), or another epilogue
 //
 // Contract  src/ops/grouped_gemm.rs has checked shapes, dtypes and order; offsets and maps come from a Routing, or from a caller who vouches for them.
 // Work      the plain form, for every shape and alignment: a block of 64 threads takes tiles of 32 rows of one expert x 32 columns, 4 x 4 a thread.
 // Cost      2 * R * N * K FLOP (twice that for glu_nt) on the f32 pipes; x is read N / 32 times, w R / 32 times, through the caches.
 // Order     one chain of f32 additions over ascending k per element, rounded once: a row's bits depend on that row and the weights alone.
+#include "common/activation.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx/launch.cuh"
 
-enum : int { TILE = 32, THREADS = 64, PITCH = TILE + 4 }; // rows of shared tiles stay on 16 bytes
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+enum : int { TILE = PLAIN_TILE, THREADS = PLAIN_THREADS, PITCH = TILE + 4 }; // rows of shared tiles stay on 16 bytes
 
 // A tile of rows: those of expert `expert` from `begin` to `end`, at most TILE. `expert` is num_experts behind the last tile.
 struct RowTile {
@@ -36,6 +35,31 @@ __device__ __forceinline__ void load_weights(float (*tile)[PITCH], const T* w, i
         const bool inside = first_k + step < k && first_col + col < n;
         const int64_t at = NN ? (first_k + step) * stride + first_col + col : (first_col + col) * stride + first_k + step;
         tile[step][col] = inside ? to_f32(w[at]) : 0.0f;
+    }
+}
+
+// Biases, and another activation: sum[0] becomes what is stored. Rows of sums move in a circle, so that the code for one of them stands here once.
+template <typename T, bool GLU>
+__device__ __forceinline__ void finish(const ProductParams& p, int64_t expert, int64_t first_col, float (&sum)[GLU ? 2 : 1][4][4]) {
+#pragma unroll 1
+    for (int row = 0; row < 4; row++) {
+        float done[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int64_t col = min(first_col + j, p.n - 1); // those beyond the last are not stored
+            const float   first = sum[0][0][j] + bias_of<T>(p.epilogue.first_bias, expert, col);
+            const float   second = GLU ? sum[GLU][0][j] + bias_of<T>(p.epilogue.second_bias, expert, col) : 0.0f;
+            done[j] = finished<Precise, GLU>(p.epilogue, first, second);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+#pragma unroll
+            for (int i = 0; i < 3; i++) {
+                sum[0][i][j] = sum[0][i + 1][j];
+                if (GLU) sum[GLU][i][j] = sum[GLU][i + 1][j];
+            }
+            sum[0][3][j] = done[j];
+        }
     }
 }
 
@@ -83,13 +107,14 @@ template <typename T, typename O, bool NN, bool GLU> __device__ void product(con
             }
         }
 
+        if (p.epilogue.is_general) finish<T, GLU>(p, rows.expert, col + first_col, sum);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int64_t row = rows.begin + first_row + i;
                 if (row >= rows.end || col + first_col + j >= p.n) continue;
-                const float value = GLU ? silu(sum[0][i][j]) * sum[GLU][i][j] : sum[0][i][j];
+                const float value = GLU && !p.epilogue.is_general ? silu<Precise>(sum[0][i][j]) * sum[GLU][i][j] : sum[0][i][j];
                 static_cast<O*>(p.y)[row * p.y_stride + col + first_col + j] = from_f32<O>(value);
             }
         __syncthreads(); // before the next tile overwrites input_row
@@ -97,7 +122,7 @@ template <typename T, typename O, bool NN, bool GLU> __device__ void product(con
 }
 
 #define ENTRY(NAME, T, O, NN, GLU) \
-    extern "C" __global__ void __launch_bounds__(THREADS) grouped_gemm_##NAME(const __grid_constant__ ProductParams p) { product<T, O, NN, GLU>(p); }
+    extern "C" __global__ void __launch_bounds__(THREADS, 8) grouped_gemm_##NAME(const __grid_constant__ ProductParams p) { product<T, O, NN, GLU>(p); }
 ENTRY(nt_f32, float, float, false, false)
 ENTRY(nt_bf16, bf16, bf16, false, false)
 ENTRY(nt_f16, f16, f16, false, false)
@@ -111,3 +136,6 @@ ENTRY(nn_f16_to_f32, f16, float, true, false)
 ENTRY(glu_nt_f32, float, float, false, true)
 ENTRY(glu_nt_bf16, bf16, bf16, false, true)
 ENTRY(glu_nt_f16, f16, f16, false, true)
+ENTRY(glu_nn_f32, float, float, true, true)
+ENTRY(glu_nn_bf16, bf16, bf16, true, true)
+ENTRY(glu_nn_f16, f16, f16, true, true)

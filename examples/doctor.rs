@@ -11,10 +11,11 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use dropless::activation::Glu;
 use dropless::attention::{decode, decode_workspace_bytes, prefill};
 use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
-use dropless::grouped_gemm::tiles::{FORMS, Form, with_form};
+use dropless::epilogue::GluEpilogue;
 use dropless::layout::KvShape;
 use dropless::router::{Normalize, logits, route};
 use dropless::{
@@ -192,14 +193,14 @@ fn routed(stream: &Stream, run: &dyn Fn(&Routing<'_>) -> Result<Vec<f64>, Error>
 /// The products: on the tensor cores in each form there is, and plain, as widths of no whole 16 bytes are computed.
 fn products<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
     if dtype != "f32" {
-        for (form, Form { name, .. }) in FORMS.iter().enumerate() {
-            with_form(form, || products_of::<T>(report, &format!("{dtype}_{name}"), allowed, 40));
+        for (form, class) in grouped_gemm::forms() {
+            products_of::<T>(report, &format!("{dtype}_{form}"), allowed, 40, class);
         }
     }
-    products_of::<T>(report, dtype, allowed, 36);
+    products_of::<T>(report, dtype, allowed, 36, usize::MAX);
 }
 
-fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64, d_ffn: usize) {
+fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64, d_ffn: usize, class: usize) {
     let input = |stream: &Stream, seed: u64, rows: usize, cols: usize, size: f64| {
         Guarded::with(stream, &normal::<T>(seed, rows * cols, size), rows, cols, 0)
     };
@@ -209,24 +210,36 @@ fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64,
             let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, d_ffn));
             let [w1, v1] = [12, 13].map(|seed| input(stream, seed, 3 * d_ffn, D, 0.1));
             let [w1, v1] = [ExpertWeights::nk(w1.view(), 3)?, ExpertWeights::nk(v1.view(), 3)?];
-            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), &mut h.view_mut())?;
+            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows().in_class(class), &mut h.view_mut())?;
             Ok(to_f64(&h.take(stream)))
         })
     });
     report.check(&format!("grouped_gemm_nt_{suffix}"), allowed, |stream| {
         routed(stream, &|routing| {
             let (x, w, mut y) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * d_ffn, D, 0.1), output(stream, d_ffn));
-            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows().in_class(class), &mut y.view_mut())?;
             Ok(to_f64(&y.take(stream)))
         })
     });
     report.check(&format!("grouped_gemm_nn_{suffix}"), allowed, |stream| {
         routed(stream, &|routing| {
             let (x, w, mut y) = (input(stream, 16, 2 * TOKENS, d_ffn, 1.0), input(stream, 17, 3 * d_ffn, D, 0.1), output(stream, D));
-            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows().in_class(class), &mut y.view_mut())?;
             Ok(to_f64(&y.take(stream)))
         })
     });
+    if d_ffn % 8 != 0 {
+        report.check(&format!("grouped_gemm_glu_nn_{suffix}"), allowed, |stream| {
+            routed(stream, &|routing| {
+                let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, d_ffn));
+                let [gate, up] = [12, 13].map(|seed| input(stream, seed, 3 * D, d_ffn, 0.1));
+                let [gate, up] = [ExpertWeights::kn(gate.view(), 3)?, ExpertWeights::kn(up.view(), 3)?];
+                let epilogue = GluEpilogue::default().with_glu(Glu::GPT_OSS);
+                grouped_gemm::glu(stream, x.view(), gate, up, routing.gathered_rows(), &epilogue, &mut h.view_mut())?;
+                Ok(to_f64(&h.take(stream)))
+            })
+        });
+    }
     if suffix == "f32" {
         return;
     }
@@ -234,7 +247,7 @@ fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64,
         routed(stream, &|routing| {
             let [mut y, mut z] = [d_ffn, D].map(|cols| Guarded::<f32>::new(stream, 2 * TOKENS, cols, 0, POISONS[0]));
             let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * d_ffn, D, 0.1));
-            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows(), &mut y.view_mut())?;
+            grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows().in_class(class), &mut y.view_mut())?;
             let (x, w) = (input(stream, 16, 2 * TOKENS, d_ffn, 1.0), input(stream, 17, 3 * d_ffn, D, 0.1));
             grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut z.view_mut())?;
             Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
@@ -267,10 +280,10 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
         embedding::lookup(stream, ids, table.view(), &mut y.view_mut())?;
         Ok(to_f64(&y.take(stream)))
     });
-    type Norm<T> = fn(&Stream, dropless::Rows<'_, T>, dropless::Rows<'_, T>, f32, &mut dropless::RowsMut<'_, T>) -> Result<(), Error>;
-    for (name, norm) in [("norm_layer", norm::layer_norm as Norm<T>), ("norm_rms", norm::rms_norm)] {
+    for (name, layer) in [("norm_layer", true), ("norm_rms", false)] {
         check(name, &|stream| {
             let (x, weight, mut y) = (input(stream, 2, TOKENS, D, 1.0), input(stream, 3, 1, D, 1.0), output(stream, TOKENS, D));
+            let norm = if layer { norm::layer_norm } else { norm::rms_norm };
             norm(stream, x.view(), weight.view(), 1e-5, &mut y.view_mut())?;
             Ok(to_f64(&y.take(stream)))
         });

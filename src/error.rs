@@ -2,10 +2,8 @@
 //!
 //! Texts are lower case, one sentence, without a full stop: `` glu: `up` must be [R, F] = [4, 8], got [4, 7] ``.
 
+use std::borrow::Cow;
 use std::fmt;
-
-#[cfg(feature = "cuda")]
-use crate::dtype::{DType, Element};
 
 /// The operation that speaks in an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,7 +97,7 @@ pub enum Error {
     Layout { op: Op, arg: &'static str, need: &'static str, got: usize },
     /// A valid request that this device or build does not serve.
     #[allow(missing_docs)]
-    Unsupported { op: Op, what: &'static str, got: &'static str, supported: &'static str },
+    Unsupported { op: Op, what: &'static str, got: Cow<'static, str>, supported: Cow<'static, str> },
     /// An index or count is outside its range.
     #[allow(missing_docs)]
     Index { op: Op, arg: &'static str, at: usize, got: u64, bound: u64 },
@@ -180,8 +178,8 @@ impl Error {
     }
 
     /// True where this machine, this device or this build does not serve a valid request, so that an engine
-    /// keeps its own way of computing it. No memory was allocated and no kernel was loaded, launched or run
-    /// in part. Wrong arguments and failures are something else.
+    /// keeps its own way of computing it. As a [refusal](Error::is_refusal) it wrote nothing; where no device
+    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something else.
     ///
     /// ```
     /// # #[cfg(feature = "cuda")] {
@@ -211,6 +209,16 @@ impl Error {
         matches!(self, Error::DeviceLost { .. })
     }
 
+    /// A valid request that is not served, and what would be. `what` names the argument or the property that `got` is of.
+    pub(crate) fn unsupported(
+        op: Op,
+        what: &'static str,
+        got: impl Into<Cow<'static, str>>,
+        supported: impl Into<Cow<'static, str>>,
+    ) -> Error {
+        Error::Unsupported { op, what, got: got.into(), supported: supported.into() }
+    }
+
     /// A shape error for up to three dimensions; `want` names them, as in `"[R, F]"`.
     pub(crate) fn shape(op: Op, arg: &'static str, want: &'static str, want_dims: &[usize], got_dims: &[usize]) -> Self {
         let pad = |dims: &[usize]| std::array::from_fn(|i| dims.get(i).copied().unwrap_or(0));
@@ -223,26 +231,6 @@ pub(crate) fn check_shape(op: Op, arg: &'static str, want: &'static str, want_di
     if want_dims == got_dims { Ok(()) } else { Err(Error::shape(op, arg, want, want_dims, got_dims)) }
 }
 
-/// Kernels read all their float arguments as one type, that of `A`; the CPU mixes them. `what` is of type `W`.
-#[cfg(feature = "cuda")]
-pub(crate) fn check_one_type<A: Element, W: Element>(op: Op, what: &'static str) -> Result<(), Error> {
-    if A::DTYPE == W::DTYPE {
-        return Ok(());
-    }
-    Err(Error::Unsupported { op, what, got: W::DTYPE.name(), supported: A::DTYPE.name() })
-}
-
-/// Of a product on a GPU: operands of one type, `what` being of type `W`, and a result `y` of that type or of `f32`.
-#[cfg(feature = "cuda")]
-pub(crate) fn check_product_types<A: Element, W: Element, O: Element>(op: Op, what: &'static str) -> Result<(), Error> {
-    check_one_type::<A, W>(op, what)?;
-    if O::DTYPE == A::DTYPE || O::DTYPE == DType::F32 {
-        return Ok(());
-    }
-    let supported = if A::DTYPE == DType::F32 { "f32" } else { "the type of the operands, f32" };
-    Err(Error::Unsupported { op, what: "`y` of type", got: O::DTYPE.name(), supported })
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -251,7 +239,7 @@ impl fmt::Display for Error {
                 write!(f, "{op}: `{arg}` must be {want} = {want_dims:?}, got {got_dims:?}")
             }
             Error::Layout { op, arg, need, got } => write!(f, "{op}: `{arg}` must have {need}, got {got}"),
-            Error::Unsupported { op, what, got, supported } => {
+            Error::Unsupported { op, what, ref got, ref supported } => {
                 write!(f, "{op}: {what} {got} is not supported here; supported: {supported}")
             }
             Error::Index { op, arg, at, got, bound } => write!(f, "{op}: `{arg}[{at}]` is {got}, must be < {bound}"),

@@ -11,6 +11,7 @@
 //! | [`KvCache`] | no sequence is longer than its pages |
 //! | [`Topology`] | blocks lie inside the matrix, each place at most once; both orders of the index agree |
 
+mod expert_weights;
 mod experts;
 mod kv;
 mod rope;
@@ -18,7 +19,8 @@ mod routing;
 mod tokens;
 mod topology;
 
-pub use self::experts::{ExpertRows, ExpertWeights, WeightOrder};
+pub use self::expert_weights::{ExpertWeights, WeightOrder};
+pub use self::experts::ExpertRows;
 pub(crate) use self::kv::HostPages;
 pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;

@@ -67,15 +67,19 @@
 //! These stay `f32`: router logits and weights, softmax, the RoPE tables, the final logits.
 #![deny(missing_docs, unsafe_code, unsafe_op_in_unsafe_fn)]
 
+pub mod activation;
 pub mod device;
 mod dtype;
+pub mod epilogue;
 mod error;
 pub mod layout;
-pub mod moe;
+#[macro_use]
 pub mod ops;
+pub mod moe;
 mod shape;
 mod simd;
 mod view;
+mod weights;
 
 pub use self::device::{Buffer, Device, Stream, Workspace};
 pub use self::dtype::{Bf16, DType, Element, F16, Float};
@@ -84,3 +88,4 @@ pub use self::layout::{ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeTable
 pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, rope, router, sample};
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};
+pub use self::weights::WeightRows;

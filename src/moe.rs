@@ -1,30 +1,36 @@
 //! The mixture-of-experts layer: route, first half of every expert, second half, combine. The only composition in the library.
 //!
 //! ```text
-//! x [T, D] -> router::logits [T, E] -> router::route      ids, weights, offsets, row maps
-//!          -> grouped_gemm::glu_nt  [R, F]                 h = silu(x w1^T) * (x v1^T), rows gathered as they are read
-//!          -> grouped_gemm::nn      [R, D]                 h w2
-//!          -> permute::combine      [T, D]                 each token's rows, weighted, in the order of its choices
+//! x [T, D] -> router::logits [T, E] -> router::route      ids, weights, offsets, row maps      route
+//!          -> grouped_gemm::glu     [R, F]                 h = silu(x gate^T) * (x up^T), rows gathered as they are read     experts
+//!          -> grouped_gemm::linear  [R, D]                 h down
+//!          -> permute::combine      [T, D]                 each token's rows, weighted, in the order of its choices          combine
 //! ```
+//!
+//! [`forward`] is all of it. An engine that routes elsewhere, or that exchanges rows between devices, calls the steps: [`route`], [`experts`],
+//! [`combine`], or [`forward_routed`], which is the last two.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks"; `DbrxFFN.forward` in Hugging Face transformers.
 //! Oracle: `tests/oracle/moe.rs`. Bench: `benches/moe.rs`.
 
 use std::marker::PhantomData;
 
-use crate::device::{Stream, Workspace};
+use crate::activation::Activation;
+use crate::device::{Access, Stream, Workspace};
 use crate::dtype::Float;
-#[cfg(feature = "cuda")]
-use crate::error::check_one_type;
+use crate::epilogue::{Bias, Epilogue, GluEpilogue};
 use crate::error::{Error, Op, Place, check_shape};
-use crate::layout::{ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers, WeightOrder};
+use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
+pub use crate::ops::permute::combine;
 use crate::ops::router::Normalize;
 use crate::ops::{grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
+use crate::weights::WeightRows;
 
 /// What the layer's sizes are.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Shape {
     /// D, the columns of a token.
     pub d_model: usize,
@@ -38,12 +44,26 @@ pub struct Shape {
     pub normalize: Normalize,
 }
 
+impl Shape {
+    /// Of a layer in which each token goes to `top_k` of `num_experts`, with weights that add up to 1.
+    pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
+        Shape { d_model, d_ffn, num_experts, top_k, normalize: Normalize::P(1.0) }
+    }
+
+    /// With weights scaled otherwise.
+    #[must_use]
+    pub const fn with_normalize(self, normalize: Normalize) -> Shape {
+        Shape { normalize, ..self }
+    }
+}
+
 /// The layer for batches of up to `max_tokens` tokens of type `A`: the memory it needs is known before anything runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan<A> {
     shape: Shape,
     max_tokens: usize,
     workspace_bytes: usize,
+    class_rows: Option<usize>,
     _activations: PhantomData<fn() -> A>,
 }
 
@@ -51,7 +71,7 @@ impl<A: Float> Plan<A> {
     /// # Errors
     ///
     /// [`Error::Value`] unless `1 <= top_k <= num_experts`, or if a norm's `p` is not positive and finite;
-    /// [`Error::TooLarge`] beyond 256 experts, 2^31 - 1 rows or the address space.
+    /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
         let Shape { d_model, d_ffn, num_experts, top_k, normalize } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
@@ -73,7 +93,27 @@ impl<A: Float> Plan<A> {
         if total > limit {
             return Err(Error::TooLarge { op: Op::Moe, what: "workspace bytes", got: total, limit });
         }
-        Ok(Plan { shape, max_tokens, workspace_bytes: total as usize, _activations: PhantomData })
+        Ok(Plan { shape, max_tokens, workspace_bytes: total as usize, class_rows: None, _activations: PhantomData })
+    }
+
+    /// The layer in one class for every batch size, as if an expert could own `max_rows` rows: a token's bits then depend on the token and the
+    /// weights alone, and not on how many others there are.
+    ///
+    /// Without it classes follow the batch (see [`forward`]). `usize::MAX` is the class of large batches: right for any batch, but what small ones
+    /// pay is the speed of a product that is made for many rows. On a CPU a batch of one token takes up to 1.3 times as long. `8` is the class of
+    /// decode steps; batches in which an expert owns more rows read its weights several times. On a GPU all classes happen to give the
+    /// same bits; that is not promised.
+    ///
+    /// ```
+    /// use dropless::moe::{Plan, Shape};
+    ///
+    /// let plan = Plan::<f32>::new(Shape::new(64, 128, 8, 2), 512)?.in_class(usize::MAX);
+    /// # let _ = plan;
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    #[must_use]
+    pub fn in_class(self, max_rows: usize) -> Plan<A> {
+        Plan { class_rows: Some(max_rows), ..self }
     }
 
     /// The sizes it was made from.
@@ -92,21 +132,143 @@ impl<A: Float> Plan<A> {
     }
 }
 
-/// The layer's weights, borrowed where they lie.
+/// The experts' weights, borrowed where they lie: the first half of each, and the second.
 #[derive(Clone, Copy)]
-pub struct Weights<'a, W> {
+#[non_exhaustive]
+pub struct Experts<'a> {
+    /// What makes a token's row of F columns.
+    pub hidden: Hidden<'a>,
+    /// Down, `[E, D, F]` in order [`Nk`](crate::layout::WeightOrder::Nk), as every checkpoint since Mixtral has it, or `[E, F, D]` in order
+    /// [`Kn`](crate::layout::WeightOrder::Kn), as DBRX's.
+    pub down: ExpertWeights<'a>,
+    /// `[E, D]`, added to each output row.
+    pub down_bias: Option<Bias<'a>>,
+}
+
+/// The first half of an expert.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub enum Hidden<'a> {
+    /// `glu(x gate^T, x up^T)`.
+    Gated {
+        /// `[E, F, D]`.
+        gate: ExpertWeights<'a>,
+        /// `[E, F, D]`.
+        up: ExpertWeights<'a>,
+        /// Biases, and which gate; SiLU by default.
+        epilogue: GluEpilogue<'a>,
+    },
+    /// `activation(x up^T)`, without a gate.
+    Plain {
+        /// `[E, F, D]`.
+        up: ExpertWeights<'a>,
+        /// A bias, and which activation.
+        epilogue: Epilogue<'a>,
+    },
+}
+
+impl<'a> Experts<'a> {
+    /// `silu(x gate^T) * (x up^T)`, then `down`. Packed and interleaved gates and ups come from [`ExpertWeights::halves`] and
+    /// [`ExpertWeights::interleaved`].
+    pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
+        let epilogue = GluEpilogue::default();
+        Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None }
+    }
+
+    /// `activation(x up^T)`, then `down`.
+    pub fn plain(up: ExpertWeights<'a>, activation: Activation, down: ExpertWeights<'a>) -> Experts<'a> {
+        let epilogue = Epilogue::default().with_activation(activation);
+        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None }
+    }
+
+    /// With biases or another gate; nothing changes where there is no gate.
+    #[must_use]
+    pub fn with_glu(self, epilogue: GluEpilogue<'a>) -> Experts<'a> {
+        match self.hidden {
+            Hidden::Gated { gate, up, .. } => Experts { hidden: Hidden::Gated { gate, up, epilogue }, ..self },
+            Hidden::Plain { .. } => self,
+        }
+    }
+
+    /// With a bias of the second half, `[E, D]`.
+    #[must_use]
+    pub fn with_down_bias(self, bias: Bias<'a>) -> Experts<'a> {
+        Experts { down_bias: Some(bias), ..self }
+    }
+
+    /// Every matrix of the first half by its name.
+    fn first_half(&self) -> [Option<(&'static str, ExpertWeights<'a>)>; 2] {
+        match self.hidden {
+            Hidden::Gated { gate, up, .. } => [Some(("gate", gate)), Some(("up", up))],
+            Hidden::Plain { up, .. } => [None, Some(("up", up))],
+        }
+    }
+
+    fn biases(&self) -> [Option<(&'static str, Bias<'a>)>; 3] {
+        let [gate, up] = match self.hidden {
+            Hidden::Gated { epilogue, .. } => [epilogue.gate_bias, epilogue.up_bias],
+            Hidden::Plain { epilogue, .. } => [None, epilogue.bias],
+        };
+        [gate.map(|bias| ("gate_bias", bias)), up.map(|bias| ("up_bias", bias)), self.down_bias.map(|bias| ("down_bias", bias))]
+    }
+
+    /// Everything that the products would refuse.
+    fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
+        let Shape { d_model, d_ffn, num_experts, .. } = *shape;
+        for (arg, w) in self.first_half().into_iter().flatten() {
+            check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), w.n(), w.k()])?;
+        }
+        check_shape(
+            Op::Moe,
+            "down",
+            "[E, D, F]",
+            &[num_experts, d_model, d_ffn],
+            &[self.down.num_experts(), self.down.n(), self.down.k()],
+        )?;
+        for (arg, bias) in self.biases().into_iter().flatten() {
+            let n = if arg == "down_bias" { d_model } else { d_ffn };
+            bias.check(Op::Moe, arg, [num_experts, n])?;
+        }
+        if let Hidden::Gated { gate, up, epilogue } = self.hidden {
+            epilogue.glu.check(Op::Moe)?;
+            if gate.order() != up.order() {
+                return Err(Error::unsupported(Op::Moe, "for `up`, weight order", up.order().name(), "that of `gate`"));
+            }
+        }
+        if stream.place() != Place::Host {
+            let [gate, up] = self.first_half().map(|w| w.map(|(_, w)| w));
+            grouped_gemm::check_kernels::<A>(Op::Moe, gate.into_iter().chain(up), self.biases())?;
+            grouped_gemm::check_kernels::<A>(Op::Moe, [self.down], [None])?;
+        }
+        Ok(())
+    }
+
+    fn accesses(&self) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+        let matrices = self.first_half().into_iter().flatten().chain([("down", self.down)]);
+        let matrices = matrices.flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
+        matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())))
+    }
+}
+
+/// The layer's weights, borrowed where they lie. Each matrix has a type of its own.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Weights<'a> {
     /// `[E, D]`.
-    pub router: Rows<'a, W>,
-    /// Gate, `[E, F, D]` in order [`Nk`](WeightOrder::Nk).
-    pub w1: ExpertWeights<'a, W>,
-    /// Up, `[E, F, D]` in order [`Nk`](WeightOrder::Nk).
-    pub v1: ExpertWeights<'a, W>,
-    /// Down, `[E, F, D]` in order [`Kn`](WeightOrder::Kn): F is summed over.
-    pub w2: ExpertWeights<'a, W>,
+    pub router: WeightRows<'a>,
+    /// Both halves of the experts.
+    pub experts: Experts<'a>,
+}
+
+impl<'a> Weights<'a> {
+    /// A router, `[E, D]`, and the experts that it chooses from.
+    pub fn new(router: impl Into<WeightRows<'a>>, experts: Experts<'a>) -> Weights<'a> {
+        Weights { router: router.into(), experts }
+    }
 }
 
 /// Writes the layer's output for every token: `y[t] = sum_s weight[t, s] * expert[t, s](x[t])`, with
-/// `expert e(x) = (silu(x w1_e^T) * (x v1_e^T)) w2_e`.
+/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead.
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
@@ -120,45 +282,143 @@ pub struct Weights<'a, W> {
 /// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded to the type of
 /// `x`; `y` is summed in `f32` in the order of the token's choices and rounded once.
 /// A token's bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on a GPU
-/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]). On a GPU the layer is 5 launches for `T <= 64`, 6 for
-/// `T <= 128` and 7 for more; none waits for the host. No token is dropped for any distribution over experts. `T = 0` is a no-op with an
-/// empty routing. A NaN in token `t` stays in row `t`.
+/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one. On a GPU the layer is 5 launches for
+/// `T <= 64`, 6 for `T <= 128` and 7 for more; none waits for the host. No token is dropped for any distribution over experts. `T = 0` is a
+/// no-op with an empty routing. A NaN in token `t` stays in row `t`.
 ///
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or `routing` holds, or a
-/// smaller workspace; [`Error::Unsupported`] for weights of the other order; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// smaller workspace; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
 /// [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes, [`Error::Unsupported`] for weights of
 /// another type than `x`. Nothing is written.
-pub fn forward<'r, A: Float, W: Float>(
+pub fn forward<'r, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
     x: Rows<'_, A>,
-    weights: &Weights<'_, W>,
+    weights: &Weights<'_>,
     routing: &'r mut RoutingBuffers,
     workspace: &mut Workspace,
     y: &mut RowsMut<'_, A>,
 ) -> Result<Routing<'r>, Error> {
-    let Shape { d_model, d_ffn, num_experts, top_k, normalize } = plan.shape;
-    let num_tokens = check(stream, plan, &x, weights, routing, workspace, y)?;
+    let num_tokens = plan.check_tokens(stream, &x, workspace)?;
+    plan.check_router(stream, &weights.router, routing)?;
+    weights.experts.check::<A>(stream, &plan.shape)?;
+    check_output(stream, plan, num_tokens, y)?;
+    let parts = routing.parts_mut(Op::Moe, num_tokens)?;
+    let mut arguments = vec![("x", x.access()), ("router", weights.router.access()), ("y", y.access())];
+    arguments.extend(weights.experts.accesses());
+    arguments.extend(parts.accesses());
+    arguments.push(("workspace", workspace.access()));
+    stream.admit(Op::Moe, &arguments)?;
 
-    let mut carver = workspace.carve(Op::Moe);
-    let mut logits = carver.rows::<f32>(num_tokens, num_experts)?;
-    let mut hidden = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_ffn))?.col_range(0..d_ffn)?;
-    let mut outputs = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_model))?.col_range(0..d_model)?;
-
-    router::logits(stream, x, weights.router, &mut logits)?;
-    let routing = router::route(stream, logits.as_rows(), normalize, routing)?;
-    if stream.place() != Place::Host && num_tokens > MAX_GATHERED {
-        // The sorted rows lie where the outputs will: those are written when these have been read.
-        permute::gather(stream, x, &routing, &mut outputs)?;
-        grouped_gemm::glu_nt(stream, outputs.as_rows(), weights.w1, weights.v1, routing.expert_rows(), &mut hidden)?;
-    } else {
-        grouped_gemm::glu_nt(stream, x, weights.w1, weights.v1, routing.gathered_rows(), &mut hidden)?;
-    }
-    grouped_gemm::nn(stream, hidden.as_rows(), weights.w2, routing.expert_rows(), &mut outputs)?;
-    permute::combine(stream, outputs.as_rows(), &routing, y)?;
+    let routing = route(stream, plan, x, weights.router, routing, workspace)?;
+    forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)?;
     Ok(routing)
+}
+
+/// The first step: scores each token's experts and chooses among them.
+///
+/// Arguments are those of [`forward`]; `router` is `[E, D]`. The routing may be kept, changed by other means, and given to [`experts`].
+///
+/// # Errors
+///
+/// As [`forward`]. Nothing is written.
+pub fn route<'r, 'w, A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    router: impl Into<WeightRows<'w>>,
+    routing: &'r mut RoutingBuffers,
+    workspace: &mut Workspace,
+) -> Result<Routing<'r>, Error> {
+    let (router, num_tokens) = (router.into(), plan.check_tokens(stream, &x, workspace)?);
+    plan.check_router(stream, &router, routing)?;
+    routing.parts_mut(Op::Moe, num_tokens)?; // which checks the capacity
+    let mut logits = workspace.carve(Op::Moe).rows::<f32>(num_tokens, plan.shape.num_experts)?;
+    router::logits(stream, x, router, &mut logits)?;
+    router::route(stream, logits.as_rows(), plan.shape.normalize, routing)
+}
+
+/// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`.
+///
+/// | argument    | shape          | meaning                                                          |
+/// |-------------|----------------|------------------------------------------------------------------|
+/// | `x`         | `[T, D]`       | the tokens, `T <= max_tokens`                                    |
+/// | `experts`   | [`Experts`]    | both halves                                                      |
+/// | `routing`   | T, k, E        | from [`route`], or from wherever it was decided                  |
+/// | `outputs`   | `[R, D]`       | every row that an expert owns is written in full                 |
+///
+/// # Errors
+///
+/// As [`forward`]. Nothing is written.
+pub fn experts<A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    routing: &Routing<'_>,
+    workspace: &mut Workspace,
+    outputs: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    plan.check_routed(stream, &x, experts, routing, workspace)?;
+    check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
+    let (mut hidden, _) = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut hidden, outputs)
+}
+
+/// [`experts`], then [`combine`]: the layer for a routing that was decided elsewhere.
+///
+/// # Errors
+///
+/// As [`forward`]. Nothing is written.
+pub fn forward_routed<A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    routing: &Routing<'_>,
+    workspace: &mut Workspace,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    plan.check_routed(stream, &x, experts, routing, workspace)?;
+    check_output(stream, plan, x.rows(), y)?;
+    let (mut hidden, mut outputs) = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut hidden, &mut outputs)?;
+    combine(stream, outputs.as_rows(), routing, y)
+}
+
+fn both_halves<A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    routing: &Routing<'_>,
+    hidden: &mut RowsMut<'_, A>,
+    outputs: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    if stream.place() != Place::Host && x.rows() > MAX_GATHERED {
+        // The sorted rows lie where the outputs will: those are written when these have been read.
+        permute::gather(stream, x, routing, outputs)?;
+        first_half(stream, outputs.as_rows(), experts, plan.rows(routing.expert_rows()), hidden)?;
+    } else {
+        first_half(stream, x, experts, plan.rows(routing.gathered_rows()), hidden)?;
+    }
+    let epilogue = experts.down_bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias));
+    grouped_gemm::linear(stream, hidden.as_rows(), experts.down, plan.rows(routing.expert_rows()), &epilogue, outputs)
+}
+
+fn first_half<A: Float>(
+    stream: &Stream,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    rows: ExpertRows<'_>,
+    hidden: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    match experts.hidden {
+        Hidden::Gated { gate, up, epilogue } => grouped_gemm::glu(stream, x, gate, up, rows, &epilogue, hidden),
+        Hidden::Plain { up, epilogue } => grouped_gemm::linear(stream, x, up, rows, &epilogue, hidden),
+    }
 }
 
 /// Of more tokens a GPU copies the rows in order of their experts, before it multiplies them. A copy costs 2 % of the first half's time, at
@@ -171,65 +431,64 @@ fn aligned<A>(cols: usize) -> usize {
     cols.next_multiple_of(16 / size_of::<A>())
 }
 
-/// Everything that any step would refuse, before the first one writes. Gives T.
-fn check<A: Float, W: Float>(
-    stream: &Stream,
-    plan: &Plan<A>,
-    x: &Rows<'_, A>,
-    weights: &Weights<'_, W>,
-    routing: &mut RoutingBuffers,
-    workspace: &Workspace,
-    y: &RowsMut<'_, A>,
-) -> Result<usize, Error> {
-    let Shape { d_model, d_ffn, num_experts, top_k, .. } = plan.shape;
-    let num_tokens = x.rows();
-    check_shape(Op::Moe, "x", "[T, D]", &[num_tokens, d_model], &x.dims())?;
-    check_shape(Op::Moe, "y", "[T, D]", &[num_tokens, d_model], &y.dims())?;
-    check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &weights.router.dims())?;
-    for (arg, w, order) in
-        [("w1", &weights.w1, WeightOrder::Nk), ("v1", &weights.v1, WeightOrder::Nk), ("w2", &weights.w2, WeightOrder::Kn)]
-    {
-        let (got, supported) = if order == WeightOrder::Nk { ("Kn", "Nk") } else { ("Nk", "Kn") };
-        if w.order() != order {
-            return Err(Error::Unsupported { op: Op::Moe, what: "weight order", got, supported });
+/// What every step would refuse, before the first one writes.
+impl<A: Float> Plan<A> {
+    /// The tokens and the workspace. Gives T.
+    fn check_tokens(&self, stream: &Stream, x: &Rows<'_, A>, workspace: &Workspace) -> Result<usize, Error> {
+        let num_tokens = x.rows();
+        check_shape(Op::Moe, "x", "[T, D]", &[num_tokens, self.shape.d_model], &x.dims())?;
+        if num_tokens > self.max_tokens {
+            return Err(Error::Capacity { op: Op::Moe, what: "tokens of the plan", need: num_tokens, have: self.max_tokens });
         }
-        let [f, d] = if order == WeightOrder::Nk { [w.n(), w.k()] } else { [w.k(), w.n()] };
-        check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), f, d])?;
+        if workspace.bytes() < self.workspace_bytes {
+            let (need, have) = (self.workspace_bytes, workspace.bytes());
+            return Err(Error::Capacity { op: Op::Moe, what: "workspace bytes", need, have });
+        }
+        kernels_need!(stream, x.vectors(Op::Moe, "x"));
+        Ok(num_tokens)
     }
-    check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
-    if num_tokens > plan.max_tokens {
-        return Err(Error::Capacity { op: Op::Moe, what: "tokens of the plan", need: num_tokens, have: plan.max_tokens });
+
+    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
+        let Shape { d_model, num_experts, top_k, .. } = self.shape;
+        check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &router.dims())?;
+        check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
+        kernels_need!(stream, router.vectors(Op::Moe, "router"));
+        kernels_need!(stream, router::check_kernels::<A>(router.dtype()));
+        Ok(())
     }
-    if workspace.bytes() < plan.workspace_bytes {
-        let (need, have) = (plan.workspace_bytes, workspace.bytes());
-        return Err(Error::Capacity { op: Op::Moe, what: "workspace bytes", need, have });
+
+    fn check_routed(
+        &self,
+        stream: &Stream,
+        x: &Rows<'_, A>,
+        experts: &Experts<'_>,
+        routing: &Routing<'_>,
+        workspace: &Workspace,
+    ) -> Result<(), Error> {
+        let num_tokens = self.check_tokens(stream, x, workspace)?;
+        let Shape { num_experts, top_k, .. } = self.shape;
+        let got = [routing.num_tokens(), routing.top_k(), routing.num_experts()];
+        check_shape(Op::Moe, "routing", "[T, k, E]", &[num_tokens, top_k, num_experts], &got)?;
+        experts.check::<A>(stream, &self.shape)
     }
-    #[cfg(feature = "cuda")]
-    if stream.place() != Place::Host {
-        check_one_type::<A, W>(Op::Moe, "weights of type")?;
-        x.vectors(Op::Moe, "x")?;
-        weights.router.vectors(Op::Moe, "router")?;
-        y.vectors(Op::Moe, "y")?;
+
+    /// The parts of the workspace that hold the rows between the halves, and the experts' output rows.
+    fn carve_rows<'w>(&self, workspace: &'w mut Workspace, num_tokens: usize) -> Result<(RowsMut<'w, A>, RowsMut<'w, A>), Error> {
+        let Shape { d_model, d_ffn, num_experts, top_k, .. } = self.shape;
+        let mut carver = workspace.carve(Op::Moe);
+        carver.rows::<f32>(num_tokens, num_experts)?; // the logits
+        let hidden = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_ffn))?.col_range(0..d_ffn)?;
+        Ok((hidden, carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_model))?.col_range(0..d_model)?))
     }
-    let parts = routing.parts_mut(Op::Moe, num_tokens)?;
-    let [ids, chosen, offsets, row_to_slot, slot_to_row] = parts.accesses();
-    let scratch = ("workspace", workspace.access());
-    stream.admit(
-        Op::Moe,
-        &[
-            ("x", x.access()),
-            ("router", weights.router.access()),
-            ("w1", weights.w1.access()),
-            ("v1", weights.v1.access()),
-            ("w2", weights.w2.access()),
-            ids,
-            chosen,
-            offsets,
-            row_to_slot,
-            slot_to_row,
-            scratch,
-            ("y", y.access()),
-        ],
-    )?;
-    Ok(num_tokens)
+
+    /// In the plan's class.
+    fn rows<'a>(&self, rows: ExpertRows<'a>) -> ExpertRows<'a> {
+        self.class_rows.map_or(rows, |max_rows| rows.in_class(max_rows))
+    }
+}
+
+fn check_output<A: Float>(stream: &Stream, plan: &Plan<A>, num_tokens: usize, y: &RowsMut<'_, A>) -> Result<(), Error> {
+    check_shape(Op::Moe, "y", "[T, D]", &[num_tokens, plan.shape.d_model], &y.dims())?;
+    kernels_need!(stream, y.vectors(Op::Moe, "y"));
+    Ok(())
 }

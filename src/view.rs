@@ -233,8 +233,27 @@ impl<'a, T: Element> Rows<'a, T> {
         Ok(values)
     }
 
-    /// The device address of the first element.
-    #[cfg(feature = "cuda")]
+    /// The same elements as another Rust type of their [`DType`](crate::DType).
+    pub(crate) fn cast<U: Element>(self) -> Rows<'a, U> {
+        assert_eq!(T::DTYPE, U::DTYPE, "elements of another type");
+        let Rows { first, rows, cols, stride, place, mark, .. } = self;
+        Rows { first: first.cast(), rows, cols, stride, place, mark, _borrow: PhantomData }
+    }
+
+    /// Rows `first`, `first + step`, ..., `count` of them.
+    pub(crate) fn every(&self, first: usize, step: usize, count: usize) -> Rows<'a, T> {
+        assert!(step > 0 && (count == 0 || first + (count - 1) * step < self.rows), "rows beyond the last");
+        let start = if count == 0 { self.first } else { self.first.wrapping_add(first * self.stride) };
+        // Of a single row the distance to the next may be anything.
+        Rows { first: start, rows: count, stride: if count > 1 { self.stride * step } else { self.stride }, ..*self }
+    }
+
+    /// The matrix of the same shape that begins `elements` further on, in the same memory.
+    pub(crate) fn at(&self, elements: usize) -> Rows<'a, T> {
+        Rows { first: self.first.wrapping_add(elements), ..*self }
+    }
+
+    /// The address of the first element, a device's or the host's.
     pub(crate) fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
     }

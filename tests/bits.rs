@@ -7,7 +7,7 @@
 
 use dropless::block_sparse::{Dense, Sparse};
 use dropless::layout::{KvLayer, KvLayerMut};
-use dropless::moe::{self, Plan, Shape, Weights};
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
     Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds,
@@ -221,17 +221,19 @@ fn sample_bits(run: &mut Run<'_>) {
 }
 
 fn moe_bits<T: Float + Bits>(run: &mut Run<'_>) {
-    let shape = Shape { d_model: 72, d_ffn: 136, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(72, 136, 4, 2);
     let Shape { d_model, d_ffn, num_experts, .. } = shape;
     let router = run.fill::<T>(1, num_experts * d_model);
     let matrices = [2, 3, 4].map(|seed| Buffer::from_slice(run.stream, &normal::<T>(seed, num_experts * d_ffn * d_model, 0.1)).unwrap());
     let [w1, v1, w2] = matrices.each_ref().map(|w| w.rows(num_experts * d_ffn, d_model).unwrap());
-    let weights = Weights {
-        router: router.rows(num_experts, d_model).unwrap(),
-        w1: ExpertWeights::nk(w1, num_experts).unwrap(),
-        v1: ExpertWeights::nk(v1, num_experts).unwrap(),
-        w2: ExpertWeights::kn(w2, num_experts).unwrap(),
-    };
+    let weights = Weights::new(
+        router.rows(num_experts, d_model).unwrap(),
+        Experts::gated(
+            ExpertWeights::nk(w1, num_experts).unwrap(),
+            ExpertWeights::nk(v1, num_experts).unwrap(),
+            ExpertWeights::kn(w2, num_experts).unwrap(),
+        ),
+    );
     for tokens in [1, 20, 70] {
         let plan = Plan::<T>::new(shape, tokens).unwrap();
         let mut workspace = Workspace::new(run.stream, plan.workspace_bytes()).unwrap();

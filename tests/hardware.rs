@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use dropless::device::driver::hardware::Hardware;
 use dropless::device::driver::{Driver, Handle};
-use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::Normalize;
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::{Bf16, Buffer, Device, Error, ExpertWeights, Float, Place, RoutingBuffers, Stream, TokenIds, Workspace, embedding, glu};
 use dropless_kit::compare::same_bits;
 use dropless_kit::device;
@@ -115,7 +114,7 @@ fn a_join_orders_two_streams() {
     });
 }
 
-const SHAPE: Shape = Shape { d_model: 72, d_ffn: 40, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+const SHAPE: Shape = Shape::new(72, 40, 8, 2);
 
 /// A MoE layer with everything it needs on a device.
 struct Layer {
@@ -150,12 +149,14 @@ impl Layer {
     fn forward(&mut self, stream: &Stream) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = SHAPE;
         let [w1, v1, w2] = self.experts.each_ref().map(|w| w.rows(num_experts * d_ffn, d_model));
-        let weights = Weights {
-            router: self.router.rows(num_experts, d_model)?,
-            w1: ExpertWeights::nk(w1?, num_experts)?,
-            v1: ExpertWeights::nk(v1?, num_experts)?,
-            w2: ExpertWeights::kn(w2?, num_experts)?,
-        };
+        let weights = Weights::new(
+            self.router.rows(num_experts, d_model)?,
+            Experts::gated(
+                ExpertWeights::nk(w1?, num_experts)?,
+                ExpertWeights::nk(v1?, num_experts)?,
+                ExpertWeights::kn(w2?, num_experts)?,
+            ),
+        );
         let (x, mut y) = (self.x.rows(self.tokens, d_model)?, self.y.rows_mut(self.tokens, d_model)?);
         moe::forward(stream, &self.plan, x, &weights, &mut self.routing, &mut self.workspace, &mut y).map(|_| ())
     }

@@ -73,15 +73,42 @@ struct CombineParams {
     int64_t y_stride;
 };
 
+// What becomes of a sum x, or of a gate x and an up u.
+static const uint32_t ACTIVATION_NONE         = 0; // x
+static const uint32_t ACTIVATION_SIGMOID      = 1; // x * sigmoid(x * (c1 + c3 * x^2)): SiLU, and GELU by tanh
+static const uint32_t ACTIVATION_ERF          = 2; // x / 2 * (1 + erf(x / sqrt(2)))
+static const uint32_t ACTIVATION_RELU_SQUARED = 3; // max(x, 0)^2
+
+// One number for each output of each expert, f32 or of the type of x.
+struct BiasParams {
+    In       at; // [E, N]; null: none
+    int64_t  expert_stride;
+    uint32_t stride; // elements from one output to the next
+    uint32_t is_f32;
+};
+
+// y = activation(x + first_bias), or h = activation(min(x + first_bias, limit)) * (clamp(u + second_bias, -limit, limit) + added).
+struct EpilogueParams {
+    BiasParams first_bias;
+    BiasParams second_bias;
+    uint32_t   is_general; // 0: the kernel's own, x or silu(x) * u, and nothing below is read
+    uint32_t   activation;
+    float      c1;
+    float      c3;
+    float      limit; // infinity for none
+    float      added;
+};
+
 struct GluParams {
-    In      gate; // [R, F]
-    In      up;   // [R, F]
-    Out     y;    // [R, F]
-    int64_t rows;
-    int64_t d_ffn;
-    int64_t gate_stride;
-    int64_t up_stride;
-    int64_t y_stride;
+    In             gate; // [R, F]
+    In             up;   // [R, F]
+    Out            y;    // [R, F]
+    int64_t        rows;
+    int64_t        d_ffn;
+    int64_t        gate_stride;
+    int64_t        up_stride;
+    int64_t        y_stride;
+    EpilogueParams epilogue; // without biases
 };
 
 struct ArgmaxParams {
@@ -180,6 +207,10 @@ struct AttentionParams {
     uint32_t   unused;
 };
 
+// The plain form of grouped_gemm: rows and columns of a tile, and the threads that compute it.
+static const uint32_t PLAIN_TILE    = 32;
+static const uint32_t PLAIN_THREADS = 64;
+
 struct ProductParams {
     In      x;           // [input rows, K]
     In      w;           // [E, N, K], or [E, K, N] for nn
@@ -198,6 +229,7 @@ struct ProductParams {
     int64_t w_expert; // elements from one expert's matrix to the next
     int64_t v_expert;
     int64_t y_stride;
+    EpilogueParams epilogue;
 };
 
 // One axis of a block-sparse matrix. Place i of it stands for the rows (or columns) starts[i]..starts[i + 1] and has the blocks
@@ -290,7 +322,8 @@ struct TiledProductParams {
     int64_t   top_k;
     int64_t   x_stride;
     int64_t   y_stride;
-    int64_t   unused[4]; // a map begins on 64 bytes, and so does what follows a struct of maps
+    EpilogueParams epilogue;
+    int64_t   unused[3]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };
 
 // Products of blocks on the tensor cores, all as tiles of a * b: rows are those of a place of the axis, columns those of its blocks

@@ -202,7 +202,7 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
 fn plan<A: Float>(config: &Config, step_tokens: usize) -> Result<moe::Plan<A>, Error> {
     let Config { d_model, d_ffn, num_experts, top_k, .. } = *config;
     let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
-    moe::Plan::new(moe::Shape { d_model, d_ffn, num_experts, top_k, normalize }, step_tokens)
+    moe::Plan::new(moe::Shape::new(d_model, d_ffn, num_experts, top_k).with_normalize(normalize), step_tokens)
 }
 
 /// Scratch that the operations of a step ask for; they take turns with it.

@@ -6,7 +6,7 @@ use std::fs::{File, Permissions};
 use std::path::Path;
 
 use dropless::layout::KvLayer;
-use dropless::{Buffer, Element, Float, HeadLayout, Routing, Rows, Stream, router};
+use dropless::{Buffer, Element, Float, HeadLayout, Routing, Rows, Stream, WeightRows, router};
 use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 
 use super::config::Config;
@@ -133,12 +133,12 @@ impl Trace {
     }
 
     /// The router's results; its logits are computed again, since the model does not keep them.
-    pub fn routing<A: Float, W: Float>(
+    pub fn routing<A: Float>(
         &mut self,
         stream: &Stream,
         layer: usize,
         x: Rows<'_, A>,
-        weight: Rows<'_, W>,
+        weight: WeightRows<'_>,
         routing: &Routing<'_>,
     ) -> Result<(), Failure> {
         if self.rows == 0 {

@@ -14,17 +14,17 @@ use super::random::Random;
 pub struct Weights<'a, W> {
     pub embedding: Rows<'a, W>, // [V, D]
     pub layers: Vec<LayerWeights<'a, W>>,
-    pub final_norm: Rows<'a, W>,    // [1, D]
-    pub head: ExpertWeights<'a, W>, // [V, D]
+    pub final_norm: Rows<'a, W>, // [1, D]
+    pub head: ExpertWeights<'a>, // [V, D]
 }
 
 /// One layer's.
 pub struct LayerWeights<'a, W> {
-    pub norm_1: Rows<'a, W>,            // [1, D]
-    pub wqkv: ExpertWeights<'a, W>,     // [(H + 2 Hkv) d, D]
-    pub out_proj: ExpertWeights<'a, W>, // [D, D]
-    pub norm_2: Rows<'a, W>,            // [1, D]
-    pub moe: moe::Weights<'a, W>,       // w1, v1, w2: [E F, D]
+    pub norm_1: Rows<'a, W>,         // [1, D]
+    pub wqkv: ExpertWeights<'a>,     // [(H + 2 Hkv) d, D]
+    pub out_proj: ExpertWeights<'a>, // [D, D]
+    pub norm_2: Rows<'a, W>,         // [1, D]
+    pub moe: moe::Weights<'a>,       // w1, v1, w2: [E F, D]
 }
 
 /// All tensors of a model, somewhere.
@@ -40,7 +40,7 @@ impl<W: Element> Tensors<W> for Checkpoint {
     }
 }
 
-impl<'a, W: Element> Weights<'a, W> {
+impl<'a, W: Float> Weights<'a, W> {
     /// Views by role.
     pub fn of(tensors: &'a dyn Tensors<W>, config: &Config) -> Result<Weights<'a, W>, Failure> {
         let mut index = 0..;
@@ -60,12 +60,14 @@ impl<'a, W: Element> Weights<'a, W> {
                 wqkv: ExpertWeights::nk(rows(LayerTensor::Wqkv)?, 1)?,
                 out_proj: ExpertWeights::nk(rows(LayerTensor::OutProj)?, 1)?,
                 norm_2: rows(LayerTensor::Norm2)?,
-                moe: moe::Weights {
-                    router: rows(LayerTensor::Router)?,
-                    w1: ExpertWeights::nk(rows(LayerTensor::W1)?, experts)?,
-                    v1: ExpertWeights::nk(rows(LayerTensor::V1)?, experts)?,
-                    w2: ExpertWeights::kn(rows(LayerTensor::W2)?, experts)?,
-                },
+                moe: moe::Weights::new(
+                    rows(LayerTensor::Router)?,
+                    moe::Experts::gated(
+                        ExpertWeights::nk(rows(LayerTensor::W1)?, experts)?,
+                        ExpertWeights::nk(rows(LayerTensor::V1)?, experts)?,
+                        ExpertWeights::kn(rows(LayerTensor::W2)?, experts)?,
+                    ),
+                ),
             })
         };
         let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 use super::image::{ALL, COMPUTE_CAPABILITY, Image};
+use super::kernel::Kernel;
 use super::lent::Lent;
 use super::staging::Staging;
 use crate::dtype::Element;
@@ -201,7 +202,7 @@ fn device_lost(first_op: Op, DriverError { code, name, call }: DriverError) -> E
 
 /// The refusal of something that a graph cannot hold.
 fn within_capture(op: Op, got: &'static str) -> Error {
-    Error::Unsupported { op, what: "within a capture", got, supported: "operations that ran before" }
+    Error::unsupported(op, "within a capture", got, "operations that ran before")
 }
 
 impl Drop for CudaDevice {
@@ -414,8 +415,7 @@ impl RawStream {
     pub(crate) fn capture(&self) -> Result<Capture<'_>, Error> {
         self.outside_capture(Op::Stream, "another capture")?;
         if self.handle == DEFAULT_STREAM {
-            let supported = "a stream that was created";
-            return Err(Error::Unsupported { op: Op::Stream, what: "capture on", got: "the default stream", supported });
+            return Err(Error::unsupported(Op::Stream, "capture on", "the default stream", "a stream that was created"));
         }
         // Held over both, so that no memory is freed on a stream that has begun to record.
         let mut captured = lock(&self.capture);
@@ -481,6 +481,18 @@ impl RawStream {
         let launch = Launch { function, grid: blocks, block, cluster, shared_bytes, is_programmatic, params, offsets: &[0] };
         // SAFETY: the caller's duty.
         self.device.call(op, 0, |driver| unsafe { driver.launch(self.handle, &launch) })
+    }
+}
+
+impl RawStream {
+    /// Queues one kernel of an op's table.
+    ///
+    /// # Safety
+    ///
+    /// As of [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_kernel<K, P: Copy>(&self, op: Op, kernel: &Kernel<K>, grid: Grid, params: &P) -> Result<(), Error> {
+        // SAFETY: the caller's duty.
+        unsafe { self.launch(op, kernel.image, kernel.entry, grid, params) }
     }
 }
 

@@ -9,7 +9,7 @@ pub mod hardware;
 use std::ffi::CStr;
 use std::fmt;
 
-use crate::dtype::{DType, Element};
+use crate::dtype::DType;
 
 /// A CUDA driver result code other than success, and the call that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,8 @@ pub struct TensorMapDesc {
 impl TensorMapDesc {
     /// A matrix of 16-bit elements by boxes in the 128-byte swizzle, the innermost dimension first; strides in elements, of which the
     /// first does not matter.
-    pub(crate) fn swizzled<T: Element, const RANK: usize>(
+    pub(crate) fn swizzled<const RANK: usize>(
+        dtype: DType,
         address: u64,
         dims: [usize; RANK],
         strides: [usize; RANK],
@@ -161,7 +162,11 @@ impl TensorMapDesc {
         const PROMOTE_256: u32 = 3;
         let mut desc = TensorMapDesc {
             address,
-            data_type: if T::DTYPE == DType::Bf16 { BF16 } else { F16 },
+            data_type: match dtype {
+                DType::Bf16 => BF16,
+                DType::F16 => F16,
+                DType::F32 | DType::U32 => unreachable!("boxes in the 128-byte swizzle are of 16-bit elements"),
+            },
             rank: RANK as u32,
             dims: [1; 5],
             strides_bytes: [0; 4],
@@ -172,7 +177,7 @@ impl TensorMapDesc {
         for (i, stride) in strides.into_iter().enumerate() {
             (desc.dims[i], desc.tile[i]) = (dims[i] as u64, tile[i]);
             if i > 0 {
-                desc.strides_bytes[i - 1] = stride as u64 * size_of::<T>() as u64; // the innermost has none
+                desc.strides_bytes[i - 1] = stride as u64 * dtype.size_bytes() as u64; // the innermost has none
             }
         }
         desc

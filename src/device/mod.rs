@@ -13,6 +13,9 @@ pub mod driver;
 #[cfg(feature = "cuda")]
 pub(crate) mod image;
 #[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod kernel;
+#[cfg(feature = "cuda")]
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;

@@ -118,6 +118,52 @@ const _: () = {
     ["Offset of field: CombineParams::x_stride"][::std::mem::offset_of!(CombineParams, x_stride) - 56usize];
     ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
 };
+pub const ACTIVATION_NONE: u32 = 0;
+pub const ACTIVATION_SIGMOID: u32 = 1;
+pub const ACTIVATION_ERF: u32 = 2;
+pub const ACTIVATION_RELU_SQUARED: u32 = 3;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct BiasParams {
+    pub(crate) at: In,
+    pub(crate) expert_stride: i64,
+    pub(crate) stride: u32,
+    pub(crate) is_f32: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of BiasParams"][::std::mem::size_of::<BiasParams>() - 24usize];
+    ["Alignment of BiasParams"][::std::mem::align_of::<BiasParams>() - 8usize];
+    ["Offset of field: BiasParams::at"][::std::mem::offset_of!(BiasParams, at) - 0usize];
+    ["Offset of field: BiasParams::expert_stride"][::std::mem::offset_of!(BiasParams, expert_stride) - 8usize];
+    ["Offset of field: BiasParams::stride"][::std::mem::offset_of!(BiasParams, stride) - 16usize];
+    ["Offset of field: BiasParams::is_f32"][::std::mem::offset_of!(BiasParams, is_f32) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct EpilogueParams {
+    pub(crate) first_bias: BiasParams,
+    pub(crate) second_bias: BiasParams,
+    pub(crate) is_general: u32,
+    pub(crate) activation: u32,
+    pub(crate) c1: f32,
+    pub(crate) c3: f32,
+    pub(crate) limit: f32,
+    pub(crate) added: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EpilogueParams"][::std::mem::size_of::<EpilogueParams>() - 72usize];
+    ["Alignment of EpilogueParams"][::std::mem::align_of::<EpilogueParams>() - 8usize];
+    ["Offset of field: EpilogueParams::first_bias"][::std::mem::offset_of!(EpilogueParams, first_bias) - 0usize];
+    ["Offset of field: EpilogueParams::second_bias"][::std::mem::offset_of!(EpilogueParams, second_bias) - 24usize];
+    ["Offset of field: EpilogueParams::is_general"][::std::mem::offset_of!(EpilogueParams, is_general) - 48usize];
+    ["Offset of field: EpilogueParams::activation"][::std::mem::offset_of!(EpilogueParams, activation) - 52usize];
+    ["Offset of field: EpilogueParams::c1"][::std::mem::offset_of!(EpilogueParams, c1) - 56usize];
+    ["Offset of field: EpilogueParams::c3"][::std::mem::offset_of!(EpilogueParams, c3) - 60usize];
+    ["Offset of field: EpilogueParams::limit"][::std::mem::offset_of!(EpilogueParams, limit) - 64usize];
+    ["Offset of field: EpilogueParams::added"][::std::mem::offset_of!(EpilogueParams, added) - 68usize];
+};
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct GluParams {
@@ -129,10 +175,11 @@ pub struct GluParams {
     pub(crate) gate_stride: i64,
     pub(crate) up_stride: i64,
     pub(crate) y_stride: i64,
+    pub(crate) epilogue: EpilogueParams,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GluParams"][::std::mem::size_of::<GluParams>() - 64usize];
+    ["Size of GluParams"][::std::mem::size_of::<GluParams>() - 136usize];
     ["Alignment of GluParams"][::std::mem::align_of::<GluParams>() - 8usize];
     ["Offset of field: GluParams::gate"][::std::mem::offset_of!(GluParams, gate) - 0usize];
     ["Offset of field: GluParams::up"][::std::mem::offset_of!(GluParams, up) - 8usize];
@@ -142,6 +189,7 @@ const _: () = {
     ["Offset of field: GluParams::gate_stride"][::std::mem::offset_of!(GluParams, gate_stride) - 40usize];
     ["Offset of field: GluParams::up_stride"][::std::mem::offset_of!(GluParams, up_stride) - 48usize];
     ["Offset of field: GluParams::y_stride"][::std::mem::offset_of!(GluParams, y_stride) - 56usize];
+    ["Offset of field: GluParams::epilogue"][::std::mem::offset_of!(GluParams, epilogue) - 64usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -357,6 +405,8 @@ const _: () = {
     ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 152usize];
     ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
 };
+pub const PLAIN_TILE: u32 = 32;
+pub const PLAIN_THREADS: u32 = 64;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ProductParams {
@@ -377,10 +427,11 @@ pub struct ProductParams {
     pub(crate) w_expert: i64,
     pub(crate) v_expert: i64,
     pub(crate) y_stride: i64,
+    pub(crate) epilogue: EpilogueParams,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ProductParams"][::std::mem::size_of::<ProductParams>() - 136usize];
+    ["Size of ProductParams"][::std::mem::size_of::<ProductParams>() - 208usize];
     ["Alignment of ProductParams"][::std::mem::align_of::<ProductParams>() - 8usize];
     ["Offset of field: ProductParams::x"][::std::mem::offset_of!(ProductParams, x) - 0usize];
     ["Offset of field: ProductParams::w"][::std::mem::offset_of!(ProductParams, w) - 8usize];
@@ -399,6 +450,7 @@ const _: () = {
     ["Offset of field: ProductParams::w_expert"][::std::mem::offset_of!(ProductParams, w_expert) - 112usize];
     ["Offset of field: ProductParams::v_expert"][::std::mem::offset_of!(ProductParams, v_expert) - 120usize];
     ["Offset of field: ProductParams::y_stride"][::std::mem::offset_of!(ProductParams, y_stride) - 128usize];
+    ["Offset of field: ProductParams::epilogue"][::std::mem::offset_of!(ProductParams, epilogue) - 136usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -553,11 +605,12 @@ pub struct TiledProductParams {
     pub(crate) top_k: i64,
     pub(crate) x_stride: i64,
     pub(crate) y_stride: i64,
-    pub(crate) unused: [i64; 4usize],
+    pub(crate) epilogue: EpilogueParams,
+    pub(crate) unused: [i64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of TiledProductParams"][::std::mem::size_of::<TiledProductParams>() - 512usize];
+    ["Size of TiledProductParams"][::std::mem::size_of::<TiledProductParams>() - 576usize];
     ["Alignment of TiledProductParams"][::std::mem::align_of::<TiledProductParams>() - 64usize];
     ["Offset of field: TiledProductParams::x_map"][::std::mem::offset_of!(TiledProductParams, x_map) - 0usize];
     ["Offset of field: TiledProductParams::w"][::std::mem::offset_of!(TiledProductParams, w) - 128usize];
@@ -574,7 +627,8 @@ const _: () = {
     ["Offset of field: TiledProductParams::top_k"][::std::mem::offset_of!(TiledProductParams, top_k) - 456usize];
     ["Offset of field: TiledProductParams::x_stride"][::std::mem::offset_of!(TiledProductParams, x_stride) - 464usize];
     ["Offset of field: TiledProductParams::y_stride"][::std::mem::offset_of!(TiledProductParams, y_stride) - 472usize];
-    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 480usize];
+    ["Offset of field: TiledProductParams::epilogue"][::std::mem::offset_of!(TiledProductParams, epilogue) - 480usize];
+    ["Offset of field: TiledProductParams::unused"][::std::mem::offset_of!(TiledProductParams, unused) - 552usize];
 };
 #[repr(C)]
 #[repr(align(64))]

@@ -254,7 +254,7 @@ impl Stream {
             return worked.and(graph);
         }
         let _ = work;
-        Err(Error::Unsupported { op: Op::Stream, what: "capture on", got: "cpu", supported: "cuda" })
+        Err(Error::unsupported(Op::Stream, "capture on", "cpu", "cuda"))
     }
 
     /// Blocks the host until all work queued on this stream is done.
@@ -387,7 +387,7 @@ impl Stream {
 
 /// The refusal of what belongs to another driver's device of the same number.
 fn other_driver(op: Op, what: &'static str) -> Error {
-    Error::Unsupported { op, what, got: "of another driver", supported: "what belongs to the stream's driver" }
+    Error::unsupported(op, what, "of another driver", "what belongs to the stream's driver")
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -1,99 +1,10 @@
-//! Expert weights as they lie in a checkpoint, and which rows belong to which expert.
+//! Which rows belong to which expert.
 #![allow(unsafe_code)] // the raw constructor
 
 use crate::device::Access;
-use crate::dtype::Element;
 use crate::error::{Error, Op, Place, check_shape};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::Rows;
-
-/// How one expert's matrix lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightOrder {
-    /// Row `n` holds the K weights of output `n`: used transposed, `D = A * W^T` (`nt`). DBRX's `w1` and `v1`.
-    Nk,
-    /// Row `k` holds the N weights of input `k`: used as it lies, `D = A * W` (`nn`). DBRX's `w2`.
-    Kn,
-}
-
-/// E matrices of one shape, stacked along rows, borrowed where they lie. Nothing is repacked.
-#[derive(Clone, Copy)]
-pub struct ExpertWeights<'a, T> {
-    stacked: Rows<'a, T>,
-    num_experts: usize,
-    order: WeightOrder,
-}
-
-impl<'a, T: Element> ExpertWeights<'a, T> {
-    /// `num_experts` matrices `[N, K]`, stacked as `[E * N, K]`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Value`] if `num_experts` is 0 or does not divide the rows.
-    pub fn nk(stacked: Rows<'a, T>, num_experts: usize) -> Result<Self, Error> {
-        Self::new(stacked, num_experts, WeightOrder::Nk)
-    }
-
-    /// `num_experts` matrices `[K, N]`, stacked as `[E * K, N]`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Value`] if `num_experts` is 0 or does not divide the rows.
-    pub fn kn(stacked: Rows<'a, T>, num_experts: usize) -> Result<Self, Error> {
-        Self::new(stacked, num_experts, WeightOrder::Kn)
-    }
-
-    fn new(stacked: Rows<'a, T>, num_experts: usize, order: WeightOrder) -> Result<Self, Error> {
-        if num_experts == 0 || !stacked.rows().is_multiple_of(num_experts) {
-            let need = "a positive divisor of the stacked rows";
-            return Err(Error::Value { op: Op::ExpertWeights, arg: "num_experts", need, got: num_experts as f64 });
-        }
-        Ok(ExpertWeights { stacked, num_experts, order })
-    }
-
-    /// E.
-    pub fn num_experts(&self) -> usize {
-        self.num_experts
-    }
-
-    /// N, the outputs of one expert.
-    pub fn n(&self) -> usize {
-        match self.order {
-            WeightOrder::Nk => self.stacked.rows() / self.num_experts,
-            WeightOrder::Kn => self.stacked.cols(),
-        }
-    }
-
-    /// K, the inputs of one expert.
-    pub fn k(&self) -> usize {
-        match self.order {
-            WeightOrder::Nk => self.stacked.cols(),
-            WeightOrder::Kn => self.stacked.rows() / self.num_experts,
-        }
-    }
-
-    /// How each matrix lies.
-    pub fn order(&self) -> WeightOrder {
-        self.order
-    }
-
-    /// All experts' rows, `[E * N, K]` or `[E * K, N]`.
-    pub fn stacked(&self) -> Rows<'a, T> {
-        self.stacked
-    }
-
-    /// One expert's matrix.
-    pub(crate) fn expert(&self, expert: usize) -> Rows<'a, T> {
-        let rows = self.stacked.rows() / self.num_experts;
-        self.stacked
-            .row_range(expert * rows..(expert + 1) * rows)
-            .unwrap_or_else(|_| unreachable!("expert {expert} of {}", self.num_experts))
-    }
-
-    pub(crate) fn access(&self) -> Access<'a> {
-        self.stacked.access()
-    }
-}
 
 /// Which output rows belong to which expert, and which input row each is computed from.
 ///
@@ -103,6 +14,7 @@ pub struct ExpertRows<'a> {
     rows: usize,
     input_rows: usize,
     max_rows_per_expert: usize,
+    class_rows: Option<usize>,
     num_experts: usize,
     offsets: Option<Rows<'a, u32>>,
     gather: Option<Gather<'a>>,
@@ -123,7 +35,7 @@ impl<'a> ExpertRows<'a> {
     /// [`Error::TooLarge`] beyond 2^31 - 1 rows.
     pub fn dense(rows: usize) -> Result<ExpertRows<'static>, Error> {
         checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
-        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert: rows, num_experts: 1, offsets: None, gather: None })
+        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert: rows, class_rows: None, num_experts: 1, offsets: None, gather: None })
     }
 
     /// From `E + 1` offsets in host memory, for operations on the CPU.
@@ -149,6 +61,7 @@ impl<'a> ExpertRows<'a> {
             rows,
             input_rows: rows,
             max_rows_per_expert: rows,
+            class_rows: None,
             num_experts: offsets.len() - 1,
             offsets: Some(view),
             gather: None,
@@ -169,14 +82,22 @@ impl<'a> ExpertRows<'a> {
         let num_experts = offsets.cols().saturating_sub(1).max(1);
         check_shape(Op::ExpertRows, "offsets", "[1, E + 1]", &[1, num_experts + 1], &offsets.dims())?;
         checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
-        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert: rows, num_experts, offsets: Some(offsets), gather: None })
+        Ok(ExpertRows {
+            rows,
+            input_rows: rows,
+            max_rows_per_expert: rows,
+            class_rows: None,
+            num_experts,
+            offsets: Some(offsets),
+            gather: None,
+        })
     }
 
     /// From the parts of a routing of `num_tokens` tokens, which has established the invariants. No token chooses an expert twice.
     pub(crate) fn trusted(offsets: Rows<'a, u32>, rows: usize, num_tokens: usize, gather: Option<Gather<'a>>) -> ExpertRows<'a> {
         let input_rows = if gather.is_some() { num_tokens } else { rows };
         let num_experts = offsets.cols() - 1;
-        ExpertRows { rows, input_rows, max_rows_per_expert: num_tokens, num_experts, offsets: Some(offsets), gather }
+        ExpertRows { rows, input_rows, max_rows_per_expert: num_tokens, class_rows: None, num_experts, offsets: Some(offsets), gather }
     }
 
     /// R, the output rows of all experts together.
@@ -192,6 +113,24 @@ impl<'a> ExpertRows<'a> {
     /// The most rows that any expert may own, as the host knows it: T where rows come from a routing, else R.
     pub fn max_rows_per_expert(&self) -> usize {
         self.max_rows_per_expert
+    }
+
+    /// The same rows in the class of calls in which an expert owns at most `max_rows`, whatever their number here. Products give a row the same
+    /// bits in every call of one class; in the class of other calls than their own they are right, and slower.
+    #[must_use]
+    pub fn in_class(self, max_rows: usize) -> ExpertRows<'a> {
+        ExpertRows { class_rows: Some(max_rows), ..self }
+    }
+
+    /// The class that was asked for.
+    pub(crate) fn asked_class(&self) -> Option<usize> {
+        self.class_rows
+    }
+
+    /// The most rows that an expert owns in the calls of this one's class.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn class_rows(&self) -> usize {
+        self.class_rows.unwrap_or(self.max_rows_per_expert)
     }
 
     /// E.
@@ -242,17 +181,6 @@ mod tests {
         assert_eq!(text(&[0]), "expert_rows: `offsets` must be [E + 1] = [2], got [1]");
         assert_eq!(text(&[0, u32::MAX]), "expert_rows: rows is 4294967295, must be <= 2147483647");
         assert_eq!(ExpertRows::from_host(&[0, 0, 7]).unwrap().rows(), 7);
-    }
-
-    #[test]
-    fn both_orders_know_their_shape() {
-        let data = [0.0f32; 24];
-        let stacked = Rows::from_slice(&data, 6, 4).unwrap();
-        let (nk, kn) = (ExpertWeights::nk(stacked, 2).unwrap(), ExpertWeights::kn(stacked, 2).unwrap());
-        assert_eq!((nk.n(), nk.k(), kn.n(), kn.k()), (3, 4, 4, 3));
-        assert!(ExpertWeights::nk(stacked, 4).is_err());
-        assert!(ExpertWeights::nk(stacked, 0).is_err());
-        assert!(ExpertWeights::nk(Rows::from_slice(&data[..0], 0, 4).unwrap(), 0).is_err(), "no experts of no rows");
     }
 
     #[test]

@@ -22,12 +22,10 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::{Element, Float};
-#[cfg(feature = "cuda")]
-use crate::error::check_product_types;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::{ExpertRows, Topology};
 use crate::view::{Rows, RowsMut};
@@ -152,7 +150,7 @@ pub fn sdd<A: Float, B: Float, O: Float>(
     check_shape(Op::BlockSparse, "b", "[K, N]", &[k, n], &b.dims())?;
     check_stored("y", topology, y.dims())?;
     let run = dispatch!(stream, Op::BlockSparse, cpu::sdd, cuda::sdd);
-    kernels_need!(stream, check_product_types::<A, B, O>(Op::BlockSparse, "`b` of type"));
+    kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("a", a.rows.access()), ("b", b.rows.access()), ("topology", topology.access(false)), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;
     run(stream, a, b, topology, y)
@@ -184,7 +182,7 @@ pub fn dsd<A: Float, B: Float, O: Float>(stream: &Stream, s: Sparse<'_, A>, b: D
     check_shape(Op::BlockSparse, "b", "[K, N]", &[k, n], &b.dims())?;
     check_shape(Op::BlockSparse, "y", "[M, N]", &[m, n], &y.dims())?;
     let run = dispatch!(stream, Op::BlockSparse, cpu::dsd, cuda::dsd);
-    kernels_need!(stream, check_product_types::<A, B, O>(Op::BlockSparse, "`b` of type"));
+    kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("s", s.blocks.access()), ("topology", s.topology.access(false)), ("b", b.rows.access()), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;
     run(stream, s, b, y)
@@ -212,7 +210,7 @@ pub fn dds<A: Float, B: Float, O: Float>(stream: &Stream, a: Dense<'_, A>, s: Sp
     check_stored("s", s.topology, s.blocks.dims())?;
     check_shape(Op::BlockSparse, "y", "[M, N]", &[m, n], &y.dims())?;
     let run = dispatch!(stream, Op::BlockSparse, cpu::dds, cuda::dds);
-    kernels_need!(stream, check_product_types::<A, B, O>(Op::BlockSparse, "`s` of type"));
+    kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("a", a.rows.access()), ("s", s.blocks.access()), ("topology", s.topology.access(false)), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;
     run(stream, a, s, y)

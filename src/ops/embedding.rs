@@ -5,14 +5,15 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::TokenIds;
 use crate::shape::checked_product;
-use crate::view::{Rows, RowsMut};
+use crate::view::RowsMut;
+use crate::weights::WeightRows;
 
 /// Writes row `ids[t]` of `table` to row `t` of `y`.
 ///
@@ -31,11 +32,17 @@ use crate::view::{Rows, RowsMut};
 /// [`Error::TooLarge`] if `ids.bound()` passes V, so that an id might be no row of the table; [`Error::Shape`] if `y` is not
 /// `[T, D]`; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes,
 /// [`Error::Unsupported`] for two types. Nothing is written.
-pub fn lookup<A: Float, W: Float>(stream: &Stream, ids: TokenIds<'_>, table: Rows<'_, W>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+pub fn lookup<'w, A: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: impl Into<WeightRows<'w>>,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    let table = table.into();
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
     let run = dispatch!(stream, Op::Embedding, cpu::lookup, cuda::lookup);
-    kernels_need!(stream, cuda::one_type::<A, W>());
+    kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
     stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())])?;
     run(stream, ids, table, y)
 }

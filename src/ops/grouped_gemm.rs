@@ -10,17 +10,14 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// The tile table of the tensor-core kernels, for tests and benches. Outside the semver promise.
+/// The kernels, for tests, benches and the doctor. Outside the semver promise.
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
-pub mod tiles {
-    pub use super::cuda::tiled::{FORMS, Form, with_form};
-}
+pub use self::cuda::{forms, kernels};
 
-use crate::device::Stream;
+use crate::device::{Access, Stream};
 use crate::dtype::Float;
-#[cfg(feature = "cuda")]
-use crate::error::check_product_types;
+use crate::epilogue::{Epilogue, Finish, GluEpilogue};
 use crate::error::{Error, Op, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::view::{Rows, RowsMut};
@@ -52,19 +49,15 @@ use crate::view::{Rows, RowsMut};
 /// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, and on a GPU for
 /// weights of another type than `x` or outputs that are neither of that type nor `f32`; [`Error::Place`], [`Error::NotJoined`].
 /// Nothing is written.
-pub fn nt<A: Float, W: Float, O: Float>(
+pub fn nt<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    w: ExpertWeights<'_, W>,
+    w: ExpertWeights<'_>,
     rows: ExpertRows<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_rows(&x, &rows, "y", "[R, N]", y)?;
-    check_weights("w", WeightOrder::Nk, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
-    kernels_need!(stream, check_product_types::<A, W, O>(Op::GroupedGemm, "weights of type"));
-    admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
-    run(stream, x, [w], rows, y)
+    check_order("w", &w, WeightOrder::Nk, "call `nn` or `linear` for the other")?;
+    linear(stream, x, w, rows, &Epilogue::default(), y)
 }
 
 /// Writes `y[r, n] = sum_k x[input(r), k] * w[e, k, n]`, `e` being the expert that owns row `r`.
@@ -82,19 +75,61 @@ pub fn nt<A: Float, W: Float, O: Float>(
 /// # Errors
 ///
 /// As [`nt`]. Nothing is written.
-pub fn nn<A: Float, W: Float, O: Float>(
+pub fn nn<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    w: ExpertWeights<'_, W>,
+    w: ExpertWeights<'_>,
     rows: ExpertRows<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_rows(&x, &rows, "y", "[R, N]", y)?;
-    check_weights("w", WeightOrder::Kn, &w, &x, &rows, y)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
-    kernels_need!(stream, check_product_types::<A, W, O>(Op::GroupedGemm, "weights of type"));
-    admit(stream, &x, &[("w", &w)], &rows, ("y", y))?;
-    run(stream, x, [w], rows, y)
+    check_order("w", &w, WeightOrder::Kn, "call `nt` or `linear` for the other")?;
+    linear(stream, x, w, rows, &Epilogue::default(), y)
+}
+
+/// Writes `y = activation(x * W + bias)` for each expert, with weights in either order: [`nt`] or [`nn`], and what follows it.
+///
+/// | argument   | shape                    | meaning                                                                          |
+/// |------------|--------------------------|----------------------------------------------------------------------------------|
+/// | `x`        | `[input rows, K]`        | the rows in expert order, or the tokens that `rows` gathers from                  |
+/// | `w`        | `[E, N, K]`, `[E, K, N]` | weights in order [`Nk`](WeightOrder::Nk) or [`Kn`](WeightOrder::Kn); read where they lie |
+/// | `rows`     | R rows, E experts        | which rows belong to which expert, and which input row each is computed from      |
+/// | `epilogue` | bias `[E, N]`            | added to each sum in `f32`; then the activation; none of both by default          |
+/// | `y`        | `[R, N]`                 | every row that an expert owns is written in full                                  |
+///
+/// Bias and activation are computed in `f32` on the sum, before the one rounding. Dtypes of the bias: `f32`, `bf16`, `f16`, on a GPU `f32` or
+/// that of `x`. Otherwise as [`nt`].
+///
+/// ```
+/// use dropless::activation::Activation;
+/// use dropless::epilogue::{Bias, Epilogue};
+/// use dropless::{Device, ExpertRows, ExpertWeights, Rows, RowsMut, grouped_gemm};
+///
+/// let stream = Device::cpu().stream()?;
+/// let (x, w, bias, mut y) = ([1.0f32, 2.0], [3.0f32, 4.0, -3.0, -4.0], [0.5f32, 0.5], [0.0f32; 2]);
+/// let w = ExpertWeights::nk(Rows::from_slice(&w, 2, 2)?, 1)?;
+/// let epilogue = Epilogue::default()
+///     .with_bias(Bias::new(Rows::from_slice(&bias, 1, 2)?))
+///     .with_activation(Activation::ReluSquared);
+/// let (x, rows) = (Rows::from_slice(&x, 1, 2)?, ExpertRows::dense(1)?);
+/// grouped_gemm::linear(&stream, x, w, rows, &epilogue, &mut RowsMut::from_slice(&mut y, 1, 2)?)?;
+/// assert_eq!(y, [11.5 * 11.5, 0.0]);
+/// # Ok::<(), dropless::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// As [`nt`]; [`Error::Shape`] for a bias of another shape. Nothing is written.
+pub fn linear<A: Float, O: Float>(
+    stream: &Stream,
+    x: Rows<'_, A>,
+    w: ExpertWeights<'_>,
+    rows: ExpertRows<'_>,
+    epilogue: &Epilogue<'_>,
+    y: &mut RowsMut<'_, O>,
+) -> Result<(), Error> {
+    let product = Product { x, weights: [w], rows, finish: Finish::from(*epilogue) };
+    product.check(["w"], ["bias"], "y", y)?;
+    product.run(stream, ["w"], ["bias"], "y", y)
 }
 
 /// Writes `h = silu(x * w1^T) * (x * v1^T)`: both products of the first half of an expert, and the activation between.
@@ -112,64 +147,138 @@ pub fn nn<A: Float, W: Float, O: Float>(
 /// # Errors
 ///
 /// As [`nt`]. Nothing is written.
-pub fn glu_nt<A: Float, W: Float>(
+pub fn glu_nt<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    w1: ExpertWeights<'_, W>,
-    v1: ExpertWeights<'_, W>,
+    w1: ExpertWeights<'_>,
+    v1: ExpertWeights<'_>,
     rows: ExpertRows<'_>,
     h: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check_rows(&x, &rows, "h", "[R, N]", h)?;
-    check_weights("w1", WeightOrder::Nk, &w1, &x, &rows, h)?;
-    check_weights("v1", WeightOrder::Nk, &v1, &x, &rows, h)?;
-    let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
-    kernels_need!(stream, check_product_types::<A, W, A>(Op::GroupedGemm, "weights of type"));
-    admit(stream, &x, &[("w1", &w1), ("v1", &v1)], &rows, ("h", h))?;
-    run(stream, x, [w1, v1], rows, h)
+    check_order("w1", &w1, WeightOrder::Nk, "call `glu` for the other")?;
+    check_order("v1", &v1, WeightOrder::Nk, "call `glu` for the other")?;
+    let product = Product { x, weights: [w1, v1], rows, finish: Finish::from(GluEpilogue::default()) };
+    let biases = ["gate_bias", "up_bias"];
+    product.check(["w1", "v1"], biases, "h", h)?;
+    product.run(stream, ["w1", "v1"], biases, "h", h)
 }
 
-/// The number of input and output rows.
-fn check_rows<A: Float, O: Float>(
-    x: &Rows<'_, A>,
-    rows: &ExpertRows<'_>,
-    arg: &'static str,
-    want: &'static str,
-    y: &RowsMut<'_, O>,
-) -> Result<(), Error> {
-    check_shape(Op::GroupedGemm, "x", "[input rows, K]", &[rows.input_rows(), x.cols()], &x.dims())?;
-    check_shape(Op::GroupedGemm, arg, want, &[rows.rows(), y.cols()], &y.dims())
-}
-
-/// One weight argument against the input, the output and the experts.
-fn check_weights<A: Float, W: Float, O: Float>(
-    arg: &'static str,
-    order: WeightOrder,
-    w: &ExpertWeights<'_, W>,
-    x: &Rows<'_, A>,
-    rows: &ExpertRows<'_>,
-    y: &RowsMut<'_, O>,
-) -> Result<(), Error> {
-    let (e, n, k) = (rows.num_experts(), y.cols(), x.cols());
-    let name = |order| if order == WeightOrder::Nk { "Nk" } else { "Kn" };
-    if w.order() != order {
-        return Err(Error::Unsupported { op: Op::GroupedGemm, what: "weight order", got: name(w.order()), supported: name(order) });
-    }
-    match order {
-        WeightOrder::Nk => check_shape(Op::GroupedGemm, arg, "[E, N, K]", &[e, n, k], &[w.num_experts(), w.n(), w.k()]),
-        WeightOrder::Kn => check_shape(Op::GroupedGemm, arg, "[E, K, N]", &[e, k, n], &[w.num_experts(), w.k(), w.n()]),
-    }
-}
-
-fn admit<A: Float, W: Float, O: Float>(
+/// Writes `h = glu(x * gate^T + gate_bias, x * up^T + up_bias)`: both products of the first half of an expert, and whichever gate is between.
+///
+/// | argument     | shape                   | meaning                                                                          |
+/// |--------------|-------------------------|----------------------------------------------------------------------------------|
+/// | `x`          | `[input rows, K]`       | the rows in expert order, or the tokens that `rows` gathers from                  |
+/// | `gate`, `up` | `[E, N, K]` each        | weights, both in one order; packed and interleaved ones come from [`ExpertWeights::halves`] and [`ExpertWeights::interleaved`] |
+/// | `rows`       | R rows, E experts       | which rows belong to which expert, and which input row each is computed from      |
+/// | `epilogue`   | biases `[E, N]`         | added to each sum in `f32`; then [`Glu`](crate::activation::Glu), SiLU by default  |
+/// | `h`          | `[R, N]`                | every row that an expert owns is written in full                                  |
+///
+/// Everything stays in `f32` until the one rounding. With the default epilogue and weights in order [`Nk`](WeightOrder::Nk) the bits are those of
+/// [`glu_nt`]. On a GPU weights in order [`Kn`](WeightOrder::Kn) are multiplied by the plain kernel. Otherwise as [`linear`].
+///
+/// # Errors
+///
+/// As [`linear`]; [`Error::Unsupported`] for two orders or two types of weights; [`Error::Value`] for constants of a gate that are no numbers.
+/// Nothing is written.
+pub fn glu<A: Float>(
     stream: &Stream,
-    x: &Rows<'_, A>,
-    weights: &[(&'static str, &ExpertWeights<'_, W>)],
-    rows: &ExpertRows<'_>,
-    (arg, y): (&'static str, &RowsMut<'_, O>),
+    x: Rows<'_, A>,
+    gate: ExpertWeights<'_>,
+    up: ExpertWeights<'_>,
+    rows: ExpertRows<'_>,
+    epilogue: &GluEpilogue<'_>,
+    h: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let [offsets, row_to_slot] = rows.accesses(stream.place());
-    let (first, last) = (weights[0], weights[weights.len() - 1]);
-    let weights = [(first.0, first.1.access()), (last.0, last.1.access())];
-    stream.admit(Op::GroupedGemm, &[("x", x.access()), weights[0], weights[1], offsets, row_to_slot, (arg, y.access())])
+    check_order("up", &up, gate.order(), "that of `gate`")?;
+    epilogue.glu.check(Op::GroupedGemm)?;
+    let product = Product { x, weights: [gate, up], rows, finish: Finish::from(*epilogue) };
+    let biases = ["gate_bias", "up_bias"];
+    product.check(["gate", "up"], biases, "h", h)?;
+    product.run(stream, ["gate", "up"], biases, "h", h)
+}
+
+/// `P` products of the same rows, and what becomes of their sums.
+#[derive(Clone, Copy)]
+struct Product<'a, A, const P: usize> {
+    x: Rows<'a, A>,
+    weights: [ExpertWeights<'a>; P],
+    rows: ExpertRows<'a>,
+    finish: Finish<'a, P>,
+}
+
+impl<A: Float, const P: usize> Product<'_, A, P> {
+    /// Every shape against the others. `arg`s are what the caller knows the arguments by.
+    fn check<O: Float>(
+        &self,
+        weight_args: [&'static str; P],
+        bias_args: [&'static str; P],
+        out_arg: &'static str,
+        y: &RowsMut<'_, O>,
+    ) -> Result<(), Error> {
+        let (e, n, k) = (self.rows.num_experts(), y.cols(), self.x.cols());
+        check_shape(Op::GroupedGemm, "x", "[input rows, K]", &[self.rows.input_rows(), k], &self.x.dims())?;
+        check_shape(Op::GroupedGemm, out_arg, "[R, N]", &[self.rows.rows(), n], &y.dims())?;
+        for (arg, w) in weight_args.into_iter().zip(&self.weights) {
+            match w.order() {
+                WeightOrder::Nk => check_shape(Op::GroupedGemm, arg, "[E, N, K]", &[e, n, k], &[w.num_experts(), w.n(), w.k()])?,
+                WeightOrder::Kn => check_shape(Op::GroupedGemm, arg, "[E, K, N]", &[e, k, n], &[w.num_experts(), w.k(), w.n()])?,
+            }
+        }
+        for (arg, bias) in bias_args.into_iter().zip(&self.finish.biases) {
+            bias.map_or(Ok(()), |bias| bias.check(Op::GroupedGemm, arg, [e, n]))?;
+        }
+        Ok(())
+    }
+
+    /// Admits the arguments and runs the backend of the stream's place.
+    fn run<O: Float>(
+        self,
+        stream: &Stream,
+        weight_args: [&'static str; P],
+        bias_args: [&'static str; P],
+        out_arg: &'static str,
+        y: &mut RowsMut<'_, O>,
+    ) -> Result<(), Error> {
+        let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
+        kernels_need!(stream, cuda::check(&self, weight_args, y));
+        let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", self.x.access()), (out_arg, y.access())];
+        arguments.extend(self.rows.accesses(stream.place()));
+        for (arg, w) in weight_args.into_iter().zip(&self.weights) {
+            arguments.extend(w.accesses().map(|access| (arg, access)));
+        }
+        for (arg, bias) in bias_args.into_iter().zip(&self.finish.biases) {
+            arguments.extend(bias.map(|bias| (arg, bias.access())));
+        }
+        stream.admit(Op::GroupedGemm, &arguments)?;
+        run(stream, self, y)
+    }
+}
+
+/// What the kernels need of types and of the places of matrices, for a composition that wants to know before it begins. `biases` are those of
+/// `weights`, in any order.
+pub(crate) fn check_kernels<'a, A: Float>(
+    op: Op,
+    weights: impl IntoIterator<Item = ExpertWeights<'a>>,
+    biases: impl IntoIterator<Item = Option<(&'static str, crate::epilogue::Bias<'a>)>>,
+) -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    return cuda::check_types::<A>(op, weights, biases);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (op, weights.into_iter().count(), biases.into_iter().count());
+        Ok(())
+    }
+}
+
+fn check_order(arg: &'static str, w: &ExpertWeights<'_>, want: WeightOrder, hint: &'static str) -> Result<(), Error> {
+    if w.order() == want {
+        return Ok(());
+    }
+    let what = match arg {
+        "w1" => "for `w1`, weight order",
+        "v1" => "for `v1`, weight order",
+        "up" => "for `up`, weight order",
+        _ => "for `w`, weight order",
+    };
+    Err(Error::unsupported(Op::GroupedGemm, what, w.order().name(), format!("{}; {hint}", want.name())))
 }

@@ -8,15 +8,16 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};
 use crate::view::{Rows, RowsMut};
+use crate::weights::WeightRows;
 
 /// What is subtracted, and whose mean square is divided by.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// The mean; the variance.
     Layer,
@@ -45,14 +46,14 @@ enum Kind {
 /// [`Error::Shape`] if a shape is not as above; [`Error::Value`] for an `eps` out of range; [`Error::Place`],
 /// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes, [`Error::Unsupported`] for a weight of
 /// another type or more than 16384 columns. Nothing is written.
-pub fn layer_norm<A: Float, W: Float>(
+pub fn layer_norm<'w, A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: impl Into<WeightRows<'w>>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    norm(stream, Kind::Layer, x, weight, eps, y)
+    norm(stream, Kind::Layer, x, weight.into(), eps, y)
 }
 
 /// Adds `x` to `residual`, and writes the [`layer_norm`] of the sum to `y`.
@@ -71,15 +72,15 @@ pub fn layer_norm<A: Float, W: Float>(
 /// # Errors
 ///
 /// As [`layer_norm`]. Nothing is written, not to `residual` either.
-pub fn add_layer_norm<A: Float, W: Float>(
+pub fn add_layer_norm<'w, A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
     residual: &mut RowsMut<'_, A>,
-    weight: Rows<'_, W>,
+    weight: impl Into<WeightRows<'w>>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    add_norm(stream, Kind::Layer, x, residual, weight, eps, y)
+    add_norm(stream, Kind::Layer, x, residual, weight.into(), eps, y)
 }
 
 /// Writes `x / sqrt(mean(x * x) + eps) * weight` to `y`, with the mean square of each row.
@@ -100,14 +101,14 @@ pub fn add_layer_norm<A: Float, W: Float>(
 /// # Errors
 ///
 /// As [`layer_norm`]. Nothing is written.
-pub fn rms_norm<A: Float, W: Float>(
+pub fn rms_norm<'w, A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: impl Into<WeightRows<'w>>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    norm(stream, Kind::Rms, x, weight, eps, y)
+    norm(stream, Kind::Rms, x, weight.into(), eps, y)
 }
 
 /// Adds `x` to `residual`, and writes the [`rms_norm`] of the sum to `y`.
@@ -117,45 +118,45 @@ pub fn rms_norm<A: Float, W: Float>(
 /// # Errors
 ///
 /// As [`layer_norm`]. Nothing is written, not to `residual` either.
-pub fn add_rms_norm<A: Float, W: Float>(
+pub fn add_rms_norm<'w, A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
     residual: &mut RowsMut<'_, A>,
-    weight: Rows<'_, W>,
+    weight: impl Into<WeightRows<'w>>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    add_norm(stream, Kind::Rms, x, residual, weight, eps, y)
+    add_norm(stream, Kind::Rms, x, residual, weight.into(), eps, y)
 }
 
-fn norm<A: Float, W: Float>(
+fn norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(x.dims(), weight.dims(), eps, y.dims())?;
     let run = dispatch!(stream, Op::Norm, cpu::norm, cuda::norm);
-    kernels_need!(stream, cuda::check::<A, W>(x.dims()));
+    kernels_need!(stream, cuda::check::<A>(x.dims(), weight.dtype()));
     stream.admit(Op::Norm, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("y", y.vector_access())])?;
     run(stream, kind, x, weight, eps, y)
 }
 
-fn add_norm<A: Float, W: Float>(
+fn add_norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
     residual: &mut RowsMut<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check_shape(Op::Norm, "residual", "[T, D]", &x.dims(), &residual.dims())?;
     check(x.dims(), weight.dims(), eps, y.dims())?;
     let run = dispatch!(stream, Op::Norm, cpu::add_norm, cuda::add_norm);
-    kernels_need!(stream, cuda::check::<A, W>(x.dims()));
+    kernels_need!(stream, cuda::check::<A>(x.dims(), weight.dtype()));
     let (sum, row) = (("residual", residual.vector_access()), ("weight", weight.vector_access()));
     let arguments = [("x", x.vector_access()), sum, row, ("y", y.vector_access())];
     stream.admit(Op::Norm, &arguments)?;

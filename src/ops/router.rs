@@ -14,6 +14,7 @@ use crate::error::{Error, Op, check_shape};
 use crate::layout::{Routing, RoutingBuffers};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
+use crate::weights::WeightRows;
 
 /// How the weights of a token's chosen experts are scaled.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,20 +54,27 @@ impl Normalize {
 /// [`Error::Shape`] if the shapes disagree; [`Error::TooLarge`] beyond 2^31 - 1 tokens; [`Error::Place`],
 /// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row of `x` or `weight` does not begin on 16 bytes,
 /// [`Error::Unsupported`] for two types. Nothing is written.
-pub fn logits<A: Float, W: Float>(
+pub fn logits<'w, A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: impl Into<WeightRows<'w>>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
+    let weight = weight.into();
     let [num_tokens, d_model] = x.dims();
     checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
     let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
-    kernels_need!(stream, cuda::one_type::<A, W>());
+    kernels_need!(stream, check_kernels::<A>(weight.dtype()));
     stream.admit(Op::Router, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
+}
+
+/// What the kernels need of the type of the weight.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error> {
+    cuda::one_type::<A>(weight)
 }
 
 /// Chooses each token's `top_k` experts, weighs them, and sorts the tokens by expert.

@@ -5,7 +5,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};

@@ -5,6 +5,7 @@
 //! | `vector.rs` | [`Simd`], a vector of sixteen floats: what kernels are written with, once for every instruction set |
 //! | `portable.rs`, `x86/` | the instruction sets |
 //! | `slices.rs` | primitives on rows: `dot`, `widen`, `exp_shifted`, ... |
+//! | `activation.rs` | activations and gates on rows of sums |
 //! | `ahead.rs` | asking for memory before it is needed |
 //! | `gemm.rs` | packing and the micro-kernel of matrix products |
 //! | `scratch.rs` | what each worker thread keeps |
@@ -16,6 +17,7 @@
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
 #![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
 
+mod activation;
 mod ahead;
 pub(crate) mod gemm;
 mod portable;
@@ -27,12 +29,13 @@ mod x86;
 
 use std::sync::OnceLock;
 
+pub(crate) use self::activation::{activate, glu_mul};
 pub(crate) use self::ahead::{Ahead, prefetch};
 #[cfg(test)]
 pub(crate) use self::scratch::scratch_floats;
 pub(crate) use self::scratch::with_scratch;
 #[allow(unused_imports)]
-pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, silu_mul, widen};
+pub(crate) use self::slices::{add_scaled, dot, exp_shifted, max, narrow, scale, widen};
 #[allow(unused_imports)]
 pub(crate) use self::vector::{Kernel, LANES, Simd};
 use crate::error::{Error, Op};
@@ -88,12 +91,11 @@ fn wanted() -> &'static str {
 
 /// Refuses an instruction set that this machine does not have.
 pub(crate) fn check() -> Result<(), Error> {
-    static SUPPORTED: OnceLock<String> = OnceLock::new();
     if Level::choose(wanted()).is_some() {
         return Ok(());
     }
-    let supported = SUPPORTED.get_or_init(|| Level::all().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "));
-    Err(Error::Unsupported { op: Op::Device, what: "DROPLESS_SIMD =", got: wanted(), supported })
+    let supported = Level::all().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    Err(Error::unsupported(Op::Device, "DROPLESS_SIMD =", wanted(), supported))
 }
 
 /// Runs a kernel with this process's instruction set. Where there is a stream, the one that was asked for is

@@ -2,8 +2,7 @@
 
 use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::Driver;
-use dropless::moe::{self, Plan, Shape, Weights};
-use dropless::router::Normalize;
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::{
     Bf16, Buffer, Element, ExpertRows, ExpertWeights, F16, Float, RoutingBuffers, Rows, RowsMut, Stream, Topology, Workspace, glu,
     grouped_gemm, permute,
@@ -482,7 +481,7 @@ fn layer_of_blocks<T: Float + Bits>(
     block: usize,
     shape: Shape,
     x: Rows<'_, T>,
-    weights: &Weights<'_, T>,
+    [w1, v1, w2]: [Rows<'_, T>; 3],
     routing: &dropless::Routing<'_>,
     y: &mut RowsMut<'_, T>,
 ) {
@@ -494,14 +493,14 @@ fn layer_of_blocks<T: Float + Bits>(
     let [mut gate, mut up, mut hidden] = [(); 3].map(|()| Buffer::<T>::zeros(stream, stored * block).unwrap());
     let [mut sorted, mut outputs] = [(); 2].map(|()| Guarded::<T>::new(stream, rows, shape.d_model, 0, guard::POISONS[0]));
     permute::gather(stream, x, routing, &mut sorted.view_mut()).unwrap();
-    for (w, y) in [(weights.w1, &mut gate), (weights.v1, &mut up)] {
+    for (w, y) in [(w1, &mut gate), (v1, &mut up)] {
         let y = &mut y.rows_mut(stored, block).unwrap();
-        sdd(stream, sorted.view().into(), Dense::from(w.stacked()).t(), &topology, y).unwrap();
+        sdd(stream, sorted.view().into(), Dense::from(w).t(), &topology, y).unwrap();
     }
     let [gate, up] = [&gate, &up].map(|blocks| blocks.rows(stored, block).unwrap());
     glu::glu(stream, gate, up, &mut hidden.rows_mut(stored, block).unwrap()).unwrap();
     let hidden = Sparse::new(&topology, hidden.rows(stored, block).unwrap());
-    dsd(stream, hidden, weights.w2.stacked().into(), &mut outputs.view_mut()).unwrap();
+    dsd(stream, hidden, w2.into(), &mut outputs.view_mut()).unwrap();
     permute::combine(stream, outputs.view(), routing, y).unwrap();
 }
 
@@ -516,12 +515,14 @@ fn is_the_grouped_layer(shape: Shape, num_tokens: usize, blocks: &[usize], strea
         Guarded::with(stream, &w, num_experts * d_ffn, d_model, 0)
     });
     let [w1, v1, w2] = matrices.each_ref().map(|w| w.view());
-    let weights = Weights {
-        router: router.view(),
-        w1: ExpertWeights::nk(w1, num_experts).unwrap(),
-        v1: ExpertWeights::nk(v1, num_experts).unwrap(),
-        w2: ExpertWeights::kn(w2, num_experts).unwrap(),
-    };
+    let weights = Weights::new(
+        router.view(),
+        Experts::gated(
+            ExpertWeights::nk(w1, num_experts).unwrap(),
+            ExpertWeights::nk(v1, num_experts).unwrap(),
+            ExpertWeights::kn(w2, num_experts).unwrap(),
+        ),
+    );
     let plan = Plan::<f32>::new(shape, num_tokens).unwrap();
     let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
     let mut buffers = RoutingBuffers::new(stream, num_tokens, top_k, num_experts).unwrap();
@@ -529,7 +530,7 @@ fn is_the_grouped_layer(shape: Shape, num_tokens: usize, blocks: &[usize], strea
     let routing = moe::forward(stream, &plan, x.view(), &weights, &mut buffers, &mut workspace, &mut grouped.view_mut()).unwrap();
     for &block in blocks {
         let got = guard::run::<f32>(stream, num_tokens, d_model, |y| {
-            layer_of_blocks(stream, block, shape, x.view(), &weights, &routing, y);
+            layer_of_blocks(stream, block, shape, x.view(), [w1, v1, w2], &routing, y);
         });
         same_bits(&got, &grouped.take(stream));
     }
@@ -537,10 +538,9 @@ fn is_the_grouped_layer(shape: Shape, num_tokens: usize, blocks: &[usize], strea
 
 #[test]
 fn the_layer_is_the_grouped_layer() {
-    let normalize = Normalize::P(1.0);
-    let large = Shape { d_model: 300, d_ffn: 600, num_experts: 5, top_k: 2, normalize };
+    let large = Shape::new(300, 600, 5, 2);
     [1, 3].map(device::cpu).iter().for_each(|stream| is_the_grouped_layer(large, 150, &[64, 128], stream));
-    let small = Shape { d_model: 24, d_ffn: 72, num_experts: 3, top_k: 2, normalize };
+    let small = Shape::new(24, 72, 3, 2);
     device::each_device(|stream| is_the_grouped_layer(small, 26, &[64], stream));
 }
 

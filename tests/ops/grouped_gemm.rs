@@ -33,7 +33,7 @@ pub(crate) fn owners(offsets: &[u32]) -> Vec<usize> {
     (0..offsets.len() - 1).flat_map(|e| (offsets[e]..offsets[e + 1]).map(move |_| e)).collect()
 }
 
-fn weights<W: Float>(order: WeightOrder, data: &[W], experts: usize, n: usize, k: usize) -> ExpertWeights<'_, W> {
+fn weights<W: Float>(order: WeightOrder, data: &[W], experts: usize, n: usize, k: usize) -> ExpertWeights<'_> {
     let [rows, cols] = stacked(order, experts, n, k);
     ordered(order, Rows::from_slice(data, rows, cols).unwrap(), experts)
 }
@@ -42,15 +42,15 @@ fn stacked(order: WeightOrder, experts: usize, n: usize, k: usize) -> [usize; 2]
     if order == Nk { [experts * n, k] } else { [experts * k, n] }
 }
 
-fn ordered<W: Float>(order: WeightOrder, stacked: Rows<'_, W>, experts: usize) -> ExpertWeights<'_, W> {
+fn ordered<W: Float>(order: WeightOrder, stacked: Rows<'_, W>, experts: usize) -> ExpertWeights<'_> {
     if order == Nk { ExpertWeights::nk(stacked, experts).unwrap() } else { ExpertWeights::kn(stacked, experts).unwrap() }
 }
 
 /// The product of either order.
-fn product<A: Float, W: Float, O: Float>(
+fn product<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    w: ExpertWeights<'_, W>,
+    w: ExpertWeights<'_>,
     rows: ExpertRows<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {

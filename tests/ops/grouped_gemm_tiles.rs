@@ -1,8 +1,8 @@
 //! The tensor-core forms of `grouped_gemm` at the edges of their tiles: every form of the tile table, on every GPU there is.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
-use dropless::grouped_gemm::tiles::{FORMS, with_form};
 use dropless::layout::WeightOrder;
 use dropless::{Bf16, Buffer, Device, ExpertRows, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, grouped_gemm};
 use dropless_kit::compare::{same_bits, sum_bound, within};
@@ -15,6 +15,24 @@ use dropless_kit::recorder::{Call, Recorder};
 use crate::grouped_gemm::{offsets, owners};
 use crate::oracle;
 use WeightOrder::{Kn, Nk};
+
+thread_local! {
+    /// The class in which this thread's products are computed; none: that of the call.
+    static CLASS: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Calls `work` with the products of this thread in the class of a form.
+fn with_form<R>(class: usize, work: impl FnOnce() -> R) -> R {
+    let before = CLASS.replace(Some(class));
+    let result = work();
+    CLASS.set(before);
+    result
+}
+
+/// The rows in the class that was asked for.
+fn classed(rows: ExpertRows<'_>) -> ExpertRows<'_> {
+    CLASS.get().map_or(rows, |class| rows.in_class(class))
+}
 
 /// Rows per expert around the edges of a tile's 128 rows and a warpgroup's 64.
 const EDGES: [u32; 9] = [0, 1, 63, 64, 65, 127, 128, 129, 300];
@@ -39,7 +57,7 @@ impl<T: Float + Bits> Product<'_, T> {
         let w = Guarded::with(stream, self.w, w_rows, w_cols, 8);
         let offsets = Buffer::from_slice(stream, &offsets).unwrap();
         // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
-        let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1).unwrap(), rows).unwrap() };
+        let owned = classed(unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1).unwrap(), rows).unwrap() });
         guard::run::<O>(stream, rows, self.n, |y| match self.order {
             Nk => grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), experts).unwrap(), owned, y).unwrap(),
             Kn => grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), experts).unwrap(), owned, y).unwrap(),
@@ -55,7 +73,7 @@ impl<T: Float + Bits> Product<'_, T> {
 
 /// Calls `test` with every form on every GPU.
 fn each_form(test: impl Fn(&Stream)) {
-    device::each_gpu(|stream| (0..FORMS.len()).for_each(|form| with_form(form, || test(stream))));
+    device::each_gpu(|stream| grouped_gemm::forms().into_iter().for_each(|(_, class)| with_form(class, || test(stream))));
 }
 
 /// Small integers add up exactly: every index, edge and stage is right.
@@ -119,7 +137,7 @@ fn any_number_of_pairs_takes_every_tile_once() {
             let (x, w) = (integers::<F16>(1, rows * k), integers::<F16>(2, sizes.len() * n * k));
             let product = Product { order, x: &x, w: &w, sizes, n, k };
             let want: Vec<_> = product.want().iter().map(|want| F16::from_f32(*want as f32)).collect();
-            with_form(FORMS.len() - 1, || same_bits(&product.run::<F16>(&stream), &want));
+            with_form(usize::MAX, || same_bits(&product.run::<F16>(&stream), &want));
             assert_eq!(taken(&stream), 0, "{sm_count} SMs, {sizes:?}");
         }
         assert_eq!(driver.reports(), [""; 0]);
@@ -149,9 +167,9 @@ fn launches_in_a_row_count_from_zero() {
             offsets.iter().zip(outputs).try_for_each(|(offsets, y)| {
                 let rows = y.len() / n;
                 // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
-                let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1)?, rows)? };
+                let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1)?, rows)? }.in_class(usize::MAX);
                 let (x, mut y) = (x.view().row_range(0..rows)?, y.rows_mut(rows, n)?);
-                with_form(FORMS.len() - 1, || grouped_gemm::nt(stream, x, w, owned, &mut y))
+                grouped_gemm::nt(stream, x, w, owned, &mut y)
             })
         };
         run(&mut outputs).unwrap();
@@ -182,7 +200,7 @@ fn edges_of_experts() {
         let one_expert = Product { order: Nk, x: &x, w: &w, sizes: &[rows as u32], n, k }.run::<f32>(stream);
         let (x, w) = (Guarded::with(stream, &x, rows, k, 0), Guarded::with(stream, &w, n, k, 0));
         let w = ExpertWeights::nk(w.view(), 1).unwrap();
-        let dense = ExpertRows::dense(rows).unwrap();
+        let dense = classed(ExpertRows::dense(rows).unwrap());
         same_bits(&guard::run::<f32>(stream, rows, n, |y| grouped_gemm::nt(stream, x.view(), w, dense, y).unwrap()), &one_expert);
     });
 }
@@ -238,7 +256,7 @@ fn glu<T: Float + Bits>(tokens: usize, top_k: usize, n: usize, k: usize) {
         let [w1, v1] = [(&w1, 8), (&v1, 24)].map(|(w, gap)| Guarded::with(stream, w, experts * n, k, gap));
         let [w1, v1] = [&w1, &v1].map(|w| ExpertWeights::nk(w.view(), experts).unwrap());
         let got = guard::run::<T>(stream, ids.len(), n, |h| {
-            grouped_gemm::glu_nt(stream, x.view(), w1, v1, routing.gathered_rows(), h).unwrap();
+            grouped_gemm::glu_nt(stream, x.view(), w1, v1, classed(routing.gathered_rows()), h).unwrap();
         });
         // The error of each sum through the product rule, |silu'| <= 1.1, and the f32 arithmetic of the activation.
         within(&got, &want, n, |i| {
@@ -275,10 +293,10 @@ fn forms_agree_to_the_bit() {
             let x = Guarded::with(stream, x, rows.input_rows(), k, 0);
             guard::run::<Bf16>(stream, ids.len(), n, |h| grouped_gemm::glu_nt(stream, x.view(), w1, v1, rows, h).unwrap())
         };
-        let first = with_form(0, || run(&x, routing.gathered_rows()));
-        for form in 0..FORMS.len() {
-            same_bits(&with_form(form, || run(&x, routing.gathered_rows())), &first);
-            same_bits(&with_form(form, || run(&gathered, routing.expert_rows())), &first);
+        let first = run(&x, routing.gathered_rows().in_class(8));
+        for (_, class) in grouped_gemm::forms() {
+            same_bits(&run(&x, routing.gathered_rows().in_class(class)), &first);
+            same_bits(&run(&gathered, routing.expert_rows().in_class(class)), &first);
         }
     });
 }

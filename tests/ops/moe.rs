@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use dropless::moe::{self, Plan, Shape, Weights};
+use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm,
@@ -20,10 +20,10 @@ use proptest::prelude::*;
 use crate::oracle;
 
 const SHAPES: [Shape; 4] = [
-    Shape { d_model: 24, d_ffn: 40, num_experts: 4, top_k: 2, normalize: Normalize::P(1.0) },
-    Shape { d_model: 33, d_ffn: 7, num_experts: 16, top_k: 4, normalize: Normalize::P(2.0) },
-    Shape { d_model: 64, d_ffn: 33, num_experts: 3, top_k: 3, normalize: Normalize::None },
-    Shape { d_model: 5, d_ffn: 260, num_experts: 1, top_k: 1, normalize: Normalize::P(1.0) },
+    Shape::new(24, 40, 4, 2),
+    Shape::new(33, 7, 16, 4).with_normalize(Normalize::P(2.0)),
+    Shape::new(64, 33, 3, 3).with_normalize(Normalize::None),
+    Shape::new(5, 260, 1, 1),
 ];
 
 /// A layer's weights as plain numbers.
@@ -40,15 +40,17 @@ struct Placed<W> {
     experts: [Guarded<W>; 3],
 }
 
-impl<W: Bits> Placed<W> {
-    fn weights(&self) -> Weights<'_, W> {
+impl<W: Float + Bits> Placed<W> {
+    /// Gate, up and down.
+    fn matrices(&self) -> [ExpertWeights<'_>; 3] {
         let [w1, v1, w2] = self.experts.each_ref().map(|w| w.view());
-        Weights {
-            router: self.router.view(),
-            w1: ExpertWeights::nk(w1, self.num_experts).unwrap(),
-            v1: ExpertWeights::nk(v1, self.num_experts).unwrap(),
-            w2: ExpertWeights::kn(w2, self.num_experts).unwrap(),
-        }
+        let e = self.num_experts;
+        [ExpertWeights::nk(w1, e).unwrap(), ExpertWeights::nk(v1, e).unwrap(), ExpertWeights::kn(w2, e).unwrap()]
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        let [w1, v1, w2] = self.matrices();
+        Weights::new(self.router.view(), Experts::gated(w1, v1, w2))
     }
 }
 
@@ -172,11 +174,11 @@ fn against_oracle<A: Float + Bits, W: Float + Bits>() {
 /// The tensor-core kernels, which the emulator computes a tile at a time.
 #[test]
 fn tensor_cores_against_oracle() {
-    let shape = Shape { d_model: 72, d_ffn: 136, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(72, 136, 16, 4);
     for num_tokens in [1, 40, 150] {
         case::<Bf16, Bf16>(shape, 5, num_tokens, |_| true);
     }
-    case::<F16, F16>(Shape { num_experts: 3, top_k: 1, ..shape }, 6, 30, |_| true);
+    case::<F16, F16>(Shape::new(72, 136, 3, 1), 6, 30, |_| true);
 }
 
 #[test]
@@ -199,7 +201,7 @@ fn goldens_of_transformers() {
         let [x_shape, ids_shape, w_shape] = ["x", "indices", "w1"].map(|part| file.shape(&name(part)));
         let (num_tokens, d_model, top_k) = (x_shape[0], x_shape[1], ids_shape[1]);
         let num_experts = file.shape(&name("counts"))[0];
-        let shape = Shape { d_model, d_ffn: w_shape[0] / num_experts, num_experts, top_k, normalize: Normalize::None };
+        let shape = Shape::new(d_model, w_shape[0] / num_experts, num_experts, top_k).with_normalize(Normalize::None);
         let experts = ["w1", "v1", "w2"].map(|part| file.float::<T>(&name(part)));
         let (x, ids, route_weights) = (file.float::<T>(&name("x")), file.u32(&name("indices")), file.float::<f32>(&name("weights_f32")));
         let (layer, want) = (Layer { shape, router: vec![T::default(); num_experts * d_model], experts }, file.f64(&name("out")));
@@ -211,7 +213,7 @@ fn goldens_of_transformers() {
                 return;
             }
             let placed = layer.placed(stream);
-            let Weights { w1, v1, w2, .. } = placed.weights();
+            let [w1, v1, w2] = placed.matrices();
             let mut buffers = RoutingBuffers::new(stream, num_tokens, top_k, num_experts).unwrap();
             let routing = Routing::from_host(stream, &ids, &route_weights, &mut buffers).unwrap();
             let x = Guarded::with(stream, &x, num_tokens, d_model, 0);
@@ -237,7 +239,7 @@ fn goldens_of_transformers() {
 /// The layer on the emulated GPU and on the CPU are the same function.
 #[test]
 fn devices_agree_in_f32() {
-    let shape = Shape { d_model: 64, d_ffn: 96, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(64, 96, 16, 4);
     let (layer, x) = (Layer::<f32>::random(shape, 9), normal::<f32>(10, 33 * 64, 1.0));
     let (want, want_ids, _) = forward(&device::cpu(1), &layer, &x, 33);
     device::each_schedule(|stream| {
@@ -251,7 +253,7 @@ fn devices_agree_in_f32() {
 /// Recorded once and replayed with other tokens and another routing: nothing of the layer asks the host for a count. A batch of
 /// `fewer` tokens of the same class may be padded to the graph's: its tokens' bits are the same.
 fn one_graph_serves_every_routing(tokens: usize, fewer: usize, route_and_sort: &[&str], form: &str) {
-    let shape = Shape { d_model: 72, d_ffn: 40, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(72, 40, 8, 2);
     let layer = Layer::<Bf16>::random(shape, 11);
     let (driver, stream) = device::emulated();
     let stream = &stream;
@@ -306,7 +308,7 @@ fn graphs_of_every_class() {
 /// show, and the bits are those of a product that gathers its rows itself. A NaN stays in its token.
 #[test]
 fn sorting_rows_first_changes_no_bit() {
-    let shape = Shape { d_model: 72, d_ffn: 24, num_experts: 3, top_k: 2, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(72, 24, 3, 2);
     let layer = Layer::<Bf16>::random(shape, 16);
     let (tokens, d, rows) = (65, shape.d_model, 65 * shape.top_k);
     let mut x = normal::<Bf16>(17, tokens * d, 1.0);
@@ -325,9 +327,9 @@ fn sorting_rows_first_changes_no_bit() {
         let routing = router::route(stream, logits.view(), shape.normalize, &mut buffers).unwrap();
         let [mut hidden, mut outputs, mut y] =
             [(rows, shape.d_ffn), (rows, d), (tokens, d)].map(|(rows, cols)| Guarded::<Bf16>::new(stream, rows, cols, 0, POISONS[0]));
-        let gathered = routing.gathered_rows();
-        grouped_gemm::glu_nt(stream, x.view(), weights.w1, weights.v1, gathered, &mut hidden.view_mut()).unwrap();
-        grouped_gemm::nn(stream, hidden.view(), weights.w2, routing.expert_rows(), &mut outputs.view_mut()).unwrap();
+        let (gathered, [w1, v1, w2]) = (routing.gathered_rows(), placed.matrices());
+        grouped_gemm::glu_nt(stream, x.view(), w1, v1, gathered, &mut hidden.view_mut()).unwrap();
+        grouped_gemm::nn(stream, hidden.view(), w2, routing.expert_rows(), &mut outputs.view_mut()).unwrap();
         permute::combine(stream, outputs.view(), &routing, &mut y.view_mut()).unwrap();
         same_bits(&got, &y.take(stream));
         assert!(got.iter().enumerate().all(|(at, y)| y.to_f32().is_nan() == (at / d == 64)));
@@ -337,7 +339,7 @@ fn sorting_rows_first_changes_no_bit() {
 /// Every T around the classes of few rows, whose kernels take 8, 32 or 64 of an expert's rows at once.
 #[test]
 fn every_small_batch_against_oracle() {
-    let shape = Shape { d_model: 24, d_ffn: 72, num_experts: 5, top_k: 2, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(24, 72, 5, 2);
     for num_tokens in 0..=70 {
         case::<Bf16, Bf16>(shape, 7, num_tokens, |stream| stream.place() != dropless::Place::Host);
     }
@@ -349,7 +351,7 @@ fn each_weight_byte_is_loaded_once() {
     if device::hardware_only() {
         return; // counts the emulator's bytes
     }
-    let shape = Shape { d_model: 136, d_ffn: 200, num_experts: 16, top_k: 4, normalize: Normalize::P(1.0) };
+    let shape = Shape::new(136, 200, 16, 4);
     let layer = Layer::<Bf16>::random(shape, 14);
     for num_tokens in [1, 2, 4, 8, 9, 32, 33, 64] {
         let (driver, stream) = device::emulated();
@@ -417,26 +419,31 @@ proptest! {
 fn impossible_plans_are_refused() {
     let text = |shape: Shape, tokens: usize| Plan::<f32>::new(shape, tokens).unwrap_err().to_string();
     let good = SHAPES[0];
-    assert_eq!(text(Shape { top_k: 0, ..good }, 1), "moe: `top_k` must be between 1 and num_experts, got 0");
-    assert_eq!(text(Shape { top_k: 5, ..good }, 1), "moe: `top_k` must be between 1 and num_experts, got 5");
-    assert_eq!(text(Shape { num_experts: 257, ..good }, 1), "moe: num_experts is 257, must be <= 256");
+    let but = |change: fn(&mut Shape)| {
+        let mut shape = good;
+        change(&mut shape);
+        shape
+    };
+    assert_eq!(text(but(|shape| shape.top_k = 0), 1), "moe: `top_k` must be between 1 and num_experts, got 0");
+    assert_eq!(text(but(|shape| shape.top_k = 5), 1), "moe: `top_k` must be between 1 and num_experts, got 5");
+    assert_eq!(text(but(|shape| shape.num_experts = 257), 1), "moe: num_experts is 257, must be <= 256");
     assert_eq!(text(good, 1 << 30), "moe: max_tokens * top_k is 2147483648, must be <= 2147483647");
-    let nan = Shape { normalize: Normalize::P(0.0), ..good };
+    let nan = good.with_normalize(Normalize::P(0.0));
     assert_eq!(text(nan, 1), "moe: `normalize` must be a norm of positive and finite p, got 0");
-    assert!(Plan::<f32>::new(Shape { d_ffn: usize::MAX / 8, ..good }, 9).is_err());
+    assert!(Plan::<f32>::new(but(|shape| shape.d_ffn = usize::MAX / 8), 9).is_err());
     let widest = "18446744073709551615, must be <= 9223372036854775807";
-    assert_eq!(text(Shape { d_ffn: usize::MAX, ..good }, 9), format!("moe: d_ffn is {widest}"));
-    assert_eq!(text(Shape { d_model: usize::MAX, ..good }, 9), format!("moe: d_model is {widest}"));
+    assert_eq!(text(but(|shape| shape.d_ffn = usize::MAX), 9), format!("moe: d_ffn is {widest}"));
+    assert_eq!(text(but(|shape| shape.d_model = usize::MAX), 9), format!("moe: d_model is {widest}"));
     // Each part fits in the address space, all together do not.
     let wide = 3 * (isize::MAX as usize / 4 / 5); // of f32, three fifths of it
-    let together = text(Shape { d_model: wide, d_ffn: wide, num_experts: 1, top_k: 1, ..good }, 1);
+    let together = text(Shape::new(wide, wide, 1, 1), 1);
     assert!(together.starts_with("moe: workspace bytes is 110680464442257"), "{together}");
 }
 
 /// What the steps of a layer would refuse one by one is refused before the first of them: types, and where rows begin.
 #[test]
 fn a_gpu_refuses_before_the_first_step() {
-    let shape = Shape { d_model: 8, d_ffn: 8, num_experts: 2, top_k: 1, normalize: Normalize::None };
+    let shape = Shape::new(8, 8, 2, 1).with_normalize(Normalize::None);
     let driver = Arc::new(Recorder::default());
     let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
     let plan = Plan::<f32>::new(shape, 3).unwrap();
@@ -448,7 +455,7 @@ fn a_gpu_refuses_before_the_first_step() {
     let x = Buffer::<f32>::zeros(&stream, 3 * 12).unwrap();
     let at = |rows, first| x.rows(rows, 12).unwrap().col_range(first..first + 8).unwrap();
     let good = placed.weights();
-    let mut refused = |x: Rows<'_, f32>, weights: Weights<'_, f32>, first: usize| {
+    let mut refused = |x: Rows<'_, f32>, weights: Weights<'_>, first: usize| {
         let mut y = rows.rows_mut(3, 12).unwrap().col_range(first..first + 8).unwrap();
         let before = driver.launches().len();
         let error = moe::forward(&stream, &plan, x, &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).err();
@@ -457,7 +464,7 @@ fn a_gpu_refuses_before_the_first_step() {
     };
     let misplaced = |arg| Some(format!("moe: `{arg}` must have a first address that is a multiple of 16 bytes, remainder 0, got 4"));
     assert_eq!(refused(at(3, 1), good, 0), misplaced("x"));
-    assert_eq!(refused(at(3, 0), Weights { router: at(2, 1), ..good }, 0), misplaced("router"));
+    assert_eq!(refused(at(3, 0), Weights::new(at(2, 1), good.experts), 0), misplaced("router"));
     assert_eq!(refused(at(3, 0), good, 1), misplaced("y"));
     assert_eq!(refused(at(3, 4), good, 4), None);
 
@@ -466,7 +473,7 @@ fn a_gpu_refuses_before_the_first_step() {
     let before = driver.launches().len();
     let (weights, mut y) = (placed.weights(), y.rows_mut(3, 8).unwrap());
     let error = moe::forward(&stream, &plan, at(3, 0), &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).unwrap_err();
-    assert_eq!(error.to_string(), "moe: weights of type bf16 is not supported here; supported: f32");
+    assert_eq!(error.to_string(), "moe: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32");
     assert_eq!(driver.launches().len(), before);
 }
 
@@ -477,7 +484,7 @@ fn refusals_write_nothing() {
     let plan = Plan::<f32>::new(SHAPES[0], 5).unwrap();
     let x = normal::<f32>(6, 6 * 24, 1.0);
     // The first five tokens with the plan, the weights and the memory given: the text of the refusal.
-    let refused = |tokens: usize, cols: usize, out_rows: usize, weights: Weights<'_, f32>, routing: [usize; 3], missing_bytes: usize| {
+    let refused = |tokens: usize, cols: usize, out_rows: usize, weights: Weights<'_>, routing: [usize; 3], missing_bytes: usize| {
         let mut workspace = Workspace::new(&stream, plan.workspace_bytes() - missing_bytes).unwrap();
         let mut buffers = RoutingBuffers::new(&stream, routing[0], routing[1], routing[2]).unwrap();
         let x = Rows::from_slice(&x, tokens, cols).unwrap();
@@ -498,10 +505,19 @@ fn refusals_write_nothing() {
     assert_eq!(refused(5, 24, 5, good, [5, 3, 4], 0), "moe: `routing` must be [k, E] = [2, 4], got [3, 4]");
     let (need, have) = (plan.workspace_bytes(), plan.workspace_bytes() - 4);
     assert_eq!(refused(5, 24, 5, good, fits, 4), format!("moe: needs {need} workspace bytes, has {have}"));
+    let [w1, _, w2] = placed.matrices();
     let router = good.router.row_range(0..3).unwrap();
-    assert_eq!(refused(5, 24, 5, Weights { router, ..good }, fits, 0), "moe: `router` must be [E, D] = [4, 24], got [3, 24]");
-    let short = ExpertWeights::nk(good.v1.stacked().row_range(0..80).unwrap(), 4).unwrap();
-    assert_eq!(refused(5, 24, 5, Weights { v1: short, ..good }, fits, 0), "moe: `v1` must be [E, F, D] = [4, 40, 24], got [4, 20, 24]");
-    let turned = ExpertWeights::nk(good.w2.stacked(), 4).unwrap();
-    assert_eq!(refused(5, 24, 5, Weights { w2: turned, ..good }, fits, 0), "moe: weight order Nk is not supported here; supported: Kn");
+    assert_eq!(refused(5, 24, 5, Weights::new(router, good.experts), fits, 0), "moe: `router` must be [E, D] = [4, 24], got [3, 24]");
+    let short = ExpertWeights::nk(placed.experts[1].view().row_range(0..80).unwrap(), 4).unwrap();
+    let experts = Experts::gated(w1, short, w2);
+    assert_eq!(
+        refused(5, 24, 5, Weights::new(good.router, experts), fits, 0),
+        "moe: `up` must be [E, F, D] = [4, 40, 24], got [4, 20, 24]"
+    );
+    let turned = ExpertWeights::nk(placed.experts[2].view(), 4).unwrap();
+    let experts = Experts::gated(w1, w1, turned);
+    assert_eq!(
+        refused(5, 24, 5, Weights::new(good.router, experts), fits, 0),
+        "moe: `down` must be [E, D, F] = [4, 24, 40], got [4, 40, 24]"
+    );
 }

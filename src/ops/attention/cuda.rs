@@ -19,7 +19,7 @@ fn shared_bytes(heads: HeadLayout) -> usize {
 /// What the kernel needs beyond the contract.
 pub(super) fn check(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
     if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
-        return Err(Error::Unsupported { op: Op::Attention, what: "head_dim", got: "beyond 1280", supported: "up to 1280" });
+        return Err(Error::unsupported(Op::Attention, "head_dim", "beyond 1280", "up to 1280"));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! CUDA backend of `block_sparse`: which kernel takes which call. Callers have checked shapes and types.
+//! CUDA backend of `block_sparse`: the table of its kernels, and which takes which call. Callers have checked shapes and types.
 
 mod plain;
 mod tiled;
@@ -6,12 +6,93 @@ mod tiled;
 pub(super) use plain::arrange;
 
 use super::{Dense, Sparse};
-use crate::device::Stream;
-use crate::device::params::AxisParams;
-use crate::dtype::{Element, Float};
-use crate::error::Error;
+use crate::device::kernel::{Kernel, Types, find};
+use crate::device::params::{AxisParams, BLOCK_TILED_SHARED_BYTES, PLAIN_THREADS, PLAIN_TILE, TILED_COLS, TILED_THREADS};
+use crate::device::{Stream, image};
+use crate::dtype::{DType, Element, Float};
+use crate::error::{Error, Op};
 use crate::layout::{Axis, Topology};
 use crate::view::RowsMut;
+
+/// What a kernel of this table computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Every product on the tensor cores, of operands that are transposed in memory or not.
+    Tiled { transposed: [bool; 2], block: usize },
+    /// `sdd`, for every shape and alignment.
+    Sdd,
+    /// `dsd` and `dds`, likewise.
+    Dsd,
+    /// The list of blocks.
+    Arrange,
+}
+
+pub static KERNELS: &[Kernel<Key>] = &[
+    tiled("block_sparse_nn_bf16_128", [false, false], 128, Types::all(DType::Bf16)),
+    tiled("block_sparse_nn_bf16_128", [false, false], 128, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_nn_bf16_64", [false, false], 64, Types::all(DType::Bf16)),
+    tiled("block_sparse_nn_bf16_64", [false, false], 64, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_nn_f16_128", [false, false], 128, Types::all(DType::F16)),
+    tiled("block_sparse_nn_f16_128", [false, false], 128, Types::to_f32(DType::F16)),
+    tiled("block_sparse_nn_f16_64", [false, false], 64, Types::all(DType::F16)),
+    tiled("block_sparse_nn_f16_64", [false, false], 64, Types::to_f32(DType::F16)),
+    tiled("block_sparse_nt_bf16_128", [false, true], 128, Types::all(DType::Bf16)),
+    tiled("block_sparse_nt_bf16_128", [false, true], 128, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_nt_bf16_64", [false, true], 64, Types::all(DType::Bf16)),
+    tiled("block_sparse_nt_bf16_64", [false, true], 64, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_nt_f16_128", [false, true], 128, Types::all(DType::F16)),
+    tiled("block_sparse_nt_f16_128", [false, true], 128, Types::to_f32(DType::F16)),
+    tiled("block_sparse_nt_f16_64", [false, true], 64, Types::all(DType::F16)),
+    tiled("block_sparse_nt_f16_64", [false, true], 64, Types::to_f32(DType::F16)),
+    tiled("block_sparse_tn_bf16_128", [true, false], 128, Types::all(DType::Bf16)),
+    tiled("block_sparse_tn_bf16_128", [true, false], 128, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_tn_bf16_64", [true, false], 64, Types::all(DType::Bf16)),
+    tiled("block_sparse_tn_bf16_64", [true, false], 64, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_tn_f16_128", [true, false], 128, Types::all(DType::F16)),
+    tiled("block_sparse_tn_f16_128", [true, false], 128, Types::to_f32(DType::F16)),
+    tiled("block_sparse_tn_f16_64", [true, false], 64, Types::all(DType::F16)),
+    tiled("block_sparse_tn_f16_64", [true, false], 64, Types::to_f32(DType::F16)),
+    tiled("block_sparse_tt_bf16_128", [true, true], 128, Types::all(DType::Bf16)),
+    tiled("block_sparse_tt_bf16_128", [true, true], 128, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_tt_bf16_64", [true, true], 64, Types::all(DType::Bf16)),
+    tiled("block_sparse_tt_bf16_64", [true, true], 64, Types::to_f32(DType::Bf16)),
+    tiled("block_sparse_tt_f16_128", [true, true], 128, Types::all(DType::F16)),
+    tiled("block_sparse_tt_f16_128", [true, true], 128, Types::to_f32(DType::F16)),
+    tiled("block_sparse_tt_f16_64", [true, true], 64, Types::all(DType::F16)),
+    tiled("block_sparse_tt_f16_64", [true, true], 64, Types::to_f32(DType::F16)),
+    plain("block_sparse_sdd_f32", Key::Sdd, Types::all(DType::F32)),
+    plain("block_sparse_sdd_bf16", Key::Sdd, Types::all(DType::Bf16)),
+    plain("block_sparse_sdd_f16", Key::Sdd, Types::all(DType::F16)),
+    plain("block_sparse_sdd_bf16_to_f32", Key::Sdd, Types::to_f32(DType::Bf16)),
+    plain("block_sparse_sdd_f16_to_f32", Key::Sdd, Types::to_f32(DType::F16)),
+    plain("block_sparse_dsd_f32", Key::Dsd, Types::all(DType::F32)),
+    plain("block_sparse_dsd_bf16", Key::Dsd, Types::all(DType::Bf16)),
+    plain("block_sparse_dsd_f16", Key::Dsd, Types::all(DType::F16)),
+    plain("block_sparse_dsd_bf16_to_f32", Key::Dsd, Types::to_f32(DType::Bf16)),
+    plain("block_sparse_dsd_f16_to_f32", Key::Dsd, Types::to_f32(DType::F16)),
+    plain("block_sparse_arrange", Key::Arrange, Types::all(DType::U32)),
+];
+
+const fn tiled(entry: &'static str, transposed: [bool; 2], block: usize, types: Types) -> Kernel<Key> {
+    Kernel {
+        form: "tiled",
+        tile: [block as u32, TILED_COLS],
+        threads: TILED_THREADS,
+        shared_bytes: BLOCK_TILED_SHARED_BYTES,
+        needs_vectors: true,
+        ..Kernel::new(&image::BLOCK_SPARSE, entry, Key::Tiled { transposed, block }, types)
+    }
+}
+
+const fn plain(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
+    let tile = [PLAIN_TILE, PLAIN_TILE];
+    Kernel { tile, threads: PLAIN_THREADS, ..Kernel::new(&image::BLOCK_SPARSE_PLAIN, entry, key, types) }
+}
+
+/// What the kernels need beyond the contract: the plain ones serve every shape, so that their types are those that are served.
+pub(super) fn check<A: Float, B: Float, O: Float>() -> Result<(), Error> {
+    find(Op::BlockSparse, KERNELS, Key::Dsd, Types { x: A::DTYPE, w: B::DTYPE, y: O::DTYPE }, |_| true).map(|_| ())
+}
 
 pub(super) fn sdd<A: Float, B: Float, O: Float>(
     stream: &Stream,
@@ -61,6 +142,11 @@ fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &SparseDense<'_>, 
         return tiled::sparse_dense::<T, O>(stream, product, y);
     }
     plain::sparse_dense::<T, O>(stream, product, y)
+}
+
+/// Operands of one type, and results.
+fn types<T: Float, O: Float>() -> Types {
+    Types { y: O::DTYPE, ..Types::all(T::DTYPE) }
 }
 
 /// A matrix in memory: its dimensions as they lie, and whether it is used transposed.

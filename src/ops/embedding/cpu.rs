@@ -5,19 +5,18 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::TokenIds;
 use crate::simd::{narrow, widen};
-use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
+use crate::view::{RowsMut, for_each_row, rows_per_task};
+use crate::weights::{WeightRows, with_rows};
 
 /// Elements that are in `f32`, on the stack, between one type and the other.
 const BLOCK: usize = 512;
 
-pub(super) fn lookup<A: Float, W: Float>(
-    stream: &Stream,
-    ids: TokenIds<'_>,
-    table: Rows<'_, W>,
-    y: &mut RowsMut<'_, A>,
-) -> Result<(), Error> {
-    let (ids, table) = (ids.ids().host().row(0), table.host());
-    for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize)));
+pub(super) fn lookup<A: Float>(stream: &Stream, ids: TokenIds<'_>, table: WeightRows<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+    let ids = ids.ids().host().row(0);
+    with_rows!(table, table => {
+        let table = table.host();
+        for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize)));
+    });
     Ok(())
 }
 

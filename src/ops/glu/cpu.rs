@@ -2,25 +2,26 @@
 //!
 //! The activation is the one that `grouped_gemm::glu_nt` applies to its sums, so that both give the same bits.
 
+use crate::activation::Glu;
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::simd::{narrow, silu_mul, widen};
+use crate::simd::{glu_mul, narrow, widen};
 use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 
 /// Elements that are in `f32`, on the stack, at a time.
 const BLOCK: usize = 512;
 
-pub(super) fn glu<T: Float>(stream: &Stream, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
+pub(super) fn gated<T: Float>(stream: &Stream, glu: Glu, gate: Rows<'_, T>, up: Rows<'_, T>, y: &mut RowsMut<'_, T>) -> Result<(), Error> {
     let (gate, up, cols) = (gate.host(), up.host(), gate.cols());
     for_each_row(stream, y.host(), rows_per_task(cols), |row, y| {
-        let (mut silu, mut factor) = ([0f32; BLOCK], [0f32; BLOCK]);
+        let (mut sums, mut factor) = ([0f32; BLOCK], [0f32; BLOCK]);
         for ((gate, up), y) in gate.row(row).chunks(BLOCK).zip(up.row(row).chunks(BLOCK)).zip(y.chunks_mut(BLOCK)) {
-            let (silu, factor) = (&mut silu[..y.len()], &mut factor[..y.len()]);
-            widen(silu, gate);
+            let (sums, factor) = (&mut sums[..y.len()], &mut factor[..y.len()]);
+            widen(sums, gate);
             widen(factor, up);
-            silu_mul(silu, factor);
-            narrow(y, silu);
+            glu_mul(sums, factor, glu);
+            narrow(y, sums);
         }
     });
     Ok(())
@@ -38,7 +39,7 @@ mod tests {
         let gate: Vec<f32> = (0..cols).map(|i| (i % 97) as f32 / 7.0 - 6.0).collect();
         let up: Vec<f32> = (0..cols).map(|i| (i % 89) as f32 / 9.0 - 4.0).collect();
         let mut want = gate.clone();
-        silu_mul(&mut want, &up);
+        glu_mul(&mut want, &up, Glu::Silu);
         // On a thread of its own, whose scratch nobody has used.
         let (got, held) = std::thread::scope(|scope| {
             let compute = || {

@@ -15,14 +15,17 @@
 
 use std::ops::Range;
 
+use super::Product;
 use crate::device::Stream;
 use crate::dtype::Float;
+use crate::epilogue::{Finish, Formula};
 use crate::error::Error;
-use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
+use crate::layout::{ExpertRows, WeightOrder};
 use crate::shape::round_up;
 use crate::simd::gemm::{A_STRIDE, AHEAD, KC, NR, add_product, add_rows, dots, pack_kn, pack_nk};
-use crate::simd::{Ahead, LANES, narrow, prefetch, silu_mul, widen, with_scratch};
-use crate::view::{HostRows, Rows, RowsMut, TileMut, Tiling};
+use crate::simd::{Ahead, LANES, activate, glu_mul, narrow, prefetch, widen, with_scratch};
+use crate::view::{HostRows, RowsMut, TileMut, Tiling};
+use crate::weights::{WeightRows, with_rows};
 
 /// Up to this many rows of an expert, reading its weights takes longer than the arithmetic, or not much less.
 const FEW_ROWS: usize = 16;
@@ -39,31 +42,31 @@ const CHAINS: usize = 4096;
 
 const _: () = assert!(CHAINS <= KC * NR && CHAINS >= FEW_ROWS * NR);
 
-/// One product per weight argument, stored as it is, or two, stored as `silu(first) * second`.
-pub(super) fn product<A: Float, W: Float, O: Float, const P: usize>(
+pub(super) fn product<A: Float, O: Float, const P: usize>(
     stream: &Stream,
-    x: Rows<'_, A>,
-    weights: [ExpertWeights<'_, W>; P],
-    rows: ExpertRows<'_>,
+    product: Product<'_, A, P>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
     const { assert!(P == 1 || P == 2) };
-    let (x, cols) = (x.host(), y.cols());
-    let few = rows.rows() <= FEW_ROWS * rows.num_experts();
+    let Product { x, weights, rows, finish } = product;
+    let (x, cols, order) = (x.host(), y.cols(), weights[0].order());
+    let few = rows.asked_class().map_or(rows.rows() <= FEW_ROWS * rows.num_experts(), |max_rows| max_rows <= FEW_ROWS);
     rows.with_offsets(|offsets| {
         let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
-        let col_block = col_block(weights[0].order(), few, cols, groups.max(1), stream.workers().threads());
+        let col_block = col_block(order, few, cols, groups.max(1), stream.workers().threads());
         let tiling = Tiling::new(offsets, cols, ROW_BLOCK, col_block);
         y.host().for_each_tile(stream, &tiling, |tile| {
-            let product = Product {
+            let of_tile = TileProduct {
                 x,
                 rows: &rows,
-                weights: weights.map(|w| w.expert(tile.group).host()),
-                order: weights[0].order(),
+                weights: weights.map(|w| w.expert(tile.group)),
+                order,
+                expert: tile.group,
+                finish: &finish,
                 out_rows: tile.rows.clone(),
                 out_cols: tile.cols.clone(),
             };
-            product.compute(few, tile);
+            of_tile.compute(few, tile);
         });
     });
     Ok(())
@@ -86,12 +89,14 @@ fn cuts_of_rows(groups: usize, threads: usize) -> usize {
 }
 
 /// What a tile is computed from.
-struct Product<'a, A, W, const P: usize> {
+struct TileProduct<'a, A, const P: usize> {
     x: HostRows<'a, A>,
     rows: &'a ExpertRows<'a>,
     /// One expert's matrices, all in the same order.
-    weights: [HostRows<'a, W>; P],
+    weights: [WeightRows<'a>; P],
     order: WeightOrder,
+    expert: usize,
+    finish: &'a Finish<'a, P>,
     /// The tile's place in the output.
     out_rows: Range<usize>,
     out_cols: Range<usize>,
@@ -117,7 +122,7 @@ struct Panel {
     k: Range<usize>,
 }
 
-impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
+impl<A: Float, const P: usize> TileProduct<'_, A, P> {
     fn compute<O: Float>(&self, few: bool, mut tile: TileMut<'_, O>) {
         let (num_rows, num_cols) = (self.out_rows.len(), self.out_cols.len());
         let stride = round_up(num_cols, NR);
@@ -138,13 +143,25 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             let (first, second) = data.split_at_mut(len);
             for row in 0..num_rows {
                 let at = row * stride..row * stride + num_cols;
-                let sums = &mut first[at.clone()];
-                if P == 2 {
-                    silu_mul(sums, &second[at]);
-                }
-                narrow(tile.row_mut(row), sums);
+                let (first, second) = (&mut first[at.clone()], if P == 2 { &mut second[at] } else { &mut [] });
+                self.finish(first, second);
+                narrow(tile.row_mut(row), first);
             }
         });
+    }
+
+    /// What becomes of a row's sums, in `first`. The second product's are changed, too.
+    fn finish(&self, first: &mut [f32], second: &mut [f32]) {
+        let Finish { biases, formula } = self.finish;
+        for (bias, sums) in biases.iter().zip([&mut *first, &mut *second]) {
+            if let Some(bias) = bias {
+                bias.add_to(sums, self.expert, self.out_cols.start);
+            }
+        }
+        match *formula {
+            Formula::One(activation) => activate(first, activation),
+            Formula::Two(glu) => glu_mul(first, second, glu),
+        }
     }
 
     /// A block of k of an input row.
@@ -153,7 +170,7 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
     }
 
     /// The blocks of k.
-    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<A, W, P> {
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<A, P> {
         let num_k = self.x.cols();
         (0..num_k).step_by(KC).map(move |k| k..num_k.min(k + KC))
     }
@@ -178,7 +195,10 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             widen(&mut x[..num_k], self.input(row, 0..num_k));
         }
         for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
-            dots(x, x_stride, cols, |col| ahead(weights, self.out_cols.start + col, 0..num_k), sums_of, sums.stride);
+            with_rows!(weights, weights => {
+                let weights = weights.host();
+                dots(x, x_stride, cols, |col| ahead(&weights, self.out_cols.start + col, 0..num_k), sums_of, sums.stride);
+            });
         }
     }
 
@@ -191,8 +211,12 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
             for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
                 for first in self.out_cols.clone().step_by(width) {
                     let cols = first..self.out_cols.end.min(first + width);
-                    let row = |step| ahead(weights, k.start + step, cols.clone());
-                    add_rows(a, k.len(), row, chains, &mut sums_of[first - self.out_cols.start..], sums.stride);
+                    let sums_of = &mut sums_of[first - self.out_cols.start..];
+                    with_rows!(weights, weights => {
+                        let weights = weights.host();
+                        let row = |step| ahead(&weights, k.start + step, cols.clone());
+                        add_rows(a, k.len(), row, chains, sums_of, sums.stride);
+                    });
                 }
             }
         }
@@ -227,21 +251,27 @@ impl<A: Float, W: Float, const P: usize> Product<'_, A, W, P> {
 
     /// Writes a panel as `[k, NR]`. Columns beyond its own keep what was there.
     fn pack(&self, panel: &Panel, to: &mut [f32]) {
-        let (weights, Panel { cols, k, .. }) = (&self.weights[panel.product], panel);
-        match self.order {
-            WeightOrder::Nk => pack_nk(cols.len(), |col| &weights.row(cols.start + col)[k.clone()], to),
-            WeightOrder::Kn => pack_kn(k.len(), |step| &weights.row(k.start + step)[cols.clone()], to),
-        }
+        let Panel { product, cols, k } = panel;
+        with_rows!(&self.weights[*product], weights => {
+            let weights = weights.host();
+            match self.order {
+                WeightOrder::Nk => pack_nk(cols.len(), |col| &weights.row(cols.start + col)[k.clone()], to),
+                WeightOrder::Kn => pack_kn(k.len(), |step| &weights.row(k.start + step)[cols.clone()], to),
+            }
+        });
     }
 
     /// Where a panel's weights lie.
     fn ahead(&self, panel: &Panel) -> Ahead {
-        let (weights, Panel { cols, k, .. }) = (&self.weights[panel.product], panel);
+        let Panel { product, cols, k } = panel;
         let mut ahead = Ahead::default();
-        match self.order {
-            WeightOrder::Nk => ahead.list(cols.len(), |col| &weights.row(cols.start + col)[k.clone()]),
-            WeightOrder::Kn => ahead.list(k.len(), |step| &weights.row(k.start + step)[cols.clone()]),
-        }
+        with_rows!(&self.weights[*product], weights => {
+            let weights = weights.host();
+            match self.order {
+                WeightOrder::Nk => ahead.list(cols.len(), |col| &weights.row(cols.start + col)[k.clone()]),
+                WeightOrder::Kn => ahead.list(k.len(), |step| &weights.row(k.start + step)[cols.clone()]),
+            }
+        });
         ahead
     }
 }

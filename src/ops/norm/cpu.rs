@@ -11,38 +11,45 @@ use crate::dtype::Float;
 use crate::error::Error;
 use crate::simd::{add_scaled, narrow, widen};
 use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
+use crate::weights::{WeightRows, with_rows};
 
 /// Elements that are in `f32`, on the stack, at a time.
 const BLOCK: usize = 512;
 /// Partial sums of a block.
 const LANES: usize = 16;
 
-pub(super) fn norm<A: Float, W: Float>(
+pub(super) fn norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (x, weight) = (x.host(), weight.host().row(0));
-    for_each_row(stream, y.host(), rows_per_task(x.cols()), |row, y| normalize(kind, x.row(row), weight, eps, y));
+    let x = x.host();
+    with_rows!(weight, weight => {
+        let weight = weight.host().row(0);
+        for_each_row(stream, y.host(), rows_per_task(x.cols()), |row, y| normalize(kind, x.row(row), weight, eps, y));
+    });
     Ok(())
 }
 
-pub(super) fn add_norm<A: Float, W: Float>(
+pub(super) fn add_norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
     residual: &mut RowsMut<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (x, weight) = (x.host(), weight.host().row(0));
-    for_each_row(stream, (residual.host(), y.host()), rows_per_task(x.cols()), |row, (residual, y)| {
-        add(residual, x.row(row));
-        normalize(kind, residual, weight, eps, y);
+    let x = x.host();
+    with_rows!(weight, weight => {
+        let weight = weight.host().row(0);
+        for_each_row(stream, (residual.host(), y.host()), rows_per_task(x.cols()), |row, (residual, y)| {
+            add(residual, x.row(row));
+            normalize(kind, residual, weight, eps, y);
+        });
     });
     Ok(())
 }

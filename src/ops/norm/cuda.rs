@@ -2,62 +2,83 @@
 #![allow(unsafe_code)] // the launch
 
 use super::Kind;
+use crate::device::kernel::{Kernel, Types, find};
 use crate::device::params::NormParams;
 use crate::device::{Stream, image};
-use crate::dtype::Float;
-use crate::error::{Error, Op, check_one_type};
+use crate::dtype::{DType, Float};
+use crate::error::{Error, Op};
 use crate::view::{Rows, RowsMut};
+use crate::weights::WeightRows;
+
+/// Which norm, and whether a residual is added first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    kind: Kind,
+    adds: bool,
+}
+
+const LAYER: Key = Key { kind: Kind::Layer, adds: false };
+const RMS: Key = Key { kind: Kind::Rms, adds: false };
+const ADD_LAYER: Key = Key { adds: true, ..LAYER };
+const ADD_RMS: Key = Key { adds: true, ..RMS };
+
+pub static KERNELS: &[Kernel<Key>] = &[
+    Kernel::new(&image::NORM, "norm_layer_f32", LAYER, Types::all(DType::F32)),
+    Kernel::new(&image::NORM, "norm_layer_bf16", LAYER, Types::all(DType::Bf16)),
+    Kernel::new(&image::NORM, "norm_layer_f16", LAYER, Types::all(DType::F16)),
+    Kernel::new(&image::NORM, "norm_rms_f32", RMS, Types::all(DType::F32)),
+    Kernel::new(&image::NORM, "norm_rms_bf16", RMS, Types::all(DType::Bf16)),
+    Kernel::new(&image::NORM, "norm_rms_f16", RMS, Types::all(DType::F16)),
+    Kernel::new(&image::NORM, "norm_add_layer_f32", ADD_LAYER, Types::all(DType::F32)),
+    Kernel::new(&image::NORM, "norm_add_layer_bf16", ADD_LAYER, Types::all(DType::Bf16)),
+    Kernel::new(&image::NORM, "norm_add_layer_f16", ADD_LAYER, Types::all(DType::F16)),
+    Kernel::new(&image::NORM, "norm_add_rms_f32", ADD_RMS, Types::all(DType::F32)),
+    Kernel::new(&image::NORM, "norm_add_rms_bf16", ADD_RMS, Types::all(DType::Bf16)),
+    Kernel::new(&image::NORM, "norm_add_rms_f16", ADD_RMS, Types::all(DType::F16)),
+];
 
 /// Elements of a row that one thread holds in registers: `ELEMS_PER_THREAD` of the kernel.
 const ELEMS_PER_THREAD: usize = 16;
 const MAX_THREADS: usize = 1024;
 
 /// What the kernels need beyond the contract.
-pub(super) fn check<A: Float, W: Float>([num_tokens, d_model]: [usize; 2]) -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Norm, "`weight` of type")?;
+pub(super) fn check<A: Float>([num_tokens, d_model]: [usize; 2], weight: DType) -> Result<(), Error> {
+    find(Op::Norm, KERNELS, LAYER, Types { w: weight, ..Types::all(A::DTYPE) }, |_| true)?;
     if num_tokens > 0 && d_model > MAX_THREADS * ELEMS_PER_THREAD {
-        return Err(Error::Unsupported { op: Op::Norm, what: "D", got: "beyond 16384", supported: "up to 16384" });
+        return Err(Error::unsupported(Op::Norm, "D", "beyond 16384", "up to 16384"));
     }
     Ok(())
 }
 
-pub(super) fn norm<A: Float, W: Float>(
+pub(super) fn norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let entry = match kind {
-        Kind::Layer => entry!("norm_layer", A),
-        Kind::Rms => entry!("norm_rms", A),
-    };
-    launch(stream, entry, x, None, weight, eps, y)
+    launch(stream, Key { kind, adds: false }, x, None, weight, eps, y)
 }
 
-pub(super) fn add_norm<A: Float, W: Float>(
+pub(super) fn add_norm<A: Float>(
     stream: &Stream,
     kind: Kind,
     x: Rows<'_, A>,
     residual: &mut RowsMut<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let entry = match kind {
-        Kind::Layer => entry!("norm_add_layer", A),
-        Kind::Rms => entry!("norm_add_rms", A),
-    };
-    launch(stream, entry, x, Some(residual), weight, eps, y)
+    launch(stream, Key { kind, adds: true }, x, Some(residual), weight, eps, y)
 }
 
-fn launch<A: Float, W: Float>(
+fn launch<A: Float>(
     stream: &Stream,
-    entry: &'static str,
+    key: Key,
     x: Rows<'_, A>,
     residual: Option<&mut RowsMut<'_, A>>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     eps: f32,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
@@ -80,10 +101,12 @@ fn launch<A: Float, W: Float>(
         unused: 0,
     };
     let cuda = stream.cuda();
+    let kernel = find(Op::Norm, KERNELS, key, Types { w: weight.dtype(), ..Types::all(A::DTYPE) }, |_| true)?;
+    let grid = cuda.grid(num_tokens as u64, 1, threads::<A>(d_model));
     // SAFETY: `NormParams` is the struct of these entries; the views hold `num_tokens` rows of `d_model` elements at these
     // strides (the residual where the entry reads it, one row of weights), on this stream's device, and stay valid until the
     // work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { cuda.launch(Op::Norm, &image::NORM, entry, cuda.grid(num_tokens as u64, 1, threads::<A>(d_model)), &params) }
+    unsafe { cuda.launch_kernel(Op::Norm, kernel, grid, &params) }
 }
 
 /// Whole warps, as few as hold a row, with equal shares: from the width alone, because it decides the order of the sums.

@@ -7,6 +7,7 @@ use crate::layout::{MAX_EXPERTS, RoutingParts, index_slots};
 use crate::ops::router::Normalize;
 use crate::simd;
 use crate::view::{Rows, RowsMut, Tiling, for_each_row};
+use crate::weights::{WeightRows, with_rows};
 
 /// Tokens and experts of one task. A task reads each of its weight rows once and keeps its tokens in the cache.
 const TOKEN_BLOCK: usize = 8;
@@ -14,21 +15,24 @@ const EXPERT_BLOCK: usize = 4;
 /// Tokens of one task of `route`, which is cheap per token.
 const TOKENS_PER_TASK: usize = 32;
 
-pub(super) fn logits<A: Float, W: Float>(
+pub(super) fn logits<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    let (x, weight) = (x.host(), weight.host());
+    let x = x.host();
     let all_tokens = [0, x.rows() as u32];
     let tiling = Tiling::new(&all_tokens, weight.rows(), TOKEN_BLOCK, EXPERT_BLOCK);
-    logits.host().for_each_tile(stream, &tiling, |mut tile| {
-        for (column, expert) in tile.cols.clone().enumerate() {
-            for (row, token) in tile.rows.clone().enumerate() {
-                tile.row_mut(row)[column] = simd::dot(x.row(token), weight.row(expert));
+    with_rows!(weight, weight => {
+        let weight = weight.host();
+        logits.host().for_each_tile(stream, &tiling, |mut tile| {
+            for (column, expert) in tile.cols.clone().enumerate() {
+                for (row, token) in tile.rows.clone().enumerate() {
+                    tile.row_mut(row)[column] = simd::dot(x.row(token), weight.row(expert));
+                }
             }
-        }
+        });
     });
     Ok(())
 }

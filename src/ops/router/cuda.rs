@@ -3,12 +3,14 @@
 
 use super::Normalize;
 use crate::device::cuda::Grid;
+use crate::device::kernel::check_one_type;
 use crate::device::params::{ChooseParams, IndexParams, LogitsParams, RouteParams};
 use crate::device::{Stream, image};
-use crate::dtype::Float;
-use crate::error::{Error, Op, check_one_type};
+use crate::dtype::{DType, Float};
+use crate::error::{Error, Op};
 use crate::layout::RoutingParts;
 use crate::view::{Rows, RowsMut};
+use crate::weights::WeightRows;
 
 /// Of the kernel `logits`: tokens and experts of a block, and its threads.
 const TOKENS: u64 = 4;
@@ -22,14 +24,14 @@ const INDEX_THREADS: u32 = 1024;
 const MAX_ROUTE_TOKENS: usize = 128;
 
 /// What the kernel `logits` needs beyond the contract.
-pub(super) fn one_type<A: Float, W: Float>() -> Result<(), Error> {
-    check_one_type::<A, W>(Op::Router, "`weight` of type")
+pub(super) fn one_type<A: Float>(weight: DType) -> Result<(), Error> {
+    check_one_type(Op::Router, "`weight` of type", A::DTYPE, weight)
 }
 
-pub(super) fn logits<A: Float, W: Float>(
+pub(super) fn logits<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
-    weight: Rows<'_, W>,
+    weight: WeightRows<'_>,
     logits: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
     let [num_tokens, num_experts] = logits.dims();

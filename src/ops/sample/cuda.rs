@@ -1,10 +1,14 @@
 //! CUDA launch of `sample`. Callers have checked shapes and alignment.
 #![allow(unsafe_code)] // the launch
 
+use crate::device::kernel::{Kernel, Types};
 use crate::device::params::ArgmaxParams;
 use crate::device::{Stream, image};
+use crate::dtype::DType;
 use crate::error::{Error, Op};
 use crate::view::{Rows, RowsMut};
+
+pub static KERNELS: &[Kernel<()>] = &[Kernel::new(&image::SAMPLE, "sample_argmax", (), Types { y: DType::U32, ..Types::all(DType::F32) })];
 
 const MAX_THREADS: usize = 1024;
 
@@ -25,5 +29,5 @@ pub(super) fn argmax(stream: &Stream, logits: Rows<'_, f32>, ids: &mut RowsMut<'
     // SAFETY: `ArgmaxParams` is the struct of this entry; `logits` holds `num_tokens` rows of `vocabulary` elements, at least
     // one, and `ids` is packed; both are on this stream's device and stay valid until the work completes: buffers are freed in
     // stream order, raw views promise it.
-    unsafe { cuda.launch(Op::Sample, &image::SAMPLE, "sample_argmax", cuda.grid(num_tokens as u64, 1, threads), &params) }
+    unsafe { cuda.launch_kernel(Op::Sample, &KERNELS[0], cuda.grid(num_tokens as u64, 1, threads), &params) }
 }

@@ -1,18 +1,18 @@
 //! The plain form, for every type, shape and alignment, and the kernel that lists blocks: `cuda/block_sparse_plain.cu`.
 #![allow(unsafe_code)] // the launches
 
-use super::{Operand, SparseDense, axis};
+use super::{KERNELS, Key, Operand, SparseDense, axis, types};
+use crate::device::Stream;
 use crate::device::cuda::Grid;
-use crate::device::params::{ArrangeParams, DsdParams, SddParams};
-use crate::device::{Stream, image};
+use crate::device::kernel::{Types, find};
+use crate::device::params::{ArrangeParams, DsdParams, PLAIN_THREADS, PLAIN_TILE, SddParams};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
 use crate::layout::{ExpertRows, Topology};
 use crate::view::RowsMut;
 
-/// Of the plain kernels: rows and columns of a tile, and the threads that compute it.
-const TILE: u64 = 32;
-const THREADS: u32 = 64;
+/// Rows and columns of a tile.
+const TILE: u64 = PLAIN_TILE as u64;
 /// Blocks per SM of a large product.
 const BLOCKS_PER_SM: u64 = 16;
 /// Of the kernel `arrange`, a block for each block row and block column: the threads that write its blocks.
@@ -35,12 +35,13 @@ pub(in crate::ops::block_sparse) fn arrange(stream: &Stream, rows: ExpertRows<'_
         block_rows: topology.block_rows() as i64,
         block_cols: topology.block_cols() as i64,
     };
+    let kernel = find(Op::BlockSparse, KERNELS, Key::Arrange, Types::all(DType::U32), |_| true)?;
     let cuda = stream.cuda();
     let grid = cuda.grid((topology.block_rows() + topology.block_cols()) as u64 + 2, 1, ARRANGE_THREADS);
     // SAFETY: `ArrangeParams` is the struct of this entry; the offsets have the invariants of their type and the topology has room for
     // the blocks of any such offsets up to its rows, which these do not pass; both are on this stream's device and stay valid
     // until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { cuda.launch(Op::BlockSparse, &image::BLOCK_SPARSE_PLAIN, "block_sparse_arrange", grid, &params) }
+    unsafe { cuda.launch_kernel(Op::BlockSparse, kernel, grid, &params) }
 }
 
 pub(super) fn sdd<T: Float, O: Float>(
@@ -50,8 +51,7 @@ pub(super) fn sdd<T: Float, O: Float>(
     topology: &Topology,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    let to_f32 = ["block_sparse_sdd_bf16_to_f32", "block_sparse_sdd_f16_to_f32"];
-    let entry = entry::<T, O>(entry!("block_sparse_sdd", T), to_f32);
+    let kernel = find(Op::BlockSparse, KERNELS, Key::Sdd, types::<T, O>(), |_| true)?;
     let index = topology.addresses()?;
     let ([a_row, a_k], [b_k, b_col]) = (a.strides(), b.strides());
     let params = SddParams {
@@ -73,12 +73,11 @@ pub(super) fn sdd<T: Float, O: Float>(
     // SAFETY: `SddParams` is the struct of this entry; `a` and `b` have the rows, columns and k of the topology and of each other, `y`
     // room for every block; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
     // order, raw views promise it.
-    unsafe { stream.cuda().launch(Op::BlockSparse, &image::BLOCK_SPARSE_PLAIN, entry, grid, &params) }
+    unsafe { stream.cuda().launch_kernel(Op::BlockSparse, kernel, grid, &params) }
 }
 
 pub(super) fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &SparseDense<'_>, y: &mut RowsMut<'_, O>) -> Result<(), Error> {
-    let to_f32 = ["block_sparse_dsd_bf16_to_f32", "block_sparse_dsd_f16_to_f32"];
-    let entry = entry::<T, O>(entry!("block_sparse_dsd", T), to_f32);
+    let kernel = find(Op::BlockSparse, KERNELS, Key::Dsd, types::<T, O>(), |_| true)?;
     let SparseDense { topology, blocks, by_cols, d, turned } = product;
     let (n, stride, y_stride, [d_k, d_col]) = (product.n(), blocks.stride as i64, y.stride() as i64, d.strides());
     let params = DsdParams {
@@ -101,20 +100,11 @@ pub(super) fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &Sparse
     // SAFETY: `DsdParams` is the struct of this entry; `s` stores every block of the topology, `d` has a row for each of its columns and
     // `y` one for each of its rows (both as the product sees them) and both have n columns; all are on this stream's device and
     // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { stream.cuda().launch(Op::BlockSparse, &image::BLOCK_SPARSE_PLAIN, entry, grid, &params) }
-}
-
-/// The entry for these types, which have been checked.
-fn entry<T: Float, O: Float>(same: &'static str, [bf16_to_f32, f16_to_f32]: [&'static str; 2]) -> &'static str {
-    match T::DTYPE {
-        dtype if dtype == O::DTYPE => same,
-        DType::Bf16 => bf16_to_f32,
-        _ => f16_to_f32,
-    }
+    unsafe { stream.cuda().launch_kernel(Op::BlockSparse, kernel, grid, &params) }
 }
 
 /// Thread blocks that find no tile leave.
 fn grid(stream: &Stream, tiles: u64) -> Grid {
     let most = u64::from(stream.cuda().attributes().sm_count) * BLOCKS_PER_SM;
-    Grid { blocks: [tiles.clamp(1, most) as u32, 1, 1], threads: THREADS, cluster: 1, shared_bytes: 0 }
+    Grid { blocks: [tiles.clamp(1, most) as u32, 1, 1], threads: PLAIN_THREADS, cluster: 1, shared_bytes: 0 }
 }

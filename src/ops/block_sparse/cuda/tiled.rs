@@ -1,12 +1,12 @@
 //! The tensor-core kernels, fed by TMA: `cuda/block_sparse.cu`.
 #![allow(unsafe_code)] // the launches
 
-use super::{Operand, SparseDense, axis};
+use super::{KERNELS, Key, Operand, SparseDense, axis, types};
 use crate::device::Stream;
 use crate::device::cuda::Grid;
 use crate::device::driver::{TensorMap, TensorMapDesc};
-use crate::device::image;
-use crate::device::params::{AxisParams, BLOCK_TILED_SHARED_BYTES, BlockProductParams, TILED_COLS, TILED_THREADS};
+use crate::device::kernel::find;
+use crate::device::params::{AxisParams, BlockProductParams, TILED_COLS};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
 use crate::layout::Topology;
@@ -32,7 +32,10 @@ fn stores<O: Float>(y: &RowsMut<'_, O>) -> bool {
 }
 
 fn has_tensor_cores<T: Float>() -> bool {
-    matches!(T::DTYPE, DType::Bf16 | DType::F16)
+    match T::DTYPE {
+        DType::Bf16 | DType::F16 => true,
+        DType::F32 | DType::U32 => false,
+    }
 }
 
 /// Static shape and layout alone decide. Boxes begin on 16 bytes of a row in memory: TMA takes others for an illegal instruction. So where the
@@ -64,7 +67,7 @@ pub(super) fn sdd<T: Float, O: Float>(
         ..common::<T, O>(stream, a, b, axis(topology.addresses()?.axis(false), topology.block_rows()), y)?
     };
     // Each block may be alone in its row.
-    launch::<T>(stream, topology.block(), [a.transposed, b.transposed], topology.max_blocks() as u64, &params)
+    launch::<T, O>(stream, topology.block(), [a.transposed, b.transposed], topology.max_blocks() as u64, &params)
 }
 
 pub(super) fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &SparseDense<'_>, y: &mut RowsMut<'_, O>) -> Result<(), Error> {
@@ -75,7 +78,7 @@ pub(super) fn sparse_dense<T: Float, O: Float>(stream: &Stream, product: &Sparse
         ..common::<T, O>(stream, blocks, d, product.axis()?, y)?
     };
     let tiles = product.places() as u64 * (product.n() as u64).div_ceil(u64::from(TILED_COLS));
-    launch::<T>(stream, topology.block(), [*by_cols, d.transposed], tiles, &params)
+    launch::<T, O>(stream, topology.block(), [*by_cols, d.transposed], tiles, &params)
 }
 
 /// What every product has, and zeros.
@@ -88,7 +91,7 @@ fn common<T: Float, O: Float>(
 ) -> Result<BlockProductParams, Error> {
     let map = |x: &Operand| -> Result<TensorMap, Error> {
         let stride = x.stride.max(x.cols); // of a single row it may be anything, but the driver wants one
-        let desc = TensorMapDesc::swizzled::<T, 2>(x.address, [x.cols, x.rows], [1, stride], [BOX; 2]);
+        let desc = TensorMapDesc::swizzled(T::DTYPE, x.address, [x.cols, x.rows], [1, stride], [BOX; 2]);
         stream.cuda().tensor_map(Op::BlockSparse, &desc)
     };
     Ok(BlockProductParams {
@@ -108,27 +111,19 @@ fn common<T: Float, O: Float>(
 }
 
 /// Thread blocks that find no tile leave.
-fn launch<T: Float>(stream: &Stream, block: usize, transposed: [bool; 2], tiles: u64, params: &BlockProductParams) -> Result<(), Error> {
-    macro_rules! entries {
-        ($block:literal) => {
-            match (transposed, T::DTYPE == DType::Bf16) {
-                ([false, false], true) => concat!("block_sparse_nn_bf16_", $block),
-                ([false, true], true) => concat!("block_sparse_nt_bf16_", $block),
-                ([true, false], true) => concat!("block_sparse_tn_bf16_", $block),
-                ([true, true], true) => concat!("block_sparse_tt_bf16_", $block),
-                ([false, false], false) => concat!("block_sparse_nn_f16_", $block),
-                ([false, true], false) => concat!("block_sparse_nt_f16_", $block),
-                ([true, false], false) => concat!("block_sparse_tn_f16_", $block),
-                ([true, true], false) => concat!("block_sparse_tt_f16_", $block),
-            }
-        };
-    }
-    let entry = if block == 128 { entries!("128") } else { entries!("64") };
+fn launch<T: Float, O: Float>(
+    stream: &Stream,
+    block: usize,
+    transposed: [bool; 2],
+    tiles: u64,
+    params: &BlockProductParams,
+) -> Result<(), Error> {
+    let kernel = find(Op::BlockSparse, KERNELS, Key::Tiled { transposed, block }, types::<T, O>(), |_| true)?;
     let cuda = stream.cuda();
     let blocks = tiles.clamp(1, u64::from(cuda.attributes().sm_count)) as u32;
-    let grid = Grid { blocks: [blocks, 1, 1], threads: TILED_THREADS, shared_bytes: BLOCK_TILED_SHARED_BYTES, cluster: 1 };
+    let grid = Grid { blocks: [blocks, 1, 1], threads: kernel.threads, shared_bytes: kernel.shared_bytes, cluster: 1 };
     // SAFETY: `BlockProductParams` is the struct of these entries. The dense operands have the rows, columns and k of the topology and of
     // each other, blocks and result room for every block or a row for each of its rows; all are on this stream's device and stay valid
     // until the work completes: buffers are freed in stream order, raw views promise it.
-    unsafe { cuda.launch(Op::BlockSparse, &image::BLOCK_SPARSE, entry, grid, params) }
+    unsafe { cuda.launch_kernel(Op::BlockSparse, kernel, grid, params) }
 }
