@@ -42,7 +42,7 @@ pub struct Model<'w, A, W> {
     plan: moe::Plan<A>,
     cache: KvCache<A>,
     routing: RoutingBuffers,
-    workspace: Workspace,
+    workspace: Workspace<'static>,
     ids: Buffer<u32>,    // [T]
     x: Matrix<A>,        // [T, D], the residual
     normed: Matrix<A>,   // [T, D]
