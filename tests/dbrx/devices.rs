@@ -13,7 +13,7 @@ const PROMPT: [u32; 3] = [5, 99, 120];
 
 /// Numbers within f32, ids and counts exactly.
 #[track_caller]
-fn agree(got: &Dump, want: &Dump) {
+pub fn agree(got: &Dump, want: &Dump) {
     assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
     for (name, (shape, want)) in want {
         assert_eq!(got[name].0, *shape, "{name}");

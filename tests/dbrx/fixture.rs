@@ -59,7 +59,7 @@ impl Folder {
         Folder(folder)
     }
 
-    /// A copy of a checkpoint of `tests/data/dbrx`.
+    /// A copy of a checkpoint of `tests/data`.
     pub fn copy_of(name: &str) -> Folder {
         let folder = Folder::new();
         for entry in std::fs::read_dir(checkpoint(name)).expect("the checkpoint") {

@@ -1,7 +1,7 @@
 //! The results of whole runs: every intermediate against f64 references, and the properties that must hold whatever the values.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dropless_kit::compare::{max_abs, relative_l2};
 use dropless_kit::goldens::{self, Goldens};
@@ -54,12 +54,18 @@ pub fn dump(name: &str, prompt: &[u32], args: &[&str]) -> Dump {
 /// The same with another way to run it.
 #[track_caller]
 pub fn dump_by(run: impl FnOnce(&[&str]) -> Ran, name: &str, prompt: &[u32], args: &[&str]) -> Dump {
+    dump_of(run, &checkpoint(name), prompt, args)
+}
+
+/// The same of any folder.
+#[track_caller]
+pub fn dump_of(run: impl FnOnce(&[&str]) -> Ran, model: &Path, prompt: &[u32], args: &[&str]) -> Dump {
     let folder = Folder::new();
-    let (file, model) = (folder.file("dump.safetensors"), checkpoint(name));
+    let file = folder.file("dump.safetensors");
     let tokens: Vec<String> = prompt.iter().map(u32::to_string).collect();
     let common = ["--model", model.to_str().unwrap(), "--tokens", &tokens.join(","), "--dump", file.to_str().unwrap()];
     let ran = run(&[&common, args].concat());
-    assert_eq!(ran.code, 0, "{name}: {}{}", ran.out, ran.err);
+    assert_eq!(ran.code, 0, "{}: {}{}", model.display(), ran.out, ran.err);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was left beside the dump");
     let bytes = std::fs::read(file).unwrap();
     let widen = |tensor: safetensors::tensor::TensorView<'_>| match tensor.dtype() {
