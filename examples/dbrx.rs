@@ -1,5 +1,5 @@
 //! The full forward pass of a checkpoint: prompt in, next tokens out, on any machine. Its `config.json` says
-//! which family of models it belongs to: DBRX.
+//! which family of models it belongs to: DBRX, or Mixtral.
 //!
 //! ```text
 //! cargo run --release --example dbrx

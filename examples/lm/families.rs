@@ -17,9 +17,10 @@ use self::run::weights::Matrices;
 
 mod dbrx;
 mod fields;
+mod mixtral;
 
 /// All of them.
-const FAMILIES: [&Family; 1] = [&dbrx::FAMILY];
+const FAMILIES: [&Family; 2] = [&dbrx::FAMILY, &mixtral::FAMILY];
 
 /// One family.
 #[derive(Debug)]

@@ -138,5 +138,6 @@ pub fn refused(ran: &Ran) -> String {
 
 /// A checkpoint's folder, in the full set where there is one.
 pub fn checkpoint(name: &str) -> PathBuf {
-    goldens::path(Path::new("dbrx").join(name))
+    let family = if name.starts_with("mixtral") { "mixtral" } else { "dbrx" };
+    goldens::path(Path::new(family).join(name))
 }
