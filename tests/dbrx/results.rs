@@ -77,6 +77,27 @@ pub fn dump_of(run: impl FnOnce(&[&str]) -> Ran, model: &Path, prompt: &[u32], a
     tensors.iter().map(|(name, tensor)| (name.to_owned(), (tensor.shape().to_vec(), widen(tensor)))).collect()
 }
 
+/// The same results within f32, ids and counts exactly.
+#[track_caller]
+pub fn agree(got: &Dump, want: &Dump) {
+    agree_within(REL_L2, got, want);
+}
+
+/// The same results within a relative error, ids and counts exactly.
+#[track_caller]
+pub fn agree_within(limit: f64, got: &Dump, want: &Dump) {
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+    for (name, (shape, want)) in want {
+        assert_eq!(got[name].0, *shape, "{name}");
+        if ["indices", "counts", "ids", "tokens"].iter().any(|exact| name.ends_with(exact)) {
+            assert_eq!(got[name].1, *want, "{name}");
+        } else if !name.ends_with("router_gap") {
+            let error = relative_l2(&got[name].1, want);
+            assert!(error <= limit, "{name}: {error:e}");
+        }
+    }
+}
+
 /// Every intermediate result of every prompt of every checkpoint, with f32 activations.
 #[test]
 fn intermediates_agree_with_f64() {

@@ -54,7 +54,7 @@ impl Course<'_> {
                 checkpoint
             }
             WeightSource::Random(_) => {
-                random = weights::random(dtype, config, self.setup.threads, &self.progress)?;
+                random = weights::seeded(dtype, config, self.setup.threads, &self.progress)?;
                 &*random
             }
         };
