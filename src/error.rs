@@ -128,6 +128,9 @@ pub enum Error {
     /// A graph is to be launched for another size than it was captured for.
     #[allow(missing_docs)]
     Recorded { op: Op, what: &'static str, recorded: usize, now: usize },
+    /// A stream is of another context than the device's primary one, in which all work runs.
+    #[allow(missing_docs)]
+    Context { op: Op, arg: &'static str, place: Place },
     /// No CUDA driver library on this machine.
     #[allow(missing_docs)]
     NoDriver { searched: &'static [&'static str] },
@@ -172,6 +175,33 @@ impl Error {
     /// or memory, and does not get it, may have run in part, too.
     pub fn is_refusal(&self) -> bool {
         !matches!(self, Error::DeviceLost { .. } | Error::Driver { .. })
+    }
+
+    /// True where this machine, this device or this build does not serve a valid request, so that an engine
+    /// keeps its own way of computing it. As a [refusal](Error::is_refusal) it wrote nothing; where no device
+    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something else.
+    ///
+    /// ```
+    /// # #[cfg(feature = "cuda")] {
+    /// use dropless::Device;
+    ///
+    /// match Device::cuda(0) {
+    ///     Ok(device) => println!("{device:?}"),
+    ///     Err(error) if error.is_unsupported() => println!("the engine's own kernels go on: {error}"),
+    ///     Err(error) => eprintln!("something is broken: {error}"),
+    /// }
+    /// # }
+    /// ```
+    pub fn is_unsupported(&self) -> bool {
+        matches!(
+            self,
+            Error::Unsupported { .. }
+                | Error::Arch { .. }
+                | Error::NoDriver { .. }
+                | Error::NoDevice { .. }
+                | Error::OldDriver { .. }
+                | Error::DriverFunction { .. }
+        )
     }
 
     /// True where the device cannot be used again by this process.
@@ -230,6 +260,9 @@ impl fmt::Display for Error {
             }
             Error::Recorded { op, what, recorded, now } => {
                 write!(f, "{op}: the graph was captured for {recorded} {what}, there are {now} now")
+            }
+            Error::Context { op, arg, place } => {
+                write!(f, "{op}: `{arg}` belongs to another context than the primary one of {place}, in which all work runs")
             }
             Error::NoDriver { searched } => {
                 write!(f, "no CUDA driver (searched: {}); the CPU device works without it: Device::cpu()", searched.join(", "))

@@ -41,7 +41,7 @@ struct Model {
     rope: RopeTable,
     cache: KvCache<f32>,
     routing: RoutingBuffers,
-    workspace: Workspace,
+    workspace: Workspace<'static>,
     ids: Buffer<u32>,
     x: Buffer<f32>,
     residual: Buffer<f32>,
@@ -200,6 +200,30 @@ fn a_step_does_not_wait() {
     assert_eq!(calls.iter().filter(|call| matches!(call, Call::Write { .. })).count(), 100 * 7);
 }
 
+/// On a stream that an engine lends, from the first step on: no operation waits, allocates, reads back or
+/// makes anything, and all of it is on that stream.
+#[test]
+fn a_step_on_a_lent_stream_only_adds_to_it() {
+    let recorder = Arc::new(Recorder::default());
+    let device = Device::with_driver(recorder.clone(), 0).unwrap();
+    device.load_images().unwrap();
+    let engine = recorder.create_stream(0).unwrap();
+    // SAFETY: nothing runs here, and nothing is destroyed.
+    let stream = unsafe { Stream::from_raw(&device, std::ptr::without_provenance_mut(engine as usize)).unwrap() };
+    let mut model = Model::new(&stream).unwrap();
+    let before = recorder.calls().len();
+    model.step(&stream).unwrap();
+    let calls = recorder.calls()[before..].to_vec();
+    assert!(calls.iter().all(|call| match call {
+        Call::Launch { stream, .. } => *stream == engine,
+        call => matches!(call, Call::Write { .. }),
+    }));
+    assert!(calls.len() > 15, "{}", calls.len());
+    drop((model, stream, device));
+    let of_engine = |call: &&Call| matches!(call, Call::Synchronize { stream } | Call::DestroyStream { stream } if *stream == engine);
+    assert_eq!(recorder.calls().iter().find(of_engine), None);
+}
+
 /// After a refused allocation the device goes on; after an error of the context every later call repeats it.
 #[test]
 fn one_error_passes_another_stays() {
@@ -238,6 +262,38 @@ fn the_wrong_device_is_refused() {
     assert_eq!(text(Recorder::with_capability(8, 0), 0), "the GPU is sm_80; these kernels need sm_90a (H100, H200)");
     assert_eq!(text(Recorder::with_capability(10, 0), 0), "the GPU is sm_100; these kernels need sm_90a (H100, H200)");
     assert_eq!(text(Recorder::default(), 3), "no CUDA device 3; this machine has 1");
+}
+
+/// A GPU of another architecture is refused before anything is made there, in a way that an engine can tell
+/// from a failure: it keeps its own kernels.
+#[test]
+fn an_engine_keeps_its_fallback() {
+    for (major, minor) in [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)] {
+        let recorder = Arc::new(Recorder::with_capability(major, minor));
+        let error = Device::with_driver(recorder.clone(), 0).unwrap_err();
+        assert_eq!(error, Error::Arch { have: (major, minor), need: (9, 0) });
+        assert!(error.is_unsupported() && error.is_refusal() && !error.is_fatal());
+        assert_eq!((recorder.calls(), recorder.current()), (vec![], None), "nothing made, no context");
+    }
+    let unsupported = [
+        Error::NoDriver { searched: &[] },
+        Error::NoDevice { ordinal: 0, count: 0 },
+        Error::OldDriver { have: 11080, need: 12040 },
+        Error::DriverFunction { name: "cuLaunchKernelEx" },
+    ];
+    assert!(unsupported.iter().all(Error::is_unsupported));
+    let others = [
+        Error::OutOfMemory { op: Op::Buffer, need_bytes: 1 },
+        Error::DeviceLost { first_op: Op::Glu, call: "", code: 719, name: "" },
+        Error::Value { op: Op::Router, arg: "p", need: "positive", got: -1.0 },
+        Error::DriverStart { code: 802, name: "" },
+    ];
+    assert!(!others.iter().any(Error::is_unsupported));
+    let stream = device::emulated().1;
+    let (x, w) = (Buffer::<f32>::zeros(&stream, 8).unwrap(), Buffer::<Bf16>::zeros(&stream, 8).unwrap());
+    let mut y = Buffer::<f32>::zeros(&stream, 8).unwrap();
+    let refused = norm::rms_norm(&stream, x.rows(1, 8).unwrap(), w.rows(1, 8).unwrap(), 1e-5, &mut y.rows_mut(1, 8).unwrap());
+    assert!(refused.unwrap_err().is_unsupported(), "types side by side, which the kernels do not serve");
 }
 
 /// Machine code that the driver refuses is compiled from its PTX; where that is refused too, the error carries the driver's code and
@@ -400,19 +456,21 @@ fn limits_of_the_kernels_are_refusals() {
     refused(prefill(&stream, x(1, 1281), heads, 1.0, &cache.layer(0).unwrap(), &mut out.rows_mut(1, 1281).unwrap()));
 
     let want = [
-        "embedding: `table` of type bf16 is not supported here; supported: f32",
+        "embedding: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",
         "embedding: `table` must have a row stride that is a multiple of 16 bytes, got 28",
-        "norm: `weight` of type bf16 is not supported here; supported: f32",
+        "norm: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",
         "norm: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "norm: D beyond 16384 is not supported here; supported: up to 16384",
         "router: `weight` of type bf16 is not supported here; supported: f32",
         "router: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "sample: `logits` must have a row stride that is a multiple of 16 bytes, got 28",
-        "grouped_gemm: weights of type bf16 is not supported here; supported: f32",
-        "grouped_gemm: `y` of type bf16 is not supported here; supported: f32",
+        "grouped_gemm: a kernel for f32 x bf16 -> f32 is not supported here; supported: ",
+        "grouped_gemm: a kernel for f32 x f32 -> bf16 is not supported here; supported: ",
         "attention: head_dim beyond 1280 is not supported here; supported: up to 1280",
     ];
-    assert_eq!(texts, want);
+    // Where kernels are listed, the list is theirs.
+    let said = |(text, want): (&String, &&str)| text == want || want.contains("a kernel for") && text.starts_with(want);
+    assert!(texts.len() == want.len() && texts.iter().zip(&want).all(said), "{texts:#?}");
     assert_eq!(recorder.launches(), []);
 }
 

@@ -1,9 +1,12 @@
 //! A CUDA device: context, streams, memory, images and launches, written against [`Driver`].
 //!
+//! The device's primary context is made current for each call, and the caller's own is restored behind it.
+//!
 //! A driver error is taken as sticky unless its code says otherwise (out of memory, the image's fault, a call that a capture does
 //! not allow): the context may be gone, so it is remembered and every later call returns it.
 #![allow(unsafe_code)] // the driver's copies and launches
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use super::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 use super::image::{ALL, COMPUTE_CAPABILITY, Image};
 use super::kernel::Kernel;
+use super::lent::Lent;
 use super::staging::Staging;
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place};
@@ -23,7 +27,23 @@ pub(crate) struct CudaDevice {
     pub(crate) attributes: Attributes,
     images: Mutex<HashMap<&'static str, Loaded>>,    // by the PTX's file name
     functions: Mutex<HashMap<&'static str, Handle>>, // by entry point; those are unique across images
+    pub(super) lent: Mutex<HashMap<Handle, Lent>>,   // by the stream
     lost: OnceLock<Error>,
+}
+
+/// While it is there, the device's context is current on this thread; then the one from before, if there was
+/// another.
+struct Current<'a> {
+    driver: &'a dyn Driver,
+    before: Option<Handle>,
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            let _ = self.driver.restore_current(before); // nobody can be told
+        }
+    }
 }
 
 impl CudaDevice {
@@ -37,9 +57,22 @@ impl CudaDevice {
         if attributes.compute_capability != COMPUTE_CAPABILITY {
             return Err(Error::Arch { have: attributes.compute_capability, need: COMPUTE_CAPABILITY });
         }
-        driver.make_current(ordinal).map_err(lost)?;
-        let (images, functions) = Default::default();
-        Ok(Arc::new(CudaDevice { driver, ordinal, attributes, images, functions, lost: OnceLock::new() }))
+        let (images, functions, lent, gone) = Default::default();
+        let device = CudaDevice { driver, ordinal, attributes, images, functions, lent, lost: gone };
+        device.current().map_err(lost)?;
+        Ok(Arc::new(device))
+    }
+
+    fn current(&self) -> DriverResult<Current<'_>> {
+        let before = self.driver.make_current(self.ordinal)?;
+        Ok(Current { driver: &*self.driver, before })
+    }
+
+    /// Whether the context that is current on this thread is the device's own.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn is_current(&self) -> Result<bool, Error> {
+        let current = self.current().map_err(|error| self.failed(Op::Stream, 0, error))?;
+        Ok(current.before.is_none())
     }
 
     /// Tells drivers apart: two of them may have a device of one number.
@@ -52,11 +85,11 @@ impl CudaDevice {
     }
 
     /// Runs a driver call unless the device is lost, and remembers the error that loses it.
-    fn call<T>(&self, op: Op, need_bytes: usize, call: impl FnOnce(&dyn Driver) -> DriverResult<T>) -> Result<T, Error> {
+    pub(super) fn call<T>(&self, op: Op, need_bytes: usize, call: impl FnOnce(&dyn Driver) -> DriverResult<T>) -> Result<T, Error> {
         if let Some(error) = self.lost.get() {
             return Err(error.clone());
         }
-        let result = self.driver.make_current(self.ordinal).and_then(|()| call(&*self.driver));
+        let result = self.current().and_then(|_current| call(&*self.driver));
         result.map_err(|error| self.failed(op, need_bytes, error))
     }
 
@@ -72,36 +105,40 @@ impl CudaDevice {
 
     /// Gives something back, on a lost device too. Nobody can be told if that fails.
     fn release(&self, release: impl FnOnce(&dyn Driver) -> DriverResult<()>) {
-        let _ = self.driver.make_current(self.ordinal);
+        let _current = self.current();
         let _ = release(&*self.driver);
     }
 
-    /// The entry point, loading its image on first use. A bad image loses nothing but this entry; `None` where it would have to be
-    /// loaded and may not.
+    /// The entry point. On first use its image is loaded, unless `may_load` has a reason against it. A bad
+    /// image loses nothing but this entry.
     fn function(
         &self,
         op: Op,
         image: &'static Image,
         entry: &'static str,
         shared_bytes: u32,
-        may_load: bool,
-    ) -> Result<Option<Handle>, Error> {
+        may_load: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Handle, Error> {
         if let Some(error) = self.lost.get() {
             return Err(error.clone()); // not the image's fault
         }
         let mut functions = lock(&self.functions);
-        if functions.contains_key(entry) || !may_load {
-            return Ok(functions.get(entry).copied());
+        if let Some(function) = functions.get(entry) {
+            return Ok(*function);
+        }
+        if !lock(&self.images).contains_key(image.ptx_file) {
+            may_load()?;
         }
         let loaded = self.loaded(op, image, entry)?;
         let refused = |error: DriverError| self.image_refused(op, image, loaded.file, entry, error.into());
+        let _current = self.current().map_err(refused)?;
         let name = CString::new(entry).unwrap_or_else(|_| unreachable!("entry points hold no NUL"));
         let function = self.driver.function(loaded.handle, &name).map_err(refused)?;
         if shared_bytes > SHARED_BYTES_UNASKED {
             self.driver.set_shared_limit(function, shared_bytes).map_err(refused)?;
         }
         functions.insert(entry, function);
-        Ok(Some(function))
+        Ok(function)
     }
 
     /// Loads every image that is not loaded yet.
@@ -124,7 +161,7 @@ impl CudaDevice {
     /// The machine code of an image; where the driver refuses it for what it is, its PTX, which the driver compiles.
     fn load(&self, op: Op, image: &'static Image, entry: &'static str) -> Result<Loaded, Error> {
         let refused = |file, error| self.image_refused(op, image, file, entry, error);
-        self.driver.make_current(self.ordinal).map_err(|error| refused(image.ptx_file, error.into()))?;
+        let _current = self.current().map_err(|error| refused(image.ptx_file, error.into()))?;
         let mut candidates = image.candidates().map_err(|why| Error::ImageFolder { why: why.into() })?.into_iter();
         loop {
             let (file, bytes) = candidates.next().unwrap_or_else(|| unreachable!("the last candidate returns"));
@@ -175,18 +212,54 @@ fn within_capture(op: Op, got: &'static str) -> Error {
     Error::unsupported(op, "within a capture", got, "operations that ran before")
 }
 
-/// A driver stream, destroyed when the last buffer that remembers it is gone.
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let lent = std::mem::take(self.lent.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for lent in lent.values() {
+            self.release(|driver| {
+                lock(&lent.tools.staging).free(driver, None);
+                Ok(())
+            });
+        }
+    }
+}
+
+/// A driver stream. One of ours is destroyed when the last buffer that remembers it is gone; a lent one is
+/// left alone.
 pub(crate) struct RawStream {
     device: Arc<CudaDevice>,
     handle: Handle,
-    staging: Mutex<Staging>,
-    /// While a graph is captured: the memory whose owners went meanwhile.
-    captured: Mutex<Option<Vec<u64>>>,
-    /// Zeros that kernels of this stream may count in, if they leave zeros behind.
-    scratch: u64,
+    tools: Arc<Tools>,
+    capture: Mutex<Captured>,
     /// Kernels may be started before the one in front of them is done.
     is_programmatic: AtomicBool,
+    /// An engine's, which may capture it without our knowledge.
+    is_lent: bool,
+    /// What keeps the engine's stream alive. Dropped behind everything else.
+    owner: OnceLock<Owner>,
 }
+
+/// What keeps a lent stream alive.
+pub(crate) type Owner = Box<dyn Any + Send + Sync>;
+
+/// What operations of one stream need besides their arguments.
+pub(crate) struct Tools {
+    /// Zeros that kernels of this stream may count in, if they leave zeros behind.
+    scratch: u64,
+    staging: Mutex<Staging>,
+}
+
+/// Captures of a stream, as far as they are known.
+#[derive(Default)]
+struct Captured {
+    /// We are recording a graph.
+    by_us: bool,
+    /// Memory whose owners went while a graph was recorded, by us or by an engine.
+    to_free: Vec<u64>,
+}
+
+/// The handle of a context's default stream, which nobody creates.
+pub(super) const DEFAULT_STREAM: Handle = 0;
 
 /// Bytes of a stream's scratch.
 pub(crate) const SCRATCH_BYTES: usize = 1024;
@@ -213,26 +286,52 @@ pub(crate) struct Grid {
 impl RawStream {
     pub(crate) fn new(device: &Arc<CudaDevice>) -> Result<RawStream, Error> {
         let handle = device.call(Op::Stream, 0, |driver| driver.create_stream(device.ordinal))?;
-        let (staging, captured, is_programmatic) = Default::default();
-        let mut stream = RawStream { device: device.clone(), handle, staging, captured, scratch: 0, is_programmatic };
-        stream.scratch = device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.alloc(handle, SCRATCH_BYTES))?;
-        device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.fill(handle, stream.scratch, 0, SCRATCH_BYTES))?;
-        Ok(stream)
+        match Tools::new(device, handle) {
+            Ok(tools) => Ok(RawStream::with(device, handle, Arc::new(tools), false)),
+            Err(error) => {
+                device.release(|driver| driver.destroy_stream(handle));
+                Err(error)
+            }
+        }
+    }
+
+    /// A stream that an engine lends.
+    pub(super) fn lent(device: &Arc<CudaDevice>, handle: Handle, tools: Arc<Tools>) -> RawStream {
+        RawStream::with(device, handle, tools, true)
+    }
+
+    fn with(device: &Arc<CudaDevice>, handle: Handle, tools: Arc<Tools>, is_lent: bool) -> RawStream {
+        let (capture, is_programmatic, owner) = Default::default();
+        RawStream { device: device.clone(), handle, tools, capture, is_programmatic, is_lent, owner }
+    }
+
+    pub(super) fn is_lent(&self) -> bool {
+        self.is_lent
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        self.handle
+    }
+
+    /// Keeps `owner` as long as this stream, unless somebody keeps it alive already.
+    pub(super) fn keep(&self, owner: Owner) {
+        let _ = self.owner.set(owner);
     }
 
     pub(crate) fn set_programmatic(&self, on: bool) {
         self.is_programmatic.store(on, Ordering::Relaxed);
     }
 
-    /// The address of [`SCRATCH_BYTES`] zeros. Of the launches that count there, no two may run at a time: they are of this stream, or of
-    /// graphs captured from it, which run on it.
+    /// The address of [`SCRATCH_BYTES`] zeros. Of the launches that count there, no two may run at a time:
+    /// they are of this stream, or of graphs captured from it, which run on it, or where the contract of a
+    /// lent stream lets an engine run them.
     pub(crate) fn scratch(&self) -> u64 {
-        self.scratch
+        self.tools.scratch
     }
 
     /// Waits for all work; false where that is not possible.
     pub(crate) fn finish(&self) -> bool {
-        let _ = self.device.driver.make_current(self.device.ordinal);
+        let _current = self.device.current();
         self.device.driver.synchronize(self.handle).is_ok()
     }
 
@@ -254,7 +353,34 @@ impl RawStream {
 
     /// Refuses what a graph cannot hold, before anything is asked of the driver: a call that it refuses ends the capture.
     pub(crate) fn outside_capture(&self, op: Op, what: &'static str) -> Result<(), Error> {
-        if lock(&self.captured).is_none() { Ok(()) } else { Err(within_capture(op, what)) }
+        self.check_no_capture(&lock(&self.capture), op, what)
+    }
+
+    /// The same under the lock. Of a lent stream the driver is asked: an engine may have begun a capture.
+    fn check_no_capture(&self, capture: &Captured, op: Op, what: &'static str) -> Result<(), Error> {
+        let by_engine = || self.device.call(op, 0, |driver| driver.is_capturing(self.handle));
+        if capture.by_us || self.is_lent && by_engine()? { Err(within_capture(op, what)) } else { Ok(()) }
+    }
+
+    /// Refuses an operation that would become a part of an engine's graph. In a graph of ours it may.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn outside_engines_capture(&self, op: Op) -> Result<(), Error> {
+        let capture = lock(&self.capture);
+        if capture.by_us || !self.device.call(op, 0, |driver| driver.is_capturing(self.handle))? {
+            return Ok(());
+        }
+        let supported = "a capture by dropless, or a stream from Stream::from_raw_with_owner";
+        Err(Error::unsupported(op, "work within a capture", "by the stream's owner", supported))
+    }
+
+    /// Frees what was dropped within captures, unless one is under way, or cannot be ruled out.
+    fn free_dropped(&self, capture: &mut Captured) {
+        if capture.to_free.is_empty() || self.check_no_capture(capture, Op::Buffer, "freeing memory").is_err() {
+            return;
+        }
+        for address in capture.to_free.drain(..) {
+            self.device.release(|driver| driver.free(self.handle, address));
+        }
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
@@ -266,10 +392,11 @@ impl RawStream {
     pub(crate) fn wait_for(&self, other: &RawStream) -> Result<(), Error> {
         // Held over the calls, lower handle first, so that neither begins to record between them.
         let (first, second) = if self.handle <= other.handle { (self, other) } else { (other, self) };
-        let first_captured = lock(&first.captured);
-        let second_captured = (first.handle != second.handle).then(|| lock(&second.captured));
-        if first_captured.is_some() || second_captured.as_ref().is_some_and(|captured| captured.is_some()) {
-            return Err(within_capture(Op::Stream, "a join"));
+        let first_captured = lock(&first.capture);
+        let second_captured = (first.handle != second.handle).then(|| lock(&second.capture));
+        first.check_no_capture(&first_captured, Op::Stream, "a join")?;
+        if let Some(captured) = &second_captured {
+            second.check_no_capture(captured, Op::Stream, "a join")?;
         }
         self.device.call(Op::Stream, 0, |driver| {
             let event = driver.create_event(self.device.ordinal, false)?;
@@ -286,7 +413,7 @@ impl RawStream {
     /// Each address is valid for writing that many bytes when the stream comes to it.
     pub(crate) unsafe fn write(&self, op: Op, copies: &[(u64, &[u8])]) -> Result<(), Error> {
         let (ordinal, bytes) = (self.device.ordinal, copies.iter().map(|(_, bytes)| bytes.len()).sum());
-        let mut staging = lock(&self.staging);
+        let mut staging = lock(&self.tools.staging);
         // SAFETY: the caller's duty.
         self.device.call(op, bytes, |driver| unsafe { staging.copy(driver, ordinal, self.handle, copies) })
     }
@@ -305,22 +432,24 @@ impl RawStream {
     /// Starts recording work instead of running it, until the capture ends.
     pub(crate) fn capture(&self) -> Result<Capture<'_>, Error> {
         self.outside_capture(Op::Stream, "another capture")?;
+        if self.handle == DEFAULT_STREAM {
+            return Err(Error::unsupported(Op::Stream, "capture on", "the default stream", "a stream that was created"));
+        }
         // Held over both, so that no memory is freed on a stream that has begun to record.
-        let mut captured = lock(&self.captured);
+        let mut captured = lock(&self.capture);
         self.device.call(Op::Stream, 0, |driver| driver.begin_capture(self.handle))?;
-        *captured = Some(Vec::new());
+        captured.by_us = true;
         Ok(Capture(self))
     }
 
     /// Ends recording, whatever became of it; gives the graph.
     fn end_capture(&self) -> Result<Handle, Error> {
-        let mut captured = lock(&self.captured);
+        let mut captured = lock(&self.capture);
         // On a lost device, too: the driver would go on recording what comes behind.
-        let _ = self.device.driver.make_current(self.device.ordinal);
+        let _current = self.device.current();
         let ended = self.device.driver.end_capture(self.handle);
-        for address in captured.take().unwrap_or_default() {
-            self.device.release(|driver| driver.free(self.handle, address));
-        }
+        captured.by_us = false;
+        self.free_dropped(&mut captured);
         let graph = ended.map_err(|error| self.device.failed(Op::Stream, 0, error))?;
         match self.device.lost.get() {
             None => Ok(graph),
@@ -333,10 +462,8 @@ impl RawStream {
 
     pub(crate) fn launch_graph(&self, graph: Handle) -> Result<(), Error> {
         // Held over both, so that no capture begins between them: the graph would be recorded, and not have run.
-        let captured = lock(&self.captured);
-        if captured.is_some() {
-            return Err(within_capture(Op::Stream, "a graph"));
-        }
+        let captured = lock(&self.capture);
+        self.check_no_capture(&captured, Op::Stream, "a graph")?;
         self.device.call(Op::Stream, 0, |driver| driver.launch_graph(graph, self.handle))
     }
 
@@ -363,9 +490,8 @@ impl RawStream {
         grid: Grid,
         params: &P,
     ) -> Result<(), Error> {
-        let may_load = lock(&self.captured).is_none();
+        let may_load = || self.outside_capture(op, "loading a kernel");
         let function = self.device.function(op, image, entry, grid.shared_bytes, may_load)?;
-        let function = function.ok_or(within_capture(op, "loading a kernel"))?;
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes, cluster } = grid;
@@ -389,15 +515,41 @@ impl RawStream {
 }
 
 impl Drop for RawStream {
+    /// Nothing is asked of a lent stream, except to free what was dropped within a capture. If that is still
+    /// going on, it is not freed.
     fn drop(&mut self) {
-        let staging = self.staging.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.device.release(|driver| {
-            staging.free(driver, self.handle);
-            if self.scratch != 0 {
-                let _ = driver.free(self.handle, self.scratch);
-            }
-            driver.destroy_stream(self.handle)
-        });
+        self.free_dropped(&mut lock(&self.capture));
+        // Those of a lent stream are kept for the next time that it is lent.
+        if let Some(tools) = Arc::get_mut(&mut self.tools) {
+            let staging = tools.staging.get_mut().unwrap_or_else(PoisonError::into_inner);
+            self.device.release(|driver| {
+                staging.free(driver, Some(self.handle));
+                driver.free(self.handle, tools.scratch)
+            });
+        }
+        if !self.is_lent {
+            self.device.release(|driver| driver.destroy_stream(self.handle));
+        }
+    }
+}
+
+impl Tools {
+    /// Made in the order of `stream`.
+    fn new(device: &CudaDevice, stream: Handle) -> Result<Tools, Error> {
+        let scratch = device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.alloc(stream, SCRATCH_BYTES))?;
+        let zeroed = device.call(Op::Stream, SCRATCH_BYTES, |driver| driver.fill(stream, scratch, 0, SCRATCH_BYTES));
+        if zeroed.is_err() {
+            device.release(|driver| driver.free(stream, scratch));
+        }
+        zeroed.map(|()| Tools { scratch, staging: Mutex::default() })
+    }
+
+    /// Made ready for any stream, on one of our own: whatever is captured meanwhile sees nothing of it.
+    pub(super) fn ready(device: &Arc<CudaDevice>) -> Result<Arc<Tools>, Error> {
+        let own = RawStream::new(device)?;
+        device.call(Op::Stream, 0, |driver| lock(&own.tools.staging).reserve(driver, device.ordinal))?;
+        own.synchronize()?;
+        Ok(own.tools.clone())
     }
 }
 
@@ -434,6 +586,7 @@ impl CudaMemory {
         if bytes == 0 {
             return Ok(CudaMemory { device, address: 0 });
         }
+        stream.free_dropped(&mut lock(&stream.capture));
         let address = device.call(Op::Buffer, bytes, |driver| driver.alloc(stream.handle, bytes))?;
         let mut memory = CudaMemory { device, address };
         let zeroed = memory.device.call(Op::Buffer, bytes, |driver| driver.fill(stream.handle, address, 0, bytes));
@@ -448,10 +601,9 @@ impl CudaMemory {
         if address == 0 {
             return;
         }
-        match &mut *lock(&stream.captured) {
-            Some(later) => later.push(address), // which is when the capture ends
-            None => self.device.release(|driver| driver.free(stream.handle, address)),
-        }
+        let mut capture = lock(&stream.capture);
+        capture.to_free.push(address);
+        stream.free_dropped(&mut capture);
     }
 
     pub(crate) fn place(&self) -> Place {

@@ -195,8 +195,11 @@ pub unsafe trait Driver: Send + Sync {
     fn version(&self) -> DriverResult<u32>;
     /// Number of devices.
     fn device_count(&self) -> DriverResult<u32>;
-    /// Makes the device's primary context current on this thread.
-    fn make_current(&self, ordinal: u32) -> DriverResult<()>;
+    /// Makes the device's primary context current on this thread; gives the context that was, if there was
+    /// another one.
+    fn make_current(&self, ordinal: u32) -> DriverResult<Option<Handle>>;
+    /// Makes a context current again that [`Driver::make_current`] gave.
+    fn restore_current(&self, context: Handle) -> DriverResult<()>;
     /// Properties of a device.
     fn attributes(&self, ordinal: u32) -> DriverResult<Attributes>;
     /// (free, total) bytes of device memory.
@@ -218,8 +221,6 @@ pub unsafe trait Driver: Send + Sync {
     /// # Safety
     /// `target` is writable for `bytes`.
     unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()>;
-    /// Copies between device addresses in stream order.
-    fn copy_on_device(&self, stream: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()>;
     /// Page-locked host memory.
     fn alloc_pinned(&self, ordinal: u32, bytes: usize) -> DriverResult<*mut u8>;
     /// Frees page-locked host memory.
@@ -228,6 +229,10 @@ pub unsafe trait Driver: Send + Sync {
     /// `memory` came from `alloc_pinned`, and no copy uses it any more.
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()>;
 
+    /// Whether a stream that this crate did not make is of the device's primary context.
+    fn is_of_primary(&self, ordinal: u32, stream: Handle) -> DriverResult<bool>;
+    /// Whether the stream's work is being recorded into a graph, by whomever.
+    fn is_capturing(&self, stream: Handle) -> DriverResult<bool>;
     /// A new non-blocking stream.
     fn create_stream(&self, ordinal: u32) -> DriverResult<Handle>;
     /// Destroys a stream once its work is done.

@@ -42,6 +42,9 @@ pub(super) enum Conflict {
 struct Use {
     stream: u64,
     timeline: Weak<Timeline>,
+    /// The same, of a stream that an engine lends: nobody waits for its work when it is given back, so that
+    /// it has to be at hand as long as the use matters.
+    _kept: Option<Arc<Timeline>>,
     /// Of the stream: then its work is done.
     ended: Arc<AtomicBool>,
     when: When,
@@ -104,7 +107,7 @@ fn forget(uses: &mut Vec<Use>) {
 
 impl Mark {
     /// Of a buffer on this device.
-    pub(super) fn of(device: &Device) -> Mark {
+    pub(crate) fn of(device: &Device) -> Mark {
         Mark { uses: Mutex::default(), driver_id: device.driver_id() }
     }
 
@@ -162,7 +165,9 @@ impl Mark {
         match uses.iter_mut().find(same) {
             Some(u) => u.when = when,
             None => {
-                uses.push(Use { stream: timeline.id, timeline: Arc::downgrade(timeline), ended: timeline.ended().clone(), when, write })
+                let _kept = timeline.is_lent().then(|| timeline.clone());
+                let (stream, ended, timeline) = (timeline.id, timeline.ended().clone(), Arc::downgrade(timeline));
+                uses.push(Use { stream, timeline, _kept, ended, when, write });
             }
         }
     }
@@ -178,8 +183,9 @@ impl Mark {
             }
             let Some(other) = u.timeline.upgrade() else { return false }; // gone, and could not be waited for
             let (Some(home), Some(other)) = (&home.cuda, &other.cuda) else { return true };
-            // An event may be refused for want of memory, which loses no device.
-            home.wait_for(other).is_ok() || other.synchronize().is_ok()
+            // An event may be refused for want of memory, which loses no device. The host waits for no stream
+            // that is lent.
+            home.wait_for(other).is_ok() || !other.is_lent() && other.synchronize().is_ok()
         })
     }
 }

@@ -19,6 +19,8 @@ pub mod kernel;
 #[rustfmt::skip] // as it is generated
 pub(crate) mod params;
 mod graph;
+#[cfg(feature = "cuda")]
+mod lent;
 mod mark;
 #[cfg(feature = "cuda")]
 mod staging;
@@ -49,9 +51,10 @@ pub(crate) enum Backend {
 }
 
 impl Device {
-    /// The CPU, with the threads of rayon's process-wide pool: as many as the machine offers, or as
-    /// `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they cannot be started, the calling
-    /// thread does all the work.
+    /// The CPU, with the threads of rayon's process-wide pool (`rayon::ThreadPoolBuilder::build_global`),
+    /// which an engine that uses rayon shares, as candle does: no thread is started besides. There are as
+    /// many as the machine offers, or as `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they
+    /// cannot be started, the calling thread does all the work.
     pub fn cpu() -> Device {
         Device(Backend::Cpu(Arc::new(cpu::Workers::global())))
     }
@@ -65,12 +68,18 @@ impl Device {
         Ok(Device(Backend::Cpu(Arc::new(cpu::Workers::new(threads)?))))
     }
 
-    /// The GPU with this ordinal, through NVIDIA's driver, which is looked for at run time.
+    /// The GPU with this ordinal, as the driver counts, through NVIDIA's driver, which is looked for at run
+    /// time.
+    ///
+    /// Work runs in the device's primary context, which the CUDA runtime, cudarc and candle use too. It is
+    /// made current for each call, and a thread that had another context current has it again behind the
+    /// call. A thread that had none keeps the primary one.
     ///
     /// # Errors
     ///
-    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::DriverStart`], [`Error::NoDevice`],
-    /// [`Error::Arch`].
+    /// [`Error::NoDriver`], [`Error::DriverFunction`], [`Error::OldDriver`], [`Error::DriverStart`],
+    /// [`Error::NoDevice`], [`Error::Arch`]. Of a GPU that the kernels are not built for nothing is asked but
+    /// its attributes; no context is made there.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: u32) -> Result<Device, Error> {
         Device::with_driver(driver::hardware::Hardware::shared()?, ordinal)
@@ -162,8 +171,12 @@ impl Device {
 
     /// Calls `f` on one of the CPU's worker threads; on a GPU, where it stands.
     ///
-    /// Operations that are called from there share their work with the other workers at once, while from any other thread each
-    /// of them is handed over and waited for, which costs tens of microseconds: worth it around a whole step of a model.
+    /// Operations that are called from there share their work with the other workers at once, while from any
+    /// other thread each of them is handed over and waited for, which costs tens of microseconds: worth it
+    /// around a whole step of a model.
+    ///
+    /// A stream is used by one thread at a time, so that `&Stream` does not go along; `&mut Stream` does, and
+    /// [`Stream::run`] takes it there.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         match &self.0 {
             Backend::Cpu(workers) => workers.install(f),

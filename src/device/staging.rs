@@ -36,6 +36,12 @@ struct Block {
 unsafe impl Send for Block {}
 
 impl Staging {
+    /// Makes one block, so that the first short copies need no memory.
+    pub(super) fn reserve(&mut self, driver: &dyn Driver, ordinal: u32) -> DriverResult<()> {
+        self.idle.push(Block::new(driver, ordinal, MIN_BLOCK_BYTES)?);
+        Ok(())
+    }
+
     /// Queues copies from the host to device memory, in this order. The sources may be reused at once.
     ///
     /// Once the first block is there no copy fails for want of memory: several short copies share it, a long one may wait for it.
@@ -115,10 +121,11 @@ impl Staging {
         }
     }
 
-    /// Gives everything back at the end of a stream, waiting for what is still on its way; on a lost device too.
-    pub(super) fn free(&mut self, driver: &dyn Driver, stream: Handle) {
+    /// Gives everything back at the end of a stream, waiting for what is still on its way; on a lost device
+    /// too. Without a stream nothing is waited for, and what is still on its way is not given back.
+    pub(super) fn free(&mut self, driver: &dyn Driver, stream: Option<Handle>) {
         let done = self.busy.back().is_none_or(|block| driver.is_done(block.event) == Ok(true));
-        if done || driver.synchronize(stream).is_ok() {
+        if done || stream.is_some_and(|stream| driver.synchronize(stream).is_ok()) {
             self.idle.extend(self.busy.drain(..));
         }
         self.idle.drain(..).for_each(|block| block.free(driver));

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::graph::Recording;
+#[cfg(feature = "cudarc")]
+use super::mark::Mark;
 use super::mark::{Access, Conflict};
 use super::{Backend, Device, Graph};
 use crate::error::{Error, Op, Place};
@@ -21,8 +23,9 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 /// A stream may move to another thread, but is used by one at a time: between the check that an operation's arguments are in
 /// order and its launch, nobody else may add to the stream or join it. Two threads use two streams.
 ///
-/// When a stream of a GPU and all of its graphs have been dropped, the host waits for its work. Whatever used a buffer there is done
-/// then, so that other streams need not join it.
+/// When a stream of a GPU and all of its graphs have been dropped, the host waits for its work. Whatever used
+/// a buffer there is done then, so that other streams need not join it. A stream that an engine
+/// [lends](Stream::from_raw) is not waited for.
 ///
 /// ```compile_fail
 /// fn shared<T: Sync>() {}
@@ -33,14 +36,21 @@ pub struct Stream {
     pub(super) timeline: Arc<Timeline>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // without CUDA there is no work to wait for
     running: Arc<Running>,
+    /// There is no other `Stream` of its kind, and its engine may not capture it.
+    #[cfg(feature = "cudarc")]
+    pub(super) alone: Option<super::lent::Alone>,
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
-/// Owned by a stream and its graphs, which may queue work. Once all of them are gone, the host waits for that work.
+/// Owned by a stream and its graphs, which may queue work. Once all of them are gone, the host waits for that
+/// work, unless the stream is lent.
 pub(super) struct Running(pub(super) Arc<Timeline>);
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if self.0.is_lent() {
+            return; // it goes on without us
+        }
         #[cfg(feature = "cuda")]
         if !self.0.cuda.as_ref().is_none_or(super::cuda::RawStream::finish) {
             return; // nobody could wait: the work may go on, and its uses stay in the way
@@ -58,6 +68,9 @@ pub(super) struct Timeline {
     /// The capture under way.
     recording: Mutex<Option<Arc<Recording>>>,
     ended: Arc<AtomicBool>,
+    /// A `Stream` that is alone has it.
+    #[cfg(feature = "cudarc")]
+    pub(super) taken: AtomicBool,
     #[cfg(feature = "cuda")]
     pub(super) cuda: Option<super::cuda::RawStream>,
 }
@@ -70,20 +83,43 @@ struct Joined {
 }
 
 impl Timeline {
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // without CUDA a timeline is a number
+    /// Of a new stream.
     fn new(device: &Device) -> Result<Timeline, Error> {
-        Ok(Timeline {
+        match &device.0 {
+            Backend::Cpu(_) => Ok(Timeline::of_host()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => super::cuda::RawStream::new(device).map(Timeline::of),
+        }
+    }
+
+    /// Of a stream of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn of(stream: super::cuda::RawStream) -> Timeline {
+        let mut timeline = Timeline::of_host();
+        timeline.cuda = Some(stream);
+        timeline
+    }
+
+    fn of_host() -> Timeline {
+        Timeline {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             operations: AtomicU64::new(0),
             joined: Mutex::default(),
             recording: Mutex::default(),
             ended: Arc::default(),
+            #[cfg(feature = "cudarc")]
+            taken: AtomicBool::new(false),
             #[cfg(feature = "cuda")]
-            cuda: match &device.0 {
-                Backend::Cpu(_) => None,
-                Backend::Cuda(device) => Some(super::cuda::RawStream::new(device)?),
-            },
-        })
+            cuda: None,
+        }
+    }
+
+    /// True for a stream that an engine made and goes on using.
+    pub(super) fn is_lent(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.cuda.as_ref().is_some_and(super::cuda::RawStream::is_lent);
+        #[cfg(not(feature = "cuda"))]
+        false
     }
 
     /// True when everything up to `operation` of the stream `id` is ordered before this stream's next work.
@@ -99,6 +135,15 @@ impl Timeline {
     /// Counts one more operation; gives its number, which is never 0.
     pub(super) fn next_operation(&self) -> u64 {
         self.operations.fetch_add(1, Ordering::AcqRel) + 1
+    }
+}
+
+impl Drop for Timeline {
+    /// The uses of a lent stream keep its timeline, so there is none left.
+    fn drop(&mut self) {
+        if self.is_lent() {
+            self.ended.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -118,9 +163,39 @@ impl Drop for Recorded<'_> {
 
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Stream, Error> {
-        let timeline = Arc::new(Timeline::new(device)?);
+        Ok(Stream::on(device, Arc::new(Timeline::new(device)?)))
+    }
+
+    pub(super) fn on(device: &Device, timeline: Arc<Timeline>) -> Stream {
         let running = Arc::new(Running(timeline.clone()));
-        Ok(Stream { device: device.clone(), timeline, running, _one_thread_at_a_time: PhantomData })
+        Stream {
+            device: device.clone(),
+            timeline,
+            running,
+            #[cfg(feature = "cudarc")]
+            alone: None,
+            _one_thread_at_a_time: PhantomData,
+        }
+    }
+
+    /// Calls `work` with this stream on one of the CPU's worker threads, where operations cost no handing
+    /// over; on a GPU, where it stands. See [`Device::run`].
+    ///
+    /// ```
+    /// use dropless::{Device, Rows, RowsMut, glu};
+    ///
+    /// let mut stream = Device::cpu().stream()?;
+    /// let (x, mut y) = ([1.0f32; 8], [0.0f32; 8]);
+    /// stream.run(|stream| {
+    ///     let view = Rows::from_slice(&x, 2, 4)?;
+    ///     glu::glu(stream, view, view, &mut RowsMut::from_slice(&mut y, 2, 4)?)
+    /// })?;
+    /// assert!(y.iter().all(|y| (y - 0.731).abs() < 1e-3));
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn run<R: Send>(&mut self, work: impl FnOnce(&Stream) -> R + Send) -> R {
+        let device = self.device.clone();
+        device.run(move || work(self))
     }
 
     /// The device this stream belongs to.
@@ -159,9 +234,9 @@ impl Stream {
         Ok(())
     }
 
-    /// Records the operations that `work` queues on this stream, instead of running them, as a graph that can be launched many
-    /// times. Nothing is computed here. Run `work` once beforehand: a kernel's image is loaded when it is first needed, which a
-    /// graph cannot do.
+    /// Records the operations that `work` queues on this stream, instead of running them, as a graph that can
+    /// be launched many times. Nothing is computed here. Run `work` once beforehand, or call
+    /// [`Device::load_images`]: a kernel's image is loaded when it is first needed, which a graph cannot do.
     ///
     /// Within `work`, buffers cannot be made, streams cannot be joined or waited for, and nothing is copied from or to the host: a
     /// graph would repeat the values of the day it was captured. What changes from launch to launch, such as token ids and the
@@ -248,6 +323,10 @@ impl Stream {
         if want == Place::Host {
             return Ok(()); // program order
         }
+        #[cfg(feature = "cudarc")]
+        if self.alone.is_some() {
+            self.cuda().outside_engines_capture(op)?;
+        }
         for &(arg, Access { misfit, .. }) in arguments {
             if let Some((need, got)) = misfit {
                 return Err(Error::Layout { op, arg, need, got });
@@ -274,6 +353,18 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Counts as an operation that uses the mark's memory, and has no conflict.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn mark(&self, mark: &Mark, write: bool) {
+        mark.record(&self.timeline, None, self.timeline.next_operation(), write);
+    }
+
+    /// Makes this stream wait for every use of the mark's memory elsewhere. False where neither it nor the host could.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn settle(&self, mark: &Mark) -> bool {
+        mark.settle(&self.timeline)
     }
 
     /// After an operation failed that was admitted: what it was to write may not be read, until it is written anew.

@@ -47,11 +47,12 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     let num_experts = ffn.size("moe_num_experts", MAX_EXPERTS as u64)?;
     let top_k = ffn.size("moe_top_k", MAX_SIZE)?;
     ffn.at_most("moe_top_k", top_k, "moe_num_experts", num_experts)?;
+    let heads = HeadLayout::new(num_heads, num_kv_heads, head_dim).or_else(|error| refuse_file(top.file(), error))?;
     Ok(Config {
         family: &FAMILY,
         num_layers,
         d_model,
-        heads: HeadLayout::new(num_heads, num_kv_heads, head_dim).or_else(|error| refuse_file(top.file(), error))?,
+        heads,
         d_ffn: ffn.size("ffn_hidden_size", MAX_SIZE)?,
         num_experts,
         top_k,
@@ -94,7 +95,8 @@ fn layer(config: &Config, l: usize) -> [Spec; 8] {
         Spec::linear(name("ffn.router.layer.weight"), [e, d]),
         Spec::linear(name("ffn.experts.mlp.w1"), [e * f, d]),
         Spec::linear(name("ffn.experts.mlp.v1"), [e * f, d]),
-        Spec { inputs: Some(f), ..Spec::linear(name("ffn.experts.mlp.w2"), [e * f, d]) }, // its rows are its inputs
+        // Its rows are its inputs.
+        Spec { inputs: Some(f), ..Spec::linear(name("ffn.experts.mlp.w2"), [e * f, d]) },
     ]
 }
 
@@ -128,7 +130,8 @@ fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
     };
     let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;
     let [embedding, final_norm, head] = weights.of(outside(config))?;
-    Ok(Box::new(Dbrx { embedding: embedding.rows(), layers, final_norm: final_norm.rows(), head: head.linear()? }))
+    let (embedding, final_norm, head) = (embedding.rows(), final_norm.rows(), head.linear()?);
+    Ok(Box::new(Dbrx { embedding, layers, final_norm, head }))
 }
 
 impl Decoder for Dbrx<'_> {

@@ -35,7 +35,7 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
         top.must_be(absent, Value::Null)?;
     }
 
-    let (num_layers, d_model) = (top.size("num_hidden_layers", MAX_SIZE)?, top.size("hidden_size", MAX_SIZE)?);
+    let d_model = top.size("hidden_size", MAX_SIZE)?;
     let num_heads = top.size("num_attention_heads", MAX_SIZE)?;
     let num_kv_heads = top.size("num_key_value_heads", MAX_SIZE)?;
     top.divides("num_key_value_heads", num_kv_heads, "num_attention_heads", num_heads)?;
@@ -52,11 +52,12 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     let num_experts = top.size("num_local_experts", MAX_EXPERTS as u64)?;
     let top_k = top.size("num_experts_per_tok", MAX_SIZE)?;
     top.at_most("num_experts_per_tok", top_k, "num_local_experts", num_experts)?;
+    let heads = HeadLayout::new(num_heads, num_kv_heads, head_dim).or_else(|error| refuse_file(top.file(), error))?;
     Ok(Config {
         family: &FAMILY,
-        num_layers,
+        num_layers: top.size("num_hidden_layers", MAX_SIZE)?,
         d_model,
-        heads: HeadLayout::new(num_heads, num_kv_heads, head_dim).or_else(|error| refuse_file(top.file(), error))?,
+        heads,
         d_ffn: top.size("intermediate_size", MAX_SIZE)?,
         num_experts,
         top_k,
@@ -90,7 +91,8 @@ fn outside(config: &Config) -> [Spec; 3] {
 fn layer(config: &Config, l: usize) -> [Spec; 10] {
     let Config { d_model: d, d_ffn: f, num_experts, heads, .. } = *config;
     let name = |tensor: &str| format!("model.layers.{l}.{tensor}.weight");
-    let each = |w: &str, dims| Spec::each((0..num_experts).map(|e| name(&format!("block_sparse_moe.experts.{e}.{w}"))).collect(), dims);
+    let of_expert = |e: usize, w: &str| name(&format!("block_sparse_moe.experts.{e}.{w}"));
+    let each = |w: &str, dims| Spec::each((0..num_experts).map(|e| of_expert(e, w)).collect(), dims);
     [
         Spec::norm(name("input_layernorm"), d),
         Spec::linear(name("self_attn.q_proj"), [heads.q_cols(), d]),
@@ -135,7 +137,8 @@ fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
     };
     let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;
     let [embedding, final_norm, head] = weights.of(outside(config))?;
-    Ok(Box::new(Mixtral { embedding: embedding.rows(), layers, final_norm: final_norm.rows(), head: head.linear()? }))
+    let (embedding, final_norm, head) = (embedding.rows(), final_norm.rows(), head.linear()?);
+    Ok(Box::new(Mixtral { embedding, layers, final_norm, head }))
 }
 
 impl Decoder for Mixtral<'_> {

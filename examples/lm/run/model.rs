@@ -5,10 +5,8 @@ use std::ops::Range;
 
 use dropless::layout::KvShape;
 use dropless::router::Normalize;
-use dropless::{
-    Buffer, Device, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
-    attention, grouped_gemm, moe, sample,
-};
+use dropless::{Buffer, Device, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut};
+use dropless::{Stream, TokenIds, Workspace, attention, grouped_gemm, moe, sample};
 
 use super::config::Config;
 use super::decoder::Decoder;
@@ -50,8 +48,10 @@ pub struct State<A> {
     pub cache: KvCache<A>,
     pub plan: moe::Plan<A>,
     pub routing: RoutingBuffers,
-    pub workspace: Workspace,
-    pub expert_tokens: Vec<Vec<u64>>, // [layers][E], of prompts: a decoding step reads nothing back but its tokens
+    pub workspace: Workspace<'static>,
+    /// [layers][E], the tokens of prompts that each expert was given. A decoding step reads nothing back but
+    /// its tokens.
+    pub expert_tokens: Vec<Vec<u64>>,
 }
 
 /// A buffer for the largest step, of which a step uses the first rows.
@@ -151,8 +151,9 @@ impl<'w, A: Float> Model<'w, A> {
 
     /// Keeps the first sequence's keys and values, `len` tokens of them.
     pub fn keep_cache(&self, len: usize, trace: &mut Trace) -> Result<(), Failure> {
-        let cache = &self.state.cache;
-        (0..self.config.num_layers).try_for_each(|layer| trace.cache(&self.stream, layer, &cache.layer(layer)?, self.config.heads, len))
+        let Config { num_layers, heads, .. } = self.config;
+        let cache = |layer| self.state.cache.layer(layer);
+        (0..num_layers).try_for_each(|layer| trace.cache(&self.stream, layer, &cache(layer)?, heads, len))
     }
 
     /// How many tokens of prompts each expert of each layer was given.

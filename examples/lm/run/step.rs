@@ -3,7 +3,8 @@
 //! A sum is not computed by the operation that adds, but together with the norm that reads it, in one pass
 //! over the residual. Every result is shown to the trace as soon as it is there.
 
-use dropless::{ExpertRows, ExpertWeights, Float, Stream, TokenIds, WeightRows, attention, embedding, grouped_gemm, moe, norm, rope};
+use dropless::{ExpertRows, ExpertWeights, Float, Stream, TokenIds, WeightRows};
+use dropless::{attention, embedding, grouped_gemm, moe, norm, rope};
 
 use super::config::Config;
 use super::decoder::Step;
@@ -110,7 +111,8 @@ impl<A: Float> Step for Running<'_, A> {
         for weight in weights {
             let cols = first..first + weight.n();
             first = cols.end;
-            grouped_gemm::nt(self.stream, normed.rows(t)?, *weight, self.all, &mut qkv.rows_mut(t)?.col_range(cols)?)?;
+            let part = &mut qkv.rows_mut(t)?.col_range(cols)?;
+            grouped_gemm::nt(self.stream, normed.rows(t)?, *weight, self.all, part)?;
         }
         self.trace.see(self.stream, self.layer, Seen::Projected { qkv: qkv.rows(t)?, clip })
     }
@@ -119,7 +121,8 @@ impl<A: Float> Step for Running<'_, A> {
         let (t, stream, &Config { heads, clip, .. }) = (self.ids.len(), self.stream, self.config);
         let State { qkv, q, context, rope, cache, workspace, .. } = &mut *self.state;
         let (l, scale) = (self.layer.unwrap_or_default(), 1.0 / (heads.head_dim() as f32).sqrt());
-        rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, &mut cache.layer_mut(l)?, &mut q.rows_mut(t)?)?;
+        let (rotated, appended) = (&mut q.rows_mut(t)?, &mut cache.layer_mut(l)?);
+        rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, appended, rotated)?;
         let (q, cache) = (q.rows(t)?, cache.layer(l)?);
         self.trace.see(stream, self.layer, Seen::Rotated { q, cache: &cache, heads })?;
         let context = &mut context.rows_mut(t)?;

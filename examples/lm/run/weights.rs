@@ -29,7 +29,8 @@ impl<'a> Matrices<'a> {
     /// Those of a configuration.
     pub fn new(tensors: &'a dyn Tensors, config: &Config) -> Result<Matrices<'a>, Failure> {
         let views = |(index, spec): (usize, Spec)| Ok((spec.names[0].clone(), tensors.parts(index, &spec)?));
-        Ok(Matrices((config.family.specs)(config).into_iter().enumerate().map(views).collect::<Result<_, Failure>>()?))
+        let specs = (config.family.specs)(config);
+        Ok(Matrices(specs.into_iter().enumerate().map(views).collect::<Result<_, Failure>>()?))
     }
 
     /// Some matrices.
@@ -77,7 +78,8 @@ mod tests {
                 for (name, part) in spec.names.iter().zip(parts) {
                     let WeightRows::F32(rows) = part else { panic!("{name} is f32 in the file") };
                     let (view, bytes) = (rows.as_slice().unwrap(), checkpoint.bytes(name).unwrap());
-                    assert_eq!((view.as_ptr().cast(), size_of_val(view)), (bytes.as_ptr(), bytes.len()), "{name}");
+                    assert_eq!(view.as_ptr().cast(), bytes.as_ptr(), "{name}");
+                    assert_eq!(size_of_val(view), bytes.len(), "{name}");
                     elements += view.len() as u64;
                 }
             }

@@ -66,6 +66,7 @@ const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DEFAULT: c_uint = 0;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 const CAPTURE_THREAD_LOCAL: c_int = 1;
+const CAPTURE_RELAXED: c_int = 2;
 const ATTR_SM_COUNT: c_int = 16;
 const ATTR_CC_MAJOR: c_int = 75;
 const ATTR_CC_MINOR: c_int = 76;
@@ -130,6 +131,7 @@ functions! {
     device_name = "cuDeviceGetName": fn(name: *mut c_char, bytes: c_int, device: c_int);
     device_attribute = "cuDeviceGetAttribute": fn(value: *mut c_int, attribute: c_int, device: c_int);
     context_retain = "cuDevicePrimaryCtxRetain": fn(context: *mut Pointer, device: c_int);
+    context_get = "cuCtxGetCurrent": fn(context: *mut Pointer);
     context_set = "cuCtxSetCurrent": fn(context: Pointer);
     memory_info = "cuMemGetInfo_v2": fn(free: *mut usize, total: *mut usize);
     alloc = "cuMemAllocAsync": fn(address: *mut u64, bytes: usize, stream: Pointer);
@@ -137,9 +139,9 @@ functions! {
     fill = "cuMemsetD8Async": fn(address: u64, value: u8, bytes: usize, stream: Pointer);
     copy_to_device = "cuMemcpyHtoDAsync_v2": fn(target: u64, source: *const c_void, bytes: usize, stream: Pointer);
     copy_to_host = "cuMemcpyDtoHAsync_v2": fn(target: Pointer, source: u64, bytes: usize, stream: Pointer);
-    copy_on_device = "cuMemcpyDtoDAsync_v2": fn(target: u64, source: u64, bytes: usize, stream: Pointer);
     host_alloc = "cuMemHostAlloc": fn(memory: *mut Pointer, bytes: usize, flags: c_uint);
     host_free = "cuMemFreeHost": fn(memory: Pointer);
+    stream_context = "cuStreamGetCtx": fn(stream: Pointer, context: *mut Pointer);
     stream_create = "cuStreamCreate": fn(stream: *mut Pointer, flags: c_uint);
     stream_destroy = "cuStreamDestroy_v2": fn(stream: Pointer);
     stream_synchronize = "cuStreamSynchronize": fn(stream: Pointer);
@@ -149,6 +151,8 @@ functions! {
     event_record = "cuEventRecord": fn(event: Pointer, stream: Pointer);
     event_query = "cuEventQuery": fn(event: Pointer);
     event_elapsed = "cuEventElapsedTime": fn(milliseconds: *mut f32, from: Pointer, to: Pointer);
+    capture_mode = "cuThreadExchangeStreamCaptureMode": fn(mode: *mut c_int);
+    capture_status = "cuStreamIsCapturing": fn(stream: Pointer, status: *mut c_int);
     capture_begin = "cuStreamBeginCapture_v2": fn(stream: Pointer, mode: c_int);
     capture_end = "cuStreamEndCapture": fn(stream: Pointer, graph: *mut Pointer);
     graph_instantiate = "cuGraphInstantiateWithFlags": fn(instance: *mut Pointer, graph: Pointer, flags: u64);
@@ -173,7 +177,7 @@ functions! {
 pub struct Hardware {
     functions: Functions,
     /// Primary contexts, retained for the life of the process, by ordinal.
-    contexts: Mutex<Vec<Option<usize>>>,
+    contexts: Mutex<Vec<Option<Handle>>>,
 }
 
 impl Hardware {
@@ -223,6 +227,36 @@ impl Hardware {
         unsafe { self.functions.device_attribute(&mut value, attribute, device) }?;
         Ok(value as u32)
     }
+
+    /// The device's primary context, retained on first use.
+    fn primary(&self, ordinal: u32) -> DriverResult<Handle> {
+        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        if contexts.len() <= ordinal as usize {
+            contexts.resize(ordinal as usize + 1, None);
+        }
+        if let Some(context) = contexts[ordinal as usize] {
+            return Ok(context);
+        }
+        let device = self.device(ordinal)?;
+        // SAFETY: writes one handle.
+        let context = created(|out| unsafe { self.functions.context_retain(out, device) })?;
+        contexts[ordinal as usize] = Some(context);
+        Ok(context)
+    }
+
+    /// Makes a call of the host's that concerns no stream under capture. Somebody's capture, on this thread
+    /// or on another, would otherwise have the driver refuse it, and the capture would fail with it.
+    fn beside_captures<T>(&self, call: impl FnOnce() -> T) -> T {
+        let mut mode = CAPTURE_RELAXED;
+        // SAFETY: reads and writes one integer, here and below.
+        let exchanged = unsafe { self.functions.capture_mode(&mut mode) };
+        let called = call();
+        if exchanged.is_ok() {
+            // SAFETY: as above; it now holds the mode from before.
+            let _ = unsafe { self.functions.capture_mode(&mut mode) };
+        }
+        called
+    }
 }
 
 fn pointer(handle: Handle) -> Pointer {
@@ -253,22 +287,22 @@ unsafe impl Driver for Hardware {
         Ok(count as u32)
     }
 
-    fn make_current(&self, ordinal: u32) -> DriverResult<()> {
-        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
-        if contexts.len() <= ordinal as usize {
-            contexts.resize(ordinal as usize + 1, None);
+    fn make_current(&self, ordinal: u32) -> DriverResult<Option<Handle>> {
+        let primary = self.primary(ordinal)?;
+        // SAFETY: writes one handle.
+        let before = created(|out| unsafe { self.functions.context_get(out) })?;
+        if before == primary {
+            return Ok(None);
         }
-        let context = match contexts[ordinal as usize] {
-            Some(context) => context,
-            None => {
-                let device = self.device(ordinal)?;
-                // SAFETY: writes one handle.
-                created(|out| unsafe { self.functions.context_retain(out, device) })? as usize
-            }
-        };
-        contexts[ordinal as usize] = Some(context);
         // SAFETY: a retained primary context.
-        unsafe { self.functions.context_set(context as Pointer) }
+        unsafe { self.functions.context_set(pointer(primary)) }?;
+        Ok((before != 0).then_some(before))
+    }
+
+    fn restore_current(&self, context: Handle) -> DriverResult<()> {
+        // SAFETY: it was current on this thread a moment ago; the driver refuses one that was destroyed
+        // meanwhile.
+        unsafe { self.functions.context_set(pointer(context)) }
     }
 
     fn attributes(&self, ordinal: u32) -> DriverResult<Attributes> {
@@ -322,36 +356,46 @@ unsafe impl Driver for Hardware {
         self.synchronize(stream)
     }
 
-    fn copy_on_device(&self, stream: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()> {
-        // SAFETY: device memory only.
-        unsafe { self.functions.copy_on_device(target, source, bytes, pointer(stream)) }
-    }
-
     fn alloc_pinned(&self, ordinal: u32, bytes: usize) -> DriverResult<*mut u8> {
         self.make_current(ordinal)?;
         // SAFETY: writes one pointer. Flags 0: not write-combined, so that the host can read it at speed.
-        Ok(created(|out| unsafe { self.functions.host_alloc(out, bytes, 0) })? as usize as *mut u8)
+        let memory = self.beside_captures(|| created(|out| unsafe { self.functions.host_alloc(out, bytes, 0) }))?;
+        Ok(memory as usize as *mut u8)
     }
 
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
         // SAFETY: the caller's duty.
-        unsafe { self.functions.host_free(memory.cast()) }
+        self.beside_captures(|| unsafe { self.functions.host_free(memory.cast()) })
+    }
+
+    fn is_of_primary(&self, ordinal: u32, stream: Handle) -> DriverResult<bool> {
+        let primary = self.primary(ordinal)?;
+        // SAFETY: a stream, by the contract of `Stream::from_raw`; writes one handle.
+        let context = created(|out| unsafe { self.functions.stream_context(pointer(stream), out) })?;
+        Ok(context == primary)
+    }
+
+    fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
+        let mut status = 0;
+        // SAFETY: a stream; writes one integer: 0 none, 1 under way, 2 under way and failed.
+        unsafe { self.functions.capture_status(pointer(stream), &mut status) }?;
+        Ok(status != 0)
     }
 
     fn create_stream(&self, ordinal: u32) -> DriverResult<Handle> {
         self.make_current(ordinal)?;
         // SAFETY: writes one handle.
-        created(|out| unsafe { self.functions.stream_create(out, STREAM_NON_BLOCKING) })
+        self.beside_captures(|| created(|out| unsafe { self.functions.stream_create(out, STREAM_NON_BLOCKING) }))
     }
 
     fn destroy_stream(&self, stream: Handle) -> DriverResult<()> {
         // SAFETY: a stream of this driver; its work completes first.
-        unsafe { self.functions.stream_destroy(pointer(stream)) }
+        self.beside_captures(|| unsafe { self.functions.stream_destroy(pointer(stream)) })
     }
 
     fn synchronize(&self, stream: Handle) -> DriverResult<()> {
         // SAFETY: a stream of this driver.
-        unsafe { self.functions.stream_synchronize(pointer(stream)) }
+        self.beside_captures(|| unsafe { self.functions.stream_synchronize(pointer(stream)) })
     }
 
     fn create_event(&self, ordinal: u32, timing: bool) -> DriverResult<Handle> {
@@ -373,7 +417,7 @@ unsafe impl Driver for Hardware {
 
     fn is_done(&self, event: Handle) -> DriverResult<bool> {
         // SAFETY: an event of this driver.
-        match unsafe { self.functions.event_query(pointer(event)) } {
+        match self.beside_captures(|| unsafe { self.functions.event_query(pointer(event)) }) {
             Err(DriverError { code: NOT_READY, .. }) => Ok(false),
             done => done.map(|()| true),
         }
@@ -421,10 +465,13 @@ unsafe impl Driver for Hardware {
         let mut log = vec![0u8; LOG_BYTES];
         let mut names = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
         let mut values = [log.as_mut_ptr().cast(), LOG_BYTES as Pointer];
-        // SAFETY: a cubin, whose header says how long it is, or text closed by a NUL; two options with their values: the driver
-        // writes at most `LOG_BYTES` through the first, and how many those were to the second; writes one handle.
-        let loaded =
-            created(|out| unsafe { self.functions.module_load(out, image.as_ptr().cast(), 2, names.as_mut_ptr(), values.as_mut_ptr()) });
+        let (image, names, values) = (image.as_ptr().cast(), names.as_mut_ptr(), values.as_mut_ptr());
+        let loaded = self.beside_captures(|| {
+            // SAFETY: a cubin, whose header says how long it is, or text closed by a NUL; two options with
+            // their values: the driver writes at most `LOG_BYTES` through the first, and how many those were
+            // to the second; writes one handle.
+            created(|out| unsafe { self.functions.module_load(out, image, 2, names, values) })
+        });
         loaded.map_err(|error| {
             let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
             ImageError { error, log: String::from_utf8_lossy(text).trim().to_owned() }
@@ -433,12 +480,13 @@ unsafe impl Driver for Hardware {
 
     fn function(&self, image: Handle, entry: &CStr) -> DriverResult<Handle> {
         // SAFETY: a module of this driver, a name closed by a NUL; writes one handle.
-        created(|out| unsafe { self.functions.module_function(out, pointer(image), entry.as_ptr()) })
+        self.beside_captures(|| created(|out| unsafe { self.functions.module_function(out, pointer(image), entry.as_ptr()) }))
     }
 
     fn set_shared_limit(&self, function: Handle, bytes: u32) -> DriverResult<()> {
+        let (function, bytes) = (pointer(function), bytes as c_int);
         // SAFETY: a function of this driver.
-        unsafe { self.functions.function_attribute(pointer(function), FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) }
+        self.beside_captures(|| unsafe { self.functions.function_attribute(function, FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes) })
     }
 
     unsafe fn launch(&self, stream: Handle, launch: &Launch<'_>) -> DriverResult<()> {

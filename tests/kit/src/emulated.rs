@@ -29,7 +29,7 @@ struct State {
     kernels: Vec<Kernel>,
     pinned: HashMap<usize, Layout>,
     graphs: Vec<Vec<Recorded>>,
-    capturing: Option<Vec<Recorded>>,
+    streams: HashMap<Handle, Queue>,
     copies: VecDeque<Copy>,
     copies_done: u64,
     /// For each event: the copies that were queued when it was recorded, those already done included.
@@ -39,6 +39,24 @@ struct State {
     launches: Vec<(String, Stats)>,
     bulk_bytes: u64,
 }
+
+/// A stream.
+struct Queue {
+    is_of_primary: bool,
+    /// What is being recorded.
+    capturing: Option<Vec<Recorded>>,
+}
+
+impl Queue {
+    const fn new(is_of_primary: bool) -> Queue {
+        Queue { is_of_primary, capturing: None }
+    }
+}
+
+/// The default stream, which is always there.
+const DEFAULT_STREAM: Handle = 0;
+/// Smaller ones have a meaning of their own, as they have for CUDA.
+const FIRST_HANDLE: Handle = 16;
 
 /// A copy from the host that is still to happen.
 struct Copy {
@@ -55,7 +73,6 @@ unsafe impl Send for Copy {}
 enum Recorded {
     Launch { kernel: usize, grid: [u32; 3], block: [u32; 3], cluster: [u32; 3], shared_bytes: u32, params: Vec<u8> },
     Fill { address: u64, value: u8, bytes: usize },
-    Copy { target: u64, source: u64, bytes: usize },
 }
 
 impl Emulated {
@@ -67,11 +84,11 @@ impl Emulated {
             kernels: Vec::new(),
             pinned: HashMap::new(),
             graphs: Vec::new(),
-            capturing: None,
+            streams: HashMap::from([(DEFAULT_STREAM, Queue::new(true))]),
             copies: VecDeque::new(),
             copies_done: 0,
             events: HashMap::new(),
-            next: 0,
+            next: FIRST_HANDLE,
             reports: Vec::new(),
             launches: Vec::new(),
             bulk_bytes: 0,
@@ -81,6 +98,11 @@ impl Emulated {
     /// From now on another schedule, completion or set of detectors; memory and images stay.
     pub fn set_options(&self, options: Options) {
         self.state().gpu.set_options(options);
+    }
+
+    /// A stream of another context than the device's primary one.
+    pub fn foreign_stream(&self) -> Handle {
+        self.state().stream(false)
     }
 
     /// What went wrong so far.
@@ -109,6 +131,20 @@ impl State {
         self.next
     }
 
+    fn stream(&mut self, is_of_primary: bool) -> Handle {
+        let stream = self.handle();
+        self.streams.insert(stream, Queue::new(is_of_primary));
+        stream
+    }
+
+    /// A stream that is there.
+    fn queue(&mut self, stream: Handle) -> DriverResult<&mut Queue> {
+        if !self.streams.contains_key(&stream) {
+            return self.report(&format!("there is no stream {stream}"), INVALID_HANDLE);
+        }
+        self.streams.get_mut(&stream).ok_or(INVALID_HANDLE)
+    }
+
     /// Keeps why something failed, and gives the code for it.
     fn report<T>(&mut self, error: &dyn std::fmt::Display, code: DriverError) -> DriverResult<T> {
         eprintln!("emulated device: {error}");
@@ -117,8 +153,8 @@ impl State {
     }
 
     /// Runs it, or records it while a graph is captured.
-    fn enqueue(&mut self, work: Recorded) -> DriverResult<()> {
-        match &mut self.capturing {
+    fn enqueue(&mut self, stream: Handle, work: Recorded) -> DriverResult<()> {
+        match &mut self.queue(stream)?.capturing {
             Some(recorded) => recorded.push(work),
             None => self.finish_copies().and_then(|()| self.run(&work))?,
         }
@@ -159,18 +195,13 @@ impl State {
                     return self.report(&error, INVALID_VALUE);
                 }
             }
-            Recorded::Copy { target, source, bytes } => {
-                if let Err(error) = self.gpu.copy(*target, *source, *bytes as u64) {
-                    return self.report(&error, INVALID_VALUE);
-                }
-            }
         }
         Ok(())
     }
 
-    /// Memory calls of the host are no part of a graph.
-    fn not_capturing(&self) -> DriverResult<()> {
-        if self.capturing.is_none() { Ok(()) } else { Err(CAPTURE_UNSUPPORTED) }
+    /// Memory calls of the host are no part of a graph, and nothing waits there.
+    fn not_capturing(&mut self, stream: Handle) -> DriverResult<()> {
+        if self.queue(stream)?.capturing.is_none() { Ok(()) } else { Err(CAPTURE_UNSUPPORTED) }
     }
 }
 
@@ -184,7 +215,10 @@ unsafe impl Driver for Emulated {
     fn device_count(&self) -> DriverResult<u32> {
         Ok(1)
     }
-    fn make_current(&self, _: u32) -> DriverResult<()> {
+    fn make_current(&self, _: u32) -> DriverResult<Option<Handle>> {
+        Ok(None)
+    }
+    fn restore_current(&self, _: Handle) -> DriverResult<()> {
         Ok(())
     }
     fn attributes(&self, _: u32) -> DriverResult<Attributes> {
@@ -195,30 +229,30 @@ unsafe impl Driver for Emulated {
         Ok(self.state().gpu.memory_info())
     }
 
-    fn alloc(&self, _: Handle, bytes: usize) -> DriverResult<u64> {
+    fn alloc(&self, stream: Handle, bytes: usize) -> DriverResult<u64> {
         let mut state = self.state();
-        state.not_capturing()?;
+        state.not_capturing(stream)?;
         state.gpu.alloc(bytes as u64).map_err(|_| DriverError::OUT_OF_MEMORY)
     }
-    fn free(&self, _: Handle, address: u64) -> DriverResult<()> {
+    fn free(&self, stream: Handle, address: u64) -> DriverResult<()> {
         let mut state = self.state();
-        state.not_capturing()?;
+        state.not_capturing(stream)?;
         state.finish_copies()?;
         let freed = state.gpu.free(address);
         freed.or_else(|error| state.report(&error, INVALID_VALUE))
     }
-    fn fill(&self, _: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()> {
-        self.state().enqueue(Recorded::Fill { address, value, bytes })
+    fn fill(&self, stream: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()> {
+        self.state().enqueue(stream, Recorded::Fill { address, value, bytes })
     }
-    unsafe fn copy_to_device(&self, _: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
+    unsafe fn copy_to_device(&self, stream: Handle, address: u64, source: *const u8, bytes: usize) -> DriverResult<()> {
         let mut state = self.state();
-        state.not_capturing()?;
+        state.not_capturing(stream)?;
         state.copies.push_back(Copy { target: address, source, bytes });
         Ok(())
     }
-    unsafe fn copy_to_host(&self, _: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
+    unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
         let mut state = self.state();
-        state.not_capturing()?;
+        state.not_capturing(stream)?;
         state.finish_copies()?;
         if bytes == 0 {
             return Ok(());
@@ -226,9 +260,6 @@ unsafe impl Driver for Emulated {
         // SAFETY: the caller's duty.
         let read = state.gpu.read(address, unsafe { std::slice::from_raw_parts_mut(target, bytes) });
         read.or_else(|error| state.report(&error, INVALID_VALUE))
-    }
-    fn copy_on_device(&self, _: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()> {
-        self.state().enqueue(Recorded::Copy { target, source, bytes })
     }
     fn alloc_pinned(&self, _: u32, bytes: usize) -> DriverResult<*mut u8> {
         let layout = Layout::from_size_align(bytes.max(1), 4096).map_err(|_| DriverError::OUT_OF_MEMORY)?;
@@ -249,15 +280,24 @@ unsafe impl Driver for Emulated {
         Ok(())
     }
 
+    fn is_of_primary(&self, _: u32, stream: Handle) -> DriverResult<bool> {
+        Ok(self.state().queue(stream)?.is_of_primary)
+    }
+    fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
+        Ok(self.state().queue(stream)?.capturing.is_some())
+    }
     fn create_stream(&self, _: u32) -> DriverResult<Handle> {
-        Ok(self.state().handle())
+        Ok(self.state().stream(true))
     }
-    fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
-        self.state().finish_copies()
-    }
-    fn synchronize(&self, _: Handle) -> DriverResult<()> {
+    fn destroy_stream(&self, stream: Handle) -> DriverResult<()> {
         let mut state = self.state();
-        state.not_capturing()?;
+        state.queue(stream)?;
+        state.streams.remove(&stream);
+        state.finish_copies()
+    }
+    fn synchronize(&self, stream: Handle) -> DriverResult<()> {
+        let mut state = self.state();
+        state.not_capturing(stream)?;
         state.finish_copies()
     }
     fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
@@ -267,8 +307,9 @@ unsafe impl Driver for Emulated {
         self.state().events.remove(&event);
         Ok(())
     }
-    fn record(&self, event: Handle, _: Handle) -> DriverResult<()> {
+    fn record(&self, event: Handle, stream: Handle) -> DriverResult<()> {
         let mut state = self.state();
+        state.not_capturing(stream)?;
         let behind = state.copies_done + state.copies.len() as u64;
         state.events.insert(event, behind);
         Ok(())
@@ -277,27 +318,31 @@ unsafe impl Driver for Emulated {
         let state = self.state();
         Ok(state.events.get(&event).is_none_or(|behind| *behind <= state.copies_done))
     }
-    fn wait(&self, _: Handle, _: Handle) -> DriverResult<()> {
-        Ok(())
+    fn wait(&self, stream: Handle, _: Handle) -> DriverResult<()> {
+        self.state().not_capturing(stream)
     }
     fn elapsed_ms(&self, _: Handle, _: Handle) -> DriverResult<f32> {
         Ok(0.0)
     }
 
-    fn begin_capture(&self, _: Handle) -> DriverResult<()> {
+    fn begin_capture(&self, stream: Handle) -> DriverResult<()> {
         let mut state = self.state();
-        state.not_capturing()?;
-        state.capturing = Some(Vec::new());
+        state.not_capturing(stream)?;
+        if stream == DEFAULT_STREAM {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        state.queue(stream)?.capturing = Some(Vec::new());
         Ok(())
     }
-    fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
+    fn end_capture(&self, stream: Handle) -> DriverResult<Handle> {
         let mut state = self.state();
-        let recorded = state.capturing.take().ok_or(INVALID_VALUE)?;
+        let recorded = state.queue(stream)?.capturing.take().ok_or(INVALID_VALUE)?;
         state.graphs.push(recorded);
         Ok(state.graphs.len() as Handle)
     }
-    fn launch_graph(&self, graph: Handle, _: Handle) -> DriverResult<()> {
+    fn launch_graph(&self, graph: Handle, stream: Handle) -> DriverResult<()> {
         let mut state = self.state();
+        state.not_capturing(stream)?;
         let work = state.graphs.get((graph as usize).wrapping_sub(1)).cloned().ok_or(INVALID_HANDLE)?;
         state.finish_copies()?;
         work.iter().try_for_each(|work| state.run(work))
@@ -332,7 +377,7 @@ unsafe impl Driver for Emulated {
         let kernel = state.kernels.get_mut((function as usize).wrapping_sub(1)).ok_or(INVALID_HANDLE)?;
         kernel.set_max_dynamic_shared(bytes).map_err(|_| INVALID_VALUE)
     }
-    unsafe fn launch(&self, _: Handle, launch: &driver::Launch<'_>) -> DriverResult<()> {
+    unsafe fn launch(&self, stream: Handle, launch: &driver::Launch<'_>) -> DriverResult<()> {
         let driver::Launch { function, grid, block, cluster, shared_bytes, is_programmatic: _, params, offsets } = *launch; // one after another
         let kernel = (function as usize).wrapping_sub(1);
         let mut state = self.state();
@@ -341,7 +386,7 @@ unsafe impl Driver for Emulated {
             let error = format!("parameters begin at {offsets:?}, the kernel declares them at {declared:?}");
             return state.report(&error, INVALID_VALUE);
         }
-        state.enqueue(Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params: params.to_vec() })
+        state.enqueue(stream, Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params: params.to_vec() })
     }
     fn encode_tensor_map(&self, _: u32, desc: &driver::TensorMapDesc) -> DriverResult<TensorMap> {
         let mut state = self.state();

@@ -60,8 +60,11 @@ unsafe impl Driver for Faulty {
     fn device_count(&self) -> DriverResult<u32> {
         self.call("device_count", || self.inner.device_count())
     }
-    fn make_current(&self, ordinal: u32) -> DriverResult<()> {
+    fn make_current(&self, ordinal: u32) -> DriverResult<Option<Handle>> {
         self.call("make_current", || self.inner.make_current(ordinal))
+    }
+    fn restore_current(&self, context: Handle) -> DriverResult<()> {
+        self.call("restore_current", || self.inner.restore_current(context))
     }
     fn attributes(&self, ordinal: u32) -> DriverResult<Attributes> {
         self.call("attributes", || self.inner.attributes(ordinal))
@@ -86,9 +89,6 @@ unsafe impl Driver for Faulty {
         // SAFETY: the caller's duty.
         self.call("copy_to_host", || unsafe { self.inner.copy_to_host(stream, target, address, bytes) })
     }
-    fn copy_on_device(&self, stream: Handle, target: u64, source: u64, bytes: usize) -> DriverResult<()> {
-        self.call("copy_on_device", || self.inner.copy_on_device(stream, target, source, bytes))
-    }
     fn alloc_pinned(&self, ordinal: u32, bytes: usize) -> DriverResult<*mut u8> {
         let memory = self.call("alloc_pinned", || self.inner.alloc_pinned(ordinal, bytes))?;
         self.live.lock().unwrap_or_else(PoisonError::into_inner).push(("pinned memory", memory.addr() as u64));
@@ -97,6 +97,12 @@ unsafe impl Driver for Faulty {
     unsafe fn free_pinned(&self, memory: *mut u8) -> DriverResult<()> {
         // SAFETY: the caller's duty.
         self.release("pinned memory", "free_pinned", memory.addr() as u64, || unsafe { self.inner.free_pinned(memory) })
+    }
+    fn is_of_primary(&self, ordinal: u32, stream: Handle) -> DriverResult<bool> {
+        self.call("is_of_primary", || self.inner.is_of_primary(ordinal, stream))
+    }
+    fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
+        self.call("is_capturing", || self.inner.is_capturing(stream))
     }
     fn create_stream(&self, ordinal: u32) -> DriverResult<Handle> {
         self.make("stream", "create_stream", || self.inner.create_stream(ordinal))

@@ -1,10 +1,11 @@
 //! A driver that computes nothing and records what it was asked: launches, copies, allocations.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Handle, ImageError, Launch, TensorMap, TensorMapDesc};
 
@@ -13,14 +14,16 @@ use dropless::device::driver::{Attributes, Driver, DriverError, DriverResult, Ha
 #[allow(missing_docs)]
 pub enum Call {
     Alloc { address: u64, bytes: usize },
-    Free { address: u64 },
+    Free { stream: Handle, address: u64 },
     AllocPinned { bytes: usize },
     FreePinned,
     Write { bytes: usize },
     Read { bytes: usize },
     Load { bytes: usize },
-    Launch { entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, is_programmatic: bool, params: Vec<u8> },
+    Launch { stream: Handle, entry: String, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, is_programmatic: bool, params: Vec<u8> },
     Wait,
+    CreateStream { stream: Handle },
+    DestroyStream { stream: Handle },
     Synchronize { stream: Handle },
     BeginCapture,
     EndCapture,
@@ -43,7 +46,13 @@ pub struct Recorder {
     synchronize_refused: AtomicBool,
     images_refused: Mutex<[Option<ImageError>; 2]>,
     hook: Mutex<Option<Hook>>,
+    foreign: Mutex<HashSet<Handle>>,
+    capturing: Mutex<HashSet<Handle>>,
+    current: Mutex<HashMap<ThreadId, Handle>>,
 }
+
+/// The handle of the primary context.
+const PRIMARY: Handle = 1;
 
 impl Recorder {
     /// A device of another architecture.
@@ -87,6 +96,27 @@ impl Recorder {
         *self.hook.lock().expect("no panic while recording") = Some((call, Box::new(hook)));
     }
 
+    /// A stream of another context than the device's primary one.
+    pub fn foreign_stream(&self) -> Handle {
+        let stream = self.handle();
+        self.foreign.lock().expect("no panic while recording").insert(stream);
+        stream
+    }
+
+    /// The context that is current on this thread; `None` before the first.
+    pub fn current(&self) -> Option<Handle> {
+        self.contexts().get(&std::thread::current().id()).copied()
+    }
+
+    /// Makes a context current on this thread, as its caller may have done.
+    pub fn set_current(&self, context: Handle) {
+        self.contexts().insert(std::thread::current().id(), context);
+    }
+
+    fn contexts(&self) -> MutexGuard<'_, HashMap<ThreadId, Handle>> {
+        self.current.lock().expect("no panic while recording")
+    }
+
     fn hooked(&self, call: &'static str) {
         let hook = self.hook.lock().expect("no panic while recording").take_if(|hook| hook.0 == call);
         hook.into_iter().for_each(|(_, hook)| hook());
@@ -96,8 +126,9 @@ impl Recorder {
         self.calls.lock().expect("no panic while recording").push(call);
     }
 
+    /// Greater than those that have a meaning of their own for CUDA.
     fn handle(&self) -> Handle {
-        self.next.fetch_add(1, Ordering::Relaxed) + 1
+        self.next.fetch_add(1, Ordering::Relaxed) + 17
     }
 }
 
@@ -109,7 +140,13 @@ unsafe impl Driver for Recorder {
     fn device_count(&self) -> DriverResult<u32> {
         Ok(1)
     }
-    fn make_current(&self, _: u32) -> DriverResult<()> {
+    fn make_current(&self, _: u32) -> DriverResult<Option<Handle>> {
+        let before = self.current().filter(|context| *context != PRIMARY);
+        self.set_current(PRIMARY);
+        Ok(before)
+    }
+    fn restore_current(&self, context: Handle) -> DriverResult<()> {
+        self.set_current(context);
         Ok(())
     }
     fn attributes(&self, _: u32) -> DriverResult<Attributes> {
@@ -124,8 +161,8 @@ unsafe impl Driver for Recorder {
         self.push(Call::Alloc { address, bytes });
         Ok(address)
     }
-    fn free(&self, _: Handle, address: u64) -> DriverResult<()> {
-        self.push(Call::Free { address });
+    fn free(&self, stream: Handle, address: u64) -> DriverResult<()> {
+        self.push(Call::Free { stream, address });
         Ok(())
     }
     fn fill(&self, _: Handle, _: u64, _: u8, _: usize) -> DriverResult<()> {
@@ -137,9 +174,6 @@ unsafe impl Driver for Recorder {
     }
     unsafe fn copy_to_host(&self, _: Handle, _: *mut u8, _: u64, bytes: usize) -> DriverResult<()> {
         self.push(Call::Read { bytes });
-        Ok(())
-    }
-    fn copy_on_device(&self, _: Handle, _: u64, _: u64, _: usize) -> DriverResult<()> {
         Ok(())
     }
     fn alloc_pinned(&self, _: u32, bytes: usize) -> DriverResult<*mut u8> {
@@ -160,10 +194,19 @@ unsafe impl Driver for Recorder {
         self.push(Call::FreePinned);
         Ok(())
     }
-    fn create_stream(&self, _: u32) -> DriverResult<Handle> {
-        Ok(self.handle())
+    fn is_of_primary(&self, _: u32, stream: Handle) -> DriverResult<bool> {
+        Ok(!self.foreign.lock().expect("no panic while recording").contains(&stream))
     }
-    fn destroy_stream(&self, _: Handle) -> DriverResult<()> {
+    fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
+        Ok(self.capturing.lock().expect("no panic while recording").contains(&stream))
+    }
+    fn create_stream(&self, _: u32) -> DriverResult<Handle> {
+        let stream = self.handle();
+        self.push(Call::CreateStream { stream });
+        Ok(stream)
+    }
+    fn destroy_stream(&self, stream: Handle) -> DriverResult<()> {
+        self.push(Call::DestroyStream { stream });
         Ok(())
     }
     fn synchronize(&self, stream: Handle) -> DriverResult<()> {
@@ -190,13 +233,15 @@ unsafe impl Driver for Recorder {
     fn elapsed_ms(&self, _: Handle, _: Handle) -> DriverResult<f32> {
         Ok(0.0)
     }
-    fn begin_capture(&self, _: Handle) -> DriverResult<()> {
+    fn begin_capture(&self, stream: Handle) -> DriverResult<()> {
         self.push(Call::BeginCapture);
+        self.capturing.lock().expect("no panic while recording").insert(stream);
         self.hooked("begin_capture");
         Ok(())
     }
-    fn end_capture(&self, _: Handle) -> DriverResult<Handle> {
+    fn end_capture(&self, stream: Handle) -> DriverResult<Handle> {
         self.push(Call::EndCapture);
+        self.capturing.lock().expect("no panic while recording").remove(&stream);
         Ok(self.handle())
     }
     fn launch_graph(&self, _: Handle, _: Handle) -> DriverResult<()> {
@@ -222,10 +267,10 @@ unsafe impl Driver for Recorder {
     fn set_shared_limit(&self, _: Handle, _: u32) -> DriverResult<()> {
         Ok(())
     }
-    unsafe fn launch(&self, _: Handle, launch: &Launch<'_>) -> DriverResult<()> {
+    unsafe fn launch(&self, stream: Handle, launch: &Launch<'_>) -> DriverResult<()> {
         let entry = self.entries.lock().expect("no panic while recording")[launch.function as usize - 1].clone();
         let Launch { grid, block, shared_bytes, is_programmatic, params, .. } = *launch;
-        self.push(Call::Launch { entry, grid, block, shared_bytes, is_programmatic, params: params.to_vec() });
+        self.push(Call::Launch { stream, entry, grid, block, shared_bytes, is_programmatic, params: params.to_vec() });
         Ok(())
     }
     fn encode_tensor_map(&self, _: u32, desc: &TensorMapDesc) -> DriverResult<TensorMap> {

@@ -54,7 +54,8 @@ impl<W: Float> DeviceTensors<W> {
         for (index, spec) in (config.family.specs)(config).iter().enumerate() {
             let parts = tensors.parts(index, spec)?;
             let Some(parts) = parts.iter().map(elements).collect::<Option<Vec<_>>>() else {
-                return refuse(format!("tensor `{}` must be {} and on the host", spec.names[0], W::DTYPE.name()));
+                let (name, dtype) = (&spec.names[0], W::DTYPE.name());
+                return refuse(format!("tensor `{name}` must be {dtype} and on the host"));
             };
             // Experts that lie apart are stacked, since a kernel computes where each one lies.
             let stacked = if let [one] = *parts { Cow::Borrowed(one) } else { Cow::Owned(parts.concat()) };

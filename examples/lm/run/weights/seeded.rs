@@ -30,7 +30,8 @@ impl<W: Float> SeededTensors<W> {
             let [rows, cols] = spec.stacked_dims();
             let (mut values, len) = (Vec::new(), rows * cols);
             if values.try_reserve_exact(len).is_err() {
-                return refuse(format!("out of memory: random weights `{}` need {} bytes", spec.names[0], len * size_of::<W>()));
+                let (name, bytes) = (&spec.names[0], len * size_of::<W>());
+                return refuse(format!("out of memory: random weights `{name}` need {bytes} bytes"));
             }
             values.resize(len, W::from_f32(1.0));
             if let Some(inputs) = spec.inputs {
