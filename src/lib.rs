@@ -89,3 +89,8 @@ pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm,
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};
 pub use self::weights::WeightRows;
+
+/// What the guide for engines shows compiles.
+#[cfg(all(doctest, feature = "cuda"))]
+#[doc = include_str!("../docs/interop.md")]
+struct Interop;
