@@ -41,6 +41,11 @@
 //! | [`sample`] | `argmax` | greedy choice | memory |
 //! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
 //!
+//! # Inside an engine
+//!
+//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and others, and keeps
+//! its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
+//!
 //! # Promises
 //!
 //! * **Deterministic.** Same inputs, same bits, whatever the number of threads.
@@ -72,6 +77,9 @@ pub mod device;
 mod dtype;
 pub mod epilogue;
 mod error;
+#[cfg(feature = "cuda")]
+#[doc = include_str!("../docs/interop.md")]
+pub mod interop {}
 pub mod layout;
 #[macro_use]
 pub mod ops;
@@ -89,8 +97,3 @@ pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm,
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};
 pub use self::weights::WeightRows;
-
-/// What the guide for engines shows compiles.
-#[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../docs/interop.md")]
-struct Interop;
