@@ -1,6 +1,7 @@
 //! Element types: what a buffer may hold, and how floats round and widen.
 //!
-//! `Bf16` and `F16` are this crate's own transparent 16-bit types, so that no other crate's version is part of the API.
+//! `Bf16` and `F16` are this crate's own transparent 16-bit types, so that no other crate's version is part of the API. With the
+//! feature `half`, that crate's types are elements too (`interop/half.rs`).
 
 /// The types an operation can be asked for, as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,7 +34,8 @@ impl DType {
     }
 }
 
-mod sealed {
+pub(crate) mod sealed {
+    /// Its implementor has the size, the alignment and the bits that its `DTYPE` says.
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for u32 {}
@@ -41,13 +43,16 @@ mod sealed {
     impl Sealed for super::F16 {}
 }
 
-/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`. Every bit pattern is a value. Sealed.
+/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`; with the feature `half` also `half::bf16` and `half::f16`.
+/// Every bit pattern is a value. Sealed.
+///
+/// Several types may share one [`DType`]. They then have the same size, alignment and bits: code reads a slice by `DTYPE`.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// Which type this is.
     const DTYPE: DType;
 }
 
-/// An element that is a number with a fraction: `f32`, [`Bf16`], [`F16`].
+/// An element that is a number with a fraction: all but `u32`.
 pub trait Float: Element {
     /// The exact value in `f32`.
     fn to_f32(self) -> f32;
@@ -122,14 +127,40 @@ impl Float for Bf16 {
     }
 }
 
+/// Bits of a float below its sign.
+const MAGNITUDE: u32 = 0x7fff_ffff;
+/// Where `f32` counts exponents from, less where half precision does, in an `f32`'s exponent bits.
+const REBIAS: u32 = (127 - 15) << 23;
+
 impl Float for F16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        half::f16::from_bits(self.0).to_f32()
+        let sign = u32::from(self.0 & 0x8000) << 16;
+        let magnitude = u32::from(self.0 & 0x7fff) << 13;
+        let magnitude = if magnitude < 0x7c00 << 13 {
+            // Read as an `f32` it is too small by 2^112; a subnormal, too.
+            (f32::from_bits(magnitude) * f32::from_bits((127 << 23) + REBIAS)).to_bits()
+        } else {
+            let quiet = if magnitude > 0x7c00 << 13 { 0x0040_0000 } else { 0 };
+            0x7f80_0000 | magnitude | quiet
+        };
+        f32::from_bits(sign | magnitude)
     }
     #[inline(always)]
     fn from_f32(value: f32) -> F16 {
-        F16(half::f16::from_f32(value).to_bits())
+        let sign = (value.to_bits() >> 16) as u16 & 0x8000;
+        let magnitude = value.to_bits() & MAGNITUDE;
+        let rounded = if value.is_nan() {
+            0x7e00 | (magnitude >> 13 & 0x03ff)
+        } else if magnitude < 0x3880_0000 {
+            // Below 2^-14 the results are 2^-24 apart, as floats from 0.5 on are: the addition rounds.
+            (f32::from_bits(magnitude) + 0.5).to_bits() - 0.5f32.to_bits()
+        } else {
+            let rebiased = magnitude - REBIAS;
+            // Adding 0xfff plus the last kept bit carries exactly when nearest-even rounds up; from 65520 on, into infinity.
+            ((rebiased + 0x0fff + (rebiased >> 13 & 1)) >> 13).min(0x7c00)
+        };
+        F16(sign | rounded as u16)
     }
 }
 
@@ -163,10 +194,22 @@ mod tests {
     }
 
     #[test]
-    fn every_f16_survives_the_round_trip() {
+    fn every_f16_widens_as_half_does() {
         for bits in 0..=u16::MAX {
             let value = F16(bits).to_f32();
+            assert_eq!(value.to_bits(), half::f16::from_bits(bits).to_f32().to_bits(), "{bits:#06x}");
             assert!(value.is_nan() || F16::from_f32(value).0 == bits);
+        }
+    }
+
+    #[test]
+    fn f16_rounds_as_half_does() {
+        // Everything that may be kept, with the lower bits at which rounding decides.
+        for upper in 0..1u32 << 19 {
+            for lower in [0u32, 1, 0x0fff, 0x1000, 0x1001, 0x1fff] {
+                let value = f32::from_bits(upper << 13 | lower);
+                assert_eq!(F16::from_f32(value).0, half::f16::from_f32(value).to_bits(), "{value:e}");
+            }
         }
     }
 }

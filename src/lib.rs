@@ -2,7 +2,7 @@
 //! things anywhere.
 //!
 //! The crate holds exactly what a DBRX-class model needs between its token ids and its logits, and it is judged by running
-//! that model (`examples/dbrx`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
+//! that model (`examples/dbrx.rs`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
 //!
 //! ```
 //! use dropless::{Device, Rows, RowsMut, glu};
@@ -61,9 +61,17 @@
 //! |---|---|---|
 //! | `cuda` | yes | the CUDA backend with its images; nothing is needed at build time |
 //! | `rayon` | yes | worker threads for the CPU backend |
+//! | `half` | no | the types of the crate `half` are elements, used where they lie; [`Bf16`] and [`F16`] convert from and to them |
+//! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
+//! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
+//! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16 to 0.19) |
 //! | `text` | no | the DBRX example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
+//!
+//! The ranges of `cudarc` and `ndarray` let cargo choose the newest version, even where a program uses an older one, and then types differ:
+//! `cargo update -p cudarc@0.19.10 --precise 0.17.8` makes them one. How cudarc finds CUDA, and which version's types it has, are features
+//! of its own that the program chooses (as `dynamic-loading`, `cuda-12040`); this crate turns none of them on.
 //!
 //! # Rounding
 //!
@@ -77,9 +85,7 @@ pub mod device;
 mod dtype;
 pub mod epilogue;
 mod error;
-#[cfg(feature = "cuda")]
-#[doc = include_str!("../docs/interop.md")]
-pub mod interop {}
+pub mod interop;
 pub mod layout;
 #[macro_use]
 pub mod ops;

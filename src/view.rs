@@ -75,7 +75,7 @@ fn vouched_for<T>(place: Place, address: u64, elements: usize) -> Result<usize, 
 }
 
 /// `span`, which must fit in `len` elements.
-fn check_span<T>(len: usize, rows: usize, cols: usize, stride: usize) -> Result<(), Error> {
+pub(crate) fn check_span<T>(len: usize, rows: usize, cols: usize, stride: usize) -> Result<(), Error> {
     let need = span::<T>(rows, cols, stride)?;
     if need <= len { Ok(()) } else { Err(Error::Capacity { op: Op::View, what: "elements", need, have: len }) }
 }
@@ -233,6 +233,18 @@ impl<'a, T: Element> Rows<'a, T> {
         Ok(values)
     }
 
+    /// The same elements, whose uses `mark` remembers.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn marked(self, mark: &'a Mark) -> Self {
+        Rows { mark: Some(mark), ..self }
+    }
+
+    /// Where the first element lies.
+    #[cfg(feature = "ndarray")]
+    pub(crate) fn first(&self) -> *const T {
+        self.first
+    }
+
     /// The same elements as another Rust type of their [`DType`](crate::DType).
     pub(crate) fn cast<U: Element>(self) -> Rows<'a, U> {
         assert_eq!(T::DTYPE, U::DTYPE, "elements of another type");
@@ -384,6 +396,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     /// Where the elements live.
     pub fn place(&self) -> Place {
         self.place
+    }
+
+    /// The same elements, whose uses `mark` remembers.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn marked(self, mark: &'a Mark) -> Self {
+        RowsMut { mark: Some(mark), ..self }
     }
 
     /// The same elements, for reading.

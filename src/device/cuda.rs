@@ -68,6 +68,13 @@ impl CudaDevice {
         Ok(Current { driver: &*self.driver, before })
     }
 
+    /// Whether the context that is current on this thread is the device's own.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn is_current(&self) -> Result<bool, Error> {
+        let current = self.current().map_err(|error| self.failed(Op::Stream, 0, error))?;
+        Ok(current.before.is_none())
+    }
+
     /// Tells drivers apart: two of them may have a device of one number.
     pub(crate) fn driver_id(&self) -> usize {
         Arc::as_ptr(&self.driver).cast::<()>().addr()
@@ -353,6 +360,17 @@ impl RawStream {
     fn check_no_capture(&self, capture: &Captured, op: Op, what: &'static str) -> Result<(), Error> {
         let by_engine = || self.device.call(op, 0, |driver| driver.is_capturing(self.handle));
         if capture.by_us || self.is_lent && by_engine()? { Err(within_capture(op, what)) } else { Ok(()) }
+    }
+
+    /// Refuses an operation that would become a part of an engine's graph. In a graph of ours it may.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn outside_engines_capture(&self, op: Op) -> Result<(), Error> {
+        let capture = lock(&self.capture);
+        if capture.by_us || !self.device.call(op, 0, |driver| driver.is_capturing(self.handle))? {
+            return Ok(());
+        }
+        let supported = "a capture by dropless, or a stream from Stream::from_raw_with_owner";
+        Err(Error::unsupported(op, "work within a capture", "by the stream's owner", supported))
     }
 
     /// Frees what was dropped within captures, unless one is under way, or cannot be ruled out.

@@ -14,6 +14,8 @@
 use std::any::Any;
 use std::ffi::c_void;
 use std::ptr::with_exposed_provenance_mut;
+#[cfg(feature = "cudarc")]
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use super::cuda::{CudaDevice, DEFAULT_STREAM, Owner, RawStream, Tools};
@@ -26,6 +28,18 @@ use crate::error::{Error, Op};
 pub(super) struct Lent {
     pub(super) tools: Arc<Tools>,
     timeline: Weak<Timeline>,
+}
+
+/// Of a `Stream` besides which there is no other of its kind, so that one thread at a time uses the stream without a promise of the
+/// caller's.
+#[cfg(feature = "cudarc")]
+pub(super) struct Alone(Arc<Timeline>);
+
+#[cfg(feature = "cudarc")]
+impl Drop for Alone {
+    fn drop(&mut self) {
+        self.0.taken.store(false, Ordering::Release);
+    }
 }
 
 /// The driver's names for the default stream that all threads share, and for the one that each has.
@@ -110,6 +124,30 @@ impl Stream {
     /// for them. It exists as long as this `Stream`. `None` on the CPU; null for the default stream.
     pub fn as_raw(&self) -> Option<*mut c_void> {
         self.timeline.cuda.as_ref().map(|cuda| with_exposed_provenance_mut(cuda.handle() as usize))
+    }
+}
+
+#[cfg(feature = "cudarc")]
+impl Stream {
+    /// As [`Stream::from_raw_with_owner`]. There is one of a stream at a time, and it refuses work while the engine captures: what is left
+    /// of that contract is what `owner` sees to. The context that is current on this thread must be the stream's.
+    ///
+    /// # Safety
+    ///
+    /// `handle` is null or a stream, which exists until `owner` is dropped.
+    pub(crate) unsafe fn alone(device: &Device, handle: *mut c_void, owner: impl Any + Send + Sync) -> Result<Stream, Error> {
+        if let Backend::Cuda(cuda) = &device.0
+            && !cuda.is_current()?
+        {
+            return Err(Error::Context { op: Op::Stream, arg: "stream", place: device.place() });
+        }
+        let mut stream = adopt(device, handle, Some(Box::new(owner)))?;
+        if stream.timeline.taken.swap(true, Ordering::Acquire) {
+            let (got, supported) = ("that a Stream was made from already", "one at a time");
+            return Err(Error::unsupported(Op::Stream, "a stream", got, supported));
+        }
+        stream.alone = Some(Alone(stream.timeline.clone()));
+        Ok(stream)
     }
 }
 

@@ -107,7 +107,7 @@ fn forget(uses: &mut Vec<Use>) {
 
 impl Mark {
     /// Of a buffer on this device.
-    pub(super) fn of(device: &Device) -> Mark {
+    pub(crate) fn of(device: &Device) -> Mark {
         Mark { uses: Mutex::default(), driver_id: device.driver_id() }
     }
 

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::graph::Recording;
+#[cfg(feature = "cudarc")]
+use super::mark::Mark;
 use super::mark::{Access, Conflict};
 use super::{Backend, Device, Graph};
 use crate::error::{Error, Op, Place};
@@ -34,6 +36,9 @@ pub struct Stream {
     pub(super) timeline: Arc<Timeline>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // without CUDA there is no work to wait for
     running: Arc<Running>,
+    /// There is no other `Stream` of its kind, and its engine may not capture it.
+    #[cfg(feature = "cudarc")]
+    pub(super) alone: Option<super::lent::Alone>,
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
@@ -63,6 +68,9 @@ pub(super) struct Timeline {
     /// The capture under way.
     recording: Mutex<Option<Arc<Recording>>>,
     ended: Arc<AtomicBool>,
+    /// A `Stream` that is alone has it.
+    #[cfg(feature = "cudarc")]
+    pub(super) taken: AtomicBool,
     #[cfg(feature = "cuda")]
     pub(super) cuda: Option<super::cuda::RawStream>,
 }
@@ -99,6 +107,8 @@ impl Timeline {
             joined: Mutex::default(),
             recording: Mutex::default(),
             ended: Arc::default(),
+            #[cfg(feature = "cudarc")]
+            taken: AtomicBool::new(false),
             #[cfg(feature = "cuda")]
             cuda: None,
         }
@@ -158,7 +168,14 @@ impl Stream {
 
     pub(super) fn on(device: &Device, timeline: Arc<Timeline>) -> Stream {
         let running = Arc::new(Running(timeline.clone()));
-        Stream { device: device.clone(), timeline, running, _one_thread_at_a_time: PhantomData }
+        Stream {
+            device: device.clone(),
+            timeline,
+            running,
+            #[cfg(feature = "cudarc")]
+            alone: None,
+            _one_thread_at_a_time: PhantomData,
+        }
     }
 
     /// Calls `work` with this stream on one of the CPU's worker threads, where operations cost no handing
@@ -306,6 +323,10 @@ impl Stream {
         if want == Place::Host {
             return Ok(()); // program order
         }
+        #[cfg(feature = "cudarc")]
+        if self.alone.is_some() {
+            self.cuda().outside_engines_capture(op)?;
+        }
         for &(arg, Access { misfit, .. }) in arguments {
             if let Some((need, got)) = misfit {
                 return Err(Error::Layout { op, arg, need, got });
@@ -332,6 +353,18 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Counts as an operation that uses the mark's memory, and has no conflict.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn mark(&self, mark: &Mark, write: bool) {
+        mark.record(&self.timeline, None, self.timeline.next_operation(), write);
+    }
+
+    /// Makes this stream wait for every use of the mark's memory elsewhere. False where neither it nor the host could.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn settle(&self, mark: &Mark) -> bool {
+        mark.settle(&self.timeline)
     }
 
     /// After an operation failed that was admitted: what it was to write may not be read, until it is written anew.
