@@ -8,9 +8,9 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use common::{Loop, Weights, noise};
-use dropless_candle::{Experts, Moe};
+use dropless_candle::{Experts, Moe, Runtime};
 
 const SHAPE: [usize; 3] = [8, 1024, 1792]; // E, D, F
 const TOP_K: usize = 2;
@@ -21,12 +21,14 @@ fn main() -> Result<()> {
     println!("E, D, F = {SHAPE:?}, k = {TOP_K}; threads: dropless {ours}, candle {theirs}\n");
     println!("| type | T | candle's loop | packed | separate | loop / packed, medians | minima | loop in f32 / packed | minima | error |");
     println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
+    let runtime = Runtime::new(&Device::Cpu)?;
     for dtype in [DType::F32, DType::BF16] {
         let weights = Weights::random(SHAPE, dtype)?;
         let Weights { router, gate, up, down } = &weights;
         let packed = Experts::Packed { gate_up: weights.gate_up()?, down: down.clone() };
         let separate = Experts::Separate { gate: gate.clone(), up: up.clone(), down: down.clone() };
-        let (packed, separate) = (Moe::new(router.clone(), packed, TOP_K)?, Moe::new(router.clone(), separate, TOP_K)?);
+        let block = |experts| Moe::new(&runtime, router.clone(), experts, TOP_K);
+        let (packed, separate) = (block(packed)?, block(separate)?);
         let theirs = Loop::new(&weights, TOP_K)?;
         let widened = Loop::new(&weights.to_dtype(DType::F32)?, TOP_K)?;
         for num_tokens in [1, 8, 64, 512] {

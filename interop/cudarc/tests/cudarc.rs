@@ -4,9 +4,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
-use dropless::{
-    Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe, router::Normalize,
-};
+use dropless::{Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe};
 use half::bf16;
 
 /// Every element type of cudarc's slices that is tried.
@@ -93,18 +91,14 @@ fn glu_runs_on_slices_of_16_bits() {
     glu_of::<dropless::F16>(1e-3);
 }
 
-const SHAPE: moe::Shape = moe::Shape { d_model: 256, d_ffn: 512, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+const SHAPE: moe::Shape = moe::Shape::new(256, 512, 8, 2);
 
-/// Router `[E, D]`, then w1, v1 and w2, `[E, F, D]` each: one after the other in one slice, as an engine's arena has them.
-fn split<'a, T: Float>(all: Rows<'a, T>) -> moe::Weights<'a, T> {
+/// Router `[E, D]`, then gate, up and down, `[E, F, D]` each: one after the other in one slice, as an engine's arena has them.
+fn split<'a, T: Float>(all: Rows<'a, T>) -> Result<moe::Weights<'a>, Error> {
     let moe::Shape { d_ffn, num_experts: e, .. } = SHAPE;
-    let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn).unwrap();
-    moe::Weights {
-        router: all.row_range(0..e).unwrap(),
-        w1: ExpertWeights::nk(part(0), e).unwrap(),
-        v1: ExpertWeights::nk(part(1), e).unwrap(),
-        w2: ExpertWeights::kn(part(2), e).unwrap(),
-    }
+    let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn);
+    let experts = moe::Experts::gated(ExpertWeights::nk(part(0)?, e)?, ExpertWeights::nk(part(1)?, e)?, ExpertWeights::kn(part(2)?, e)?);
+    Ok(moe::Weights::new(all.row_range(0..e)?, experts))
 }
 
 /// The layer on `stream`; gives the experts that were chosen.
@@ -112,7 +106,7 @@ fn layer<T: Float>(stream: &Stream, x: Rows<'_, T>, weights: Rows<'_, T>, y: &mu
     let plan = moe::Plan::<T>::new(SHAPE, x.rows())?;
     let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
     let mut buffers = RoutingBuffers::new(stream, x.rows(), SHAPE.top_k, SHAPE.num_experts)?;
-    let routing = moe::forward(stream, &plan, x, &split(weights), &mut buffers, &mut workspace, y)?;
+    let routing = moe::forward(stream, &plan, x, &split(weights)?, &mut buffers, &mut workspace, y)?;
     routing.expert_ids().to_vec(stream)
 }
 
