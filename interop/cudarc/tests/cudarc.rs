@@ -201,14 +201,22 @@ fn buffers_are_lent_to_cudarc() {
     let mut y = Buffer::<f32>::zeros(&stream, LEN).unwrap();
     let rows = buffer.rows(1, LEN).unwrap();
     glu::glu(&stream, rows, rows, &mut y.rows_mut(1, LEN).unwrap()).unwrap();
-    let read = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
-        other.memcpy_dtod(&scope.lend(&y)?, &mut target).unwrap();
-        Ok(())
-    });
-    read.unwrap();
-    y.copy_from_slice(&stream, &vec![0.0; LEN]).unwrap();
-    let error = error(&download(&other, &target), &squares);
-    assert!(error < 2e-6, "read by cudarc after it was computed here and before it was overwritten: {error:e}");
+    let mut copied = |wait: bool| {
+        let read = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
+            other.memcpy_dtod(&scope.lend(&y)?, &mut target).unwrap();
+            if wait {
+                other.synchronize().unwrap();
+            }
+            Ok(())
+        });
+        read.unwrap();
+        if !wait {
+            y.copy_from_slice(&stream, &vec![0.0; LEN]).unwrap();
+        }
+        error(&download(&other, &target), &squares)
+    };
+    assert!(copied(true) < 2e-6, "read by cudarc after it was computed here");
+    assert!(copied(false) < 2e-6, "read by cudarc before it was overwritten here");
 }
 
 #[test]
@@ -227,11 +235,14 @@ fn what_would_not_be_in_order_is_refused() {
     let others = CudaContext::new(0).unwrap().default_stream();
     let strange = upload(&others, &[1.0f32; 16]);
     let own = device.stream().unwrap();
+    let used_there = Buffer::<f32>::zeros(&own, 16).unwrap();
     let refused = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
         let short = text(scope.rows(&slice, 3, 8).err());
         assert_eq!(short, "view: needs 24 elements, has 16");
         let another = text(scope.rows(&strange, 2, 8).err());
         assert_eq!(another, "view: memory of another CudaContext is not supported here; supported: the stream's");
+        let unordered = scope.lend(&used_there).err();
+        assert!(matches!(unordered, Some(Error::NotJoined { arg: "buffer", .. })), "{unordered:?}");
         let (x, mut y) = (scope.rows(&slice, 2, 8)?, scope.rows_mut(&mut y, 2, 8)?);
         let unordered = glu::glu(&own, x, x, &mut y).err();
         assert!(matches!(unordered, Some(Error::NotJoined { arg: "gate", .. })), "{unordered:?}");
@@ -240,6 +251,11 @@ fn what_would_not_be_in_order_is_refused() {
     });
     refused.unwrap();
     assert!((download(&cuda, &y)[15] - 0.731_058_6).abs() < 1e-6, "computed on a stream of our own, read by cudarc behind it");
+    let mut lent = Buffer::<f32>::zeros(&stream, 16).unwrap();
+    let joined = stream.cudarc_scope(&cuda, |scope| scope.lend_mut(&mut lent).and_then(|_| own.join(&stream)));
+    joined.unwrap();
+    let early = lent.to_vec(&own).err();
+    assert!(matches!(early, Some(Error::NotJoined { .. })), "joined before cudarc gave the buffer back: {early:?}");
     let wrong = stream.cudarc_scope(&others, |_| Ok::<(), Error>(())).err();
     assert!(text(wrong).contains("the cudarc stream another is not supported here"));
 
