@@ -13,6 +13,9 @@
 //! # Ok::<(), dropless::Error>(())
 //! ```
 
+#[cfg(feature = "cuda")]
+pub(crate) mod params;
+
 use crate::activation::{Activation, Glu};
 use crate::device::Access;
 use crate::dtype::{DType, Float};

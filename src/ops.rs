@@ -45,9 +45,6 @@ macro_rules! entry {
     };
 }
 
-#[cfg(feature = "cuda")]
-mod epilogue_params;
-
 pub mod attention;
 pub mod block_sparse;
 pub mod embedding;

@@ -7,6 +7,7 @@ mod attention;
 mod block_sparse;
 mod block_sparse_tiles;
 mod embedding;
+mod epilogue;
 mod far;
 mod glu;
 mod grouped_gemm;

@@ -6,9 +6,8 @@ use crate::device::kernel::{Kernel, Types, find};
 use crate::device::params::GluParams;
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
-use crate::epilogue::{Finish, GluEpilogue};
+use crate::epilogue::{self, Finish, GluEpilogue};
 use crate::error::{Error, Op};
-use crate::ops::epilogue_params;
 use crate::view::{Rows, RowsMut};
 
 pub static KERNELS: &[Kernel<()>] = &[
@@ -31,7 +30,7 @@ pub(super) fn gated<T: Float>(stream: &Stream, glu: Glu, gate: Rows<'_, T>, up: 
         gate_stride: gate.stride() as i64,
         up_stride: up.stride() as i64,
         y_stride: y.stride() as i64,
-        epilogue: epilogue_params::of(&Finish::from(GluEpilogue::default().with_glu(glu))),
+        epilogue: epilogue::params::of(&Finish::from(GluEpilogue::default().with_glu(glu))),
     };
     let (cuda, kernel) = (stream.cuda(), find(Op::Glu, KERNELS, (), Types::all(T::DTYPE), |_| true)?);
     let grid = cuda.row_grid(rows, d_ffn * size_of::<T>());

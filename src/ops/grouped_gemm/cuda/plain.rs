@@ -7,8 +7,8 @@ use crate::device::cuda::Grid;
 use crate::device::kernel::Kernel;
 use crate::device::params::ProductParams;
 use crate::dtype::Float;
+use crate::epilogue;
 use crate::error::{Error, Op};
-use crate::ops::epilogue_params;
 use crate::ops::grouped_gemm::Product;
 use crate::view::RowsMut;
 
@@ -43,7 +43,7 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
         w_expert: weights[0].expert_stride(Op::GroupedGemm, "w")?,
         v_expert: weights[P - 1].expert_stride(Op::GroupedGemm, "v")?,
         y_stride: y.stride() as i64,
-        epilogue: epilogue_params::of(finish),
+        epilogue: epilogue::params::of(finish),
     };
     let cuda = stream.cuda();
     // Each expert may end in a tile of its own; blocks that find no tile leave.

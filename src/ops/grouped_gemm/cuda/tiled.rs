@@ -8,9 +8,9 @@ use crate::device::driver::{TensorMap, TensorMapDesc};
 use crate::device::kernel::Kernel;
 use crate::device::params::{TILED_COLS, TILED_DEPTH, TILED_ROWS, TiledProductParams};
 use crate::dtype::Float;
+use crate::epilogue;
 use crate::error::{Error, Op};
 use crate::layout::{ExpertWeights, WeightOrder};
-use crate::ops::epilogue_params;
 use crate::ops::grouped_gemm::Product;
 use crate::view::{Rows, RowsMut};
 
@@ -66,7 +66,7 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
         top_k: top_k as i64,
         x_stride: x.stride() as i64,
         y_stride: y.stride() as i64,
-        epilogue: epilogue_params::of(finish),
+        epilogue: epilogue::params::of(finish),
         unused: [0; 3],
     };
     // Each expert may end in a tile of its own; clusters that find no tile leave.

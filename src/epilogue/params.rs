@@ -1,11 +1,11 @@
-//! An epilogue as kernels see it: biases by address, and a few numbers for whichever activation. For `grouped_gemm` and `glu`.
+//! An epilogue as kernels see it: biases by address, and a few numbers for whichever activation.
 
 use crate::activation::{Activation, Glu};
 use crate::device::params::{ACTIVATION_ERF, ACTIVATION_NONE, ACTIVATION_RELU_SQUARED, ACTIVATION_SIGMOID, BiasParams, EpilogueParams};
 use crate::dtype::DType;
 use crate::epilogue::{Bias, Finish, Formula};
 
-pub(super) fn of<const P: usize>(finish: &Finish<'_, P>) -> EpilogueParams {
+pub(crate) fn of<const P: usize>(finish: &Finish<'_, P>) -> EpilogueParams {
     let bias = |of: Option<Bias<'_>>| {
         of.map_or(BiasParams { at: 0, expert_stride: 0, stride: 0, is_f32: 0 }, |bias| {
             let (at, expert_stride, stride) = bias.place_on_device();
