@@ -1,4 +1,5 @@
-//! `Bf16` and `F16` as plain old data, so that slices of them are cast without copying: to bytes, to `u16`, to `half`'s types.
+//! `Bf16` and `F16` as plain old data, so that slices of them are cast without copying: to bytes, to `u16`,
+//! to `half`'s types.
 #![allow(unsafe_code)] // what the traits promise
 
 use ::bytemuck::{Pod, Zeroable};

@@ -1,7 +1,7 @@
 //! `half::bf16` and `half::f16` as elements, so that an engine's `Vec<half::bf16>` is used where it lies.
 //!
-//! They are what `Bf16` and `F16` are: transparent around a `u16` of the same bits. Conversions and rounding are this crate's, so that
-//! results do not depend on which of the two types is used.
+//! They are what `Bf16` and `F16` are: transparent around a `u16` of the same bits. Conversions and rounding
+//! are this crate's, so that results do not depend on which of the two types is used.
 
 use ::half::{bf16, f16};
 
@@ -88,7 +88,8 @@ mod tests {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0) * 2f32.powi((i % 5) as i32 - 2))
     }
 
-    /// `glu` and a product, of either type's elements: rows that do not fill vectors, so that every path of conversion is taken.
+    /// `glu` and a product, of either type's elements: rows that do not fill vectors, so that every path of
+    /// conversion is taken.
     fn outputs<T: Float>() -> [Vec<T>; 2] {
         const SIZES: [usize; 3] = [5, 37, 21];
         let [rows, k, n] = SIZES;

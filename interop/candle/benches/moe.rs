@@ -1,7 +1,8 @@
-//! One layer by this block and by candle's loop over the experts, in turns: medians and minima of wall time, and their ratios.
+//! One layer by this block and by candle's loop over the experts, in turns: medians and minima of wall time,
+//! and their ratios.
 //!
-//! Results are compared before anything is timed. `cargo bench` prints a table for the README; `cargo bench -- 300` spends 300
-//! milliseconds on each of its cells instead of 3000.
+//! Results are compared before anything is timed. `cargo bench` prints a table for the README; `cargo bench
+//! -- 300` spends 300 milliseconds on each of its cells instead of 3000.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -61,7 +62,8 @@ struct Times {
     minimum: f64,
 }
 
-/// Calls all of them in turns, beginning with another one each time, until the time is spent, at least seven times.
+/// Calls all of them in turns, beginning with another one each time, until the time is spent, at least seven
+/// times.
 fn rounds<const N: usize>(contestants: &mut [Box<dyn FnMut() -> Result<Tensor> + '_>; N], budget: Duration) -> Result<[Times; N]> {
     let (mut times, start) = (std::array::from_fn::<Vec<f64>, N, _>(|_| Vec::new()), Instant::now());
     while times[0].len() < 7 || start.elapsed() < budget {

@@ -1,5 +1,5 @@
-//! A mixture-of-experts block for candle, computed by dropless: router, experts and weighted sum in one operation. Weights are used where
-//! candle's tensors keep them.
+//! A mixture-of-experts block for candle, computed by dropless: router, experts and weighted sum in one
+//! operation. Weights are used where candle's tensors keep them.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -30,10 +30,11 @@ use self::op::Forward;
 pub use self::runtime::Runtime;
 pub use self::weights::Experts;
 
-/// `y[t] = sum_s weight[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, `e` running over the `top_k` experts of the largest router
-/// logits, weighed by the softmax of all logits, divided by the weights' sum.
+/// `y[t] = sum_s weight[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, `e` running over the `top_k`
+/// experts of the largest router logits, weighed by the softmax of all logits, divided by the weights' sum.
 ///
-/// Router logits are `f32` whatever the tensors are: a rounded score may choose another expert. For inference: no gradient flows back.
+/// Router logits are `f32` whatever the tensors are: a rounded score may choose another expert. For
+/// inference: no gradient flows back.
 pub struct Moe {
     runtime: Runtime,
     router: Tensor,
@@ -42,7 +43,8 @@ pub struct Moe {
 }
 
 impl Moe {
-    /// A block with `router` `[E, D]`. All weights are of one type, `f32`, `bf16` or `f16`, contiguous, and on the device of `runtime`.
+    /// A block with `router` `[E, D]`. All weights are of one type, `f32`, `bf16` or `f16`, contiguous, and
+    /// on the device of `runtime`.
     ///
     /// # Errors
     ///
@@ -63,11 +65,13 @@ impl Moe {
         Moe { shape: self.shape.with_normalize(normalize), ..self }
     }
 
-    /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type than the weights.
+    /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type
+    /// than the weights.
     ///
     /// # Errors
     ///
-    /// `x` does not have D columns, is of a type that is not computed with, or lies on another device; what dropless reports.
+    /// `x` does not have D columns, is of a type that is not computed with, or lies on another device; what
+    /// dropless reports.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let d_model = self.shape.d_model;
         if x.dims().last() != Some(&d_model) {

@@ -6,10 +6,11 @@ use candle_core::{Device, Error, Result, bail};
 use dropless::moe::{Plan, Shape};
 use dropless::{Float, RoutingBuffers, Stream, Workspace};
 
-/// A stream and scratch memory on one of candle's devices. Cheap to clone: clones are the same. One for a model is enough; its blocks
-/// run one after the other, whichever threads call them.
+/// A stream and scratch memory on one of candle's devices. Cheap to clone: clones are the same. One for a
+/// model is enough; its blocks run one after the other, whichever threads call them.
 ///
-/// On the CPU work is done by rayon's process-wide pool, which is candle's, too. On a GPU it is queued on candle's stream.
+/// On the CPU work is done by rayon's process-wide pool, which is candle's, too. On a GPU it is queued on
+/// candle's stream.
 #[derive(Clone)]
 pub struct Runtime {
     device: Device,
@@ -20,7 +21,7 @@ pub struct Runtime {
 pub(crate) struct State {
     pub(crate) stream: Stream,
     pub(crate) routing: Option<RoutingBuffers>,
-    pub(crate) workspace: Option<Workspace>,
+    pub(crate) workspace: Option<Workspace<'static>>,
 }
 
 impl Runtime {
@@ -28,7 +29,8 @@ impl Runtime {
     ///
     /// # Errors
     ///
-    /// A device that is not computed with; what dropless reports, which on a GPU includes a second `Runtime` for the same stream of candle.
+    /// A device that is not computed with; what dropless reports, which on a GPU includes a second `Runtime`
+    /// for the same stream of candle.
     pub fn new(device: &Device) -> Result<Runtime> {
         let stream = match device {
             Device::Cpu => dropless::Device::cpu().stream(),
@@ -55,7 +57,7 @@ pub(crate) struct Scratch<'a, A> {
     pub(crate) stream: &'a Stream,
     pub(crate) plan: Plan<A>,
     pub(crate) routing: &'a mut RoutingBuffers,
-    pub(crate) workspace: &'a mut Workspace,
+    pub(crate) workspace: &'a mut Workspace<'static>,
 }
 
 impl State {

@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use dropless::moe::{self, Shape};
 use dropless::{ExpertWeights, WeightRows};
 
-/// The experts' matrices, `F` being the columns between the two halves of an expert. Each row holds the weights of one output, as in a
-/// checkpoint.
+/// The experts' matrices, `F` being the columns between the two halves of an expert. Each row holds the
+/// weights of one output, as in a checkpoint.
 #[derive(Clone, Debug)]
 pub enum Experts {
     /// Gate and up in one tensor: `gate_up[e]` is gate's F rows, then up's.
@@ -40,7 +40,8 @@ impl Experts {
         self.named().into_iter().map(|(_, tensor)| tensor)
     }
 
-    /// E, D and F, of tensors that agree on them with each other and with `router`, and are of its type and on its device.
+    /// E, D and F, of tensors that agree on them with each other and with `router`, and are of its type and
+    /// on its device.
     pub(crate) fn check(&self, router: &Tensor) -> Result<[usize; 3]> {
         let (e, d) = router.dims2()?;
         let (Experts::Packed { down, .. } | Experts::Separate { down, .. }) = self;

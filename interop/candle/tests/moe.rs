@@ -27,7 +27,8 @@ fn blocks(weights: &Weights, top_k: usize) -> Result<[Moe; 2]> {
     Ok([block(packed)?, block(Experts::Separate { gate, up, down })?])
 }
 
-/// Against the loop in `f32` on the same, rounded, weights and tokens: the loop in 16 bits rounds the router's logits and chooses others.
+/// Against the loop in `f32` on the same, rounded, weights and tokens: the loop in 16 bits rounds the
+/// router's logits and chooses others.
 #[test]
 fn the_block_computes_what_the_loop_does() -> Result<()> {
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 1.5e-2), (DType::F16, 2e-3)] {

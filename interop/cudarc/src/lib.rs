@@ -4,5 +4,6 @@
 //! cargo test --release --manifest-path interop/cudarc/Cargo.toml -- --nocapture
 //! ```
 //!
-//! `stand_in/run.sh` runs what it can of them on a stand-in for the driver, which does work in the worst order that events allow, and
-//! `check.sh` compiles them with every minor version of cudarc that the library allows.
+//! `stand_in/run.sh` runs what it can of them on a stand-in for the driver, which does work in the worst
+//! order that events allow, and `check.sh` compiles them with every minor version of cudarc that the library
+//! allows.

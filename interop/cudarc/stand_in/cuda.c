@@ -1,6 +1,7 @@
-// A stand-in for NVIDIA's driver library, for the order of work: device memory is host memory, and a stream is a list of what is still to
-// be done, which is done as late as its waits allow, or as early (STAND_IN_EARLY=1). Work that no event puts behind other work then reads what
-// is not written yet, or what was freed already. Of the kernels it knows glu_f32; others do nothing.
+// A stand-in for NVIDIA's driver library, for the order of work: device memory is host memory, and a stream
+// is a list of what is still to be done, which is done as late as its waits allow, or as early
+// (STAND_IN_EARLY=1). Work that no event puts behind other work then reads what is not written yet, or what
+// was freed already. Of the kernels it knows glu_f32; others do nothing.
 //
 //   cc -shared -fPIC -O2 -Wl,-soname,libcuda.so.1 -o libcuda.so.1 cuda.c -lm -lpthread
 #include <math.h>
@@ -104,7 +105,8 @@ static void run(struct Stream* stream) {
   stream->is_running = 0;
 }
 
-// Before a stream comes to what the caller asks for, the others run as far as they can, where work is to be early.
+// Before a stream comes to what the caller asks for, the others run as far as they can, where work is to be
+// early.
 static void others_first(struct Stream* stream) {
   if (!getenv("STAND_IN_EARLY")) return;
   for (struct Stream* other = streams; other; other = other->next) {

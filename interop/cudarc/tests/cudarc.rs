@@ -1,5 +1,5 @@
-//! Streams, slices and views of cudarc, on a GPU, against the CPU. Without a GPU these tests say so and pass: that they do not panic there
-//! is what they show then.
+//! Streams, slices and views of cudarc, on a GPU, against the CPU. Without a GPU these tests say so and pass:
+//! that they do not panic there is what they show then.
 
 use std::sync::Arc;
 
@@ -56,7 +56,8 @@ fn rows<T: Float>(values: &[T], rows: usize) -> Rows<'_, T> {
     Rows::from_slice(values, rows, values.len() / rows).unwrap()
 }
 
-/// Slices written on one stream of cudarc, used on another through this crate, read on the first: cudarc's events give the order.
+/// Slices written on one stream of cudarc, used on another through this crate, read on the first: cudarc's
+/// events give the order.
 fn glu_of<T: Number>(tolerance: f32) {
     const ROWS: usize = 1000;
     const COLS: usize = 4096;
@@ -93,7 +94,8 @@ fn glu_runs_on_slices_of_16_bits() {
 
 const SHAPE: moe::Shape = moe::Shape::new(256, 512, 8, 2);
 
-/// Router `[E, D]`, then gate, up and down, `[E, F, D]` each: one after the other in one slice, as an engine's arena has them.
+/// Router `[E, D]`, then gate, up and down, `[E, F, D]` each: one after the other in one slice, as an
+/// engine's arena has them.
 fn split<'a, T: Float>(all: Rows<'a, T>) -> Result<moe::Weights<'a>, Error> {
     let moe::Shape { d_ffn, num_experts: e, .. } = SHAPE;
     let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn);
@@ -110,11 +112,12 @@ fn layer<T: Float>(stream: &Stream, x: Rows<'_, T>, weights: Rows<'_, T>, y: &mu
     routing.expert_ids().to_vec(stream)
 }
 
-/// A layer whose tokens, weights and results are cudarc's. With an even number of tokens everything is on the default stream.
+/// A layer whose tokens, weights and results are cudarc's. With an even number of tokens everything is on the
+/// default stream.
 fn layer_of<T: Number>(num_tokens: usize, tolerance: f32) {
     let Some((device, context)) = gpu() else { return };
     let moe::Shape { d_model, d_ffn, num_experts, .. } = SHAPE;
-    let cuda = if num_tokens % 2 == 0 { context.default_stream() } else { context.new_stream().unwrap() };
+    let cuda = if num_tokens.is_multiple_of(2) { context.default_stream() } else { context.new_stream().unwrap() };
     let weight_rows = num_experts + 3 * num_experts * d_ffn;
     let (x, weights) = (noise::<T>(3, num_tokens * d_model, 1.7), noise::<T>(4, weight_rows * d_model, 0.1));
     let mut want = vec![T::default(); x.len()];
@@ -264,7 +267,8 @@ fn what_would_not_be_in_order_is_refused() {
     assert!(stream.cudarc_scope(&cuda, |scope| scope.rows(&slice, 2, 8).map(|_| ())).is_ok());
 }
 
-/// What cudarc captures is not ours to write: its graph is launched by safe code, whatever has become of the memory.
+/// What cudarc captures is not ours to write: its graph is launched by safe code, whatever has become of the
+/// memory.
 #[test]
 fn captures_of_cudarc_are_refused() {
     let Some((device, context)) = gpu() else { return };
