@@ -14,6 +14,16 @@ impl sealed::Sealed for f16 {}
 const _: () = assert!(size_of::<bf16>() == size_of::<Bf16>() && align_of::<bf16>() == align_of::<Bf16>());
 const _: () = assert!(size_of::<f16>() == size_of::<F16>() && align_of::<f16>() == align_of::<F16>());
 
+/// ```
+/// use dropless::{Device, Rows, RowsMut, glu};
+/// use half::bf16;
+///
+/// let (x, mut y) = (vec![bf16::ONE; 8], vec![bf16::ZERO; 8]);
+/// let x = Rows::from_slice(&x, 2, 4)?;
+/// glu::glu(&Device::cpu().stream()?, x, x, &mut RowsMut::from_slice(&mut y, 2, 4)?)?;
+/// assert_eq!(y[7], bf16::from_f32(0.7310586));
+/// # Ok::<(), dropless::Error>(())
+/// ```
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
 }
