@@ -20,8 +20,8 @@ mod topology;
 
 pub use self::expert_weights::{ExpertWeights, WeightOrder};
 pub use self::experts::ExpertRows;
-pub(crate) use self::kv::HostPages;
-pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
+pub(crate) use self::kv::{HostPages, HostPool};
+pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvLayout, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
 pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
 pub(crate) use self::routing::{RoutingParts, index_slots};

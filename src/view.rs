@@ -487,12 +487,23 @@ impl<'a, T: Element> HostRows<'a, T> {
         // SAFETY: the row lies within the span that the constructor checked or was promised; one without columns may begin anywhere.
         unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(row * self.0.stride), self.0.cols) }
     }
+
+    /// `len` elements from the one on that lies `at` elements behind the first.
+    ///
+    /// # Safety
+    ///
+    /// They lie in rows of the matrix, not in a gap between two.
+    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a [T] {
+        // SAFETY: the caller's duty; the span was checked or promised at construction.
+        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(at), len) }
+    }
 }
 
 /// A matrix in host memory, for writing.
 pub(crate) struct HostRowsMut<'a, T>(RowsMut<'a, T>);
 
 impl<'a, T: Element> HostRowsMut<'a, T> {
+    #[cfg(test)]
     pub(crate) fn rows(&self) -> usize {
         self.0.rows
     }
@@ -510,6 +521,17 @@ impl<'a, T: Element> HostRowsMut<'a, T> {
     unsafe fn row_unchecked(&self, row: usize, cols: Range<usize>) -> &'a mut [T] {
         // SAFETY: the caller's duty; the span was checked or promised at construction.
         unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(row * self.0.stride + cols.start), cols.len()) }
+    }
+
+    #[allow(clippy::mut_from_ref)] // disjointness is the caller's duty
+    /// `len` elements from the one on that lies `at` elements behind the first.
+    ///
+    /// # Safety
+    ///
+    /// They lie in rows of the matrix, not in a gap between two, and no other slice of them is alive.
+    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's duty; the span was checked or promised at construction.
+        unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(at), len) }
     }
 
     /// Calls `f` once for every tile of `tiling`, on whatever threads are free.

@@ -111,7 +111,7 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
     pub fn step(&mut self, ids: &[u32], new_tokens: &[usize], phase: Phase, trace: &mut Trace) -> Result<(), Failure> {
         let Model { config, weights, stream, rope, plan, cache, routing, workspace, x, normed, qkv, q, context, out, .. } = self;
         let Config { heads, clip, .. } = *config;
-        let scale = 1.0 / (heads.head_dim() as f32).sqrt();
+        let (clip_option, attend) = (rope::Options::default().with_clip(clip), attention::Options::new(heads));
         let t = ids.len();
         let all = ExpertRows::dense(t)?;
 
@@ -127,12 +127,12 @@ impl<'w, A: Float, W: Float> Model<'w, A, W> {
             trace.layer(stream, l, "norm_1", normed.rows(t)?)?;
             grouped_gemm::nt(stream, normed.rows(t)?, layer.wqkv, all, &mut qkv.rows_mut(t)?)?;
             trace.qkv(stream, l, qkv.rows(t)?, clip)?;
-            rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, &mut cache.layer_mut(l)?, &mut q.rows_mut(t)?)?;
+            rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip_option, rope, &mut cache.layer_mut(l)?, &mut q.rows_mut(t)?)?;
             trace.rotated(stream, l, q.rows(t)?, &cache.layer(l)?, heads)?;
             match phase {
-                Phase::Prefill => attention::prefill(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, &mut context.rows_mut(t)?)?,
+                Phase::Prefill => attention::prefill(stream, q.rows(t)?, attend, &cache.layer(l)?, &mut context.rows_mut(t)?)?,
                 Phase::Decode => {
-                    attention::decode(stream, q.rows(t)?, heads, scale, &cache.layer(l)?, workspace, &mut context.rows_mut(t)?)?;
+                    attention::decode(stream, q.rows(t)?, attend, &cache.layer(l)?, workspace, &mut context.rows_mut(t)?)?;
                 }
             }
             trace.layer(stream, l, "attn_ctx", context.rows(t)?)?;
