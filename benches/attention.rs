@@ -12,6 +12,7 @@ use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
 use dropless_kit::pages::Step;
 
+#[allow(dead_code)] // tests use all of it
 #[path = "../tests/oracle/attention.rs"]
 mod oracle;
 

@@ -178,8 +178,8 @@ impl Error {
     }
 
     /// True where this machine, this device or this build does not serve a valid request, so that an engine
-    /// keeps its own way of computing it. No memory was allocated and no kernel was loaded, launched or run
-    /// in part. Wrong arguments and failures are something else.
+    /// keeps its own way of computing it. As a [refusal](Error::is_refusal) it wrote nothing; where no device
+    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something else.
     ///
     /// ```
     /// # #[cfg(feature = "cuda")] {

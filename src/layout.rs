@@ -16,6 +16,7 @@ mod experts;
 mod kv;
 mod rope;
 mod routing;
+mod tokens;
 mod topology;
 
 pub use self::expert_weights::{ExpertWeights, WeightOrder};
@@ -25,14 +26,13 @@ pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvLayout, KvPageSizes, KvPages,
 pub use self::rope::RopeTable;
 pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
 pub(crate) use self::routing::{RoutingParts, index_slots};
+pub use self::tokens::TokenIds;
 #[cfg(feature = "cuda")]
 pub(crate) use self::topology::Axis;
 pub use self::topology::Topology;
 
-use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op};
 use crate::shape::checked_product;
-use crate::view::Rows;
 
 /// How attention heads share a row: `num_heads` query heads of `head_dim` elements over `num_kv_heads` key-value heads.
 ///
@@ -99,58 +99,9 @@ impl HeadLayout {
     }
 }
 
-/// Token ids on a device, each below [`TokenIds::bound`].
-#[derive(Clone, Copy)]
-pub struct TokenIds<'a> {
-    ids: Rows<'a, u32>,
-    bound: usize,
-}
-
-impl<'a> TokenIds<'a> {
-    /// Checks `ids` against `bound` (the vocabulary) and copies them to the front of `buffer`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Index`] naming the first id that is too large; [`Error::Shape`] if the buffer is too small. Nothing is written.
-    pub fn from_host(stream: &Stream, ids: &[u32], bound: usize, buffer: &'a mut Buffer<u32>) -> Result<TokenIds<'a>, Error> {
-        if let Some(at) = ids.iter().position(|&id| id as usize >= bound) {
-            return Err(Error::Index { op: Op::TokenIds, arg: "ids", at, got: u64::from(ids[at]), bound: bound as u64 });
-        }
-        buffer.check_len(Op::TokenIds, "buffer", "[>= ids]", ids.len())?;
-        buffer.copy_from_slice(stream, ids)?;
-        Ok(TokenIds { ids: buffer.rows(1, ids.len())?, bound })
-    }
-
-    /// Ids that an operation of this crate has written below `bound`.
-    pub(crate) fn trusted(ids: Rows<'a, u32>, bound: usize) -> TokenIds<'a> {
-        TokenIds { ids, bound }
-    }
-
-    /// Number of tokens.
-    pub fn len(&self) -> usize {
-        self.ids.cols()
-    }
-
-    /// True without tokens.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Every id is below this.
-    pub fn bound(&self) -> usize {
-        self.bound
-    }
-
-    /// The ids, `[1, T]`.
-    pub fn ids(&self) -> Rows<'a, u32> {
-        self.ids
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Device;
 
     #[test]
     fn dbrx_heads_come_in_groups_of_six() {
@@ -163,16 +114,5 @@ mod tests {
         for (heads, kv, dim) in [(48, 7, 128), (0, 1, 8), (4, 0, 8), (4, 2, 0), (4, 8, 8)] {
             assert!(matches!(HeadLayout::new(heads, kv, dim), Err(Error::Value { .. })), "{heads} {kv} {dim}");
         }
-    }
-
-    #[test]
-    fn foreign_token_ids_are_checked() {
-        let stream = Device::cpu().stream().unwrap();
-        let mut buffer = Buffer::from_slice(&stream, &[9u32, 9, 9]).unwrap();
-        let refused = TokenIds::from_host(&stream, &[1, 16], 16, &mut buffer).err().unwrap();
-        assert_eq!(refused.to_string(), "token_ids: `ids[1]` is 16, must be < 16");
-        assert!(TokenIds::from_host(&stream, &[1; 4], 16, &mut buffer).is_err());
-        assert_eq!(buffer.as_slice().unwrap(), [9, 9, 9]);
-        assert_eq!(TokenIds::from_host(&stream, &[1, 15], 16, &mut buffer).unwrap().len(), 2);
     }
 }

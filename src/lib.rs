@@ -2,7 +2,7 @@
 //! things anywhere.
 //!
 //! The crate holds exactly what a DBRX-class model needs between its token ids and its logits, and it is judged by running
-//! that model (`examples/dbrx`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
+//! that model (`examples/dbrx.rs`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
 //!
 //! ```
 //! use dropless::{Device, Rows, RowsMut, glu};

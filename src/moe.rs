@@ -309,7 +309,7 @@ pub fn forward<'r, A: Float>(
     let mut arguments = vec![("x", x.access()), ("router", weights.router.access()), ("y", y.access())];
     arguments.extend(weights.experts.accesses());
     arguments.extend(parts.accesses());
-    arguments.push(("workspace", workspace.words.access(true)));
+    arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
 
     let routing = route(stream, plan, x, weights.router, routing, workspace)?;

@@ -1,18 +1,23 @@
 //! Views: borrowed matrices that know where their bytes live.
 //!
-//! `Rows` and `RowsMut` are what operations take. They are made from slices, from buffers, or, by an engine that owns its
-//! memory, from raw addresses. Behind dispatch a CPU backend sees them as `HostRows` and `HostRowsMut`, whose rows
-//! are ordinary slices; a gap between rows (stride > columns) is never touched. Work is shared among threads by
-//! rows or by tiles, and this file is where their disjointness is argued.
-#![allow(unsafe_code)]
+//! `Rows` and `RowsMut` are what operations take. They are made from slices, from buffers, or, by an engine
+//! that owns its memory, from raw addresses. Behind dispatch a CPU backend sees them as `HostRows` and
+//! `HostRowsMut` (`view/host.rs`).
+#![allow(unsafe_code)] // addresses that the caller vouches for
+
+mod carver;
+mod host;
+mod tiling;
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::device::{Access, Buffer, Mark, Stream, Workspace};
+pub(crate) use self::host::{HostRows, HostRowsMut, RowOutputs, TileMut, for_each_row, rows_per_task};
+pub(crate) use self::tiling::Tiling;
+use crate::device::{Access, Buffer, Mark, Stream};
 use crate::dtype::Element;
 use crate::error::{Error, Op, Place};
-use crate::shape::{checked_bytes, round_up};
+use crate::shape::checked_bytes;
 
 /// A `[rows, cols]` matrix, row-major, borrowed for reading.
 #[derive(Clone, Copy)]
@@ -54,6 +59,19 @@ fn span<T>(rows: usize, cols: usize, stride: usize) -> Result<usize, Error> {
     }
     checked_bytes(Op::View, "bytes", &[rows.max(1), stride.max(cols).max(1)], size_of::<T>())?;
     Ok(if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols })
+}
+
+/// The address of memory that the caller vouches for. Nothing may lie at null, where no slice may: it is
+/// elsewhere then.
+fn vouched_for<T>(place: Place, address: u64, elements: usize) -> Result<usize, Error> {
+    let op = Op::View;
+    match (elements, address as usize, address as usize % align_of::<T>()) {
+        (0, ..) if place == Place::Host => Ok(align_of::<T>()),
+        (0, address, _) => Ok(address),
+        (_, 0, _) => Err(Error::Value { op, arg: "address", need: "an address, not null", got: 0.0 }),
+        (_, address, 0) => Ok(address),
+        (_, _, got) => Err(Error::Layout { op, arg: "address", need: "the alignment of its elements", got }),
+    }
 }
 
 /// `span`, which must fit in `len` elements.
@@ -101,15 +119,33 @@ impl<'a, T: Element> Rows<'a, T> {
     ///
     /// # Safety
     ///
-    /// * The `(rows - 1) * stride + cols` elements at `address` lie in one allocation at `place`, aligned for `T`.
-    /// * They are initialised, stay valid and are not written, until the work that is given this view completes.
+    /// * The `(rows - 1) * stride + cols` elements at `address` lie in one allocation at `place`; on a GPU in
+    ///   memory that its primary context can reach, as all memory that the CUDA runtime, cudarc or candle
+    ///   allocate.
+    /// * They are initialised, stay valid and are not written, until the work that is given this view
+    ///   completes, each launch of a graph that was captured with it included.
+    /// * Work of the caller's that wrote them is ordered before, by being on the same stream or by an event.
+    ///   A view of a [`Buffer`] is checked for that; this one is not.
     ///
     /// # Errors
     ///
-    /// [`Error::Layout`] if `stride < cols`; [`Error::TooLarge`] beyond the address space.
+    /// [`Error::Layout`] if `stride < cols`, or if `address` is not aligned for `T`; [`Error::Value`] for
+    /// null, unless there are no elements; [`Error::TooLarge`] beyond the address space. Operations on a GPU
+    /// want more, and say so: 16 bytes, of every row.
+    ///
+    /// ```
+    /// use dropless::{Place, Rows};
+    ///
+    /// let theirs = vec![1.0f32, 2.0, -1.0, 3.0, 4.0];
+    /// let address = theirs.as_ptr().expose_provenance() as u64;
+    /// // SAFETY: two rows of two elements, three apart, in a vector that outlives the view.
+    /// let view = unsafe { Rows::<f32>::from_raw(Place::Host, address, 2, 2, 3)? };
+    /// assert_eq!(view.row_range(1..2)?.as_slice(), Some(&[3.0, 4.0][..]));
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
     pub unsafe fn from_raw(place: Place, address: u64, rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        let nothing = span::<T>(rows, cols, stride)? == 0 && place == Place::Host; // may lie at null, which no slice may
-        let first = if nothing { std::ptr::dangling() } else { std::ptr::with_exposed_provenance(address as usize) };
+        let address = vouched_for::<T>(place, address, span::<T>(rows, cols, stride)?)?;
+        let first = std::ptr::with_exposed_provenance(address);
         Ok(Rows { first, rows, cols, stride, place, mark: None, _borrow: PhantomData })
     }
 
@@ -291,20 +327,48 @@ impl<'a, T: Element> RowsMut<'a, T> {
         Ok(RowsMut { first: data.as_mut_ptr(), rows, cols, stride, place: Place::Host, mark: None, _borrow: PhantomData })
     }
 
+    /// A view of host bytes, in the machine's byte order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Layout`] if the bytes are not aligned for `T`; [`Error::Capacity`] if there are too few.
+    ///
+    /// ```
+    /// use dropless::{Bf16, Device, Float, Rows, RowsMut, glu};
+    ///
+    /// let (x, mut bytes) = ([Bf16::from_f32(1.0); 8], vec![0u8; 16]);
+    /// let x = Rows::from_slice(&x, 1, 8)?;
+    /// let mut y = RowsMut::<Bf16>::from_bytes(&mut bytes, 1, 8)?;
+    /// glu::glu(&Device::cpu().stream()?, x, x, &mut y)?;
+    /// assert_eq!(u16::from_ne_bytes([bytes[0], bytes[1]]), 0x3f3b); // 0.7305
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn from_bytes(bytes: &'a mut [u8], rows: usize, cols: usize) -> Result<Self, Error> {
+        // SAFETY: every bit pattern is a value of an `Element`, and the bytes of one are bytes.
+        let (before, data, _) = unsafe { bytes.align_to_mut::<T>() };
+        if !before.is_empty() {
+            return Err(Error::Layout { op: Op::View, arg: "bytes", need: "the alignment of its elements", got: before.len() });
+        }
+        Self::from_slice(data, rows, cols)
+    }
+
     /// A view of memory that this crate does not own: a host pointer or a device address.
     ///
     /// # Safety
     ///
-    /// * The `(rows - 1) * stride + cols` elements at `address` lie in one allocation at `place`, aligned for `T`.
-    /// * On the host they are initialised. They stay valid, and nobody else reads or writes them, until the work that is
-    ///   given this view completes.
+    /// * The `(rows - 1) * stride + cols` elements at `address` lie in one allocation at `place`; on a GPU in
+    ///   memory that its primary context can reach. On the host they are initialised.
+    /// * They stay valid, and nobody else reads or writes them, until the work that is given this view
+    ///   completes, each launch of a graph that was captured with it included. The gaps between rows may be
+    ///   used meanwhile.
+    /// * Work of the caller's that used them is ordered before, by being on the same stream or by an event.
     ///
     /// # Errors
     ///
-    /// [`Error::Layout`] if `stride < cols`; [`Error::TooLarge`] beyond the address space.
+    /// As [`Rows::from_raw`].
     pub unsafe fn from_raw(place: Place, address: u64, rows: usize, cols: usize, stride: usize) -> Result<Self, Error> {
-        let nothing = span::<T>(rows, cols, stride)? == 0 && place == Place::Host; // may lie at null, which no slice may
-        let first = if nothing { std::ptr::dangling_mut() } else { std::ptr::with_exposed_provenance_mut(address as usize) };
+        let address = vouched_for::<T>(place, address, span::<T>(rows, cols, stride)?)?;
+        let first = std::ptr::with_exposed_provenance_mut(address);
         Ok(RowsMut { first, rows, cols, stride, place, mark: None, _borrow: PhantomData })
     }
 
@@ -432,262 +496,6 @@ impl<T: Element> Buffer<T> {
     }
 }
 
-impl Workspace {
-    /// Bytes that [`Carver::rows`] takes for a matrix.
-    pub(crate) fn bytes_for<T: Element>(op: Op, rows: usize, cols: usize) -> Result<usize, Error> {
-        Ok(round_up(checked_bytes(op, "workspace bytes", &[rows, cols], size_of::<T>())?, 256))
-    }
-
-    /// Starts handing out parts of the workspace; all parts are free again when their borrow ends.
-    pub(crate) fn carve(&mut self, op: Op) -> Carver<'_> {
-        Carver { op, next: self.words.address().cast(), left_bytes: self.bytes(), place: self.words.place(), mark: self.words.mark() }
-    }
-}
-
-/// Hands out disjoint parts of a workspace, each aligned to 256 bytes, in the order of the calls.
-pub(crate) struct Carver<'a> {
-    op: Op,
-    next: *mut u8,
-    left_bytes: usize,
-    place: Place,
-    mark: &'a Mark,
-}
-
-impl<'a> Carver<'a> {
-    /// The next `rows * cols` elements. Their contents are whatever was there.
-    pub(crate) fn rows<T: Element>(&mut self, rows: usize, cols: usize) -> Result<RowsMut<'a, T>, Error> {
-        let need = Workspace::bytes_for::<T>(self.op, rows, cols)?;
-        // The last part needs no padding behind it.
-        if rows * cols * size_of::<T>() > self.left_bytes {
-            return Err(Error::Capacity { op: self.op, what: "workspace bytes", need, have: self.left_bytes });
-        }
-        let first = self.next.cast::<T>();
-        let taken = need.min(self.left_bytes);
-        self.next = self.next.wrapping_add(taken);
-        self.left_bytes -= taken;
-        Ok(RowsMut { first, rows, cols, stride: cols, place: self.place, mark: Some(self.mark), _borrow: PhantomData })
-    }
-}
-
-/// A matrix in host memory, for reading.
-#[derive(Clone, Copy)]
-pub(crate) struct HostRows<'a, T>(Rows<'a, T>);
-
-impl<'a, T: Element> HostRows<'a, T> {
-    pub(crate) fn rows(&self) -> usize {
-        self.0.rows
-    }
-
-    pub(crate) fn cols(&self) -> usize {
-        self.0.cols
-    }
-
-    pub(crate) fn row(&self, row: usize) -> &'a [T] {
-        assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
-        // SAFETY: the row lies within the span that the constructor checked or was promised; one without columns may begin anywhere.
-        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(row * self.0.stride), self.0.cols) }
-    }
-
-    /// `len` elements from the one on that lies `at` elements behind the first.
-    ///
-    /// # Safety
-    ///
-    /// They lie in rows of the matrix, not in a gap between two.
-    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a [T] {
-        // SAFETY: the caller's duty; the span was checked or promised at construction.
-        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(at), len) }
-    }
-}
-
-/// A matrix in host memory, for writing.
-pub(crate) struct HostRowsMut<'a, T>(RowsMut<'a, T>);
-
-impl<'a, T: Element> HostRowsMut<'a, T> {
-    #[cfg(test)]
-    pub(crate) fn rows(&self) -> usize {
-        self.0.rows
-    }
-
-    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [T] {
-        assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
-        // SAFETY: inside the matrix, and `self` is borrowed exclusively.
-        unsafe { self.row_unchecked(row, 0..self.0.cols) }
-    }
-
-    #[allow(clippy::mut_from_ref)] // disjointness is the caller's duty
-    /// # Safety
-    ///
-    /// The range lies in the matrix, and no other slice of these elements is alive.
-    unsafe fn row_unchecked(&self, row: usize, cols: Range<usize>) -> &'a mut [T] {
-        // SAFETY: the caller's duty; the span was checked or promised at construction.
-        unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(row * self.0.stride + cols.start), cols.len()) }
-    }
-
-    #[allow(clippy::mut_from_ref)] // disjointness is the caller's duty
-    /// `len` elements from the one on that lies `at` elements behind the first.
-    ///
-    /// # Safety
-    ///
-    /// They lie in rows of the matrix, not in a gap between two, and no other slice of them is alive.
-    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: the caller's duty; the span was checked or promised at construction.
-        unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(at), len) }
-    }
-
-    /// Calls `f` once for every tile of `tiling`, on whatever threads are free.
-    pub(crate) fn for_each_tile(self, stream: &Stream, tiling: &Tiling<'_>, f: impl Fn(TileMut<'_, T>) + Sync) {
-        assert!(tiling.fits(self.0.dims()), "a tiling of another matrix");
-        stream.workers().run(tiling.len(), |i| {
-            let Tile { group, rows, cols } = tiling.tile(i);
-            // Different `i` give disjoint rectangles (see `Tiling`), and `run` calls each `i` once.
-            f(TileMut { matrix: &self, group, rows, cols });
-        });
-    }
-}
-
-/// Outputs that are written row by row: a matrix, or a tuple of matrices with the same number of rows.
-pub(crate) trait RowOutputs: Sync {
-    /// One row of each.
-    type Row;
-    /// Rows that all members have.
-    fn num_rows(&self) -> usize;
-    /// # Safety
-    /// `row < num_rows()`, and each row is alive at most once.
-    unsafe fn row(&self, row: usize) -> Self::Row;
-}
-
-impl<'a, T: Element> RowOutputs for HostRowsMut<'a, T> {
-    type Row = &'a mut [T];
-    fn num_rows(&self) -> usize {
-        if self.0.cols == 0 { 0 } else { self.0.rows } // of nothing there may be more rows than one can count
-    }
-    unsafe fn row(&self, row: usize) -> &'a mut [T] {
-        // SAFETY: the caller's duty.
-        unsafe { self.row_unchecked(row, 0..self.0.cols) }
-    }
-}
-
-impl<A: RowOutputs, B: RowOutputs> RowOutputs for (A, B) {
-    type Row = (A::Row, B::Row);
-    fn num_rows(&self) -> usize {
-        self.0.num_rows().min(self.1.num_rows())
-    }
-    unsafe fn row(&self, row: usize) -> Self::Row {
-        // SAFETY: the caller's duty.
-        unsafe { (self.0.row(row), self.1.row(row)) }
-    }
-}
-
-/// Rows of `cols` elements that make a task worth handing to a thread, where an element costs a few operations.
-pub(crate) fn rows_per_task(cols: usize) -> usize {
-    const TASK_ELEMS: usize = 1 << 16; // tens of microseconds, several times what waking a thread costs
-    (TASK_ELEMS / cols.max(1)).max(1)
-}
-
-/// Calls `f(row, outputs at that row)` once for every row, on whatever threads are free; a task is `rows_per_task` rows.
-pub(crate) fn for_each_row<O: RowOutputs>(stream: &Stream, outputs: O, rows_per_task: usize, f: impl Fn(usize, O::Row) + Sync) {
-    let rows = outputs.num_rows();
-    stream.workers().run(rows.div_ceil(rows_per_task), |task| {
-        for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
-            // SAFETY: tasks cover disjoint rows, and `run` calls each task once.
-            f(row, unsafe { outputs.row(row) });
-        }
-    });
-}
-
-/// A rectangle of a matrix, exclusively held by one task.
-pub(crate) struct TileMut<'a, T> {
-    matrix: &'a HostRowsMut<'a, T>,
-    /// The group of rows it belongs to.
-    pub(crate) group: usize,
-    /// Its rows and columns in the matrix.
-    pub(crate) rows: Range<usize>,
-    pub(crate) cols: Range<usize>,
-}
-
-impl<T: Element> TileMut<'_, T> {
-    /// Row `row` of the tile (counted from its first), cut to its columns.
-    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [T] {
-        assert!(row < self.rows.len(), "row {row} of a tile of {}", self.rows.len());
-        // SAFETY: the tile lies in the matrix and is this task's alone; `self` is borrowed exclusively.
-        unsafe { self.matrix.row_unchecked(self.rows.start + row, self.cols.clone()) }
-    }
-}
-
-/// A matrix cut into disjoint tiles, none of which crosses from one group of rows to the next; or likewise with columns.
-///
-/// Tiles are numbered group by group; within a group, rows vary fastest, so that neighbours share columns. In what follows and for
-/// groups of columns, read column for row and row for column.
-pub(crate) struct Tiling<'a> {
-    /// Where each group begins, and the last one ends; non-decreasing.
-    offsets: &'a [u32],
-    cols: usize,
-    row_block: usize,
-    col_block: usize,
-    of_columns: bool,
-}
-
-/// One tile's place.
-pub(crate) struct Tile {
-    pub(crate) group: usize,
-    pub(crate) rows: Range<usize>,
-    pub(crate) cols: Range<usize>,
-}
-
-impl<'a> Tiling<'a> {
-    /// `offsets` as in `ExpertRows`: group `g` owns the rows `offsets[g]..offsets[g + 1]`. A tile has at most `row_block` rows and
-    /// `col_block` columns.
-    pub(crate) fn new(offsets: &'a [u32], cols: usize, row_block: usize, col_block: usize) -> Tiling<'a> {
-        assert!(row_block > 0 && col_block > 0 && !offsets.is_empty());
-        assert!(offsets.is_sorted(), "offsets decrease"); // what makes the tiles disjoint
-        Tiling { offsets, cols, row_block, col_block, of_columns: false }
-    }
-
-    /// As `new`, for groups of columns.
-    pub(crate) fn of_columns(offsets: &'a [u32], rows: usize, col_block: usize, row_block: usize) -> Tiling<'a> {
-        Tiling { of_columns: true, ..Tiling::new(offsets, rows, col_block, row_block) }
-    }
-
-    /// Whether its tiles lie in a matrix of that size.
-    fn fits(&self, [rows, cols]: [usize; 2]) -> bool {
-        let [rows, cols] = if self.of_columns { [cols, rows] } else { [rows, cols] };
-        self.rows() <= rows && self.cols <= cols
-    }
-
-    fn rows(&self) -> usize {
-        self.offsets[self.offsets.len() - 1] as usize
-    }
-
-    fn group(&self, group: usize) -> Range<usize> {
-        self.offsets[group] as usize..self.offsets[group + 1] as usize
-    }
-
-    fn tiles_in(&self, group: usize) -> usize {
-        self.group(group).len().div_ceil(self.row_block) * self.cols.div_ceil(self.col_block)
-    }
-
-    /// Number of tiles.
-    pub(crate) fn len(&self) -> usize {
-        (0..self.offsets.len() - 1).map(|group| self.tiles_in(group)).sum()
-    }
-
-    /// Tile `index < len()`.
-    pub(crate) fn tile(&self, mut index: usize) -> Tile {
-        let mut group = 0;
-        while index >= self.tiles_in(group) {
-            index -= self.tiles_in(group);
-            group += 1;
-        }
-        let all = self.group(group);
-        // Rows are cut evenly: a block of one row would cost almost as much as a full one.
-        let row_blocks = all.len().div_ceil(self.row_block);
-        let cut = |i: usize| all.start + all.len() * i / row_blocks;
-        let (row, col) = (index % row_blocks, index / row_blocks * self.col_block);
-        let (rows, cols) = (cut(row)..cut(row + 1), col..self.cols.min(col + self.col_block));
-        if self.of_columns { Tile { group, rows: cols, cols: rows } } else { Tile { group, rows, cols } }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -746,48 +554,37 @@ mod tests {
         assert_eq!(y.host().rows(), 0);
     }
 
+    /// What can be seen of an address is looked at, of each type and place.
     #[test]
-    fn misaligned_bytes_are_refused() {
-        let words = [0u32; 4];
-        // SAFETY: the bytes of an array.
-        let bytes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), 16) };
-        assert!(Rows::<f32>::from_bytes(bytes, 1, 4).is_ok());
-        assert!(matches!(Rows::<f32>::from_bytes(&bytes[1..], 1, 3), Err(Error::Layout { .. })));
-    }
-
-    #[test]
-    fn tiles_cover_every_element_once() {
-        let device = Device::cpu_with_threads(3).unwrap();
-        let stream = device.stream().unwrap();
-        for (offsets, cols) in [(vec![0u32, 5, 5, 18], 7), (vec![0, 0, 0], 4), (vec![0, 1], 1), (vec![0, 3, 9], 0)] {
-            let rows = *offsets.last().unwrap() as usize;
-            let mut counts = vec![0u32; rows * (cols + 2)];
-            let mut view = RowsMut::from_slice_strided(&mut counts, rows, cols, cols + 2).unwrap();
-            let tiling = Tiling::new(&offsets, cols, 4, 3);
-            view.host().for_each_tile(&stream, &tiling, |mut tile| {
-                assert!(offsets[tile.group] as usize <= tile.rows.start && tile.rows.end <= offsets[tile.group + 1] as usize);
-                (0..tile.rows.len()).for_each(|row| tile.row_mut(row).iter_mut().for_each(|count| *count += 1));
-            });
-            let expect = |i: usize| u32::from(i % (cols + 2) < cols);
-            assert!(counts.iter().enumerate().all(|(i, &count)| count == expect(i)), "{offsets:?} x {cols}");
-
-            let mut counts = vec![0u32; rows * cols];
-            let tiling = Tiling::of_columns(&offsets, cols, 4, 3);
-            RowsMut::from_slice(&mut counts, cols, rows).unwrap().host().for_each_tile(&stream, &tiling, |mut tile| {
-                assert!(offsets[tile.group] as usize <= tile.cols.start && tile.cols.end <= offsets[tile.group + 1] as usize);
-                (0..tile.rows.len()).for_each(|row| tile.row_mut(row).iter_mut().for_each(|count| *count += 1));
-            });
-            assert!(counts.iter().all(|count| *count == 1), "{cols} x {offsets:?}");
+    fn foreign_addresses_are_checked() {
+        // SAFETY: never read.
+        let text = |place, address| unsafe {
+            let [x, y] = [Rows::<f32>::from_raw(place, address, 1, 2, 2).err(), RowsMut::<f32>::from_raw(place, address, 1, 2, 2).err()];
+            assert_eq!(x, y);
+            x.map(|error| error.to_string())
+        };
+        for place in [Place::Host, Place::Cuda(0)] {
+            assert_eq!(text(place, 0).unwrap(), "view: `address` must be an address, not null, got 0");
+            let misfit = "view: `address` must have the alignment of its elements, got 2";
+            assert_eq!(text(place, 0x7002).unwrap(), misfit);
+            assert_eq!(text(place, 0x7004), None);
         }
     }
 
     #[test]
-    fn a_workspace_runs_out_with_numbers() {
-        let stream = Device::cpu().stream().unwrap();
-        let mut workspace = Workspace::new(&stream, 512).unwrap();
-        let mut carver = workspace.carve(Op::Moe);
-        carver.rows::<f32>(1, 3).unwrap();
-        carver.rows::<f32>(4, 16).unwrap();
-        assert_eq!(carver.rows::<f32>(1, 1).err().unwrap(), Error::Capacity { op: Op::Moe, what: "workspace bytes", need: 256, have: 0 });
+    fn misaligned_bytes_are_refused() {
+        let mut words = [0u32; 4];
+        {
+            // SAFETY: the bytes of an array.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), 16) };
+            RowsMut::<f32>::from_bytes(bytes, 2, 2).unwrap().host().row_mut(1).fill(1.5);
+            assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[1..], 1, 3), Err(Error::Layout { got: 3, .. })));
+            assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[..8], 1, 3), Err(Error::Capacity { need: 3, have: 2, .. })));
+        }
+        assert_eq!(words, [0, 0, 1.5f32.to_bits(), 1.5f32.to_bits()]);
+        // SAFETY: the bytes of an array.
+        let bytes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), 16) };
+        assert!(Rows::<f32>::from_bytes(bytes, 1, 4).is_ok());
+        assert!(matches!(Rows::<f32>::from_bytes(&bytes[1..], 1, 3), Err(Error::Layout { .. })));
     }
 }

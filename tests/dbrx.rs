@@ -1,16 +1,20 @@
-//! The DBRX example, called as a function: its results against reference results, and everything it refuses.
+//! The example `dbrx`, called as a function: its results against reference results, and everything it refuses.
 //!
 //! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of the full set, all of
-//! them run.
+//! them run. `mixtral` holds what is said of the second family; the rest is said of DBRX, or of all.
 
 #[path = "dbrx/devices.rs"]
 mod devices;
-#[allow(dead_code)] // what only the example's `main` calls
-#[path = "../examples/dbrx/main.rs"]
-mod example;
 #[path = "dbrx/fixture.rs"]
 mod fixture;
+#[allow(dead_code)] // what only the example's `main` calls
+#[path = "../examples/lm/mod.rs"]
+mod lm;
+#[path = "dbrx/mixtral.rs"]
+mod mixtral;
 #[path = "dbrx/refusals.rs"]
 mod refusals;
 #[path = "dbrx/results.rs"]
 mod results;
+
+use lm::run as example;

@@ -6,7 +6,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use dropless::{Buffer, Device, Error, sample};
+use dropless::device::driver::Driver;
+use dropless::device::driver::hardware::Hardware;
+use dropless::{Buffer, Device, Error, Stream, sample};
 use dropless_kit::goldens::root;
 
 /// What the library answers.
@@ -36,15 +38,28 @@ int cuDeviceGetCount(int* count) { *count = DEVICES; return 0; }
 int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetName(char* name, int len, int device) { strncpy(name, STANDIN, len); return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) { *value = attribute == 75 ? MAJOR : attribute == 76 ? 0 : 4; return 0; }
-int cuDevicePrimaryCtxRetain(void** context, int device) { *context = malloc(1); return 0; }
-int cuStreamCreate(void** stream, unsigned flags) { *stream = malloc(1); return 0; }
+/* The caller has another context current on each thread; work runs in the primary one. */
+static char primary, other;
+static __thread void* current = &other;
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &primary; return 0; }
+int cuCtxGetCurrent(void** context) { *context = current; return 0; }
+int cuCtxSetCurrent(void* context) { current = context; return 0; }
+int cuStreamGetCtx(void* stream, void** context) { *context = (uint64_t)stream == 0x999 ? &other : &primary; return 0; }
+/* Somebody captures all the time: what may wait or allocate is refused, unless the thread says that it concerns no capture. */
+static __thread int mode;
+#define BESIDE if (mode != 2) return 900
+int cuThreadExchangeStreamCaptureMode(int* exchanged) { int before = mode; mode = *exchanged; *exchanged = before; return 0; }
+int cuStreamIsCapturing(void* stream, int* status) { *status = (uint64_t)stream == 0x998; return 0; }
+int cuStreamSynchronize(void* stream) { BESIDE; return 0; }
+int cuStreamDestroy_v2(void* stream) { BESIDE; return 0; }
+int cuStreamCreate(void** stream, unsigned flags) { BESIDE; *stream = malloc(1); return 0; }
 int cuEventCreate(void** event, unsigned flags) { *event = malloc(1); return 0; }
-int cuEventQuery(void* event) { return 600; }
-int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) { *address = (uint64_t)malloc(bytes); return 0; }
+int cuEventQuery(void* event) { BESIDE; return 600; }
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) { if (current != &primary) return 201; *address = (uint64_t)malloc(bytes); return 0; }
 int cuMemFreeAsync(uint64_t address, void* stream) { free((void*)address); return 0; }
 int cuMemsetD8Async(uint64_t address, unsigned char value, size_t bytes, void* stream) { memset((void*)address, value, bytes); return 0; }
-int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { *memory = malloc(bytes); return 0; }
-int cuMemFreeHost(void* memory) { free(memory); return 0; }
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { BESIDE; *memory = malloc(bytes); return 0; }
+int cuMemFreeHost(void* memory) { BESIDE; free(memory); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) { memcpy((void*)to, from, bytes); return 0; }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { memcpy(to, (void*)from, bytes); return 0; }
 /* The names of the codes, as the driver gives them. */
@@ -57,16 +72,19 @@ int cuGetErrorName(int code, const char** name) {
 }
 /* Option 5 is the buffer of the compiler's errors, 6 its size. */
 int cuModuleLoadDataEx(void** module, const char* image, unsigned options, const int* names, void** values) {
+  BESIDE;
   int code = memcmp(image, ELF, 4) ? PTX : CUBIN;
   *module = malloc(1);
   if (code && options == 2 && names[0] == 5 && names[1] == 6)
     strncpy(values[0], image[0] == 127 ? "" : LOG, (size_t)values[1]);
   return code;
 }
-int cuModuleGetFunction(void** function, void* module, const char* name) { *function = malloc(1); return 0; }
+int cuModuleGetFunction(void** function, void* module, const char* name) { BESIDE; *function = malloc(1); return 0; }
 /* Parameters come as one pointer each. Through `extra` the driver would want the sizes and offsets of the image's own layout. */
 int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
   if (extra || !params || !params[0]) return 701;
+  if (mode) return 900;
+  if (current != &primary) return 201;
   return LAUNCH;
 }
 int cuMemGetInfo_v2(size_t* available, size_t* total) { *available = 1000; *total = 2000; return 0; }
@@ -185,6 +203,19 @@ fn images_may_come_from_a_folder() {
     std::fs::remove_dir_all(images).unwrap();
 }
 
+/// Streams of the primary context are taken, of another one not; what is captured is found out.
+fn lends(device: &Device) -> Result<(), Error> {
+    // SAFETY: they stand for streams, of which this library asks nothing.
+    let lent = |handle: usize| unsafe { Stream::from_raw(device, std::ptr::without_provenance_mut(handle)) };
+    assert!(matches!(lent(0x999), Err(Error::Context { .. })));
+    for (handle, captures) in [(0, false), (0x997, false), (0x998, true)] {
+        let stream = lent(handle)?;
+        let refused = matches!(stream.synchronize(), Err(Error::Unsupported { .. }));
+        assert_eq!((stream.as_raw().map(|raw| raw.addr()), refused), (Some(handle), captures));
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "run by the other tests, in a process of its own"]
 fn open_and_say() {
@@ -198,6 +229,9 @@ fn open_and_say() {
         }
         let (logits, mut ids) = (Buffer::<f32>::zeros(&stream, 8)?, Buffer::zeros(&stream, 2)?);
         sample::argmax(&stream, logits.rows(2, 4)?, &mut ids)?;
+        lends(&device)?;
+        // The caller's context is current again.
+        assert!(Hardware::shared()?.make_current(0).unwrap().is_some());
         let (free, images) = (device.free_bytes()?.unwrap_or(0), device.loaded_images().join(", "));
         Ok(format!("{device:?}, {free} bytes free, copied, launched from {images}"))
     };

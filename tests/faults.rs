@@ -41,7 +41,7 @@ struct Model {
     rope: RopeTable,
     cache: KvCache<f32>,
     routing: RoutingBuffers,
-    workspace: Workspace,
+    workspace: Workspace<'static>,
     ids: Buffer<u32>,
     x: Buffer<f32>,
     residual: Buffer<f32>,
@@ -459,19 +459,21 @@ fn limits_of_the_kernels_are_refusals() {
     refused(prefill(&stream, x(1, 1281), wide, &cache.layer(0).unwrap(), &mut out.rows_mut(1, 1281).unwrap()));
 
     let want = [
-        "embedding: `table` of type bf16 is not supported here; supported: f32",
+        "embedding: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",
         "embedding: `table` must have a row stride that is a multiple of 16 bytes, got 28",
-        "norm: `weight` of type bf16 is not supported here; supported: f32",
+        "norm: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",
         "norm: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "norm: D beyond 16384 is not supported here; supported: up to 16384",
         "router: `weight` of type bf16 is not supported here; supported: f32",
         "router: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "sample: `logits` must have a row stride that is a multiple of 16 bytes, got 28",
-        "grouped_gemm: weights of type bf16 is not supported here; supported: f32",
-        "grouped_gemm: `y` of type bf16 is not supported here; supported: f32",
+        "grouped_gemm: a kernel for f32 x bf16 -> f32 is not supported here; supported: ",
+        "grouped_gemm: a kernel for f32 x f32 -> bf16 is not supported here; supported: ",
         "attention: head_dim beyond 1280 is not supported here; supported: up to 1280",
     ];
-    assert_eq!(texts, want);
+    // Where kernels are listed, the list is theirs.
+    let said = |(text, want): (&String, &&str)| text == want || want.contains("a kernel for") && text.starts_with(want);
+    assert!(texts.len() == want.len() && texts.iter().zip(&want).all(said), "{texts:#?}");
     assert_eq!(recorder.launches(), []);
 }
 

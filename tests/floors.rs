@@ -9,14 +9,15 @@
 //! 4  moe                                 uses 3        the only composition
 //! ```
 //!
-//! One edge points upwards: `device/` names no view, but `view.rs` adds the view-making methods of `Buffer` and `Workspace`.
+//! One edge points upwards: `device/` names no view, but `view` adds the view-making methods of `Buffer` and
+//! `Workspace`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Modules that may hold unsafe code, each for the reason it states beside its `allow`.
 const UNSAFE_ALLOWED: &[&str] =
-    &["simd", "device", "view", "layout/experts", "layout/expert_weights", "layout/kv", "interop", "ops/*/cuda"];
+    &["simd", "device", "view", "layout/experts", "layout/expert_weights", "layout/kv", "layout/tokens", "interop", "ops/*/cuda"];
 
 fn sources() -> Vec<(String, String)> {
     let root = dropless_kit::goldens::root().join("src");

@@ -1,11 +1,18 @@
-//! What only shows where copies, streams and kernels run beside the host: long copies, joins, pinned memory used again, graphs, frees.
-//! Each test runs on the emulated GPU, which proves the test, and on the GPU where there is one, which is what it is for.
+//! What only shows where copies, streams and kernels run beside the host: long copies, joins, pinned memory
+//! used again, graphs, frees, streams that an engine lends. Each test runs on the emulated GPU, which proves
+//! the test, and on the GPU where there is one, which is what it is for.
 #![cfg(feature = "cuda")]
 
+use std::ptr::without_provenance_mut;
+use std::sync::Arc;
+
+use dropless::device::driver::hardware::Hardware;
+use dropless::device::driver::{Driver, Handle};
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
-use dropless::{Bf16, Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Stream, TokenIds, Workspace, embedding, glu};
+use dropless::{Bf16, Buffer, Device, Error, ExpertWeights, Float, Place, RoutingBuffers, Stream, TokenIds, Workspace, embedding, glu};
 use dropless_kit::compare::same_bits;
 use dropless_kit::device;
+use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::fill::normal;
 
 /// The emulated GPU, and the GPU where there is one.
@@ -116,7 +123,7 @@ struct Layer {
     router: Buffer<Bf16>,
     experts: [Buffer<Bf16>; 3],
     routing: RoutingBuffers,
-    workspace: Workspace,
+    workspace: Workspace<'static>,
     x: Buffer<Bf16>,
     y: Buffer<Bf16>,
 }
@@ -231,5 +238,121 @@ fn memory_is_freed_behind_its_use() {
         drop((graph, x, experts, in_its_place)); // behind the launch
         let _in_their_place = [poison(), poison()];
         same_bits(&y.to_vec(&stream).unwrap(), &want);
+    });
+}
+
+/// An engine with a device, and the driver by which it makes streams and graphs of its own.
+fn each_engine(test: impl Fn(Arc<dyn Driver>)) {
+    if !device::hardware_only() {
+        let driver = Arc::new(Emulated::new(Options::default()));
+        test(driver.clone());
+        assert_eq!(driver.reports(), [""; 0]);
+    }
+    if device::hardware().is_some() {
+        let driver = Hardware::shared().unwrap();
+        driver.make_current(0).unwrap();
+        test(driver);
+    }
+}
+
+/// The engine's stream, lent.
+fn lent(device: &Device, stream: Handle) -> Stream {
+    // SAFETY: the tests destroy no stream of theirs before the last buffer, and launch what they have
+    // captured with its memory at hand, behind everything earlier.
+    unsafe { Stream::from_raw(device, without_provenance_mut(stream as usize)).unwrap() }
+}
+
+/// Scratch in memory of the engine's, which it keeps to the end.
+fn scratch(driver: &dyn Driver, bytes: usize) -> Workspace<'static> {
+    let address = driver.alloc(0, bytes).unwrap();
+    driver.synchronize(0).unwrap();
+    // SAFETY: as many bytes, of which nobody else knows, and which are never freed.
+    unsafe { Workspace::from_raw(Place::Cuda(0), address, bytes).unwrap() }
+}
+
+/// On a stream that an engine lends, and on the default stream, a layer gives the bits that it gives on a
+/// stream of ours.
+#[test]
+fn a_lent_stream_computes_the_same() {
+    each_engine(|driver| {
+        let device = Device::with_driver(driver.clone(), 0).unwrap();
+        let created = driver.create_stream(0).unwrap();
+        for tokens in [8, 40, 129] {
+            let own = device.stream().unwrap();
+            let want = Layer::new(&own, tokens).eager(&own, 11);
+            for stream in [created, 0, created] {
+                let stream = lent(&device, stream);
+                let mut layer = Layer::new(&stream, tokens);
+                same_bits(&layer.eager(&stream, 11), &want);
+                layer.workspace = scratch(&*driver, layer.plan.workspace_bytes());
+                same_bits(&layer.eager(&stream, 11), &want);
+            }
+        }
+        driver.destroy_stream(created).unwrap();
+    });
+}
+
+/// An engine captures a layer on its stream, which it lends while it captures, and launches the graph there
+/// and elsewhere. Every kernel is first used within the capture. Beside it, on the same thread, streams and
+/// images are made, and copies go up and back.
+#[test]
+fn an_engine_captures_a_layer() {
+    each_engine(|driver| {
+        for tokens in [8, 129] {
+            let device = Device::with_driver(driver.clone(), 0).unwrap(); // on which no kernel was used
+            device.load_images().unwrap();
+            let [stream, other] = [(); 2].map(|()| driver.create_stream(0).unwrap());
+            let mut layer = {
+                let own = device.stream().unwrap();
+                let mut layer = Layer::new(&own, tokens);
+                layer.prepare(&own, 11);
+                layer
+            }; // the stream is gone, so that nobody has to join it
+            driver.begin_capture(stream).unwrap();
+            let engines = lent(&device, stream);
+            layer.forward(&engines).unwrap();
+            assert!(matches!(Buffer::<f32>::zeros(&engines, 1), Err(Error::Unsupported { .. })));
+            let beside = Device::with_driver(driver.clone(), 0).unwrap();
+            let own = beside.stream().unwrap();
+            let wants = [12, 13].map(|seed| (seed, Layer::new(&own, tokens).eager(&own, seed)));
+            let graph = driver.end_capture(stream).unwrap();
+            for (seed, want) in &wants {
+                for on in [stream, stream, other] {
+                    layer.prepare(&engines, *seed);
+                    engines.synchronize().unwrap();
+                    driver.launch_graph(graph, on).unwrap();
+                    driver.launch_graph(graph, on).unwrap();
+                    driver.synchronize(on).unwrap();
+                    same_bits(&layer.y.to_vec(&engines).unwrap(), want);
+                }
+            }
+            driver.destroy_graph(graph).unwrap();
+            drop((layer, engines));
+            [stream, other].iter().for_each(|stream| driver.destroy_stream(*stream).unwrap());
+        }
+    });
+}
+
+/// Two threads of an engine, each with a stream of its own: neither counts in the zeros of the other.
+#[test]
+fn two_threads_lend_two_streams() {
+    each_engine(|driver| {
+        let device = Device::with_driver(driver.clone(), 0).unwrap();
+        let own = device.stream().unwrap();
+        let wants = [11, 12].map(|seed| Layer::new(&own, 129).eager(&own, seed));
+        std::thread::scope(|scope| {
+            for (seed, want) in (11..).zip(&wants) {
+                let (driver, device) = (&driver, &device);
+                scope.spawn(move || {
+                    driver.make_current(0).unwrap();
+                    let created = driver.create_stream(0).unwrap();
+                    for _ in 0..10 {
+                        let stream = lent(device, created);
+                        same_bits(&Layer::new(&stream, 129).eager(&stream, seed), want);
+                    }
+                    driver.destroy_stream(created).unwrap();
+                });
+            }
+        });
     });
 }

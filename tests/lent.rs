@@ -7,7 +7,7 @@ use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::Arc;
 
 use dropless::device::driver::{Driver, DriverError, Handle};
-use dropless::{Buffer, Device, Error, Op, Place, Rows, RowsMut, Stream, glu};
+use dropless::{Buffer, Device, Error, Op, Place, Rows, RowsMut, Stream, TokenIds, embedding, glu};
 use dropless_kit::compare::same_bits;
 use dropless_kit::device::{cpu, emulated, write};
 use dropless_kit::faulty::Faulty;
@@ -318,6 +318,24 @@ fn owners_are_kept_as_long_as_they_are_needed() {
     assert!(kept(), "a buffer was used there");
     drop(used);
     assert!(!kept());
+}
+
+/// Ids that an engine's own kernel has put on the device.
+#[test]
+fn ids_of_an_engine() {
+    let (driver, own) = emulated();
+    let stream = lent(own.device(), driver.create_stream(0).unwrap());
+    let (table, ids) = (memory(&*driver, &normal::<f32>(2, LEN, 1.0)), memory(&*driver, &[3, 1].map(f32::from_bits)));
+    let mut y = Buffer::<f32>::zeros(&stream, 2 * 16).unwrap();
+    // SAFETY: a table of four rows, of which two are asked for.
+    let (table, ids) = unsafe {
+        let ids = Rows::from_raw(Place::Cuda(0), ids, 1, 2, 2).unwrap();
+        (Rows::<f32>::from_raw(Place::Cuda(0), table, 4, 16, 16).unwrap(), TokenIds::from_raw(ids, 4).unwrap())
+    };
+    embedding::lookup(&stream, ids, table, &mut y.rows_mut(2, 16).unwrap()).unwrap();
+    let [third, first] = [3, 1].map(|row| table.row_range(row..row + 1).unwrap().to_vec(&stream).unwrap());
+    assert_eq!(y.to_vec(&stream).unwrap(), [third, first].concat());
+    assert_eq!(driver.reports(), [""; 0]);
 }
 
 /// Two threads, each with a stream of its engine.

@@ -433,8 +433,7 @@ impl RawStream {
     pub(crate) fn capture(&self) -> Result<Capture<'_>, Error> {
         self.outside_capture(Op::Stream, "another capture")?;
         if self.handle == DEFAULT_STREAM {
-            let supported = "a stream that was created";
-            return Err(Error::unsupported(Op::Stream, "capture on", "the default stream", supported));
+            return Err(Error::unsupported(Op::Stream, "capture on", "the default stream", "a stream that was created"));
         }
         // Held over both, so that no memory is freed on a stream that has begun to record.
         let mut captured = lock(&self.capture);

@@ -152,7 +152,7 @@ impl Stream {
 }
 
 fn adopt(device: &Device, handle: *mut c_void, owner: Option<Owner>) -> Result<Stream, Error> {
-    let refused = |what, got, supported| Err(Error::unsupported(Op::Stream, what, got, supported));
+    let refused = |what, got: &'static str, supported: &'static str| Err(Error::unsupported(Op::Stream, what, got, supported));
     let Backend::Cuda(cuda) = &device.0 else { return refused("a raw stream of", "cpu", "cuda") };
     let handle = match handle.expose_provenance() as Handle {
         PER_THREAD => return refused("handle", "CU_STREAM_PER_THREAD", "a stream that was created, CU_STREAM_LEGACY"),

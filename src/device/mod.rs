@@ -51,9 +51,10 @@ pub(crate) enum Backend {
 }
 
 impl Device {
-    /// The CPU, with the threads of rayon's process-wide pool: as many as the machine offers, or as
-    /// `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they cannot be started, the calling
-    /// thread does all the work.
+    /// The CPU, with the threads of rayon's process-wide pool (`rayon::ThreadPoolBuilder::build_global`),
+    /// which an engine that uses rayon shares, as candle does: no thread is started besides. There are as
+    /// many as the machine offers, or as `RAYON_NUM_THREADS` says, which is ignored beyond 1024. Where they
+    /// cannot be started, the calling thread does all the work.
     pub fn cpu() -> Device {
         Device(Backend::Cpu(Arc::new(cpu::Workers::global())))
     }
@@ -170,8 +171,12 @@ impl Device {
 
     /// Calls `f` on one of the CPU's worker threads; on a GPU, where it stands.
     ///
-    /// Operations that are called from there share their work with the other workers at once, while from any other thread each
-    /// of them is handed over and waited for, which costs tens of microseconds: worth it around a whole step of a model.
+    /// Operations that are called from there share their work with the other workers at once, while from any
+    /// other thread each of them is handed over and waited for, which costs tens of microseconds: worth it
+    /// around a whole step of a model.
+    ///
+    /// A stream is used by one thread at a time, so that `&Stream` does not go along; `&mut Stream` does, and
+    /// [`Stream::run`] takes it there.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         match &self.0 {
             Backend::Cpu(workers) => workers.install(f),

@@ -178,6 +178,26 @@ impl Stream {
         }
     }
 
+    /// Calls `work` with this stream on one of the CPU's worker threads, where operations cost no handing
+    /// over; on a GPU, where it stands. See [`Device::run`].
+    ///
+    /// ```
+    /// use dropless::{Device, Rows, RowsMut, glu};
+    ///
+    /// let mut stream = Device::cpu().stream()?;
+    /// let (x, mut y) = ([1.0f32; 8], [0.0f32; 8]);
+    /// stream.run(|stream| {
+    ///     let view = Rows::from_slice(&x, 2, 4)?;
+    ///     glu::glu(stream, view, view, &mut RowsMut::from_slice(&mut y, 2, 4)?)
+    /// })?;
+    /// assert!(y.iter().all(|y| (y - 0.731).abs() < 1e-3));
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn run<R: Send>(&mut self, work: impl FnOnce(&Stream) -> R + Send) -> R {
+        let device = self.device.clone();
+        device.run(move || work(self))
+    }
+
     /// The device this stream belongs to.
     pub fn device(&self) -> &Device {
         &self.device

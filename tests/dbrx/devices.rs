@@ -2,29 +2,12 @@
 #![cfg(feature = "cuda")]
 
 use dropless::Stream;
-use dropless_kit::compare::relative_l2;
 use dropless_kit::device;
 
 use crate::fixture::{Ran, checkpoint, run, run_on};
-use crate::results::{Dump, dump, dump_by};
+use crate::results::{agree, dump, dump_by};
 
-const REL_L2: f64 = 5e-6;
 const PROMPT: [u32; 3] = [5, 99, 120];
-
-/// Numbers within f32, ids and counts exactly.
-#[track_caller]
-fn agree(got: &Dump, want: &Dump) {
-    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
-    for (name, (shape, want)) in want {
-        assert_eq!(got[name].0, *shape, "{name}");
-        if ["indices", "counts", "ids", "tokens"].iter().any(|exact| name.ends_with(exact)) {
-            assert_eq!(got[name].1, *want, "{name}");
-        } else if !name.ends_with("router_gap") {
-            let error = relative_l2(&got[name].1, want);
-            assert!(error <= REL_L2, "{name}: {error:e}");
-        }
-    }
-}
 
 /// Every intermediate result of one layer, in every schedule.
 #[test]

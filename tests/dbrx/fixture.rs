@@ -59,7 +59,7 @@ impl Folder {
         Folder(folder)
     }
 
-    /// A copy of a checkpoint of `tests/data/dbrx`.
+    /// A copy of a checkpoint of `tests/data`.
     pub fn copy_of(name: &str) -> Folder {
         let folder = Folder::new();
         for entry in std::fs::read_dir(checkpoint(name)).expect("the checkpoint") {
@@ -138,5 +138,6 @@ pub fn refused(ran: &Ran) -> String {
 
 /// A checkpoint's folder, in the full set where there is one.
 pub fn checkpoint(name: &str) -> PathBuf {
-    goldens::path(Path::new("dbrx").join(name))
+    let family = if name.starts_with("mixtral") { "mixtral" } else { "dbrx" };
+    goldens::path(Path::new(family).join(name))
 }

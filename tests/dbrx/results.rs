@@ -1,7 +1,7 @@
 //! The results of whole runs: every intermediate against f64 references, and the properties that must hold whatever the values.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dropless_kit::compare::{max_abs, relative_l2};
 use dropless_kit::goldens::{self, Goldens};
@@ -54,12 +54,18 @@ pub fn dump(name: &str, prompt: &[u32], args: &[&str]) -> Dump {
 /// The same with another way to run it.
 #[track_caller]
 pub fn dump_by(run: impl FnOnce(&[&str]) -> Ran, name: &str, prompt: &[u32], args: &[&str]) -> Dump {
+    dump_of(run, &checkpoint(name), prompt, args)
+}
+
+/// The same of any folder.
+#[track_caller]
+pub fn dump_of(run: impl FnOnce(&[&str]) -> Ran, model: &Path, prompt: &[u32], args: &[&str]) -> Dump {
     let folder = Folder::new();
-    let (file, model) = (folder.file("dump.safetensors"), checkpoint(name));
+    let file = folder.file("dump.safetensors");
     let tokens: Vec<String> = prompt.iter().map(u32::to_string).collect();
     let common = ["--model", model.to_str().unwrap(), "--tokens", &tokens.join(","), "--dump", file.to_str().unwrap()];
     let ran = run(&[&common, args].concat());
-    assert_eq!(ran.code, 0, "{name}: {}{}", ran.out, ran.err);
+    assert_eq!(ran.code, 0, "{}: {}{}", model.display(), ran.out, ran.err);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was left beside the dump");
     let bytes = std::fs::read(file).unwrap();
     let widen = |tensor: safetensors::tensor::TensorView<'_>| match tensor.dtype() {
@@ -69,6 +75,27 @@ pub fn dump_by(run: impl FnOnce(&[&str]) -> Ran, name: &str, prompt: &[u32], arg
     };
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     tensors.iter().map(|(name, tensor)| (name.to_owned(), (tensor.shape().to_vec(), widen(tensor)))).collect()
+}
+
+/// The same results within f32, ids and counts exactly.
+#[track_caller]
+pub fn agree(got: &Dump, want: &Dump) {
+    agree_within(REL_L2, got, want);
+}
+
+/// The same results within a relative error, ids and counts exactly.
+#[track_caller]
+pub fn agree_within(limit: f64, got: &Dump, want: &Dump) {
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+    for (name, (shape, want)) in want {
+        assert_eq!(got[name].0, *shape, "{name}");
+        if ["indices", "counts", "ids", "tokens"].iter().any(|exact| name.ends_with(exact)) {
+            assert_eq!(got[name].1, *want, "{name}");
+        } else if !name.ends_with("router_gap") {
+            let error = relative_l2(&got[name].1, want);
+            assert!(error <= limit, "{name}: {error:e}");
+        }
+    }
 }
 
 /// Every intermediate result of every prompt of every checkpoint, with f32 activations.

@@ -70,7 +70,7 @@ impl<T: Float + Bits, const P: usize> Case<T, P> {
             run(&abs(&self.x), &abs(&self.w[product]), &all, &owner, self.n, self.k),
         ];
         let bias =
-            |at: usize| if biased { f64::from(self.biases[product][owner[at / self.n] * self.n + at % self.n].to_f32()) } else { 0.0 };
+            |at: usize| if self.biased { f64::from(self.biases[product][owner[at / self.n] * self.n + at % self.n].to_f32()) } else { 0.0 };
         let values: Vec<f64> = (0..sums.len()).map(|at| sums[at] + bias(at)).collect();
         let errors = (0..sums.len()).map(|at| sum_bound::<f32>(values[at], self.k + 1, sizes[at] + bias(at).abs())).collect();
         [values, errors]

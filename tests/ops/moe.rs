@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use dropless::activation::{Activation, Glu};
+use dropless::epilogue::{Bias, GluEpilogue};
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
@@ -31,11 +33,14 @@ struct Layer<W> {
     shape: Shape,
     router: Vec<W>,
     experts: [Vec<W>; 3],
+    /// The second half is placed as `[E, D, F]`.
+    turned: bool,
 }
 
 /// A layer's weights on a device.
 struct Placed<W> {
     num_experts: usize,
+    turned: bool,
     router: Guarded<W>,
     experts: [Guarded<W>; 3],
 }
@@ -45,7 +50,8 @@ impl<W: Float + Bits> Placed<W> {
     fn matrices(&self) -> [ExpertWeights<'_>; 3] {
         let [w1, v1, w2] = self.experts.each_ref().map(|w| w.view());
         let e = self.num_experts;
-        [ExpertWeights::nk(w1, e).unwrap(), ExpertWeights::nk(v1, e).unwrap(), ExpertWeights::kn(w2, e).unwrap()]
+        let down = if self.turned { ExpertWeights::nk(w2, e) } else { ExpertWeights::kn(w2, e) };
+        [ExpertWeights::nk(w1, e).unwrap(), ExpertWeights::nk(v1, e).unwrap(), down.unwrap()]
     }
 
     fn weights(&self) -> Weights<'_> {
@@ -60,17 +66,18 @@ impl<W: Float + Bits> Layer<W> {
         let (d, f, e) = (shape.d_model, shape.d_ffn, shape.num_experts);
         let matrix = |i: u64, inputs: usize| normal(seed * 8 + i, e * f * d, (inputs as f64).sqrt().recip());
         let router = normal(seed * 8, e * d, (d as f64).sqrt().recip());
-        Layer { shape, router, experts: [matrix(1, d), matrix(2, d), matrix(3, f)] }
+        Layer { shape, router, experts: [matrix(1, d), matrix(2, d), matrix(3, f)], turned: false }
     }
 
     /// On the stream's device.
     fn placed(&self, stream: &Stream) -> Placed<W> {
         let Shape { d_model, d_ffn, num_experts, .. } = self.shape;
-        Placed {
-            num_experts,
-            router: Guarded::with(stream, &self.router, num_experts, d_model, 0),
-            experts: self.experts.each_ref().map(|w| Guarded::with(stream, w, num_experts * d_ffn, d_model, 0)),
-        }
+        let [w1, v1, w2] = self.experts.each_ref().map(|w| Guarded::with(stream, w, num_experts * d_ffn, d_model, 0));
+        let transposed = |matrix: &[W]| (0..matrix.len()).map(|at| matrix[at % d_ffn * d_model + at / d_ffn]).collect::<Vec<_>>();
+        let down = || self.experts[2].chunks(d_ffn * d_model).flat_map(transposed).collect::<Vec<_>>();
+        let w2 = if self.turned { Guarded::with(stream, &down(), num_experts * d_model, d_ffn, 0) } else { w2 };
+        let router = Guarded::with(stream, &self.router, num_experts, d_model, 0);
+        Placed { num_experts, turned: self.turned, router, experts: [w1, v1, w2] }
     }
 
     fn experts_f64(&self) -> [Vec<f64>; 3] {
@@ -136,7 +143,11 @@ fn oracle_shape(shape: &Shape) -> oracle::moe::Shape {
 
 /// A layer and a batch against the oracle on every device that `serves` them.
 fn case<A: Float + Bits, W: Float + Bits>(shape: Shape, seed: u64, num_tokens: usize, serves: impl Fn(&Stream) -> bool) {
-    let layer = Layer::<W>::random(shape, seed);
+    case_of::<A, W>(&Layer::random(shape, seed), num_tokens, serves);
+}
+
+fn case_of<A: Float + Bits, W: Float + Bits>(layer: &Layer<W>, num_tokens: usize, serves: impl Fn(&Stream) -> bool) {
+    let shape = layer.shape;
     let x = normal::<A>(99, num_tokens * shape.d_model, 1.0);
     let (x64, [w1, v1, w2]) = (to_f64(&x), layer.experts_f64());
     let experts = [&w1[..], &v1, &w2];
@@ -155,7 +166,7 @@ fn case<A: Float + Bits, W: Float + Bits>(shape: Shape, seed: u64, num_tokens: u
     let bounds = bounds::<A>(&shape, &x64, &ids, &weights, experts, weight_error);
     device::each_device(|stream| {
         if serves(stream) {
-            let (got, got_ids, _) = forward(stream, &layer, &x, num_tokens);
+            let (got, got_ids, _) = forward(stream, layer, &x, num_tokens);
             assert_eq!(got_ids, ids);
             within(&got, &want, shape.d_model, |i| bounds[i]);
         }
@@ -187,6 +198,169 @@ fn against_oracle_f32() {
     against_oracle::<f32, Bf16>();
 }
 
+/// The second half as `[E, D, F]`, which every checkpoint since Mixtral has.
+#[test]
+fn down_lies_either_way() {
+    let turned = |shape, seed| Layer { turned: true, ..Layer::<Bf16>::random(shape, seed) };
+    for (shape, num_tokens) in [(SHAPES[0], 19), (SHAPES[1], 70), (Shape::new(72, 136, 4, 2), 3), (Shape::new(72, 136, 4, 2), 70)] {
+        let affords = || shape.d_model == 72 || device::affords(num_tokens * shape.top_k * shape.d_model * shape.d_ffn / 2);
+        case_of::<Bf16, Bf16>(&turned(shape, 21), num_tokens, |_| affords());
+    }
+    case_of::<f32, f32>(&Layer { turned: true, ..Layer::random(SHAPES[0], 22) }, 5, |_| true);
+}
+
+/// Router, gate, up and down each of a type of its own, on the CPU: the layer is that of the rounded numbers.
+#[test]
+fn each_matrix_has_its_own_type() {
+    let shape = Shape::new(24, 40, 4, 2);
+    let layer = Layer::<f32>::random(shape, 23);
+    let (x, stream) = (normal::<f32>(24, 9 * 24, 1.0), device::cpu(2));
+    let half = |values: &[f32]| values.iter().map(|value| Bf16::from_f32(*value)).collect::<Vec<_>>();
+    let small = |values: &[f32]| values.iter().map(|value| F16::from_f32(*value)).collect::<Vec<_>>();
+    let (router, gate, up) = (small(&layer.router), half(&layer.experts[0]), small(&layer.experts[1]));
+    let wide = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<_>>();
+    let rounded = Layer {
+        shape,
+        router: wide(&to_f64(&router)),
+        experts: [wide(&to_f64(&gate)), wide(&to_f64(&up)), layer.experts[2].clone()],
+        turned: false,
+    };
+    let weights = Weights::new(
+        Rows::from_slice(&router, 4, 24).unwrap(),
+        Experts::gated(
+            ExpertWeights::nk(Rows::from_slice(&gate, 160, 24).unwrap(), 4).unwrap(),
+            ExpertWeights::nk(Rows::from_slice(&up, 160, 24).unwrap(), 4).unwrap(),
+            ExpertWeights::kn(Rows::from_slice(&layer.experts[2], 160, 24).unwrap(), 4).unwrap(),
+        ),
+    );
+    let plan = Plan::<f32>::new(shape, 9).unwrap();
+    let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(&stream, 9, 2, 4).unwrap();
+    let got = guard::run(&stream, 9, 24, |y| {
+        moe::forward(&stream, &plan, Rows::from_slice(&x, 9, 24).unwrap(), &weights, &mut buffers, &mut workspace, y).unwrap();
+    });
+    same_bits(&got, &forward(&stream, &rounded, &x, 9).0);
+}
+
+/// The steps one by one are the whole, to the bit; so is the layer for a routing that was replayed from its ids and weights.
+#[test]
+fn steps_are_the_whole() {
+    let shape = Shape::new(72, 40, 8, 2);
+    let layer = Layer::<Bf16>::random(shape, 25);
+    for num_tokens in [3, 70] {
+        let x = normal::<Bf16>(26, num_tokens * shape.d_model, 1.0);
+        device::each_device(|stream| {
+            let (want, ids, chosen) = forward(stream, &layer, &x, num_tokens);
+            let plan = Plan::<Bf16>::new(shape, num_tokens).unwrap();
+            let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+            let mut buffers = RoutingBuffers::new(stream, num_tokens, shape.top_k, shape.num_experts).unwrap();
+            let (x, placed) = (Guarded::with(stream, &x, num_tokens, shape.d_model, 0), layer.placed(stream));
+            let weights = placed.weights();
+            let routing = moe::route(stream, &plan, x.view(), weights.router, &mut buffers, &mut workspace).unwrap();
+            let rows = routing.rows();
+            let outputs = guard::run::<Bf16>(stream, rows, shape.d_model, |y| {
+                moe::experts(stream, &plan, x.view(), &weights.experts, &routing, &mut workspace, y).unwrap();
+            });
+            let outputs = Guarded::with(stream, &outputs, rows, shape.d_model, 0);
+            let got = guard::run(stream, num_tokens, shape.d_model, |y| moe::combine(stream, outputs.view(), &routing, y).unwrap());
+            same_bits(&got, &want);
+            let replayed = Routing::from_host(stream, &ids, &chosen, &mut buffers).unwrap();
+            let got = guard::run(stream, num_tokens, shape.d_model, |y| {
+                moe::forward_routed(stream, &plan, x.view(), &weights.experts, &replayed, &mut workspace, y).unwrap();
+            });
+            same_bits(&got, &want);
+        });
+    }
+}
+
+/// A plan in one class gives a token the same bits in a batch of one and of many; the CPU's own classes would not.
+#[test]
+fn one_class_for_every_batch() {
+    let shape = Shape::new(72, 136, 4, 2);
+    let layer = Layer::<Bf16>::random(shape, 27);
+    let x = normal::<Bf16>(28, 70 * shape.d_model, 1.0);
+    device::each_device(|stream| {
+        let (x, placed) = (Guarded::with(stream, &x, 70, shape.d_model, 0), layer.placed(stream));
+        let run = |plan: &Plan<Bf16>, num_tokens: usize| {
+            let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+            let mut buffers = RoutingBuffers::new(stream, num_tokens, shape.top_k, shape.num_experts).unwrap();
+            let x = x.view().row_range(0..num_tokens).unwrap();
+            guard::run(stream, num_tokens, shape.d_model, |y| {
+                moe::forward(stream, plan, x, &placed.weights(), &mut buffers, &mut workspace, y).unwrap();
+            })
+        };
+        let free = Plan::<Bf16>::new(shape, 70).unwrap();
+        for class in [8, usize::MAX] {
+            let plan = free.in_class(class);
+            let all = run(&plan, 70);
+            for num_tokens in [1, 33] {
+                same_bits(&run(&plan, num_tokens), &all[..num_tokens * shape.d_model]);
+            }
+        }
+        if stream.place() == dropless::Place::Host {
+            let bits = |y: &[Bf16]| y.iter().map(|y| y.0).collect::<Vec<_>>();
+            assert_ne!(bits(&run(&free, 1)), bits(&run(&free, 70)[..shape.d_model]), "the classes are one");
+        }
+    });
+}
+
+/// Experts as gpt-oss has them, with biases everywhere, and experts without a gate: against the oracle.
+#[test]
+fn other_experts_against_oracle() {
+    let (d, f, e, top_k, num_tokens) = (24usize, 40usize, 4usize, 2usize, 9usize);
+    let shape = Shape::new(d, f, e, top_k);
+    let layer = Layer::<f32>::random(shape, 29);
+    let biases = [1, 2, 3].map(|seed| normal::<f32>(seed, e * if seed == 3 { d } else { f }, 0.5));
+    let x = normal::<f32>(30, num_tokens * d, 1.0);
+    let (x64, [gate, up, down]) = (to_f64(&x), layer.experts_f64());
+    let [gate_bias, up_bias, down_bias] = biases.each_ref().map(|bias| to_f64(bias));
+    for gated in [true, false] {
+        device::each_device(|stream| {
+            let (x, placed) = (Guarded::with(stream, &x, num_tokens, d, 0), layer.placed(stream));
+            let placed_biases = [0, 1, 2].map(|i| Guarded::with(stream, &biases[i], e, biases[i].len() / e, 0));
+            let [b0, b1, b2] = placed_biases.each_ref().map(|bias| Bias::new(bias.view()));
+            let [w1, v1, w2] = placed.matrices();
+            let experts = if gated {
+                Experts::gated(w1, v1, w2).with_glu(GluEpilogue::default().with_glu(Glu::GPT_OSS).with_biases([b0, b1]))
+            } else {
+                Experts::plain(v1, Activation::ReluSquared, w2)
+            };
+            let weights = Weights::new(placed.router.view(), experts.with_down_bias(b2));
+            let plan = Plan::<f32>::new(shape, num_tokens).unwrap();
+            let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+            let mut buffers = RoutingBuffers::new(stream, num_tokens, top_k, e).unwrap();
+            let mut routed = (vec![], vec![]);
+            let got = guard::run(stream, num_tokens, d, |y| {
+                let routing = moe::forward(stream, &plan, x.view(), &weights, &mut buffers, &mut workspace, y).unwrap();
+                routed = (routing.expert_ids().to_vec(stream).unwrap(), routing.weights().to_vec(stream).unwrap());
+            });
+            let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
+            let expert = |x: &[f64], id: usize| -> Vec<f64> {
+                let row = |w: &'_ [f64], i: usize| w[(id * f + i) * d..][..d].to_vec();
+                let hidden = (0..f).map(|i| {
+                    let up = dot(x, &row(&up, i));
+                    if gated {
+                        let gate = dot(x, &row(&gate, i)) + gate_bias[id * f + i];
+                        oracle::activation::glu(gate, up + up_bias[id * f + i], Glu::GPT_OSS)
+                    } else {
+                        oracle::activation::activate(up, Activation::ReluSquared)
+                    }
+                });
+                let hidden: Vec<f64> = hidden.collect();
+                (0..d).map(|j| (0..f).map(|i| hidden[i] * row(&down, i)[j]).sum::<f64>() + down_bias[id * d + j]).collect()
+            };
+            let (ids, chosen) = routed;
+            let mut want = vec![0.0; num_tokens * d];
+            for (slot, id) in ids.iter().enumerate() {
+                let output = expert(&x64[slot / top_k * d..][..d], *id as usize);
+                (0..d).for_each(|j| want[slot / top_k * d + j] += f64::from(chosen[slot]) * output[j]);
+            }
+            let error = relative_l2(&to_f64(&got), &want);
+            assert!(error < 1e-6, "gated: {gated}, relative L2 {error:e}");
+        });
+    }
+}
+
 #[test]
 fn against_oracle_bf16() {
     against_oracle::<Bf16, Bf16>();
@@ -204,7 +378,8 @@ fn goldens_of_transformers() {
         let shape = Shape::new(d_model, w_shape[0] / num_experts, num_experts, top_k).with_normalize(Normalize::None);
         let experts = ["w1", "v1", "w2"].map(|part| file.float::<T>(&name(part)));
         let (x, ids, route_weights) = (file.float::<T>(&name("x")), file.u32(&name("indices")), file.float::<f32>(&name("weights_f32")));
-        let (layer, want) = (Layer { shape, router: vec![T::default(); num_experts * d_model], experts }, file.f64(&name("out")));
+        let (layer, want) =
+            (Layer { shape, router: vec![T::default(); num_experts * d_model], experts, turned: false }, file.f64(&name("out")));
         let [w1, v1, w2] = layer.experts_f64();
         let bounds = bounds::<T>(&shape, &to_f64(&x), &ids, &to_f64(&route_weights), [&w1, &v1, &w2], 0.0);
         device::each_device(|stream| {

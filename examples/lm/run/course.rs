@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use dropless::{Bf16, DType, Element, F16, Float, Place};
+use dropless::{Bf16, DType, Float, Place};
 use serde_json::json;
 
 use super::check::Checks;
-use super::failure::{Failure, refuse};
+use super::failure::Failure;
 use super::generate::{Figures, decode, prefill};
 use super::memory::{AnonymousPeak, peak_rss_bytes};
 use super::model::Model;
@@ -16,7 +16,7 @@ use super::report::{Console, bars, bytes_text, rate_text, seconds_text};
 use super::setup::{Open, Setup, WeightSource};
 use super::text::Tokenizer;
 use super::trace::Trace;
-use super::weights::{DeviceTensors, RandomTensors, Tensors, Weights};
+use super::weights::{self, Matrices, Tensors};
 
 /// Does what was asked for.
 pub fn run(open: &Open<'_>, options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
@@ -39,21 +39,13 @@ struct Course<'a> {
 
 impl Course<'_> {
     fn with_activations<A: Float>(self, console: &mut Console<'_>) -> Result<(), Failure> {
-        match self.setup.weights.dtype() {
-            DType::F32 => self.with_types::<A, f32>(console),
-            DType::Bf16 => self.with_types::<A, Bf16>(console),
-            DType::F16 => self.with_types::<A, F16>(console),
-            other => refuse(format!("weights of type {} are not supported", other.name())),
-        }
-    }
-
-    fn with_types<A: Float, W: Float>(self, console: &mut Console<'_>) -> Result<(), Failure> {
         let Setup { config, device, sizes, .. } = self.setup;
+        let dtype = self.setup.weights.dtype();
         let anonymous = AnonymousPeak::watch();
         let begin = Instant::now();
         let stream = device.stream()?;
         let (random, copied);
-        let mut tensors: &dyn Tensors<W> = match &self.setup.weights {
+        let mut tensors: &dyn Tensors = match &self.setup.weights {
             WeightSource::Mapped(checkpoint) => {
                 // A checkpoint larger than memory is read as it is used.
                 if self.setup.available.is_none_or(|available| checkpoint.len_bytes() <= available) {
@@ -62,15 +54,16 @@ impl Course<'_> {
                 checkpoint
             }
             WeightSource::Random(_) => {
-                random = RandomTensors::new(config, self.setup.threads, &self.progress)?;
-                &random
+                random = weights::seeded(dtype, config, self.setup.threads, &self.progress)?;
+                &*random
             }
         };
         if stream.place() != Place::Host {
-            copied = DeviceTensors::new(&stream, tensors, config, &self.progress)?;
-            tensors = &copied;
+            copied = weights::on_device(&stream, tensors, dtype, config, &self.progress)?;
+            tensors = &*copied;
         }
-        let mut model = Model::<A, W>::new(stream, config, Weights::of(tensors, config)?, sizes)?;
+        let matrices = Matrices::new(tensors, config)?;
+        let mut model = Model::<A>::new(stream, config, (config.family.decoder)(config, &matrices)?, sizes)?;
         let load_s = begin.elapsed().as_secs_f64();
 
         let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures::default());
@@ -103,7 +96,7 @@ impl Course<'_> {
             model.clear()?;
         }
         let judged = if self.setup.jobs.iter().any(|job| job.reference.is_some()) { checks.print(console) } else { Ok(()) };
-        self.print_figures::<A, W>(&figures, load_s, anonymous.finish(), console)?;
+        self.print_figures(&figures, load_s, anonymous.finish(), console)?;
         judged
     }
 
@@ -118,14 +111,9 @@ impl Course<'_> {
         Ok(())
     }
 
-    fn print_figures<A: Element, W: Element>(
-        &self,
-        figures: &Figures,
-        load_s: f64,
-        anonymous: Option<u64>,
-        console: &mut Console<'_>,
-    ) -> Result<(), Failure> {
+    fn print_figures(&self, figures: &Figures, load_s: f64, anonymous: Option<u64>, console: &mut Console<'_>) -> Result<(), Failure> {
         let Figures { prefill_tokens, decode_tokens, .. } = *figures;
+        let (weights, activations) = (self.setup.weights.dtype(), self.setup.activations);
         let (prefill_s, decode_s) = (figures.prefill.as_secs_f64(), figures.decode.as_secs_f64());
         let peak = peak_rss_bytes();
         console.heading("Figures")?;
@@ -147,7 +135,7 @@ impl Course<'_> {
                 ("peak_rss_bytes", json!(peak)),
                 ("peak_anonymous_bytes", json!(anonymous)),
                 ("device", json!(self.setup.device.place().to_string())),
-                ("dtypes", json!({ "weights": W::DTYPE.name(), "activations": A::DTYPE.name() })),
+                ("dtypes", json!({ "weights": weights.name(), "activations": activations.name() })),
             ];
             let fields: Vec<String> = figures.iter().map(|(name, value)| format!("\"{name}\": {value}")).collect();
             console.line(format!("\n{{{}}}", fields.join(", ")))?;

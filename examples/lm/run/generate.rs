@@ -19,8 +19,8 @@ pub struct Figures {
 }
 
 /// Feeds prompts of one length, one for each sequence, at most `chunk` tokens a step. Gives each sequence's next token.
-pub fn prefill<A: Float, W: Float>(
-    model: &mut Model<'_, A, W>,
+pub fn prefill<A: Float>(
+    model: &mut Model<'_, A>,
     prompts: &[Vec<u32>],
     chunk: usize,
     trace: &mut Trace,
@@ -56,12 +56,7 @@ pub fn prefill<A: Float, W: Float>(
 }
 
 /// Feeds each sequence its next token, which is then replaced by the one after it.
-pub fn decode<A: Float, W: Float>(
-    model: &mut Model<'_, A, W>,
-    next: &mut [u32],
-    trace: &mut Trace,
-    figures: &mut Figures,
-) -> Result<(), Failure> {
+pub fn decode<A: Float>(model: &mut Model<'_, A>, next: &mut [u32], trace: &mut Trace, figures: &mut Figures) -> Result<(), Failure> {
     let begin = Instant::now();
     let batch = next.len();
     model.device().run(|| {

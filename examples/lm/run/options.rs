@@ -73,7 +73,7 @@ fn command() -> Command {
 
     Command::new("dbrx")
         .version(env!("CARGO_PKG_VERSION"))
-        .about("The full forward pass of a DBRX checkpoint")
+        .about("The full forward pass of a checkpoint: DBRX or Mixtral, as its config.json says")
         .after_help(AFTER_HELP)
         .args([
             path("model", "DIR").help("config.json with model.safetensors, or with shards and their index; tokenizer.json if present"),

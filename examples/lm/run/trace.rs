@@ -47,6 +47,18 @@ pub fn host<'a, T: Element>(stream: &Stream, rows: Rows<'a, T>) -> Result<Cow<'a
     }
 }
 
+/// What a step shows as it goes.
+pub enum Seen<'a, A> {
+    /// A result by its name, `[T, cols]`.
+    Rows(&'static str, Rows<'a, A>),
+    /// The fused projection `[T, (H + 2 Hkv) d]`. The rotation clips it, so that nobody else sees it clipped.
+    Projected { qkv: Rows<'a, A>, clip: Option<f32> },
+    /// The rotated queries `[T, H d]`, and the step's keys as they lie in the cache.
+    Rotated { q: Rows<'a, A>, cache: &'a KvLayer<'a, A>, heads: HeadLayout },
+    /// What the router chose for `x`.
+    Routed { x: Rows<'a, A>, router: WeightRows<'a>, routing: &'a Routing<'a> },
+}
+
 /// Tensors by name, filled as the steps run.
 pub struct Trace {
     detail: Detail,
@@ -92,80 +104,63 @@ impl Trace {
         self.position = len - rows;
     }
 
-    /// A result of the whole model, `[T, cols]`.
-    pub fn model<A: Float>(&mut self, stream: &Stream, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
-        self.step_rows(stream, rows, |trace, values, cols| trace.floats(name.to_owned(), Form::Matrix(cols), values))
-    }
-
-    /// A result of one layer, `[T, cols]`.
-    pub fn layer<A: Float>(&mut self, stream: &Stream, layer: usize, name: &str, rows: Rows<'_, A>) -> Result<(), Failure> {
-        self.step_rows(stream, rows, |trace, values, cols| trace.floats(format!("L{layer}.{name}"), Form::Matrix(cols), values))
-    }
-
-    /// The fused projection before and after the clip, which the model leaves to the rotation.
-    pub fn qkv<A: Float>(&mut self, stream: &Stream, layer: usize, qkv: Rows<'_, A>, clip: Option<f32>) -> Result<(), Failure> {
-        self.layer(stream, layer, "qkv_preclip", qkv)?;
-        self.step_rows(stream, qkv, |trace, values, cols| {
-            let clip = clip.unwrap_or(f32::INFINITY);
-            let clipped: Vec<f32> = values.iter().map(|value| value.to_f32().clamp(-clip, clip)).collect();
-            trace.floats(format!("L{layer}.qkv"), Form::Matrix(cols), &clipped);
-        })
-    }
-
-    /// The rotated queries, and the step's keys as they lie in the cache.
-    pub fn rotated<A: Float>(
-        &mut self,
-        stream: &Stream,
-        layer: usize,
-        q: Rows<'_, A>,
-        cache: &KvLayer<'_, A>,
-        heads: HeadLayout,
-    ) -> Result<(), Failure> {
-        let dim = heads.head_dim();
-        // The first sequence has the first page, and a page holds a whole sequence.
-        let keys = cache.keys().row_range(self.position..self.position + self.rows)?;
-        self.step_rows(stream, q, |trace, values, _| {
-            trace.floats(format!("L{layer}.q_rope"), Form::Heads(heads.num_heads(), dim), values)
-        })?;
-        self.step_rows(stream, keys, |trace, values, _| {
-            trace.floats(format!("L{layer}.k_rope"), Form::Heads(heads.num_kv_heads(), dim), values)
-        })
-    }
-
-    /// The router's results; its logits are computed again, since the model does not keep them.
-    pub fn routing<A: Float>(
-        &mut self,
-        stream: &Stream,
-        layer: usize,
-        x: Rows<'_, A>,
-        weight: WeightRows<'_>,
-        routing: &Routing<'_>,
-    ) -> Result<(), Failure> {
+    /// What a step computed, in `layer` or outside the layers.
+    pub fn see<A: Float>(&mut self, stream: &Stream, layer: Option<usize>, seen: Seen<'_, A>) -> Result<(), Failure> {
         if self.rows == 0 {
             return Ok(());
         }
+        let named = |name: &str| layer.map_or(name.to_owned(), |layer| format!("L{layer}.{name}"));
+        match seen {
+            Seen::Rows(name, rows) => self.matrix(stream, named(name), rows),
+            Seen::Projected { qkv, clip } => {
+                self.matrix(stream, named("qkv_preclip"), qkv)?;
+                let clip = clip.unwrap_or(f32::INFINITY);
+                let clipped: Vec<f32> = self.kept(stream, qkv)?.iter().map(|value| value.to_f32().clamp(-clip, clip)).collect();
+                self.floats(named("qkv"), Form::Matrix(qkv.cols()), &clipped);
+                Ok(())
+            }
+            Seen::Rotated { q, cache, heads } => {
+                let (dim, first) = (heads.head_dim(), self.position);
+                // The first sequence has the first page, and a page holds a whole sequence.
+                let keys = cache.keys().row_range(first..first + self.rows)?;
+                self.floats(named("q_rope"), Form::Heads(heads.num_heads(), dim), &self.kept(stream, q)?);
+                self.floats(named("k_rope"), Form::Heads(heads.num_kv_heads(), dim), &host(stream, keys)?);
+                Ok(())
+            }
+            Seen::Routed { x, router, routing } => self.routing(stream, named, x, router, routing),
+        }
+    }
+
+    /// The router's results; its logits are computed again, since the model does not keep them.
+    fn routing<A: Float>(
+        &mut self,
+        stream: &Stream,
+        named: impl Fn(&str) -> String,
+        x: Rows<'_, A>,
+        router: WeightRows<'_>,
+        routing: &Routing<'_>,
+    ) -> Result<(), Failure> {
         let (experts, top_k) = (routing.num_experts(), routing.top_k());
         let mut logits = Buffer::zeros(stream, x.rows() * experts)?;
-        router::logits(stream, x, weight, &mut logits.rows_mut(x.rows(), experts)?)?;
-        self.layer(stream, layer, "router_logits", logits.rows(x.rows(), experts)?)?;
-        self.layer(stream, layer, "router_weights", routing.weights())?;
-        self.step_rows(stream, logits.rows(x.rows(), experts)?, |trace, values, _| {
-            let gap = |row: &[f32]| {
-                let mut row = row.to_vec();
-                row.sort_unstable_by(|a, b| b.total_cmp(a));
-                row.get(top_k).map_or(f32::INFINITY, |next| row[top_k - 1] - next)
-            };
-            let gaps: Vec<f32> = values.chunks_exact(experts).map(gap).collect();
-            trace.floats(format!("L{layer}.router_gap"), Form::Vector, &gaps);
-        })?;
-        self.step_rows(stream, routing.expert_ids(), |trace, ids, _| {
-            trace.integers(format!("L{layer}.expert_indices"), Form::Matrix(top_k), ids.iter().map(|id| i64::from(*id)));
-            let name = format!("L{layer}.expert_counts");
-            let mut counts = trace.tensors.get(&name).map_or(vec![0; experts], |kept| kept.integers());
-            ids.iter().for_each(|id| counts[*id as usize] += 1);
-            trace.tensors.remove(&name);
-            trace.integers(name, Form::Vector, counts);
-        })
+        router::logits(stream, x, router, &mut logits.rows_mut(x.rows(), experts)?)?;
+        let logits = logits.rows(x.rows(), experts)?;
+        self.matrix(stream, named("router_logits"), logits)?;
+        self.matrix(stream, named("router_weights"), routing.weights())?;
+        let gap = |row: &[f32]| {
+            let mut row = row.to_vec();
+            row.sort_unstable_by(|a, b| b.total_cmp(a));
+            row.get(top_k).map_or(f32::INFINITY, |next| row[top_k - 1] - next)
+        };
+        let gaps: Vec<f32> = self.kept(stream, logits)?.chunks_exact(experts).map(gap).collect();
+        self.floats(named("router_gap"), Form::Vector, &gaps);
+
+        let ids = self.kept(stream, routing.expert_ids())?;
+        self.integers(named("expert_indices"), Form::Matrix(top_k), ids.iter().map(|id| i64::from(*id)));
+        let name = named("expert_counts");
+        let mut counts = self.tensors.remove(&name).map_or(vec![0; experts], |kept| kept.integers());
+        ids.iter().for_each(|id| counts[*id as usize] += 1);
+        self.integers(name, Form::Vector, counts);
+        Ok(())
     }
 
     /// Logits of the prompt's next tokens.
@@ -209,16 +204,13 @@ impl Trace {
         Ok(())
     }
 
-    /// Hands the first sequence's rows of a step's result to `keep`, if any are to be kept.
-    fn step_rows<T: Element>(
-        &mut self,
-        stream: &Stream,
-        rows: Rows<'_, T>,
-        keep: impl FnOnce(&mut Trace, &[T], usize),
-    ) -> Result<(), Failure> {
-        if self.rows > 0 {
-            keep(self, &host(stream, rows.row_range(0..self.rows)?)?, rows.cols());
-        }
+    /// The first sequence's rows of a step's result.
+    fn kept<'a, T: Element>(&self, stream: &Stream, rows: Rows<'a, T>) -> Result<Cow<'a, [T]>, Failure> {
+        host(stream, rows.row_range(0..self.rows)?)
+    }
+
+    fn matrix<A: Float>(&mut self, stream: &Stream, name: String, rows: Rows<'_, A>) -> Result<(), Failure> {
+        self.floats(name, Form::Matrix(rows.cols()), &self.kept(stream, rows)?);
         Ok(())
     }
 

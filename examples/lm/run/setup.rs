@@ -8,6 +8,7 @@ use dropless::{Bf16, DType, Device, Error, Place};
 use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::failure::{Failure, refuse, refuse_file};
+use super::families;
 use super::input::printable;
 use super::memory::{self, Need, Sizes};
 use super::model;
@@ -100,7 +101,7 @@ impl Setup {
             Source::Folder(dir) => (dir.join("config.json"), Some(dir.clone()), dir.display().to_string()),
             Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
         };
-        let config = Config::read(&config_file)?;
+        let config = families::read_config(&config_file)?;
         let config = match options.layers {
             Some(layers) if layers > config.num_layers => {
                 return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
@@ -185,7 +186,7 @@ impl Setup {
     pub fn print(&self, console: &mut Console<'_>) -> Result<(), Failure> {
         let config = &self.config;
         let dtype = self.weights.dtype();
-        let title = console.strong("DBRX");
+        let title = console.strong(config.family.title);
         let label = console.dim(&printable(&self.label));
         console.line(format!("{title}  {label}\n"))?;
         let mut table = Table::new(&["", " each", "number", "parameters", "active", "bytes"]);

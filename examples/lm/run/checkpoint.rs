@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
-use dropless::{DType, Element, Rows};
+use dropless::{Bf16, DType, F16, Rows, WeightRows};
 
-use super::config::{Config, TensorSpec};
+use super::config::Config;
+use super::decoder::Spec;
 use super::failure::{Failure, refuse, refuse_file};
 use super::header::{Tensor, TensorFile};
 use super::input::{MAX_TEXT_BYTES, brief, read_text};
@@ -45,32 +46,41 @@ impl Checkpoint {
     /// Shapes and the one type of all tensors.
     fn check(&self, dir: &Path, config: &Config) -> Result<DType, Failure> {
         let mut first: Option<(String, DType)> = None;
-        for TensorSpec { name, shape } in config.tensors() {
-            let (file, tensor) = self.find(dir, &name)?;
-            if tensor.shape != shape {
-                let (want, got) = (&shape, &tensor.shape);
-                return refuse_file(&file.path, format_args!("tensor `{name}` must be {want:?} by config.json, got {got:?}"));
-            }
-            let dtype = match tensor.dtype.as_str() {
-                "F32" => DType::F32,
-                "BF16" => DType::Bf16,
-                "F16" => DType::F16,
-                other => return refuse_file(&file.path, format_args!("tensor `{name}` must be F32, BF16 or F16, got {other}")),
-            };
-            let bytes = file.bytes(tensor);
-            if !bytes.as_ptr().addr().is_multiple_of(dtype.size_bytes()) {
-                return refuse_file(&file.path, format_args!("tensor `{name}` must begin at a multiple of {} bytes", dtype.size_bytes()));
-            }
-            match &first {
-                None => first = Some((name, dtype)),
-                Some((other, want)) if *want != dtype => {
-                    let (want, got) = (want.name(), dtype.name());
-                    return refuse_file(&file.path, format_args!("tensor `{name}` must be {want} as `{other}` is, got {got}"));
+        for Spec { names, shape, .. } in (config.family.specs)(config) {
+            for name in names {
+                let dtype = self.check_tensor(dir, &name, &shape)?;
+                match &first {
+                    None => first = Some((name, dtype)),
+                    Some((other, want)) if *want != dtype => {
+                        let (file, _) = self.find(dir, &name)?;
+                        let (want, got) = (want.name(), dtype.name());
+                        return refuse_file(&file.path, format_args!("tensor `{name}` must be {want} as `{other}` is, got {got}"));
+                    }
+                    Some(_) => {}
                 }
-                Some(_) => {}
             }
         }
         Ok(first.map_or(DType::F32, |(_, dtype)| dtype))
+    }
+
+    /// One tensor's shape and place. Gives its type.
+    fn check_tensor(&self, dir: &Path, name: &str, shape: &[usize]) -> Result<DType, Failure> {
+        let (file, tensor) = self.find(dir, name)?;
+        if tensor.shape != shape {
+            let got = &tensor.shape;
+            return refuse_file(&file.path, format_args!("tensor `{name}` must be {shape:?} by config.json, got {got:?}"));
+        }
+        let dtype = match tensor.dtype.as_str() {
+            "F32" => DType::F32,
+            "BF16" => DType::Bf16,
+            "F16" => DType::F16,
+            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be F32, BF16 or F16, got {other}")),
+        };
+        let alignment = dtype.size_bytes();
+        if !file.bytes(tensor).as_ptr().addr().is_multiple_of(alignment) {
+            return refuse_file(&file.path, format_args!("tensor `{name}` must begin at a multiple of {alignment} bytes"));
+        }
+        Ok(dtype)
     }
 
     fn find(&self, dir: &Path, name: &str) -> Result<(&TensorFile, &Tensor), Failure> {
@@ -103,12 +113,23 @@ impl Checkpoint {
         self.files.iter().map(TensorFile::len_bytes).sum()
     }
 
-    /// A tensor where it lies: `[rows, cols]`, a vector as one row.
-    pub fn rows<W: Element>(&self, spec: &TensorSpec) -> Result<Rows<'_, W>, Failure> {
-        let (file, tensor) = self.find(Path::new("checkpoint"), &spec.name)?;
-        let [rows, cols] = spec.dims();
-        Rows::from_bytes(file.bytes(tensor), rows, cols)
-            .or_else(|error| refuse_file(&file.path, format_args!("tensor `{}`: {error}", spec.name)))
+    /// A tensor's bytes, where they lie.
+    #[cfg(test)]
+    pub fn bytes(&self, name: &str) -> Result<&[u8], Failure> {
+        self.find(Path::new("checkpoint"), name).map(|(file, tensor)| file.bytes(tensor))
+    }
+
+    /// A tensor where it lies.
+    pub fn rows(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<WeightRows<'_>, Failure> {
+        let (file, tensor) = self.find(Path::new("checkpoint"), name)?;
+        let bytes = file.bytes(tensor);
+        let view = match self.dtype {
+            DType::F32 => Rows::<f32>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            DType::Bf16 => Rows::<Bf16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            DType::F16 => Rows::<F16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be of a type of weights, got {}", other.name())),
+        };
+        view.or_else(|error| refuse_file(&file.path, format_args!("tensor `{name}`: {error}")))
     }
 
     /// Touches every page once, so that the first tokens do not wait for the disk.

@@ -89,9 +89,9 @@ pub fn check_fits(prompt: usize, generate: usize, context: usize) -> Result<(), 
 /// Refuses positions that the model was not made for.
 pub fn check_length(prompt: usize, generate: usize, config: &Config) -> Result<(), Failure> {
     match prompt.saturating_add(generate.saturating_sub(1)) {
-        need if need > config.max_seq_len => refuse(format!(
-            "a prompt of {prompt} tokens and {generate} generated ones take {need} positions, the model has max_seq_len = {}",
-            config.max_seq_len
+        need if need > config.max_positions => refuse(format!(
+            "a prompt of {prompt} tokens and {generate} generated ones take {need} positions, the model has {} = {}",
+            config.family.positions_field, config.max_positions
         )),
         _ => Ok(()),
     }
