@@ -16,7 +16,7 @@ use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
 
 /// Experts that a router may choose from.
-pub const MAX_EXPERTS: usize = 256;
+pub const MAX_EXPERTS: usize = 1024;
 
 /// Memory for the routing of up to `max_tokens` tokens; owned by the caller, written by `router::route`.
 #[derive(Debug)]
@@ -279,7 +279,7 @@ mod tests {
     #[test]
     fn impossible_choices_are_refused() {
         let stream = Device::cpu().stream().unwrap();
-        for (tokens, k, experts) in [(1, 0, 4), (1, 5, 4), (1, 1, 257), (1 << 31, 1, 4), (1, 0, 0)] {
+        for (tokens, k, experts) in [(1, 0, 4), (1, 5, 4), (1, 1, 1025), (1 << 31, 1, 4), (1, 0, 0)] {
             assert!(RoutingBuffers::new(&stream, tokens, k, experts).is_err(), "{tokens} {k} {experts}");
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use dropless::{
-    Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe, router::Normalize,
+    Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe,
 };
 use half::bf16;
 
@@ -93,18 +93,14 @@ fn glu_runs_on_slices_of_16_bits() {
     glu_of::<dropless::F16>(1e-3);
 }
 
-const SHAPE: moe::Shape = moe::Shape { d_model: 256, d_ffn: 512, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+const SHAPE: moe::Shape = moe::Shape::new(256, 512, 8, 2);
 
 /// Router `[E, D]`, then w1, v1 and w2, `[E, F, D]` each: one after the other in one slice, as an engine's arena has them.
-fn split<'a, T: Float>(all: Rows<'a, T>) -> moe::Weights<'a, T> {
+fn split<'a, T: Float>(all: Rows<'a, T>) -> moe::Weights<'a> {
     let moe::Shape { d_ffn, num_experts: e, .. } = SHAPE;
     let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn).unwrap();
-    moe::Weights {
-        router: all.row_range(0..e).unwrap(),
-        w1: ExpertWeights::nk(part(0), e).unwrap(),
-        v1: ExpertWeights::nk(part(1), e).unwrap(),
-        w2: ExpertWeights::kn(part(2), e).unwrap(),
-    }
+    let [gate, up] = [0, 1].map(|at| ExpertWeights::nk(part(at), e).unwrap());
+    moe::Weights::new(all.row_range(0..e).unwrap(), moe::Experts::gated(gate, up, ExpertWeights::kn(part(2), e).unwrap()))
 }
 
 /// The layer on `stream`; gives the experts that were chosen.
