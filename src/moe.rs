@@ -22,7 +22,7 @@ use crate::epilogue::{Bias, Epilogue, GluEpilogue};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
 pub use crate::ops::permute::{Base, combine, combine_onto};
-use crate::ops::router::Normalize;
+use crate::ops::router::Choice;
 use crate::ops::{grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
@@ -42,26 +42,18 @@ pub struct Shape {
     pub top_k: usize,
     /// Columns between the two halves of a shared expert, which every token goes to; 0 for none.
     pub shared_d_ffn: usize,
-    /// How the weights of a token's experts are scaled.
-    pub normalize: Normalize,
 }
 
 impl Shape {
-    /// Of a layer in which each token goes to `top_k` of `num_experts`, with weights that add up to 1.
+    /// Of a layer in which each token goes to `top_k` of `num_experts`.
     pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
-        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0, normalize: Normalize::P(1.0) }
+        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0 }
     }
 
     /// With a shared expert of this width.
     #[must_use]
     pub const fn with_shared(self, shared_d_ffn: usize) -> Shape {
         Shape { shared_d_ffn, ..self }
-    }
-
-    /// With weights scaled otherwise.
-    #[must_use]
-    pub const fn with_normalize(self, normalize: Normalize) -> Shape {
-        Shape { normalize, ..self }
     }
 }
 
@@ -78,10 +70,10 @@ pub struct Plan<A> {
 impl<A: Float> Plan<A> {
     /// # Errors
     ///
-    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given), or if a norm's `p` is not positive and finite;
-    /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
+    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given); [`Error::TooLarge`] beyond 1024
+    /// experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, normalize } = shape;
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
         // So that they can be rounded up; no matrix is as wide.
         checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
@@ -90,7 +82,6 @@ impl<A: Float> Plan<A> {
         if top_k == 0 {
             return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at least 1", got: 0.0 });
         }
-        normalize.check(Op::Moe)?;
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
         let parts = [
@@ -326,12 +317,35 @@ pub struct Weights<'a> {
     pub router: WeightRows<'a>,
     /// Both halves of the experts.
     pub experts: Experts<'a>,
+    /// How each token's experts are chosen and weighed; by default as in DBRX.
+    pub choice: Choice<'a>,
 }
 
 impl<'a> Weights<'a> {
     /// A router, `[E, D]`, and the experts that it chooses from.
     pub fn new(router: impl Into<WeightRows<'a>>, experts: Experts<'a>) -> Weights<'a> {
-        Weights { router: router.into(), experts }
+        Weights { router: router.into(), experts, choice: Choice::default() }
+    }
+
+    /// With experts chosen or weighed otherwise than in DBRX.
+    ///
+    /// ```
+    /// use dropless::layout::ExpertWeights;
+    /// use dropless::moe::{Experts, Weights};
+    /// use dropless::router::{Choice, Normalize};
+    /// use dropless::Rows;
+    ///
+    /// // Two experts of width 1 for tokens of width 1, their weights left as the softmax has them.
+    /// let (router, matrix) = ([0.0f32; 2], [0.0f32; 2]);
+    /// let matrix = ExpertWeights::nk(Rows::from_slice(&matrix, 2, 1)?, 2)?;
+    /// let choice = Choice::default().with_normalize(Normalize::None);
+    /// let weights = Weights::new(Rows::from_slice(&router, 2, 1)?, Experts::gated(matrix, matrix, matrix)).with_choice(choice);
+    /// # let _ = weights;
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_choice(self, choice: Choice<'a>) -> Weights<'a> {
+        Weights { choice, ..self }
     }
 }
 
@@ -342,7 +356,7 @@ impl<'a> Weights<'a> {
 /// |-------------|----------------|------------------------------------------------------------------|
 /// | `plan`      |                | sizes, made once                                                 |
 /// | `x`         | `[T, D]`       | the tokens, `T <= max_tokens`                                    |
-/// | `weights`   | [`Weights`]    | router and experts                                               |
+/// | `weights`   | [`Weights`]    | router, choice and experts                                       |
 /// | `routing`   | k, E of `plan` | receives the routing, which is returned                          |
 /// | `workspace` |                | scratch of at least [`Plan::workspace_bytes`]                    |
 /// | `y`         | `[T, D]`       | written in full; what it held before does not matter             |
@@ -357,7 +371,7 @@ impl<'a> Weights<'a> {
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or `routing` holds, or a
-/// smaller workspace; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// smaller workspace; [`Error::Value`] for a choice that [`router::route`] would refuse; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
 /// [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes, [`Error::Unsupported`] for weights of
 /// another type than `x`. Nothing is written.
 pub fn forward<'r, A: Float>(
@@ -370,42 +384,44 @@ pub fn forward<'r, A: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<Routing<'r>, Error> {
     let num_tokens = plan.check_tokens(stream, &x, workspace)?;
-    plan.check_router(stream, &weights.router, routing)?;
+    plan.check_router(stream, &weights.router, &weights.choice, routing)?;
     weights.experts.check::<A>(stream, &plan.shape)?;
     check_output(stream, plan, num_tokens, y)?;
     let parts = routing.parts_mut(Op::Moe, num_tokens)?;
     let mut arguments = vec![("x", x.access()), ("router", weights.router.access()), ("y", y.access())];
+    arguments.extend(weights.choice.accesses());
     arguments.extend(weights.experts.accesses());
     arguments.extend(parts.accesses());
     arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
 
-    let routing = route(stream, plan, x, weights.router, routing, workspace)?;
+    let routing = route(stream, plan, x, weights.router, &weights.choice, routing, workspace)?;
     forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)?;
     Ok(routing)
 }
 
 /// The first step: scores each token's experts and chooses among them.
 ///
-/// Arguments are those of [`forward`]; `router` is `[E, D]`. The routing may be kept, changed by other means, and given to [`experts`].
+/// Arguments are those of [`forward`]; `router` is `[E, D]`, `choice` a [`Choice`] or the [`Normalize`](router::Normalize) of a softmax. The routing may be kept, changed by other means, and given to [`experts`].
 ///
 /// # Errors
 ///
 /// As [`forward`]. Nothing is written.
-pub fn route<'r, 'w, A: Float>(
+pub fn route<'r, 'w, 'c, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
     x: Rows<'_, A>,
     router: impl Into<WeightRows<'w>>,
+    choice: impl Into<Choice<'c>>,
     routing: &'r mut RoutingBuffers,
     workspace: &mut Workspace,
 ) -> Result<Routing<'r>, Error> {
-    let (router, num_tokens) = (router.into(), plan.check_tokens(stream, &x, workspace)?);
-    plan.check_router(stream, &router, routing)?;
+    let (router, choice, num_tokens) = (router.into(), choice.into(), plan.check_tokens(stream, &x, workspace)?);
+    plan.check_router(stream, &router, &choice, routing)?;
     routing.parts_mut(Op::Moe, num_tokens)?; // which checks the capacity
     let mut logits = workspace.carve(Op::Moe).rows::<f32>(num_tokens, plan.shape.num_experts)?;
     router::logits(stream, x, router, &mut logits)?;
-    router::route(stream, logits.as_rows(), plan.shape.normalize, routing)
+    router::route(stream, logits.as_rows(), choice, routing)
 }
 
 /// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`.
@@ -550,13 +566,14 @@ impl<A: Float> Plan<A> {
         Ok(num_tokens)
     }
 
-    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
+    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, choice: &Choice<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
         let Shape { d_model, num_experts, top_k, .. } = self.shape;
         check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &router.dims())?;
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
         if top_k > num_experts {
             return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at most num_experts", got: top_k as f64 });
         }
+        choice.check(Op::Moe, num_experts, top_k)?;
         kernels_need!(stream, router.vectors(Op::Moe, "router"));
         kernels_need!(stream, router::check_kernels::<A>(router.dtype()));
         Ok(())

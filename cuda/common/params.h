@@ -139,16 +139,32 @@ struct LogitsParams {
     int64_t logits_stride;
 };
 
+// How the router scores an expert from its biased logit z.
+static const uint32_t SCORE_SOFTMAX             = 0; // exp(z) / sum of all experts' exp(z)
+static const uint32_t SCORE_SIGMOID             = 1; // 1 / (1 + exp(-z))
+static const uint32_t SCORE_SQRT_SOFTPLUS       = 2; // sqrt(ln(1 + exp(z)))
+static const uint32_t SCORE_SOFTMAX_OVER_CHOSEN = 3; // exp(z) / sum of the chosen experts' exp(z)
+
 struct ChooseParams {
-    InF32    logits;     // [T, E]
-    OutU32   expert_ids; // [T, k]
-    OutF32   weights;    // [T, k]
+    InF32    logits;      // [T, E]
+    OutU32   expert_ids;  // [T, k]
+    OutF32   weights;     // [T, k]
+    InF32    logit_bias;  // [E]; null: none. This and what follows `normalize` is not read by the form for plain softmax
+    InF32    choice_bias; // [E]; null: none
     int64_t  num_tokens;
     int64_t  num_experts;
     int64_t  top_k;
     int64_t  logits_stride;
     float    norm_p; // where `normalize` is 1
     uint32_t normalize;
+    float    epsilon; // added to the norm
+    float    scale;
+    uint32_t score;
+    uint32_t by_logit; // experts are ordered by their biased logits, not by their scores
+    uint32_t num_groups; // at most 32; 0: none
+    uint32_t top_groups;
+    uint32_t two_best; // a group counts as its two best experts together, not as its best
+    uint32_t unused;
 };
 
 struct IndexParams {

@@ -248,32 +248,56 @@ const _: () = {
     ["Offset of field: LogitsParams::weight_stride"][::std::mem::offset_of!(LogitsParams, weight_stride) - 56usize];
     ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
 };
+pub const SCORE_SOFTMAX: u32 = 0;
+pub const SCORE_SIGMOID: u32 = 1;
+pub const SCORE_SQRT_SOFTPLUS: u32 = 2;
+pub const SCORE_SOFTMAX_OVER_CHOSEN: u32 = 3;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
     pub(crate) logits: InF32,
     pub(crate) expert_ids: OutU32,
     pub(crate) weights: OutF32,
+    pub(crate) logit_bias: InF32,
+    pub(crate) choice_bias: InF32,
     pub(crate) num_tokens: i64,
     pub(crate) num_experts: i64,
     pub(crate) top_k: i64,
     pub(crate) logits_stride: i64,
     pub(crate) norm_p: f32,
     pub(crate) normalize: u32,
+    pub(crate) epsilon: f32,
+    pub(crate) scale: f32,
+    pub(crate) score: u32,
+    pub(crate) by_logit: u32,
+    pub(crate) num_groups: u32,
+    pub(crate) top_groups: u32,
+    pub(crate) two_best: u32,
+    pub(crate) unused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ChooseParams"][::std::mem::size_of::<ChooseParams>() - 64usize];
+    ["Size of ChooseParams"][::std::mem::size_of::<ChooseParams>() - 112usize];
     ["Alignment of ChooseParams"][::std::mem::align_of::<ChooseParams>() - 8usize];
     ["Offset of field: ChooseParams::logits"][::std::mem::offset_of!(ChooseParams, logits) - 0usize];
     ["Offset of field: ChooseParams::expert_ids"][::std::mem::offset_of!(ChooseParams, expert_ids) - 8usize];
     ["Offset of field: ChooseParams::weights"][::std::mem::offset_of!(ChooseParams, weights) - 16usize];
-    ["Offset of field: ChooseParams::num_tokens"][::std::mem::offset_of!(ChooseParams, num_tokens) - 24usize];
-    ["Offset of field: ChooseParams::num_experts"][::std::mem::offset_of!(ChooseParams, num_experts) - 32usize];
-    ["Offset of field: ChooseParams::top_k"][::std::mem::offset_of!(ChooseParams, top_k) - 40usize];
-    ["Offset of field: ChooseParams::logits_stride"][::std::mem::offset_of!(ChooseParams, logits_stride) - 48usize];
-    ["Offset of field: ChooseParams::norm_p"][::std::mem::offset_of!(ChooseParams, norm_p) - 56usize];
-    ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
+    ["Offset of field: ChooseParams::logit_bias"][::std::mem::offset_of!(ChooseParams, logit_bias) - 24usize];
+    ["Offset of field: ChooseParams::choice_bias"][::std::mem::offset_of!(ChooseParams, choice_bias) - 32usize];
+    ["Offset of field: ChooseParams::num_tokens"][::std::mem::offset_of!(ChooseParams, num_tokens) - 40usize];
+    ["Offset of field: ChooseParams::num_experts"][::std::mem::offset_of!(ChooseParams, num_experts) - 48usize];
+    ["Offset of field: ChooseParams::top_k"][::std::mem::offset_of!(ChooseParams, top_k) - 56usize];
+    ["Offset of field: ChooseParams::logits_stride"][::std::mem::offset_of!(ChooseParams, logits_stride) - 64usize];
+    ["Offset of field: ChooseParams::norm_p"][::std::mem::offset_of!(ChooseParams, norm_p) - 72usize];
+    ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 76usize];
+    ["Offset of field: ChooseParams::epsilon"][::std::mem::offset_of!(ChooseParams, epsilon) - 80usize];
+    ["Offset of field: ChooseParams::scale"][::std::mem::offset_of!(ChooseParams, scale) - 84usize];
+    ["Offset of field: ChooseParams::score"][::std::mem::offset_of!(ChooseParams, score) - 88usize];
+    ["Offset of field: ChooseParams::by_logit"][::std::mem::offset_of!(ChooseParams, by_logit) - 92usize];
+    ["Offset of field: ChooseParams::num_groups"][::std::mem::offset_of!(ChooseParams, num_groups) - 96usize];
+    ["Offset of field: ChooseParams::top_groups"][::std::mem::offset_of!(ChooseParams, top_groups) - 100usize];
+    ["Offset of field: ChooseParams::two_best"][::std::mem::offset_of!(ChooseParams, two_best) - 104usize];
+    ["Offset of field: ChooseParams::unused"][::std::mem::offset_of!(ChooseParams, unused) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -333,10 +357,10 @@ pub struct RouteParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 112usize];
+    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 160usize];
     ["Alignment of RouteParams"][::std::mem::align_of::<RouteParams>() - 8usize];
     ["Offset of field: RouteParams::choose"][::std::mem::offset_of!(RouteParams, choose) - 0usize];
-    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 64usize];
+    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 112usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

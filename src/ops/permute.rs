@@ -37,7 +37,7 @@ use crate::view::{Rows, RowsMut};
 pub fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routing<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
     check_shape(Op::Permute, "x", "[T, D]", &[routing.num_tokens(), x.cols()], &x.dims())?;
     check_shape(Op::Permute, "y", "[R, D]", &[routing.rows(), x.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Permute, cpu::gather, cuda::gather);
+    let run = dispatch!(stream, cpu::gather, cuda::gather);
     let maps = [("routing", routing.row_to_slot().access()), ("routing", routing.offsets().access())];
     stream.admit(Op::Permute, &[("x", x.vector_access()), maps[0], maps[1], ("y", y.vector_access())])?;
     run(stream, x, routing, y)
@@ -121,7 +121,7 @@ fn combined<A: Float>(
         check_shape(Op::Permute, "base", "[T, D]", &[num_tokens, x.cols()], &rows.dims())?;
         gate.map_or(Ok(()), |gate| check_shape(Op::Permute, "gate", "[T, 1]", &[num_tokens, 1], &gate.dims()))?;
     }
-    let run = dispatch!(stream, Op::Permute, cpu::combine, cuda::combine);
+    let run = dispatch!(stream, cpu::combine, cuda::combine);
     let routed = [("routing", routing.weights().access()), ("routing", routing.slot_to_row().access())];
     let mut arguments = vec![("x", x.vector_access()), routed[0], routed[1], ("y", y.vector_access())];
     if let Some(Base { rows, gate }) = base {

@@ -72,7 +72,7 @@ pub fn index<'a>(
     }
     let num_tokens = ids.rows();
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
-    let run = dispatch!(stream, Op::Router, on_cpu, super::cuda::given::given);
+    let run = dispatch!(stream, on_cpu, super::cuda::given::given);
     let [out_ids, out_weights, offsets, row_to_slot, slot_to_row] = parts.accesses();
     let given = [("ids", ids.access()), ("weights", weights.access())];
     stream.admit(Op::Router, &[given[0], given[1], out_ids, out_weights, offsets, row_to_slot, slot_to_row])?;

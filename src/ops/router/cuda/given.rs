@@ -1,16 +1,15 @@
 //! CUDA launch of `router::index`. Callers have checked the shapes.
 #![allow(unsafe_code)] // the launch
 
+use super::{KERNELS, Key, ROUTING};
+use crate::device::Stream;
 use crate::device::cuda::Grid;
+use crate::device::kernel::find;
 use crate::device::params::{GivenParams, IndexParams};
-use crate::device::{Stream, image};
 use crate::error::{Error, Op};
 use crate::layout::RoutingParts;
 use crate::ops::router::Here;
 use crate::view::Rows;
-
-/// The kernel is one block.
-const THREADS: u32 = 1024;
 
 pub(in crate::ops::router) fn given(
     stream: &Stream,
@@ -39,10 +38,11 @@ pub(in crate::ops::router) fn given(
             num_experts: (offsets.cols() - 1) as i64,
         },
     };
-    let one_block = Grid { blocks: [1, 1, 1], threads: THREADS, shared_bytes: 0, cluster: 1 };
+    let kernel = find(Op::Router, KERNELS, Key::Given, ROUTING, |_| true)?;
+    let one_block = Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 };
     // SAFETY: `GivenParams` is the struct of this entry; ids and weights are `[T, k]` at these strides, the parts are packed `[T, k]`, the maps
     // have an element per id and `offsets` one per expert and one more; whatever the ids are, rows are given to those below the number of
     // experts alone. All are on this stream's device and stay valid until the work completes: buffers are freed in stream order, raw views
     // promise it.
-    unsafe { stream.cuda().launch(Op::Router, &image::ROUTER, "router_given", one_block, &params) }
+    unsafe { stream.cuda().launch_kernel(Op::Router, kernel, one_block, &params) }
 }
