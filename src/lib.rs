@@ -41,6 +41,11 @@
 //! | [`sample`] | `argmax` | greedy choice | memory |
 //! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
 //!
+//! # Inside an engine
+//!
+//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and others, and keeps
+//! its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
+//!
 //! # Promises
 //!
 //! * **Deterministic.** Same inputs, same bits, whatever the number of threads.

@@ -6,7 +6,10 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
+mod given;
+
+pub use self::given::{Here, index};
 
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -121,6 +124,10 @@ pub fn route<'a>(
     let num_tokens = logits.rows();
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
     normalize.check(Op::Router)?;
+    if buffers.top_k() > buffers.num_experts() {
+        let got = buffers.top_k() as f64;
+        return Err(Error::Value { op: Op::Router, arg: "top_k", need: "at most num_experts", got });
+    }
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
     let run = dispatch!(stream, Op::Router, cpu::route, cuda::route);
     let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();

@@ -1,6 +1,8 @@
 //! CUDA launches of `router`. Callers have checked shapes, types and alignment.
 #![allow(unsafe_code)] // the launches
 
+pub(super) mod given;
+
 use super::Normalize;
 use crate::device::cuda::Grid;
 use crate::device::kernel::check_one_type;
