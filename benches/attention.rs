@@ -3,7 +3,7 @@
 //! 4 H d FLOP for each pair of a query and a key it sees; queries read and results written once, keys and values once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::attention::{Options, decode, decode_workspace_bytes, prefill};
 use dropless::layout::KvLayer;
 use dropless::{Bf16, Device, Float, HeadLayout, Rows, RowsMut, Workspace};
 use dropless_kit::bench::Cost;
@@ -12,6 +12,7 @@ use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
 use dropless_kit::pages::Step;
 
+#[allow(dead_code)] // tests use all of it
 #[path = "../tests/oracle/attention.rs"]
 mod oracle;
 
@@ -19,13 +20,12 @@ mod oracle;
 fn case<A: Float + Bits>(c: &mut Criterion, len: usize, new: usize) {
     let stream = Device::cpu().stream().unwrap();
     let heads = HeadLayout::new(48, 8, 128).unwrap();
-    let (q_cols, kv_cols, d) = (heads.q_cols(), heads.kv_cols(), heads.head_dim());
-    let scale = (d as f32).sqrt().recip();
-    let step = Step::new(&stream, &[(len - new, new)], 64, 0, 1);
+    let (q_cols, kv_cols, options) = (heads.q_cols(), heads.kv_cols(), Options::new(heads));
+    let step = Step::new(&stream, &[(len - new, new)], 64, 1);
     let rows = step.pool_rows();
     let [keys, values] = [2, 3].map(|seed| normal::<A>(seed, 4096 * kv_cols, 1.0).repeat(rows.div_ceil(4096)));
     let [key_rows, value_rows] = [&keys, &values].map(|pool| Rows::from_slice(pool, rows, kv_cols).unwrap());
-    let layer = KvLayer::new(step.pages(), key_rows, value_rows).unwrap();
+    let layer = KvLayer::new(step.pages(), heads, key_rows, value_rows).unwrap();
     let q = normal::<A>(1, new * q_cols, 1.0);
     let q_rows = Rows::from_slice(&q, new, q_cols).unwrap();
     let mut out = vec![A::default(); new * q_cols];
@@ -33,8 +33,8 @@ fn case<A: Float + Bits>(c: &mut Criterion, len: usize, new: usize) {
     let mut run = || {
         let out = &mut RowsMut::from_slice(&mut out, new, q_cols).unwrap();
         match new {
-            1 => decode(&stream, q_rows, heads, scale, &layer, &mut workspace, out).unwrap(),
-            _ => prefill(&stream, q_rows, heads, scale, &layer, out).unwrap(),
+            1 => decode(&stream, q_rows, options, &layer, &mut workspace, out).unwrap(),
+            _ => prefill(&stream, q_rows, options, &layer, out).unwrap(),
         }
     };
     run();
@@ -46,7 +46,7 @@ fn case<A: Float + Bits>(c: &mut Criterion, len: usize, new: usize) {
     group.throughput(if new == 1 { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
     group.bench_function(cost.label(format!("{new} of {len}")), |b| b.iter(&mut run));
     group.finish();
-    verify(&out, &q, [&keys, &values], heads, &step, scale);
+    verify(&out, &q, [&keys, &values], heads, &step, options.scale);
 }
 
 /// A few tokens and heads against the oracle.
@@ -58,7 +58,7 @@ fn verify<A: Float>(out: &[A], q: &[A], pools: [&[A]; 2], heads: HeadLayout, ste
             let [keys, values] = pools.map(|pool| (0..=position).map(|i| to_f64(&pool[at(i)..][..d])).collect::<Vec<_>>());
             let [keys, values] = [&keys, &values].map(|rows| rows.iter().map(|row| &row[..]).collect::<Vec<_>>());
             let at = token * q_cols + h * d;
-            let weights = oracle::weights(&to_f64(&q[at..][..d]), &keys, scale.into());
+            let weights = oracle::weights(&to_f64(&q[at..][..d]), &keys, scale.into(), None, None);
             let (want, sizes) =
                 (oracle::mix(&weights, &values), |j: usize| weights.iter().zip(&values).map(|(w, v)| w * v[j].abs()).sum::<f64>());
             within(&out[at..][..d], &want, d, |j| rounding::<A>() * want[j].abs() + 2f64.powi(-14) * sizes(j));

@@ -4,7 +4,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dropless::layout::KvShape;
-use dropless::rope::clip_rotate_append;
+use dropless::rope::{Options, clip_rotate_append};
 use dropless::{Bf16, Device, Float, HeadLayout, KvCache, RopeTable, Rows, RowsMut};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::{rounding, within};
@@ -29,7 +29,7 @@ fn case<A: Float + Bits>(c: &mut Criterion, tokens: usize) {
     let view = Rows::from_slice(&qkv, tokens, heads.qkv_cols()).unwrap();
     let mut run = || {
         let q = &mut RowsMut::from_slice(&mut q, tokens, q_cols).unwrap();
-        clip_rotate_append(&stream, view, heads, Some(8.0), &table, &mut layer, q).unwrap();
+        clip_rotate_append(&stream, view, heads, Options::default().with_clip(Some(8.0)), &table, &mut layer, q).unwrap();
     };
     run();
     let (pairs, elements) = (tokens * (q_cols + heads.kv_cols()) / 2, tokens * heads.qkv_cols());
@@ -42,7 +42,7 @@ fn case<A: Float + Bits>(c: &mut Criterion, tokens: usize) {
     let mut want = Vec::new();
     for (token, qkv) in to_f64(&qkv).chunks(heads.qkv_cols()).enumerate() {
         let (cos, sin) = oracle::cos_sin(THETA, d, token);
-        oracle::clip(&qkv[..q_cols], 8.0).chunks(d).for_each(|head| want.extend(oracle::rotate(head, &cos, &sin)));
+        oracle::clip(&qkv[..q_cols], 8.0).chunks(d).for_each(|head| want.extend(oracle::rotate(head, &cos, &sin, false)));
     }
     within(&q, &want, q_cols, |i| rounding::<A>() * want[i].abs() + 10.0 * 2f64.powi(-24) * 8.0);
 }

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dropless::activation::Glu;
-use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::attention::{self, decode, decode_workspace_bytes, prefill};
 use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
 use dropless::epilogue::GluEpilogue;
@@ -367,10 +367,12 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             cache.append(stream, &[2, 3])?;
             let qkv = input(stream, 18, TOKENS, heads.qkv_cols(), 1.0);
             let [mut q, mut out, mut again] = [(); 3].map(|()| output(stream, TOKENS, heads.q_cols()));
-            rope::clip_rotate_append(stream, qkv.view(), heads, Some(1.5), &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
-            prefill(stream, q.view(), heads, 0.25, &cache.layer(0)?, &mut out.view_mut())?;
+            let clip = rope::Options::default().with_clip(Some(1.5));
+            rope::clip_rotate_append(stream, qkv.view(), heads, clip, &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
+            let options = attention::Options::new(heads).with_scale(0.25);
+            prefill(stream, q.view(), options, &cache.layer(0)?, &mut out.view_mut())?;
             let mut workspace = Workspace::new(stream, decode_workspace_bytes(heads, TOKENS, 4)?)?;
-            decode(stream, q.view(), heads, 0.25, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;
+            decode(stream, q.view(), options, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;
             Ok([q, out, again].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
         });
     }

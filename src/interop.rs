@@ -8,6 +8,8 @@
 //!   `TryFrom`.
 //! * `cudarc`: `Stream::from_cudarc` and `Stream::cudarc_scope`.
 //!
+//! The repository's folder `interop/` has a block for candle, and what takes the place of mistral.rs's call.
+//!
 #![cfg_attr(feature = "cuda", doc = include_str!("../docs/interop.md"))]
 
 #[cfg(feature = "bytemuck")]

@@ -21,8 +21,8 @@ mod topology;
 
 pub use self::expert_rows::ExpertRows;
 pub use self::expert_weights::{ExpertWeights, WeightOrder};
-pub(crate) use self::kv::HostPages;
-pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvPageSizes, KvPages, KvShape};
+pub(crate) use self::kv::{HostPages, HostPool};
+pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvLayout, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
 pub use self::routing::{MAX_EXPERTS, NOWHERE, Routing, RoutingBuffers};
 pub(crate) use self::routing::{RoutingParts, index_slots};

@@ -33,13 +33,13 @@
 //! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w` | memory |
 //! | [`rope`] | `clip_rotate_append` | clip q, k, v; rotate q, k; write k, v into the cache | memory |
 //! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads | compute, memory |
-//! | [`router`] | `logits`, `route` | softmax over experts, top-k, p-norm, and the permutation that follows | latency |
-//! | [`permute`] | `gather`, `combine` | rows into expert order; weighted sum back, in slot order | memory |
-//! | [`grouped_gemm`] | `nt`, `nn`, `glu_nt` | one product per expert, any number of rows each | compute, memory |
+//! | [`router`] | `logits`, `route`, `index` | scores of experts, top-k, norms, and the permutation that follows | latency |
+//! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
+//! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
-//! | [`glu`] | `glu` | `silu(gate) * up` | memory |
+//! | [`glu`] | `glu`, `gated` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax` | greedy choice | memory |
-//! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
+//! | [`moe`] | `forward`, `route`, `experts`, `forward_routed` | the layer in one workspace, and its steps | compute, memory |
 //!
 //! # Inside an engine
 //!

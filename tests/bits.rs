@@ -188,27 +188,29 @@ fn sparse_bits<T: Float + Bits>(run: &mut Run<'_>) {
 fn attention_bits<T: Float + Bits>(run: &mut Run<'_>) {
     for ((heads, kv_heads, head_dim), sequences) in [((6, 1, 24), [(0, 5), (300, 1)]), ((4, 2, 64), [(33, 1), (40, 3)])] {
         let heads = HeadLayout::new(heads, kv_heads, head_dim).unwrap();
-        let step = Step::new(run.stream, &sequences, 16, 0, 5);
+        let step = Step::new(run.stream, &sequences, 16, 5);
         let (tokens, rows) = (step.tokens().len(), step.pool_rows());
         let [mut keys, mut values] = [1, 2].map(|seed| run.fill::<T>(seed, rows * heads.kv_cols()));
         let qkv = run.fill::<T>(3, tokens * heads.qkv_cols());
         let table = RopeTable::new(run.stream, 1e4, head_dim, 512).unwrap();
+        let clip = rope::Options::default().with_clip(Some(1.5));
+        let options = attention::Options::new(heads).with_scale(0.2);
         let mut q = Buffer::<T>::zeros(run.stream, tokens * heads.q_cols()).unwrap();
         {
             let [keys, values] = [&mut keys, &mut values].map(|pool| pool.rows_mut(rows, heads.kv_cols()).unwrap());
-            let mut layer = KvLayerMut::new(step.pages(), keys, values).unwrap();
+            let mut layer = KvLayerMut::new(step.pages(), heads, keys, values).unwrap();
             let (qkv, mut q) = (qkv.rows(tokens, heads.qkv_cols()).unwrap(), q.rows_mut(tokens, heads.q_cols()).unwrap());
-            rope::clip_rotate_append(run.stream, qkv, heads, Some(1.5), &table, &mut layer, &mut q).unwrap();
+            rope::clip_rotate_append(run.stream, qkv, heads, clip, &table, &mut layer, &mut q).unwrap();
         }
         [&q, &keys, &values].iter().for_each(|written| run.hash.all(&written.to_vec(run.stream).unwrap()));
         let [keys, values] = [&keys, &values].map(|pool| pool.rows(rows, heads.kv_cols()).unwrap());
-        let layer = KvLayer::new(step.pages(), keys, values).unwrap();
+        let layer = KvLayer::new(step.pages(), heads, keys, values).unwrap();
         let q = q.rows(tokens, heads.q_cols()).unwrap();
         let bytes = attention::decode_workspace_bytes(heads, tokens, step.pages().max_len()).unwrap();
         let mut workspace = Workspace::new(run.stream, bytes).unwrap();
-        run.output::<T>(tokens, heads.q_cols(), |stream, y| attention::prefill(stream, q, heads, 0.2, &layer, y).unwrap());
+        run.output::<T>(tokens, heads.q_cols(), |stream, y| attention::prefill(stream, q, options, &layer, y).unwrap());
         run.output::<T>(tokens, heads.q_cols(), |stream, y| {
-            attention::decode(stream, q, heads, 0.2, &layer, &mut workspace, y).unwrap();
+            attention::decode(stream, q, options, &layer, &mut workspace, y).unwrap();
         });
     }
 }

@@ -321,7 +321,7 @@ impl Rotated {
     fn step(&mut self, stream: &Stream, tokens: usize) -> Result<(), Error> {
         let Rotated { heads, qkv, q, table, cache } = self;
         let (qkv, mut q) = (qkv.rows(tokens, 12)?, q.rows_mut(tokens, 4)?);
-        rope::clip_rotate_append(stream, qkv, *heads, None, table, &mut cache.layer_mut(0)?, &mut q)
+        rope::clip_rotate_append(stream, qkv, *heads, rope::Options::default(), table, &mut cache.layer_mut(0)?, &mut q)
     }
 }
 
@@ -378,8 +378,15 @@ fn half_a_step_is_none() {
             let (qkv, mut q, table) = (zeros(&stream, 12), zeros(&stream, 4), RopeTable::new(&stream, 1e4, 4, 1)?);
             cache.append(&stream, &[1])?; // one token, a table of one position
             let failed = cache.append(&stream, &[7]);
-            let step =
-                rope::clip_rotate_append(&stream, qkv.rows(1, 12)?, heads, None, &table, &mut cache.layer_mut(0)?, &mut q.rows_mut(1, 4)?);
+            let step = rope::clip_rotate_append(
+                &stream,
+                qkv.rows(1, 12)?,
+                heads,
+                rope::Options::default(),
+                &table,
+                &mut cache.layer_mut(0)?,
+                &mut q.rows_mut(1, 4)?,
+            );
             Ok((failed, step, cache.len(0)))
         };
         let out = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));

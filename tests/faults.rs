@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use dropless::attention::{decode, decode_workspace_bytes, prefill};
+use dropless::attention::{self, decode, decode_workspace_bytes, prefill};
 use dropless::device::driver::{Driver, DriverError, ImageError};
 use dropless::layout::KvShape;
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
@@ -102,9 +102,11 @@ impl Model {
         let w_qkv = ExpertWeights::nk(self.w_qkv.rows(qkv_cols, D)?, 1)?;
         grouped_gemm::nt(stream, self.y.rows(TOKENS, D)?, w_qkv, all, &mut self.qkv.rows_mut(TOKENS, qkv_cols)?)?;
         let qkv = self.qkv.rows(TOKENS, qkv_cols)?;
-        rope::clip_rotate_append(stream, qkv, heads, Some(8.0), &self.rope, &mut cache.layer_mut(0)?, &mut self.x.rows_mut(TOKENS, D)?)?;
-        prefill(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.y.rows_mut(TOKENS, D)?)?;
-        decode(stream, self.x.rows(TOKENS, D)?, heads, 0.5, &cache.layer(0)?, &mut self.workspace, &mut self.y.rows_mut(TOKENS, D)?)?;
+        let clip = rope::Options::default().with_clip(Some(8.0));
+        rope::clip_rotate_append(stream, qkv, heads, clip, &self.rope, &mut cache.layer_mut(0)?, &mut self.x.rows_mut(TOKENS, D)?)?;
+        let options = attention::Options::new(heads); // a scale of 0.5
+        prefill(stream, self.x.rows(TOKENS, D)?, options, &cache.layer(0)?, &mut self.y.rows_mut(TOKENS, D)?)?;
+        decode(stream, self.x.rows(TOKENS, D)?, options, &cache.layer(0)?, &mut self.workspace, &mut self.y.rows_mut(TOKENS, D)?)?;
         let w_out = ExpertWeights::nk(self.w_out.rows(D, heads.q_cols())?, 1)?;
         grouped_gemm::nt(stream, self.y.rows(TOKENS, D)?, w_out, all, &mut self.x.rows_mut(TOKENS, D)?)?;
         norm::add_layer_norm(
@@ -453,7 +455,8 @@ fn limits_of_the_kernels_are_refusals() {
     let heads = HeadLayout::new(1, 1, 1281).unwrap();
     let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 1, 1)).unwrap();
     cache.append(&stream, &[1]).unwrap();
-    refused(prefill(&stream, x(1, 1281), heads, 1.0, &cache.layer(0).unwrap(), &mut out.rows_mut(1, 1281).unwrap()));
+    let wide = attention::Options::new(heads);
+    refused(prefill(&stream, x(1, 1281), wide, &cache.layer(0).unwrap(), &mut out.rows_mut(1, 1281).unwrap()));
 
     let want = [
         "embedding: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",

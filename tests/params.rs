@@ -208,7 +208,7 @@ fn every_field_arrives() {
         let echoed = each!(
             &machine,
             EmbeddingParams NormParams GatherParams CombineParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
-            PageParams RopeParams AttentionParams ProductParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
+            PageParams PoolParams RopeParams AttentionParams ProductParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
             BlockProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");

@@ -187,17 +187,29 @@ struct PageParams {
     int64_t num_sequences;
     int64_t table_stride;
     int64_t page_tokens;
-    int64_t page_stride; // rows of a pool from one page to the next
 };
+
+// Element j of head h of slot t of page p lies at p * page_stride + t * token_stride + h * head_stride + j / chunk * chunk_stride + j % chunk.
+struct PoolParams {
+    int64_t page_stride;
+    int64_t token_stride;
+    int64_t head_stride;
+    int64_t chunk;
+    int64_t chunk_stride;
+};
+
+static const uint32_t ROPE_THREADS = 256;
 
 struct RopeParams {
     In         qkv;    // [T, (H + 2 Hkv) d]
     InF32      cos;    // [positions, rotary_dim / 2]
     InF32      sin;    // [positions, rotary_dim / 2]
     Out        q;      // [T, H d]
-    Out        keys;   // [pool rows, Hkv d]
-    Out        values; // [pool rows, Hkv d]
+    Out        keys;   // the pool
+    Out        values; // the pool
     PageParams pages;
+    PoolParams key_pool;
+    PoolParams value_pool;
     int64_t    num_tokens;
     int64_t    num_heads;
     int64_t    num_kv_heads;
@@ -205,28 +217,32 @@ struct RopeParams {
     int64_t    rotary_dim;
     int64_t    qkv_stride;
     int64_t    q_stride;
-    int64_t    keys_stride;
-    int64_t    values_stride;
+    int64_t    cos_stride;
+    int64_t    sin_stride;
     float      clip; // infinity for none
-    uint32_t   unused;
+    uint32_t   interleaved; // pairs (2 j, 2 j + 1), not (j, j + rotary_dim / 2)
 };
+
+static const uint32_t ATTENTION_WARPS = 4; // of a block, each with a token and a head
 
 struct AttentionParams {
     In         q;      // [T, H d]
-    In         keys;   // [pool rows, Hkv d]
-    In         values; // [pool rows, Hkv d]
+    In         keys;   // the pool
+    In         values; // the pool
+    InF32      sinks;  // [H]; null: none
     Out        out;    // [T, H d]
     PageParams pages;
+    PoolParams key_pool;
+    PoolParams value_pool;
     int64_t    num_tokens;
     int64_t    num_heads;
     int64_t    group; // query heads per KV head
     int64_t    head_dim;
     int64_t    q_stride;
-    int64_t    keys_stride;
-    int64_t    values_stride;
     int64_t    out_stride;
+    int64_t    window; // keys that a query sees, its own included
     float      scale;
-    uint32_t   unused;
+    float      softcap; // infinity for none
 };
 
 // The plain form of grouped_gemm: rows and columns of a tile, and the threads that compute it.

@@ -347,11 +347,10 @@ pub struct PageParams {
     pub(crate) num_sequences: i64,
     pub(crate) table_stride: i64,
     pub(crate) page_tokens: i64,
-    pub(crate) page_stride: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PageParams"][::std::mem::size_of::<PageParams>() - 56usize];
+    ["Size of PageParams"][::std::mem::size_of::<PageParams>() - 48usize];
     ["Alignment of PageParams"][::std::mem::align_of::<PageParams>() - 8usize];
     ["Offset of field: PageParams::block_table"][::std::mem::offset_of!(PageParams, block_table) - 0usize];
     ["Offset of field: PageParams::seq_lens"][::std::mem::offset_of!(PageParams, seq_lens) - 8usize];
@@ -359,8 +358,27 @@ const _: () = {
     ["Offset of field: PageParams::num_sequences"][::std::mem::offset_of!(PageParams, num_sequences) - 24usize];
     ["Offset of field: PageParams::table_stride"][::std::mem::offset_of!(PageParams, table_stride) - 32usize];
     ["Offset of field: PageParams::page_tokens"][::std::mem::offset_of!(PageParams, page_tokens) - 40usize];
-    ["Offset of field: PageParams::page_stride"][::std::mem::offset_of!(PageParams, page_stride) - 48usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct PoolParams {
+    pub(crate) page_stride: i64,
+    pub(crate) token_stride: i64,
+    pub(crate) head_stride: i64,
+    pub(crate) chunk: i64,
+    pub(crate) chunk_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PoolParams"][::std::mem::size_of::<PoolParams>() - 40usize];
+    ["Alignment of PoolParams"][::std::mem::align_of::<PoolParams>() - 8usize];
+    ["Offset of field: PoolParams::page_stride"][::std::mem::offset_of!(PoolParams, page_stride) - 0usize];
+    ["Offset of field: PoolParams::token_stride"][::std::mem::offset_of!(PoolParams, token_stride) - 8usize];
+    ["Offset of field: PoolParams::head_stride"][::std::mem::offset_of!(PoolParams, head_stride) - 16usize];
+    ["Offset of field: PoolParams::chunk"][::std::mem::offset_of!(PoolParams, chunk) - 24usize];
+    ["Offset of field: PoolParams::chunk_stride"][::std::mem::offset_of!(PoolParams, chunk_stride) - 32usize];
+};
+pub const ROPE_THREADS: u32 = 256;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct RopeParams {
@@ -371,6 +389,8 @@ pub struct RopeParams {
     pub(crate) keys: Out,
     pub(crate) values: Out,
     pub(crate) pages: PageParams,
+    pub(crate) key_pool: PoolParams,
+    pub(crate) value_pool: PoolParams,
     pub(crate) num_tokens: i64,
     pub(crate) num_heads: i64,
     pub(crate) num_kv_heads: i64,
@@ -378,14 +398,14 @@ pub struct RopeParams {
     pub(crate) rotary_dim: i64,
     pub(crate) qkv_stride: i64,
     pub(crate) q_stride: i64,
-    pub(crate) keys_stride: i64,
-    pub(crate) values_stride: i64,
+    pub(crate) cos_stride: i64,
+    pub(crate) sin_stride: i64,
     pub(crate) clip: f32,
-    pub(crate) unused: u32,
+    pub(crate) interleaved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RopeParams"][::std::mem::size_of::<RopeParams>() - 184usize];
+    ["Size of RopeParams"][::std::mem::size_of::<RopeParams>() - 256usize];
     ["Alignment of RopeParams"][::std::mem::align_of::<RopeParams>() - 8usize];
     ["Offset of field: RopeParams::qkv"][::std::mem::offset_of!(RopeParams, qkv) - 0usize];
     ["Offset of field: RopeParams::cos"][::std::mem::offset_of!(RopeParams, cos) - 8usize];
@@ -394,56 +414,63 @@ const _: () = {
     ["Offset of field: RopeParams::keys"][::std::mem::offset_of!(RopeParams, keys) - 32usize];
     ["Offset of field: RopeParams::values"][::std::mem::offset_of!(RopeParams, values) - 40usize];
     ["Offset of field: RopeParams::pages"][::std::mem::offset_of!(RopeParams, pages) - 48usize];
-    ["Offset of field: RopeParams::num_tokens"][::std::mem::offset_of!(RopeParams, num_tokens) - 104usize];
-    ["Offset of field: RopeParams::num_heads"][::std::mem::offset_of!(RopeParams, num_heads) - 112usize];
-    ["Offset of field: RopeParams::num_kv_heads"][::std::mem::offset_of!(RopeParams, num_kv_heads) - 120usize];
-    ["Offset of field: RopeParams::head_dim"][::std::mem::offset_of!(RopeParams, head_dim) - 128usize];
-    ["Offset of field: RopeParams::rotary_dim"][::std::mem::offset_of!(RopeParams, rotary_dim) - 136usize];
-    ["Offset of field: RopeParams::qkv_stride"][::std::mem::offset_of!(RopeParams, qkv_stride) - 144usize];
-    ["Offset of field: RopeParams::q_stride"][::std::mem::offset_of!(RopeParams, q_stride) - 152usize];
-    ["Offset of field: RopeParams::keys_stride"][::std::mem::offset_of!(RopeParams, keys_stride) - 160usize];
-    ["Offset of field: RopeParams::values_stride"][::std::mem::offset_of!(RopeParams, values_stride) - 168usize];
-    ["Offset of field: RopeParams::clip"][::std::mem::offset_of!(RopeParams, clip) - 176usize];
-    ["Offset of field: RopeParams::unused"][::std::mem::offset_of!(RopeParams, unused) - 180usize];
+    ["Offset of field: RopeParams::key_pool"][::std::mem::offset_of!(RopeParams, key_pool) - 96usize];
+    ["Offset of field: RopeParams::value_pool"][::std::mem::offset_of!(RopeParams, value_pool) - 136usize];
+    ["Offset of field: RopeParams::num_tokens"][::std::mem::offset_of!(RopeParams, num_tokens) - 176usize];
+    ["Offset of field: RopeParams::num_heads"][::std::mem::offset_of!(RopeParams, num_heads) - 184usize];
+    ["Offset of field: RopeParams::num_kv_heads"][::std::mem::offset_of!(RopeParams, num_kv_heads) - 192usize];
+    ["Offset of field: RopeParams::head_dim"][::std::mem::offset_of!(RopeParams, head_dim) - 200usize];
+    ["Offset of field: RopeParams::rotary_dim"][::std::mem::offset_of!(RopeParams, rotary_dim) - 208usize];
+    ["Offset of field: RopeParams::qkv_stride"][::std::mem::offset_of!(RopeParams, qkv_stride) - 216usize];
+    ["Offset of field: RopeParams::q_stride"][::std::mem::offset_of!(RopeParams, q_stride) - 224usize];
+    ["Offset of field: RopeParams::cos_stride"][::std::mem::offset_of!(RopeParams, cos_stride) - 232usize];
+    ["Offset of field: RopeParams::sin_stride"][::std::mem::offset_of!(RopeParams, sin_stride) - 240usize];
+    ["Offset of field: RopeParams::clip"][::std::mem::offset_of!(RopeParams, clip) - 248usize];
+    ["Offset of field: RopeParams::interleaved"][::std::mem::offset_of!(RopeParams, interleaved) - 252usize];
 };
+pub const ATTENTION_WARPS: u32 = 4;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct AttentionParams {
     pub(crate) q: In,
     pub(crate) keys: In,
     pub(crate) values: In,
+    pub(crate) sinks: InF32,
     pub(crate) out: Out,
     pub(crate) pages: PageParams,
+    pub(crate) key_pool: PoolParams,
+    pub(crate) value_pool: PoolParams,
     pub(crate) num_tokens: i64,
     pub(crate) num_heads: i64,
     pub(crate) group: i64,
     pub(crate) head_dim: i64,
     pub(crate) q_stride: i64,
-    pub(crate) keys_stride: i64,
-    pub(crate) values_stride: i64,
     pub(crate) out_stride: i64,
+    pub(crate) window: i64,
     pub(crate) scale: f32,
-    pub(crate) unused: u32,
+    pub(crate) softcap: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 160usize];
+    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 232usize];
     ["Alignment of AttentionParams"][::std::mem::align_of::<AttentionParams>() - 8usize];
     ["Offset of field: AttentionParams::q"][::std::mem::offset_of!(AttentionParams, q) - 0usize];
     ["Offset of field: AttentionParams::keys"][::std::mem::offset_of!(AttentionParams, keys) - 8usize];
     ["Offset of field: AttentionParams::values"][::std::mem::offset_of!(AttentionParams, values) - 16usize];
-    ["Offset of field: AttentionParams::out"][::std::mem::offset_of!(AttentionParams, out) - 24usize];
-    ["Offset of field: AttentionParams::pages"][::std::mem::offset_of!(AttentionParams, pages) - 32usize];
-    ["Offset of field: AttentionParams::num_tokens"][::std::mem::offset_of!(AttentionParams, num_tokens) - 88usize];
-    ["Offset of field: AttentionParams::num_heads"][::std::mem::offset_of!(AttentionParams, num_heads) - 96usize];
-    ["Offset of field: AttentionParams::group"][::std::mem::offset_of!(AttentionParams, group) - 104usize];
-    ["Offset of field: AttentionParams::head_dim"][::std::mem::offset_of!(AttentionParams, head_dim) - 112usize];
-    ["Offset of field: AttentionParams::q_stride"][::std::mem::offset_of!(AttentionParams, q_stride) - 120usize];
-    ["Offset of field: AttentionParams::keys_stride"][::std::mem::offset_of!(AttentionParams, keys_stride) - 128usize];
-    ["Offset of field: AttentionParams::values_stride"][::std::mem::offset_of!(AttentionParams, values_stride) - 136usize];
-    ["Offset of field: AttentionParams::out_stride"][::std::mem::offset_of!(AttentionParams, out_stride) - 144usize];
-    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 152usize];
-    ["Offset of field: AttentionParams::unused"][::std::mem::offset_of!(AttentionParams, unused) - 156usize];
+    ["Offset of field: AttentionParams::sinks"][::std::mem::offset_of!(AttentionParams, sinks) - 24usize];
+    ["Offset of field: AttentionParams::out"][::std::mem::offset_of!(AttentionParams, out) - 32usize];
+    ["Offset of field: AttentionParams::pages"][::std::mem::offset_of!(AttentionParams, pages) - 40usize];
+    ["Offset of field: AttentionParams::key_pool"][::std::mem::offset_of!(AttentionParams, key_pool) - 88usize];
+    ["Offset of field: AttentionParams::value_pool"][::std::mem::offset_of!(AttentionParams, value_pool) - 128usize];
+    ["Offset of field: AttentionParams::num_tokens"][::std::mem::offset_of!(AttentionParams, num_tokens) - 168usize];
+    ["Offset of field: AttentionParams::num_heads"][::std::mem::offset_of!(AttentionParams, num_heads) - 176usize];
+    ["Offset of field: AttentionParams::group"][::std::mem::offset_of!(AttentionParams, group) - 184usize];
+    ["Offset of field: AttentionParams::head_dim"][::std::mem::offset_of!(AttentionParams, head_dim) - 192usize];
+    ["Offset of field: AttentionParams::q_stride"][::std::mem::offset_of!(AttentionParams, q_stride) - 200usize];
+    ["Offset of field: AttentionParams::out_stride"][::std::mem::offset_of!(AttentionParams, out_stride) - 208usize];
+    ["Offset of field: AttentionParams::window"][::std::mem::offset_of!(AttentionParams, window) - 216usize];
+    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 224usize];
+    ["Offset of field: AttentionParams::softcap"][::std::mem::offset_of!(AttentionParams, softcap) - 228usize];
 };
 pub const PLAIN_TILE: u32 = 32;
 pub const PLAIN_THREADS: u32 = 64;

@@ -1,39 +1,126 @@
-//! Cosines and sines of rotary position embedding, computed once.
+//! Cosines and sines of rotary position embedding.
+#![allow(unsafe_code)] // the raw constructor
 
 use crate::device::{Buffer, Stream};
-use crate::error::{Error, Op};
+use crate::error::{Error, Op, Place, check_shape};
 use crate::shape::checked_product;
 use crate::view::Rows;
 
-/// `cos(p * w_j)` and `sin(p * w_j)` for `p < max_positions`, `j < rotary_dim / 2`, with `w_j = theta^(-2j / rotary_dim)`.
+/// Cosines and sines for the positions below `max_positions` and the `rotary_dim / 2` pairs of a head.
 ///
-/// Frequencies and angles are computed in f32, as reference implementations do: at positions near 32k that is visible
-/// (about 1e-3), and agreeing with the model's training matters more than exact angles.
+/// ```
+/// use dropless::{Device, RopeTable};
+/// let stream = Device::cpu().stream()?;
+/// let plain = RopeTable::new(&stream, 5e5, 128, 4096)?;
+/// // Another scaling is another formula of frequencies, here "linear": positions divided by 4.
+/// let linear: Vec<f32> = (0..64).map(|j| 1.0 / 5e5f32.powf(j as f32 / 64.0) / 4.0).collect();
+/// let linear = RopeTable::from_frequencies(&stream, &linear, 4096, 1.0)?;
+/// assert_eq!((plain.rotary_dim(), linear.rotary_dim(), linear.max_positions()), (128, 128, 4096));
+/// # Ok::<(), dropless::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct RopeTable {
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
+    memory: Memory,
     rotary_dim: usize,
     max_positions: usize,
 }
 
+#[derive(Debug)]
+enum Memory {
+    Owned {
+        cos: Buffer<f32>,
+        sin: Buffer<f32>,
+    },
+    /// Of a caller that has promised what `from_raw` says.
+    Foreign {
+        place: Place,
+        cos: u64,
+        sin: u64,
+        stride: usize,
+    },
+}
+
 impl RopeTable {
+    /// `cos(p * w_j)` and `sin(p * w_j)` with `w_j = theta^(-2j / rotary_dim)`.
+    ///
+    /// Frequencies and angles are computed in f32, as reference implementations do: at positions near 32k that is visible
+    /// (about 1e-3), and agreeing with the model's training matters more than exact angles.
+    ///
     /// # Errors
     ///
     /// [`Error::Value`] if `rotary_dim` is 0 or odd, or `theta` is not positive and finite; [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, theta: f32, rotary_dim: usize, max_positions: usize) -> Result<RopeTable, Error> {
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return Err(Error::Value { op: Op::RopeTable, arg: "rotary_dim", need: "even and at least 2", got: rotary_dim as f64 });
-        }
+        let half = half_of(rotary_dim)?;
         if !(theta > 0.0 && theta.is_finite()) {
             return Err(Error::Value { op: Op::RopeTable, arg: "theta", need: "positive and finite", got: f64::from(theta) });
         }
-        let half = rotary_dim / 2;
-        let len = checked_product(Op::RopeTable, "elements", &[max_positions, half], isize::MAX as usize / 8)?;
+        table_len(max_positions, half)?;
         let frequencies = collect(half, (0..half).map(|j| 1.0 / theta.powf((2 * j) as f32 / rotary_dim as f32)))?;
+        Self::from_frequencies(stream, &frequencies, max_positions, 1.0)
+    }
+
+    /// `scale * cos(p * frequencies[j])` and `scale * sin(p * frequencies[j])`, in f32 like [`new`](Self::new): YaRN, Llama 3's and
+    /// other scalings are formulas of the frequencies, and `scale` is what Hugging Face calls `attention_scaling`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if there is no frequency, or one of them or `scale` is not finite; [`Error::OutOfMemory`].
+    pub fn from_frequencies(stream: &Stream, frequencies: &[f32], max_positions: usize, scale: f32) -> Result<RopeTable, Error> {
+        let refuse = |arg, need, got| Err(Error::Value { op: Op::RopeTable, arg, need, got });
+        if frequencies.is_empty() {
+            return refuse("frequencies", "at least one", 0.0);
+        }
+        if let Some(wrong) = frequencies.iter().find(|frequency| !frequency.is_finite()) {
+            return refuse("frequencies", "finite", f64::from(*wrong));
+        }
+        if !scale.is_finite() {
+            return refuse("scale", "finite", f64::from(scale));
+        }
+        let len = table_len(max_positions, frequencies.len())?;
         let angles = || (0..max_positions).flat_map(|p| frequencies.iter().map(move |w| p as f32 * w));
-        let fill = |f: fn(f32) -> f32| Buffer::from_slice(stream, &collect(len, angles().map(f))?);
-        Ok(RopeTable { cos: fill(f32::cos)?, sin: fill(f32::sin)?, rotary_dim, max_positions })
+        let fill = |f: fn(f32) -> f32| Buffer::from_slice(stream, &collect(len, angles().map(|angle| f(angle) * scale))?);
+        let memory = Memory::Owned { cos: fill(f32::cos)?, sin: fill(f32::sin)? };
+        Ok(RopeTable { memory, rotary_dim: 2 * frequencies.len(), max_positions })
+    }
+
+    /// Tables that were computed elsewhere, `[max_positions, rotary_dim / 2]` each, copied to the stream's device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if `rotary_dim` is 0 or odd; [`Error::Shape`] if `cos` does not consist of whole rows or `sin` is not as
+    /// long; [`Error::OutOfMemory`].
+    pub fn from_tables(stream: &Stream, cos: &[f32], sin: &[f32], rotary_dim: usize) -> Result<RopeTable, Error> {
+        let half = half_of(rotary_dim)?;
+        let max_positions = cos.len() / half;
+        check_shape(Op::RopeTable, "cos", "[max_positions * rotary_dim / 2]", &[max_positions * half], &[cos.len()])?;
+        check_shape(Op::RopeTable, "sin", "[max_positions * rotary_dim / 2]", &[cos.len()], &[sin.len()])?;
+        let memory = Memory::Owned { cos: Buffer::from_slice(stream, cos)?, sin: Buffer::from_slice(stream, sin)? };
+        Ok(RopeTable { memory, rotary_dim, max_positions })
+    }
+
+    /// Tables in memory that this crate does not own: the addresses of the first cosine and the first sine, rows of `rotary_dim / 2`
+    /// elements of `f32` that begin `stride` elements apart. vLLM's `cos_sin_cache` `[max_positions, rotary_dim]` in f32 has its sines
+    /// `rotary_dim / 2` elements behind its cosines and a stride of `rotary_dim`.
+    ///
+    /// # Safety
+    ///
+    /// Those elements lie in one allocation at `place`, aligned for `f32` and initialised. They stay valid and are not written, until the
+    /// work that is given this table completes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if `rotary_dim` is 0 or odd; [`Error::Layout`] if rows overlap; [`Error::TooLarge`].
+    pub unsafe fn from_raw(
+        place: Place,
+        [cos, sin]: [u64; 2],
+        rotary_dim: usize,
+        max_positions: usize,
+        stride: usize,
+    ) -> Result<RopeTable, Error> {
+        half_of(rotary_dim)?;
+        let table = RopeTable { memory: Memory::Foreign { place, cos, sin, stride }, rotary_dim, max_positions };
+        table.cos().and(table.sin())?;
+        Ok(table)
     }
 
     /// Leading elements of a head that are rotated.
@@ -48,13 +135,36 @@ impl RopeTable {
 
     /// `[max_positions, rotary_dim / 2]`.
     pub(crate) fn cos(&self) -> Result<Rows<'_, f32>, Error> {
-        self.cos.rows(self.max_positions, self.rotary_dim / 2)
+        match &self.memory {
+            Memory::Owned { cos, .. } => cos.rows(self.max_positions, self.rotary_dim / 2),
+            Memory::Foreign { place, cos, stride, .. } => self.foreign(*place, *cos, *stride),
+        }
     }
 
     /// `[max_positions, rotary_dim / 2]`.
     pub(crate) fn sin(&self) -> Result<Rows<'_, f32>, Error> {
-        self.sin.rows(self.max_positions, self.rotary_dim / 2)
+        match &self.memory {
+            Memory::Owned { sin, .. } => sin.rows(self.max_positions, self.rotary_dim / 2),
+            Memory::Foreign { place, sin, stride, .. } => self.foreign(*place, *sin, *stride),
+        }
     }
+
+    fn foreign(&self, place: Place, address: u64, stride: usize) -> Result<Rows<'_, f32>, Error> {
+        // SAFETY: promised to `from_raw`.
+        unsafe { Rows::from_raw(place, address, self.max_positions, self.rotary_dim / 2, stride) }
+    }
+}
+
+/// Pairs of so many elements.
+fn half_of(rotary_dim: usize) -> Result<usize, Error> {
+    if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+        return Err(Error::Value { op: Op::RopeTable, arg: "rotary_dim", need: "even and at least 2", got: rotary_dim as f64 });
+    }
+    Ok(rotary_dim / 2)
+}
+
+fn table_len(max_positions: usize, half: usize) -> Result<usize, Error> {
+    checked_product(Op::RopeTable, "elements", &[max_positions, half], isize::MAX as usize / 8)
 }
 
 /// All `len` values, if there is memory for them.
@@ -78,6 +188,44 @@ mod tests {
         assert_eq!(table.cos().unwrap().host().row(0), [1.0; 4]);
         assert_eq!(table.sin().unwrap().host().row(0), [0.0; 4]);
         assert!((table.sin().unwrap().host().row(2)[0] - 2.0f32.sin()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn frequencies_and_tables_give_the_same() {
+        let stream = Device::cpu().stream().unwrap();
+        let table = RopeTable::new(&stream, 5e5, 8, 3).unwrap();
+        let frequencies: Vec<f32> = (0..4).map(|j| 1.0 / 5e5f32.powf((2 * j) as f32 / 8.0)).collect();
+        let elements = |table: &RopeTable| [table.cos(), table.sin()].map(|part| part.unwrap().to_vec(&stream).unwrap());
+        let [cos, sin] = elements(&table);
+        assert_eq!(elements(&RopeTable::from_frequencies(&stream, &frequencies, 3, 1.0).unwrap()), [&cos[..], &sin]);
+        let twice = RopeTable::from_frequencies(&stream, &frequencies, 3, 2.0).unwrap();
+        assert_eq!(elements(&twice), [&cos, &sin].map(|part| part.iter().map(|x| 2.0 * x).collect::<Vec<_>>()));
+        let copied = RopeTable::from_tables(&stream, &cos, &sin, 8).unwrap();
+        assert_eq!((elements(&copied), copied.max_positions()), ([cos.clone(), sin.clone()], 3));
+        // As vLLM has them: a position's cosines, then its sines.
+        let both: Vec<f32> = cos.chunks(4).zip(sin.chunks(4)).flat_map(|(cos, sin)| [cos, sin].concat()).collect();
+        let addresses = [&both[0], &both[4]].map(|first| std::ptr::from_ref(first).expose_provenance() as u64);
+        // SAFETY: the rows of `both`, which outlives the table.
+        let foreign = unsafe { RopeTable::from_raw(Place::Host, addresses, 8, 3, 8) }.unwrap();
+        assert_eq!(elements(&foreign), [cos, sin]);
+    }
+
+    #[test]
+    fn tables_that_do_not_fit_are_refused() {
+        let stream = Device::cpu().stream().unwrap();
+        let text = |table: Result<RopeTable, Error>| table.unwrap_err().to_string();
+        let frequencies = |frequencies: &[f32], scale| text(RopeTable::from_frequencies(&stream, frequencies, 4, scale));
+        assert_eq!(frequencies(&[], 1.0), "rope_table: `frequencies` must be at least one, got 0");
+        assert_eq!(frequencies(&[1.0, f32::NAN], 1.0), "rope_table: `frequencies` must be finite, got NaN");
+        assert_eq!(frequencies(&[1.0], f32::INFINITY), "rope_table: `scale` must be finite, got inf");
+        let tables = |cos: &[f32], sin: &[f32], rotary_dim| text(RopeTable::from_tables(&stream, cos, sin, rotary_dim));
+        assert_eq!(tables(&[0.0; 5], &[0.0; 5], 4), "rope_table: `cos` must be [max_positions * rotary_dim / 2] = [4], got [5]");
+        assert_eq!(tables(&[0.0; 4], &[0.0; 6], 4), "rope_table: `sin` must be [max_positions * rotary_dim / 2] = [4], got [6]");
+        assert_eq!(tables(&[0.0; 4], &[0.0; 4], 3), "rope_table: `rotary_dim` must be even and at least 2, got 3");
+        // SAFETY: refused.
+        let raw = |rotary_dim, stride| text(unsafe { RopeTable::from_raw(Place::Host, [64; 2], rotary_dim, 3, stride) });
+        assert_eq!(raw(7, 8), "rope_table: `rotary_dim` must be even and at least 2, got 7");
+        assert_eq!(raw(8, 3), "view: `stride` must have at least `cols` elements, got 3");
     }
 
     #[test]

@@ -4,14 +4,17 @@
 //! among many workers. Neither ever holds a `T x T` matrix.
 //!
 //! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
-//! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face transformers.
+//! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face
+//! transformers; window, cap and sinks as in its Mistral, Gemma 2 and gpt-oss.
 //! Kernel: `cuda/attention.cu`. Oracle: `tests/oracle/attention.rs`. Bench: `benches/attention.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod options;
 
-use crate::device::{Stream, Workspace};
+pub use self::options::Options;
+use crate::device::{Access, Stream, Workspace};
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};
 use crate::layout::{HeadLayout, KvLayer};
@@ -29,41 +32,61 @@ const SPLIT_KEYS: usize = 256;
 /// out[h] = sum_i w[i] * V[i, s]     w = softmax over i of scale * (q[h] . K[i, s])     i = 0..=p
 /// ```
 ///
-/// | argument | shape      | meaning                                                                        |
-/// |----------|------------|--------------------------------------------------------------------------------|
-/// | `q`      | `[T, H d]` | queries of the step's tokens, sequence after sequence                          |
-/// | `heads`  |            | H, Hkv, d; groups of any size                                                  |
-/// | `scale`  |            | factor of the scores, usually `d^-0.5`                                         |
-/// | `cache`  |            | one layer, which already holds the keys and values of the step's tokens        |
-/// | `out`    | `[T, H d]` | written in full; what it held before does not matter                           |
+/// A window, a cap of the scores and sinks, which change that, are [`Options`].
+///
+/// | argument  | shape      | meaning                                                                        |
+/// |-----------|------------|--------------------------------------------------------------------------------|
+/// | `q`       | `[T, H d]` | queries of the step's tokens, sequence after sequence                          |
+/// | `options` |            | H, Hkv, d, the scale and what else varies                                      |
+/// | `cache`   |            | one layer, which already holds the keys and values of the step's tokens        |
+/// | `out`     | `[T, H d]` | written in full; what it held before does not matter                           |
 ///
 /// Scores, softmax (largest score subtracted) and sums in `f32`, rounded once to the type; keys in blocks of fixed length from
-/// position 0 on. The bits of a token depend on its query and the keys and values it sees: not on the rest of the batch, nor on
-/// how the step is cut, nor on where pages lie. Dtypes: `f32`, `bf16`, `f16`.
+/// position 0 on. The bits of a token depend on its position, its query and the keys and values it sees: not on the rest of the batch,
+/// nor on how the step is cut, nor on where pages lie. Dtypes: `f32`, `bf16`, `f16`.
 ///
-/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. Slots of the cache beyond a sequence's length are never read.
-/// A NaN in a key or value reaches the tokens that see it, no earlier one; a score of `-inf` has weight 0, and a token whose
-/// scores are all `-inf`, or one of them `+inf`, is NaN.
+/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. Slots of the cache beyond a sequence's length, or before all
+/// windows, are never read. A NaN in a key or value reaches the tokens that see it, no other one; a score of `-inf` has weight 0, and
+/// a token whose scores are all `-inf`, its sink included, or one of them `+inf`, is NaN.
+///
+/// ```
+/// use dropless::attention::{self, Options};
+/// use dropless::layout::KvShape;
+/// use dropless::{Device, HeadLayout, KvCache, RopeTable, Rows, RowsMut, rope};
+///
+/// let stream = Device::cpu().stream()?;
+/// let heads = HeadLayout::new(4, 2, 8)?;
+/// let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 1, 16))?;
+/// let table = RopeTable::new(&stream, 1e4, 8, 16)?;
+/// cache.append(&stream, &[3])?;
+/// let (qkv, mut q, mut out) = (vec![1f32; 3 * 64], vec![0f32; 3 * 32], vec![0f32; 3 * 32]);
+/// let qkv = Rows::from_slice(&qkv, 3, 64)?;
+/// let q_rows = &mut RowsMut::from_slice(&mut q, 3, 32)?;
+/// rope::clip_rotate_append(&stream, qkv, heads, rope::Options::default(), &table, &mut cache.layer_mut(0)?, q_rows)?;
+/// let options = Options::new(heads).with_window(2);
+/// let out_rows = &mut RowsMut::from_slice(&mut out, 3, 32)?;
+/// attention::prefill(&stream, Rows::from_slice(&q, 3, 32)?, options, &cache.layer(0)?, out_rows)?;
+/// assert_eq!(out, vec![1f32; 3 * 32]); // all values are 1
+/// # Ok::<(), dropless::Error>(())
+/// ```
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes disagree with `heads` or with the cache's step; [`Error::Value`] if `scale` is not finite;
-/// [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing is written.
+/// [`Error::Shape`] if the shapes disagree with the heads, or with the cache's step; [`Error::Value`] if the scale is not finite, the window 0
+/// or the cap not positive; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing
+/// is written.
 pub fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: Options<'_>,
     cache: &KvLayer<'_, A>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check(q, heads, scale, cache, out)?;
+    check(q, &options, cache, out)?;
     let run = dispatch!(stream, Op::Attention, cpu::prefill, cuda::prefill);
-    kernels_need!(stream, cuda::check(heads, q.rows()));
-    let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
-    let (q_access, out_access) = (("q", q.access()), ("out", out.access()));
-    stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, out_access])?;
-    run(stream, q, heads, scale, cache, out)?;
+    kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
+    admit(stream, q, &options, cache, out, None)?;
+    run(stream, q, &options, cache, out)?;
     compare_at_launch(stream, cache);
     Ok(())
 }
@@ -84,23 +107,39 @@ pub fn prefill<A: Float>(
 pub fn decode<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: Options<'_>,
     cache: &KvLayer<'_, A>,
     workspace: &mut Workspace,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check(q, heads, scale, cache, out)?;
-    let [rows, cols] = partial_dims(heads, q.rows(), cache.pages().max_len())?;
+    check(q, &options, cache, out)?;
+    let [rows, cols] = partial_dims(options.heads, q.rows(), cache.pages().max_len())?;
     let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
     let run = dispatch!(stream, Op::Attention, cpu::decode, cuda::decode);
-    kernels_need!(stream, cuda::check(heads, q.rows()));
-    let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
-    let (q_access, out_access, workspace) = (("q", q.access()), ("out", out.access()), ("workspace", partials.access()));
-    stream.admit(Op::Attention, &[q_access, keys, values, block_table, seq_lens, query_offsets, workspace, out_access])?;
-    run(stream, q, heads, scale, cache, &mut partials, out)?;
+    kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
+    admit(stream, q, &options, cache, out, Some(partials.access()))?;
+    run(stream, q, &options, cache, &mut partials, out)?;
     compare_at_launch(stream, cache);
     Ok(())
+}
+
+fn admit<A: Float>(
+    stream: &Stream,
+    q: Rows<'_, A>,
+    options: &Options<'_>,
+    cache: &KvLayer<'_, A>,
+    out: &RowsMut<'_, A>,
+    workspace: Option<Access<'_>>,
+) -> Result<(), Error> {
+    let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();
+    let optional = [options.sinks.map(|sinks| ("sinks", sinks.access())), workspace.map(|workspace| ("workspace", workspace))];
+    let always = [("q", q.access()), keys, values, block_table, seq_lens, query_offsets, ("out", out.access())];
+    let (mut accesses, mut count) = ([always[0]; 9], 0);
+    for access in always.into_iter().chain(optional.into_iter().flatten()) {
+        accesses[count] = access;
+        count += 1;
+    }
+    stream.admit(Op::Attention, &accesses[..count])
 }
 
 /// A graph serves steps with the number of tokens that it recorded. Lengths may differ: kernels read them on the device.
@@ -125,13 +164,10 @@ fn partial_dims(heads: HeadLayout, num_tokens: usize, max_len: usize) -> Result<
     Ok([checked_product(Op::Attention, "partial results", &parts, MAX_ROWS)?, heads.group() * (heads.head_dim() + 2)])
 }
 
-fn check<A: Float>(q: Rows<'_, A>, heads: HeadLayout, scale: f32, cache: &KvLayer<'_, A>, out: &RowsMut<'_, A>) -> Result<(), Error> {
-    let want = [cache.pages().num_tokens(), heads.q_cols()];
+fn check<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &KvLayer<'_, A>, out: &RowsMut<'_, A>) -> Result<(), Error> {
+    let want = [cache.pages().num_tokens(), options.heads.q_cols()];
     check_shape(Op::Attention, "q", "[T, H d]", &want, &q.dims())?;
     check_shape(Op::Attention, "out", "[T, H d]", &want, &out.dims())?;
-    check_shape(Op::Attention, "cache", "[Hkv d]", &[heads.kv_cols()], &[cache.keys().cols()])?;
-    if !scale.is_finite() {
-        return Err(Error::Value { op: Op::Attention, arg: "scale", need: "finite", got: f64::from(scale) });
-    }
-    Ok(())
+    cache.check_heads(Op::Attention, options.heads)?;
+    options.check()
 }

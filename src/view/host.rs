@@ -24,6 +24,16 @@ impl<'a, T: Element> HostRows<'a, T> {
         self.0.cols
     }
 
+    /// `len` elements from the one on that lies `at` elements behind the first.
+    ///
+    /// # Safety
+    ///
+    /// They lie in rows of the matrix, not in a gap between two.
+    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a [T] {
+        // SAFETY: the caller's duty; the span was checked or promised at construction.
+        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(at), len) }
+    }
+
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
         assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
         // SAFETY: the row lies within the span that the constructor checked or was promised; one without
@@ -36,6 +46,7 @@ impl<'a, T: Element> HostRows<'a, T> {
 pub(crate) struct HostRowsMut<'a, T>(pub(super) RowsMut<'a, T>);
 
 impl<'a, T: Element> HostRowsMut<'a, T> {
+    #[cfg(test)]
     pub(crate) fn rows(&self) -> usize {
         self.0.rows
     }
@@ -44,6 +55,17 @@ impl<'a, T: Element> HostRowsMut<'a, T> {
         assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
         // SAFETY: inside the matrix, and `self` is borrowed exclusively.
         unsafe { self.row_unchecked(row, 0..self.0.cols) }
+    }
+
+    #[allow(clippy::mut_from_ref)] // disjointness is the caller's duty
+    /// `len` elements from the one on that lies `at` elements behind the first.
+    ///
+    /// # Safety
+    ///
+    /// They lie in rows of the matrix, not in a gap between two, and no other slice of them is alive.
+    pub(crate) unsafe fn run(&self, at: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's duty; the span was checked or promised at construction.
+        unsafe { std::slice::from_raw_parts_mut(self.0.first.wrapping_add(at), len) }
     }
 
     #[allow(clippy::mut_from_ref)] // disjointness is the caller's duty

@@ -12,12 +12,18 @@ pub fn clip(x: &[f64], limit: f64) -> Vec<f64> {
     x.iter().map(|x| x.clamp(-limit, limit)).collect()
 }
 
-/// One head, rotated in the pairs `(j, j + half)`.
-pub fn rotate(x: &[f64], cos: &[f64], sin: &[f64]) -> Vec<f64> {
-    let (half, mut y) = (cos.len(), x.to_vec());
-    for j in 0..half {
-        y[j] = x[j] * cos[j] - x[j + half] * sin[j];
-        y[j + half] = x[j + half] * cos[j] + x[j] * sin[j];
+/// The elements of pair `j`: `(2 j, 2 j + 1)` if pairs are interleaved, else `(j, j + half)`.
+pub fn pair(j: usize, half: usize, interleaved: bool) -> [usize; 2] {
+    if interleaved { [2 * j, 2 * j + 1] } else { [j, j + half] }
+}
+
+/// One head, rotated.
+pub fn rotate(x: &[f64], cos: &[f64], sin: &[f64], interleaved: bool) -> Vec<f64> {
+    let mut y = x.to_vec();
+    for j in 0..cos.len() {
+        let [a, b] = pair(j, cos.len(), interleaved);
+        y[a] = x[a] * cos[j] - x[b] * sin[j];
+        y[b] = x[b] * cos[j] + x[a] * sin[j];
     }
     y
 }

@@ -120,15 +120,15 @@ impl<A: Float> Step for Running<'_, A> {
     fn attend(&mut self) -> Result<(), Failure> {
         let (t, stream, &Config { heads, clip, .. }) = (self.ids.len(), self.stream, self.config);
         let State { qkv, q, context, rope, cache, workspace, .. } = &mut *self.state;
-        let (l, scale) = (self.layer.unwrap_or_default(), 1.0 / (heads.head_dim() as f32).sqrt());
+        let (l, options) = (self.layer.unwrap_or_default(), attention::Options::new(heads));
         let (rotated, appended) = (&mut q.rows_mut(t)?, &mut cache.layer_mut(l)?);
-        rope::clip_rotate_append(stream, qkv.rows(t)?, heads, clip, rope, appended, rotated)?;
+        rope::clip_rotate_append(stream, qkv.rows(t)?, heads, rope::Options::default().with_clip(clip), rope, appended, rotated)?;
         let (q, cache) = (q.rows(t)?, cache.layer(l)?);
         self.trace.see(stream, self.layer, Seen::Rotated { q, cache: &cache, heads })?;
         let context = &mut context.rows_mut(t)?;
         match self.phase {
-            Phase::Prefill => attention::prefill(stream, q, heads, scale, &cache, context)?,
-            Phase::Decode => attention::decode(stream, q, heads, scale, &cache, workspace, context)?,
+            Phase::Prefill => attention::prefill(stream, q, options, &cache, context)?,
+            Phase::Decode => attention::decode(stream, q, options, &cache, workspace, context)?,
         }
         self.see("attn_ctx", |state| &state.context)
     }

@@ -10,20 +10,22 @@
 //! sums   = sums  * exp(m - m') + p * V
 //! ```
 //!
-//! Rows do not mix, and a row's blocks begin at multiples of [`BLOCK_KEYS`], so that its bits are its own. A row's product with V
-//! ends at the last key it sees: beyond it `p` would be 0, and 0 times another token's infinity is NaN.
+//! Rows do not mix, and a row's blocks begin at multiples of [`BLOCK_KEYS`], or where the oldest key begins that a row sees, so that
+//! its bits are its own. A row's product with V is over the keys it sees alone: for others `p` would be 0, and 0 times another token's
+//! infinity is NaN. A sink is where `m` begins, with a total of 1.
 //!
-//! `decode` has one token's rows: a block is a whole part of [`SPLIT_KEYS`] keys, which are read where they lie.
+//! `decode` has one token's rows: a block is a whole part of [`SPLIT_KEYS`] keys, which are read where they lie. A pool whose heads lie
+//! in chunks is copied block by block.
 
 use std::ops::Range;
 
-use super::SPLIT_KEYS;
+use super::{Options, SPLIT_KEYS};
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::layout::{HeadLayout, HostPages, KvLayer};
+use crate::layout::{HostPages, HostPool, KvLayer};
 use crate::simd::{self, Ahead, gemm};
-use crate::view::{HostRows, Rows, RowsMut, Tiling, for_each_row};
+use crate::view::{Rows, RowsMut, Tiling, for_each_row};
 
 /// Keys of one block: the columns of a packed panel.
 const BLOCK_KEYS: usize = gemm::NR;
@@ -38,22 +40,26 @@ const _: () = assert!(BLOCK_KEYS <= gemm::KC && SPLIT_KEYS <= gemm::KC);
 pub(super) fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: &Options<'_>,
     cache: &KvLayer<'_, A>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (q, keys, values, pages) = (q.host(), cache.keys().host(), cache.values().host(), cache.pages().host());
-    let group_cols = heads.group() * heads.head_dim();
-    let tiling = Tiling::new(pages.query_offsets(), heads.q_cols(), (QUERY_ROWS / heads.group()).max(1), group_cols);
+    let (q, pools, pages, heads) = (q.host(), cache.host(), cache.pages().host(), options.heads);
+    let (group, group_cols) = (heads.group(), heads.group() * heads.head_dim());
+    let sinks = options.sinks.map(|sinks| sinks.host().row(0));
+    let tiling = Tiling::new(pages.query_offsets(), heads.q_cols(), (QUERY_ROWS / group).max(1), group_cols);
     out.host().for_each_tile(stream, &tiling, |mut tile| {
         let (_, first) = pages.locate(tile.rows.start);
-        let seen = Seen { pages, sequence: tile.group, keys, values, kv_head: tile.cols.start / group_cols, head_dim: heads.head_dim() };
-        with_queries(heads, tile.rows.len(), |queries| {
+        let kv_head = tile.cols.start / group_cols;
+        let seen = Seen { pages, sequence: tile.group, pools, kv_head, head_dim: heads.head_dim() };
+        with_queries(options, tile.rows.len(), seen.copied(BLOCK_KEYS), |queries| {
             for (token, row) in tile.rows.clone().enumerate() {
-                queries.load(token, &q.row(row)[tile.cols.clone()], scale);
+                queries.load(token, &q.row(row)[tile.cols.clone()], options.scale);
             }
-            queries.attend(&seen, 0..first + tile.rows.len(), first);
+            if let Some(sinks) = sinks {
+                queries.begin_with(&sinks[kv_head * group..][..group]);
+            }
+            queries.attend(&seen, first, tile.rows.len());
             for token in 0..tile.rows.len() {
                 queries.store(token, tile.row_mut(token));
             }
@@ -65,50 +71,51 @@ pub(super) fn prefill<A: Float>(
 pub(super) fn decode<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: &Options<'_>,
     cache: &KvLayer<'_, A>,
     partials: &mut RowsMut<'_, f32>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (q, keys, values, pages) = (q.host(), cache.keys().host(), cache.values().host(), cache.pages().host());
+    let (q, pools, pages, heads) = (q.host(), cache.host(), cache.pages().host(), options.heads);
     let (group, head_dim, num_kv_heads) = (heads.group(), heads.head_dim(), heads.num_kv_heads());
     let splits = cache.pages().max_len().div_ceil(SPLIT_KEYS);
     for_each_row(stream, partials.host(), 1, |part, partial| {
         let (token, split, kv_head) = (part / num_kv_heads / splits, part / num_kv_heads % splits, part % num_kv_heads);
         let (sequence, position) = pages.locate(token);
-        let part_keys = split * SPLIT_KEYS..(position + 1).min((split + 1) * SPLIT_KEYS);
+        let part_keys = options.oldest(position).max(split * SPLIT_KEYS)..(position + 1).min((split + 1) * SPLIT_KEYS);
         if part_keys.is_empty() {
-            return; // a shorter sequence than the longest: `combine` does not look here
+            return; // beyond the sequence or before the window: `combine` does not look here
         }
-        let seen = Seen { pages, sequence, keys, values, kv_head, head_dim };
-        with_queries(heads, 1, |queries| {
-            queries.load(0, &q.row(token)[kv_head * group * head_dim..][..group * head_dim], scale);
-            queries.attend_in_place(&seen, part_keys);
+        let seen = Seen { pages, sequence, pools, kv_head, head_dim };
+        with_queries(options, 1, seen.copied(SPLIT_KEYS), |queries| {
+            queries.load(0, &q.row(token)[kv_head * group * head_dim..][..group * head_dim], options.scale);
+            queries.attend_part(&seen, part_keys);
             queries.store_partial(partial);
         });
     });
 
     // One tile per token and query head.
     let (partials, all_tokens) = (partials.as_rows().host(), [0, q.rows() as u32]);
+    let sinks = options.sinks.map(|sinks| sinks.host().row(0));
     let tiling = Tiling::new(&all_tokens, heads.q_cols(), 1, head_dim);
     out.host().for_each_tile(stream, &tiling, |mut tile| {
         let (token, head) = (tile.rows.start, tile.cols.start / head_dim);
-        let parts = (pages.locate(token).1 + 1).div_ceil(SPLIT_KEYS);
+        let position = pages.locate(token).1;
+        let parts = options.oldest(position) / SPLIT_KEYS..(position + 1).div_ceil(SPLIT_KEYS);
         let partial = |split: usize| partials.row((token * splits + split) * num_kv_heads + head / group);
-        combine((0..parts).map(partial), head % group, group, tile.row_mut(0));
+        combine(parts.map(partial), head % group, group, sinks.map(|sinks| sinks[head]), tile.row_mut(0));
     });
     Ok(())
 }
 
 /// Adds up the parts of one query head, `row` of its group, in their order.
-fn combine<'a, A: Float>(parts: impl Iterator<Item = &'a [f32]> + Clone, row: usize, group: usize, out: &mut [A]) {
+fn combine<'a, A: Float>(parts: impl Iterator<Item = &'a [f32]> + Clone, row: usize, group: usize, sink: Option<f32>, out: &mut [A]) {
     let head_dim = out.len();
     let (max_at, total_at) = (group * head_dim + row, group * (head_dim + 1) + row);
-    let max = parts.clone().map(|part| part[max_at]).fold(f32::NEG_INFINITY, f32::max);
+    let max = parts.clone().map(|part| part[max_at]).fold(sink.unwrap_or(f32::NEG_INFINITY), f32::max);
     simd::with_scratch(head_dim, |sums| {
         sums.fill(0.0);
-        let mut total = 0.0;
+        let mut total = sink.map_or(0.0, |sink| (sink - finite_or_zero(max)).exp());
         for part in parts {
             let shrink = (part[max_at] - finite_or_zero(max)).exp();
             total += shrink * part[total_at];
@@ -131,39 +138,50 @@ fn divide<A: Float>(sums: &[f32], total: f32, out: &mut [A]) {
 struct Seen<'a, A> {
     pages: HostPages<'a>,
     sequence: usize,
-    keys: HostRows<'a, A>,
-    values: HostRows<'a, A>,
+    pools: [HostPool<'a, A>; 2], // keys, values
     kv_head: usize,
     head_dim: usize,
 }
 
 impl<'a, A: Float> Seen<'a, A> {
-    /// The keys and values at some positions, at most `MOST`.
+    fn in_one_piece(&self) -> bool {
+        self.pools.iter().all(HostPool::in_one_piece)
+    }
+
+    /// Of a block of keys, those that must be copied.
+    fn copied(&self, keys: usize) -> usize {
+        if self.in_one_piece() { 0 } else { keys }
+    }
+
+    /// The keys and values at some positions, at most `MOST`, where they lie.
     fn block<const MOST: usize>(&self, positions: Range<usize>) -> Block<'a, A, MOST> {
-        let (count, mut rows) = (positions.len(), [0; MOST]);
-        rows[..count].iter_mut().zip(self.pages.pool_rows(self.sequence, positions)).for_each(|(row, pool_row)| *row = pool_row);
-        let head = self.kv_head * self.head_dim..(self.kv_head + 1) * self.head_dim;
-        Block { keys: self.keys, values: self.values, head, rows, count }
+        let (count, [keys, values]) = (positions.len(), &self.pools);
+        let mut block = Block { keys: [&[][..]; MOST], values: [&[][..]; MOST], count };
+        let slots = self.pages.slots(self.sequence, positions);
+        for ((key, value), slot) in block.keys.iter_mut().zip(&mut block.values).zip(slots) {
+            (*key, *value) = (keys.head(slot, self.kv_head), values.head(slot, self.kv_head));
+        }
+        block
+    }
+
+    /// The same, copied to `room`.
+    fn copy<'r, const MOST: usize>(&self, positions: Range<usize>, room: &'r mut [f32]) -> Block<'r, f32, MOST> {
+        let count = positions.len();
+        let (keys, values) = room.split_at_mut(MOST * self.head_dim);
+        for (i, slot) in self.pages.slots(self.sequence, positions).enumerate() {
+            self.pools[0].gather(slot, self.kv_head, &mut keys[i * self.head_dim..]);
+            self.pools[1].gather(slot, self.kv_head, &mut values[i * self.head_dim..]);
+        }
+        let rows = |rows: &'r [f32]| std::array::from_fn(|i| &rows[i * self.head_dim..][..self.head_dim]);
+        Block { keys: rows(keys), values: rows(values), count }
     }
 }
 
-/// `count` keys and values of one KV head, by their rows in the pools.
-struct Block<'a, A, const MOST: usize> {
-    keys: HostRows<'a, A>,
-    values: HostRows<'a, A>,
-    head: Range<usize>,
-    rows: [usize; MOST],
+/// `count` keys and values of one KV head.
+struct Block<'a, E, const MOST: usize> {
+    keys: [&'a [E]; MOST],
+    values: [&'a [E]; MOST],
     count: usize,
-}
-
-impl<'a, A: Float, const MOST: usize> Block<'a, A, MOST> {
-    fn key(&self, i: usize) -> &'a [A] {
-        &self.keys.row(self.rows[i])[self.head.clone()]
-    }
-
-    fn value(&self, i: usize) -> &'a [A] {
-        &self.values.row(self.rows[i])[self.head.clone()]
-    }
 }
 
 /// Rows of queries that share a KV head, `n = tokens * group`, and what they have gathered from the keys so far.
@@ -178,11 +196,13 @@ struct Queries<'s> {
     keys: &'s mut [f32],   // [KC, NR]: a block of keys, transposed
     values: &'s mut [f32], // [d / NR, BLOCK_KEYS, NR]: a block of values, by columns
     chains: &'s mut [f32], // [n, d]: what a block in place adds to the sums
+    copies: &'s mut [f32], // [2, copied keys, d]: keys and values that lie in chunks
+    options: &'s Options<'s>,
 }
 
-/// Lends `f` room for the queries of `tokens` tokens, which have seen nothing yet.
-fn with_queries<R>(heads: HeadLayout, tokens: usize, f: impl FnOnce(&mut Queries<'_>) -> R) -> R {
-    let (n, head_dim) = (tokens * heads.group(), heads.head_dim());
+/// Lends `f` room for the queries of `tokens` tokens, which have seen nothing yet, and for copies of `copied` keys and values.
+fn with_queries<R>(options: &Options<'_>, tokens: usize, copied: usize, f: impl FnOnce(&mut Queries<'_>) -> R) -> R {
+    let (n, head_dim, group) = (tokens * options.heads.group(), options.heads.head_dim(), options.heads.group());
     let sum_stride = head_dim.next_multiple_of(gemm::NR);
     let lens = [
         head_dim.div_ceil(gemm::KC) * n * gemm::A_STRIDE,
@@ -193,13 +213,15 @@ fn with_queries<R>(heads: HeadLayout, tokens: usize, f: impl FnOnce(&mut Queries
         gemm::KC * gemm::NR,
         BLOCK_KEYS * sum_stride,
         n * sum_stride,
+        2 * copied * head_dim,
     ];
     simd::with_scratch(lens.iter().sum(), |mut rest| {
-        let [scaled, scores, sums, max, total, keys, values, chains] = lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
+        let [scaled, scores, sums, max, total, keys, values, chains, copies] =
+            lens.map(|len| rest.split_off_mut(..len).unwrap_or_default());
         sums.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        f(&mut Queries { group: heads.group(), head_dim, scaled, scores, sums, max, total, keys, values, chains })
+        f(&mut Queries { group, head_dim, scaled, scores, sums, max, total, keys, values, chains, copies, options })
     })
 }
 
@@ -225,65 +247,107 @@ impl Queries<'_> {
         }
     }
 
-    /// Gathers from the keys at `positions`, which begin a block. Token `t` sees those up to position `first_token + t`.
-    fn attend<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>, first_token: usize) {
-        for first_key in positions.clone().step_by(BLOCK_KEYS) {
-            let block = seen.block::<BLOCK_KEYS>(first_key..positions.end.min(first_key + BLOCK_KEYS));
-            let count = block.count;
-            // Tokens before the block's first key see nothing of it; one sees the whole block if its first does.
-            let blind = first_key.saturating_sub(first_token);
-            self.score(blind, &block);
-            self.pack_values(&block);
-            let tokens = blind..self.rows() / self.group;
-            let visible = |token: usize| count.min(first_token + token + 1 - first_key);
-            for token in tokens.clone() {
-                (token * self.group..(token + 1) * self.group).for_each(|row| self.soften(row, visible(token)));
-            }
-            if visible(tokens.start) == count {
-                self.add_values(tokens, count);
-            } else {
-                tokens.for_each(|token| self.add_values(token..token + 1, visible(token)));
-            }
+    /// For each head of the group a score without a value, which every token has seen.
+    fn begin_with(&mut self, sinks: &[f32]) {
+        for (max, total) in self.max.chunks_exact_mut(self.group).zip(self.total.chunks_exact_mut(self.group)) {
+            max.copy_from_slice(sinks);
+            total.fill(1.0);
         }
     }
 
-    /// Gathers from the keys of one part, all of which an only token sees, and their values, where they lie: with a few rows, reading
-    /// them is what takes time.
-    fn attend_in_place<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>) {
-        let (rows, sum_stride, block) = (self.rows(), self.sum_stride(), seen.block::<SPLIT_KEYS>(positions));
+    /// Gathers from all keys that `tokens` tokens see, the first of them at position `first_token`.
+    fn attend<A: Float>(&mut self, seen: &Seen<'_, A>, first_token: usize, tokens: usize) {
+        let (mut first_key, end) = (self.options.oldest(first_token), first_token + tokens);
+        while first_key < end {
+            let block_end = end.min((first_key / BLOCK_KEYS + 1) * BLOCK_KEYS);
+            if seen.in_one_piece() {
+                self.attend_block(&seen.block(first_key..block_end), first_key, first_token);
+            } else {
+                let copies = std::mem::take(&mut self.copies);
+                self.attend_block(&seen.copy(first_key..block_end, copies), first_key, first_token);
+                self.copies = copies;
+            }
+            first_key = block_end;
+        }
+    }
+
+    /// Gathers from one block of keys, the first at position `first_key`.
+    fn attend_block<E: Float>(&mut self, block: &Block<'_, E, BLOCK_KEYS>, first_key: usize, first_token: usize) {
+        let (count, options) = (block.count, self.options);
+        // Token `t` sees these of the block. Those before the block's first key see nothing of it, nor do those whose window begins
+        // behind its last.
+        let visible = |token: usize| {
+            let position = first_token + token;
+            options.oldest(position).saturating_sub(first_key)..count.min(position + 1 - first_key)
+        };
+        let blind = first_key.saturating_sub(first_token);
+        let last = (blind..self.rows() / self.group).rfind(|&token| visible(token).start < count).expect("the first sees a key");
+        self.score(blind..last + 1, block);
+        self.pack_values(block);
+        for token in blind..last + 1 {
+            (token * self.group..(token + 1) * self.group).for_each(|row| self.soften(row, visible(token)));
+        }
+        if visible(blind).end == count && visible(last).start == 0 {
+            self.add_values(blind..last + 1, 0..count);
+        } else {
+            (blind..last + 1).for_each(|token| self.add_values(token..token + 1, visible(token)));
+        }
+    }
+
+    /// Gathers from the keys of one part, all of which an only token sees, and their values.
+    fn attend_part<A: Float>(&mut self, seen: &Seen<'_, A>, positions: Range<usize>) {
+        if seen.in_one_piece() {
+            self.attend_in_place(&seen.block(positions));
+        } else {
+            let copies = std::mem::take(&mut self.copies);
+            self.attend_in_place(&seen.copy(positions, copies));
+            self.copies = copies;
+        }
+    }
+
+    /// Keys and values are used where they lie: with a few rows, reading them is what takes time.
+    fn attend_in_place<E: Float>(&mut self, block: &Block<'_, E, SPLIT_KEYS>) {
+        let (rows, sum_stride) = (self.rows(), self.sum_stride());
         let (count, last) = (block.count, block.count - 1);
         self.scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..count].fill(0.0));
         for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
             let part = start..self.head_dim.min(start + gemm::KC);
             // Memory is asked for the keys to come, and behind the last for the first values.
-            let later = |i: usize| if i < count { block.key(i) } else { block.value((i - count).min(last)) };
-            let key = |i: usize| [&block.key(i)[part.clone()], &later(i + KEYS_AHEAD)[part.clone()]];
+            let later = |i: usize| if i < count { block.keys[i] } else { block.values[(i - count).min(last)] };
+            let key = |i: usize| [&block.keys[i][part.clone()], &later(i + KEYS_AHEAD)[part.clone()]];
             let scaled = &self.scaled[cut * rows * gemm::A_STRIDE..][..rows * gemm::A_STRIDE];
             gemm::dots(scaled, gemm::A_STRIDE, count, key, self.scores, gemm::A_STRIDE);
         }
-        (0..rows).for_each(|row| self.soften(row, count));
-        let value = |i: usize| [block.value(i), block.value((i + KEYS_AHEAD).min(last))];
+        (0..rows).for_each(|row| self.soften(row, 0..count));
+        let value = |i: usize| [block.values[i], block.values[(i + KEYS_AHEAD).min(last)]];
         gemm::add_rows(self.scores, count, value, self.chains, self.sums, sum_stride);
     }
 
-    /// Scores of a block of keys, for the tokens from `token` on.
-    fn score<A: Float>(&mut self, token: usize, block: &Block<'_, A, BLOCK_KEYS>) {
-        let (first, rows) = (token * self.group, self.rows());
-        let scores = &mut self.scores[first * gemm::A_STRIDE..];
+    /// Scores of a block of keys, for some tokens.
+    fn score<E: Float>(&mut self, tokens: Range<usize>, block: &Block<'_, E, BLOCK_KEYS>) {
+        let (first, end, rows) = (tokens.start * self.group, tokens.end * self.group, self.rows());
+        let scores = &mut self.scores[first * gemm::A_STRIDE..end * gemm::A_STRIDE];
         scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..BLOCK_KEYS].fill(0.0));
         for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
             let steps = gemm::KC.min(self.head_dim - start);
             let panel = &mut self.keys[..steps * gemm::NR];
-            gemm::pack_nk(block.count, |i| &block.key(i)[start..start + steps], panel);
-            let scaled = &self.scaled[(cut * rows + first) * gemm::A_STRIDE..(cut + 1) * rows * gemm::A_STRIDE];
+            gemm::pack_nk(block.count, |i| &block.keys[i][start..start + steps], panel);
+            let scaled = &self.scaled[(cut * rows + first) * gemm::A_STRIDE..(cut * rows + end) * gemm::A_STRIDE];
             gemm::add_product(scaled, panel, scores, gemm::A_STRIDE, &mut Ahead::default());
         }
     }
 
-    /// One row's scores become exponentials under the new maximum, and what it has gathered shrinks to it.
-    fn soften(&mut self, row: usize, visible: usize) {
+    /// One row's visible scores become exponentials under the new maximum, at the front of the row, and what it has gathered shrinks to it.
+    fn soften(&mut self, row: usize, visible: Range<usize>) {
         let sum_stride = self.sum_stride();
-        let scores = &mut self.scores[row * gemm::A_STRIDE..][..visible];
+        let row_scores = &mut self.scores[row * gemm::A_STRIDE..][..gemm::A_STRIDE];
+        if visible.start > 0 {
+            row_scores.copy_within(visible.clone(), 0);
+        }
+        let scores = &mut row_scores[..visible.len()];
+        if let Some(cap) = self.options.softcap {
+            scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
+        }
         let max = self.max[row].max(simd::max(scores));
         let shrink = (self.max[row] - finite_or_zero(max)).exp();
         self.total[row] = self.total[row] * shrink + simd::exp_shifted(scores, finite_or_zero(max));
@@ -293,20 +357,20 @@ impl Queries<'_> {
         self.max[row] = max;
     }
 
-    fn pack_values<A: Float>(&mut self, block: &Block<'_, A, BLOCK_KEYS>) {
+    fn pack_values<E: Float>(&mut self, block: &Block<'_, E, BLOCK_KEYS>) {
         for (cut, panel) in self.values.chunks_exact_mut(BLOCK_KEYS * gemm::NR).enumerate() {
             let cols = cut * gemm::NR..self.head_dim.min((cut + 1) * gemm::NR);
-            gemm::pack_kn(block.count, |i| &block.value(i)[cols.clone()], panel);
+            gemm::pack_kn(block.count, |i| &block.values[i][cols.clone()], panel);
         }
     }
 
-    /// Adds the first `count` values of the block, weighted, to the sums of some tokens.
-    fn add_values(&mut self, tokens: Range<usize>, count: usize) {
+    /// Adds the values that some tokens see of the block, weighted, to their sums.
+    fn add_values(&mut self, tokens: Range<usize>, visible: Range<usize>) {
         let (first, end, sum_stride) = (tokens.start * self.group, tokens.end * self.group, self.sum_stride());
         let weights = &self.scores[first * gemm::A_STRIDE..end * gemm::A_STRIDE];
         for (cut, panel) in self.values.chunks_exact(BLOCK_KEYS * gemm::NR).enumerate() {
             let sums = &mut self.sums[first * sum_stride + cut * gemm::NR..end * sum_stride];
-            gemm::add_product(weights, &panel[..count * gemm::NR], sums, sum_stride, &mut Ahead::default());
+            gemm::add_product(weights, &panel[visible.start * gemm::NR..visible.end * gemm::NR], sums, sum_stride, &mut Ahead::default());
         }
     }
 

@@ -1,23 +1,32 @@
 //! CUDA launches of `attention`. Callers have checked shapes, the width of a head and the workspace.
 #![allow(unsafe_code)] // the launch
 
-use crate::device::params::AttentionParams;
+use super::Options;
+use crate::device::kernel::{Kernel, Types, find};
+use crate::device::params::{ATTENTION_WARPS, AttentionParams};
 use crate::device::{Stream, image};
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
 use crate::layout::{HeadLayout, KvLayer};
 use crate::view::{Rows, RowsMut};
 
-/// Of the plain kernel: a warp per token and head, and what they keep in dynamic shared memory, in bytes.
-const WARPS: u32 = 4;
+static KERNELS: &[Kernel<()>] = &[row("attention_f32", DType::F32), row("attention_bf16", DType::Bf16), row("attention_f16", DType::F16)];
+
+const fn row(entry: &'static str, dtype: DType) -> Kernel<()> {
+    Kernel { threads: 32 * ATTENTION_WARPS, ..Kernel::new(&image::ATTENTION, entry, (), Types::all(dtype)) }
+}
+
+/// Dynamic shared memory that the plain kernel may ask for.
 const MAX_SHARED_BYTES: usize = 40 << 10;
 
+/// What its warps keep there: a query and a weighted sum of values each.
 fn shared_bytes(heads: HeadLayout) -> usize {
-    WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
+    ATTENTION_WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
 }
 
 /// What the kernel needs beyond the contract.
-pub(super) fn check(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
+pub(super) fn check<A: Float>(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
+    find(Op::Attention, KERNELS, (), Types::all(A::DTYPE), |_| true)?;
     if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
         return Err(Error::unsupported(Op::Attention, "head_dim", "beyond 1280", "up to 1280"));
     }
@@ -27,50 +36,52 @@ pub(super) fn check(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
 pub(super) fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: &Options<'_>,
     cache: &KvLayer<'_, A>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let num_tokens = q.rows();
+    let (num_tokens, heads) = (q.rows(), options.heads);
     if num_tokens == 0 {
         return Ok(());
     }
+    let [key_pool, value_pool] = cache.layouts().map(|layout| layout.params());
     let params = AttentionParams {
         q: q.address(),
         keys: cache.keys().address(),
         values: cache.values().address(),
+        sinks: options.sinks.map_or(0, |sinks| sinks.address()),
         out: out.address(),
         pages: cache.pages().params(),
+        key_pool,
+        value_pool,
         num_tokens: num_tokens as i64,
         num_heads: heads.num_heads() as i64,
         group: heads.group() as i64,
         head_dim: heads.head_dim() as i64,
         q_stride: q.stride() as i64,
-        keys_stride: cache.keys().stride() as i64,
-        values_stride: cache.values().stride() as i64,
         out_stride: out.stride() as i64,
-        scale,
-        unused: 0,
+        window: options.window.map_or(i64::MAX, |window| i64::try_from(window).unwrap_or(i64::MAX)),
+        scale: options.scale,
+        softcap: options.softcap.unwrap_or(f32::INFINITY),
     };
+    let kernel = find(Op::Attention, KERNELS, (), Types::all(A::DTYPE), |_| true)?;
     let cuda = stream.cuda();
-    let mut grid = cuda.grid(num_tokens as u64 * heads.num_heads() as u64, WARPS.into(), 32 * WARPS);
+    let mut grid = cuda.grid(num_tokens as u64 * heads.num_heads() as u64, ATTENTION_WARPS.into(), kernel.threads);
     grid.shared_bytes = shared_bytes(heads) as u32;
-    // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, the pools every row that the
-    // pages name; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
-    // raw views and raw pages promise it.
-    unsafe { cuda.launch(Op::Attention, &image::ATTENTION, entry!("attention", A), grid, &params) }
+    // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, `sinks` a number per head, the
+    // pools every element that their layouts name for the pages; all are on this stream's device and stay valid until the work
+    // completes: buffers are freed in stream order, raw views, pools and pages promise it.
+    unsafe { cuda.launch_kernel(Op::Attention, kernel, grid, &params) }
 }
 
 /// The plain kernel takes a query's keys in one go, so that there are no parts to keep.
 pub(super) fn decode<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
-    heads: HeadLayout,
-    scale: f32,
+    options: &Options<'_>,
     cache: &KvLayer<'_, A>,
     _partials: &mut RowsMut<'_, f32>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    prefill(stream, q, heads, scale, cache, out)
+    prefill(stream, q, options, cache, out)
 }

@@ -1,20 +1,44 @@
 //! CUDA launch of `rope`. Callers have checked the shapes, the table and the positions.
 #![allow(unsafe_code)] // the launch
 
-use crate::device::params::RopeParams;
+use super::{Options, Pairing};
+use crate::device::kernel::{Kernel, Types, find};
+use crate::device::params::{ROPE_THREADS, RopeParams};
 use crate::device::{Stream, image};
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
-use crate::layout::{HeadLayout, KvLayerMut};
+use crate::layout::{HeadLayout, KvLayerMut, KvLayout};
 use crate::view::{Rows, RowsMut};
 
-const THREADS: u32 = 256;
+static KERNELS: &[Kernel<()>] = &[
+    in_vectors("rope_f32", DType::F32),
+    in_vectors("rope_bf16", DType::Bf16),
+    in_vectors("rope_f16", DType::F16),
+    row("rope_single_f32", DType::F32),
+    row("rope_single_bf16", DType::Bf16),
+    row("rope_single_f16", DType::F16),
+];
+
+/// Element by element, for every shape.
+const fn row(entry: &'static str, dtype: DType) -> Kernel<()> {
+    Kernel { threads: ROPE_THREADS, ..Kernel::new(&image::ROPE, entry, (), Types::all(dtype)) }
+}
+
+/// In vectors of 16 bytes.
+const fn in_vectors(entry: &'static str, dtype: DType) -> Kernel<()> {
+    Kernel { form: "vectors", needs_vectors: true, ..row(entry, dtype) }
+}
+
+/// What the kernel needs beyond the contract.
+pub(super) fn check<A: Float>() -> Result<(), Error> {
+    find(Op::Rope, KERNELS, (), Types::all(A::DTYPE), |_| true).map(|_| ())
+}
 
 pub(super) fn clip_rotate_append<A: Float>(
     stream: &Stream,
     qkv: Rows<'_, A>,
     heads: HeadLayout,
-    clip: Option<f32>,
+    options: Options,
     table: [Rows<'_, f32>; 2],
     cache: &mut KvLayerMut<'_, A>,
     q: &mut RowsMut<'_, A>,
@@ -24,25 +48,24 @@ pub(super) fn clip_rotate_append<A: Float>(
         return Ok(());
     }
     let (rotary_dim, head_dim) = (2 * table[0].cols(), heads.head_dim());
-    let pages = cache.pages().params();
-    let [keys, values] = cache.pools();
-    // Vectors of 16 bytes, where heads, both halves of what is rotated, and all rows consist of whole ones.
-    let whole = |elements: usize| (elements * size_of::<A>()).is_multiple_of(16);
-    let aligned =
-        [qkv.vectors(Op::Rope, "qkv"), q.vectors(Op::Rope, "q"), keys.vectors(Op::Rope, "keys"), values.vectors(Op::Rope, "values")];
-    let entry = if whole(head_dim) && whole(rotary_dim / 2) && aligned.iter().all(Result::is_ok) {
-        entry!("rope", A)
-    } else {
-        entry!("rope_single", A)
-    };
+    let (pages, layouts, [keys, values]) = (cache.pages().params(), cache.layouts(), cache.addresses());
+    let in_vectors = whole_vectors::<A>(head_dim)
+        && whole_vectors::<A>(rotary_dim / 2)
+        && [qkv.vectors(Op::Rope, "qkv"), q.vectors(Op::Rope, "q")].iter().all(Result::is_ok)
+        && table.iter().all(|part| part.vectors(Op::Rope, "table").is_ok())
+        && layouts.iter().zip([keys, values]).all(|(layout, first)| pool_of_vectors::<A>(layout, first));
+    let kernel = find(Op::Rope, KERNELS, (), Types::all(A::DTYPE), |kernel| in_vectors || !kernel.needs_vectors)?;
+    let [key_pool, value_pool] = layouts.map(|layout| layout.params());
     let params = RopeParams {
         qkv: qkv.address(),
         cos: table[0].address(),
         sin: table[1].address(),
         q: q.address(),
-        keys: keys.address(),
-        values: values.address(),
+        keys,
+        values,
         pages,
+        key_pool,
+        value_pool,
         num_tokens: num_tokens as i64,
         num_heads: heads.num_heads() as i64,
         num_kv_heads: heads.num_kv_heads() as i64,
@@ -50,14 +73,28 @@ pub(super) fn clip_rotate_append<A: Float>(
         rotary_dim: rotary_dim as i64,
         qkv_stride: qkv.stride() as i64,
         q_stride: q.stride() as i64,
-        keys_stride: keys.stride() as i64,
-        values_stride: values.stride() as i64,
-        clip: clip.unwrap_or(f32::INFINITY), // which limits nothing
-        unused: 0,
+        cos_stride: table[0].stride() as i64,
+        sin_stride: table[1].stride() as i64,
+        clip: options.limit(),
+        interleaved: match options.pairing {
+            Pairing::Half => 0,
+            Pairing::Interleaved => 1,
+        },
     };
     let cuda = stream.cuda();
+    let grid = cuda.grid(num_tokens as u64, 1, kernel.threads);
     // SAFETY: `RopeParams` is the struct of these entries; `qkv` and `q` hold the step's tokens, the table every position that the
-    // step reaches, the pools every row that the pages name; all are on this stream's device and stay valid until the work
-    // completes: buffers are freed in stream order, raw views and raw pages promise it.
-    unsafe { cuda.launch(Op::Rope, &image::ROPE, entry, cuda.grid(num_tokens as u64, 1, THREADS), &params) }
+    // step reaches, the pools every element that their layouts name for the pages; all are on this stream's device and stay valid until
+    // the work completes: buffers are freed in stream order, raw views, pools and pages promise it.
+    unsafe { cuda.launch_kernel(Op::Rope, kernel, grid, &params) }
+}
+
+fn whole_vectors<A>(elements: usize) -> bool {
+    (elements * size_of::<A>()).is_multiple_of(16)
+}
+
+/// Whether every chunk of a pool consists of whole vectors.
+fn pool_of_vectors<A>(layout: &KvLayout, first: u64) -> bool {
+    let KvLayout { page_stride, token_stride, head_stride, chunk, chunk_stride } = *layout;
+    first.is_multiple_of(16) && [page_stride, token_stride, head_stride, chunk, chunk_stride].into_iter().all(whole_vectors::<A>)
 }
