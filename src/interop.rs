@@ -8,7 +8,7 @@
 //!   `TryFrom`.
 //! * `cudarc`: `Stream::from_cudarc` and `Stream::cudarc_scope`.
 //!
-//! The repository's folder `interop/` has a block for candle, and recipes for cust and mistral.rs.
+//! The repository's folder `interop/` has a block for candle, and what takes the place of mistral.rs's call.
 //!
 #![cfg_attr(feature = "cuda", doc = include_str!("../docs/interop.md"))]
 
