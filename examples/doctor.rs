@@ -228,7 +228,7 @@ fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64,
             Ok(to_f64(&y.take(stream)))
         })
     });
-    if d_ffn % 8 != 0 {
+    if !d_ffn.is_multiple_of(8) {
         report.check(&format!("grouped_gemm_glu_nn_{suffix}"), allowed, |stream| {
             routed(stream, &|routing| {
                 let (x, mut h) = (input(stream, 11, TOKENS, D, 1.0), output(stream, d_ffn));

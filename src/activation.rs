@@ -58,7 +58,7 @@ pub enum Glu {
 
 impl Activation {
     /// [`Activation::GeluTanh`] is `x * sigmoid(x * (C1 + C3 * x^2))`, since `(1 + tanh(u)) / 2 = sigmoid(2 u)`: `2 sqrt(2 / pi)`.
-    pub(crate) const GELU_TANH_C1: f32 = 1.595_769_1;
+    pub(crate) const GELU_TANH_C1: f32 = 1.595_769_2;
     /// That times 0.044715.
     pub(crate) const GELU_TANH_C3: f32 = 0.071_354_82;
 }

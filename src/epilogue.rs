@@ -174,6 +174,7 @@ impl<'a> From<GluEpilogue<'a>> for Finish<'a, 2> {
 
 impl<const P: usize> Finish<'_, P> {
     /// The kernels' own formula without a bias: sums as they are, or `silu(first) * second`.
+    #[cfg(feature = "cuda")]
     pub(crate) fn is_plain(&self) -> bool {
         let own = matches!(self.formula, Formula::One(Activation::Identity) | Formula::Two(Glu::Silu));
         own && self.biases.iter().all(Option::is_none)

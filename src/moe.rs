@@ -395,7 +395,7 @@ pub fn forward<'r, A: Float>(
     arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
 
-    let routing = route(stream, plan, x, weights.router, &weights.choice, routing, workspace)?;
+    let routing = route(stream, plan, x, weights.router, weights.choice, routing, workspace)?;
     forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)?;
     Ok(routing)
 }

@@ -23,6 +23,8 @@ macro_rules! kernels_need {
         if $stream.place() != $crate::Place::Host {
             $check?;
         }
+        #[cfg(not(feature = "cuda"))]
+        let _ = $stream;
     };
 }
 

@@ -136,6 +136,7 @@ impl<'a> WeightRows<'a> {
     }
 
     /// The address of the first element, a device's or the host's.
+    #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
         with_rows!(self, rows => rows.address())
     }

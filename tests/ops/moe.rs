@@ -261,7 +261,7 @@ fn steps_are_the_whole() {
             let mut buffers = RoutingBuffers::new(stream, num_tokens, shape.top_k, shape.num_experts).unwrap();
             let (x, placed) = (Guarded::with(stream, &x, num_tokens, shape.d_model, 0), layer.placed(stream));
             let weights = placed.weights();
-            let routing = moe::route(stream, &plan, x.view(), weights.router, &weights.choice, &mut buffers, &mut workspace).unwrap();
+            let routing = moe::route(stream, &plan, x.view(), weights.router, weights.choice, &mut buffers, &mut workspace).unwrap();
             let rows = routing.rows();
             let outputs = guard::run::<Bf16>(stream, rows, shape.d_model, |y| {
                 moe::experts(stream, &plan, x.view(), &weights.experts, &routing, &mut workspace, y).unwrap();
