@@ -17,7 +17,7 @@ use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
 use dropless::epilogue::GluEpilogue;
 use dropless::layout::KvShape;
-use dropless::router::{Normalize, logits, route};
+use dropless::router::{Choice, Here, Score, index, logits, route};
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
     Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, rope, sample,
@@ -137,19 +137,31 @@ fn kernels(device: &Device) -> bool {
     products::<Bf16>(&mut report, "bf16", 2f64.powi(-7));
     of_type::<F16>(&mut report, "f16", 2f64.powi(-10));
     products::<F16>(&mut report, "f16", 2f64.powi(-10));
-    for (name, tokens) in [("router_route", TOKENS), ("router_choose, router_index", 200)] {
+    let sigmoid = Choice::default().with_score(Score::Sigmoid).with_scale(2.5);
+    for (name, tokens, experts, choice) in [
+        ("router_route", TOKENS, 16, Choice::default()),
+        ("router_choose, router_index", 200, 16, Choice::default()),
+        ("router_route_any", TOKENS, 16, sigmoid),
+        ("router_choose_any", 200, 16, sigmoid),
+        ("router_choose_wide", TOKENS, 300, Choice::default()),
+    ] {
         report.check(name, 1e-6, |stream| {
-            let logits = Guarded::with(stream, &normal::<f32>(1, tokens * 16, 1.0), tokens, 16, 0);
-            let mut buffers = RoutingBuffers::new(stream, tokens, 4, 16)?;
-            let routing = route(stream, logits.view(), Normalize::P(1.0), &mut buffers)?;
-            let maps = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
-            let mut all: Vec<f64> = routing.weights().to_vec(stream)?.into_iter().map(f64::from).collect();
-            for map in maps {
-                all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
-            }
-            Ok(all)
+            let logits = Guarded::with(stream, &normal::<f32>(1, tokens * experts, 1.0), tokens, experts, 0);
+            let mut buffers = RoutingBuffers::new(stream, tokens, 4, experts)?;
+            routed_as_numbers(stream, &route(stream, logits.view(), choice, &mut buffers)?)
         });
     }
+    report.check("router_given", 0.0, |stream| {
+        let ids = Guarded::with(stream, &[3u32, 0, 7, u32::MAX, 4, 4], 3, 2, 0);
+        let weights = Guarded::with(stream, &[0.5f32; 6], 3, 2, 0);
+        let mut buffers = RoutingBuffers::new(stream, 3, 2, 5)?;
+        let routing = index(stream, ids.view(), weights.view(), Here::from(3), &mut buffers)?;
+        let mut all = vec![];
+        for map in [routing.expert_ids(), routing.offsets(), routing.slot_to_row()] {
+            all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
+        }
+        Ok(all)
+    });
     report.check("sample_argmax", 0.0, |stream| {
         let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
         let mut out = Buffer::zeros(stream, TOKENS)?;
@@ -188,6 +200,15 @@ impl Report {
 fn routed(stream: &Stream, run: &dyn Fn(&Routing<'_>) -> Result<Vec<f64>, Error>) -> Result<Vec<f64>, Error> {
     let mut buffers = RoutingBuffers::new(stream, TOKENS, 2, 3)?;
     run(&Routing::from_host(stream, &[2, 0, 0, 2, 2, 0, 0, 2, 2, 0], &[0.5; 2 * TOKENS], &mut buffers)?)
+}
+
+/// Ids, weights and maps.
+fn routed_as_numbers(stream: &Stream, routing: &Routing<'_>) -> Result<Vec<f64>, Error> {
+    let mut all: Vec<f64> = routing.weights().to_vec(stream)?.into_iter().map(f64::from).collect();
+    for map in [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()] {
+        all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
+    }
+    Ok(all)
 }
 
 /// The products: on the tensor cores in each form there is, and plain, as widths of no whole 16 bytes are computed.

@@ -274,7 +274,8 @@ fn a_shared_expert_is_added() {
 
             let plain = Plan::<Bf16>::new(Shape::new(d, f, experts, top_k), tokens).unwrap();
             let mut workspace = Workspace::new(stream, plain.workspace_bytes()).unwrap();
-            let routing = moe::route(stream, &plain, x.view(), router.view(), router::Normalize::P(1.0), &mut buffers, &mut workspace).unwrap();
+            let routing =
+                moe::route(stream, &plain, x.view(), router.view(), router::Normalize::P(1.0), &mut buffers, &mut workspace).unwrap();
             let outputs = guard::run::<Bf16>(stream, routing.rows(), d, |y| {
                 moe::experts(stream, &plain, x.view(), &routed, &routing, &mut workspace, y).unwrap();
             });
