@@ -279,32 +279,35 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose_wi
 
 // ---- index
 
-enum : int { INDEX_WARPS = 32 };
+enum : int { INDEX_WARPS = 32, COUNTERS = INDEX_WARPS * 256, MOST_EXPERTS = 1024 };
 
 __device__ __forceinline__ void index(const IndexParams& p) {
-    __shared__ uint32_t next[INDEX_WARPS][MAX_EXPERTS]; // first a warp's count of each expert, then the next row it gives out
-    __shared__ uint32_t count[MAX_EXPERTS];
+    __shared__ uint32_t next[COUNTERS]; // of a warp and an expert: first how many slots there are, then the next row that is given out
+    __shared__ uint32_t count[MOST_EXPERTS];
     const uint32_t      num_experts = uint32_t(p.num_experts), rows = uint32_t(p.rows);
-    const uint32_t      share = ((rows + INDEX_WARPS - 1) / INDEX_WARPS + 31) / 32 * 32; // slots of a warp
-    const uint32_t      begin = min(rows, warp() * share), end = min(rows, begin + share);
+    const uint32_t      warps = min(uint32_t(INDEX_WARPS), COUNTERS / num_experts);  // as many as have counters; the others have no slots
+    const uint32_t      share = ((rows + warps - 1) / warps + 31) / 32 * 32;         // slots of a warp
+    const uint32_t      begin = min(rows, warp() * share), end = warp() < warps ? min(rows, begin + share) : begin;
     const uint32_t      lanes_before = (1u << lane()) - 1;
+    uint32_t* const     mine = next + (warp() < warps ? warp() * num_experts : 0);
 
-    for (uint32_t e = lane(); e < num_experts; e += 32) next[warp()][e] = 0;
+    if (warp() < warps)
+        for (uint32_t e = lane(); e < num_experts; e += 32) mine[e] = 0;
     __syncwarp();
     for (uint32_t base = begin; base < end; base += 32) {
         const bool     inside = base + lane() < end;
         const uint32_t id = inside ? p.expert_ids[base + lane()] : ~0u;
         const uint32_t alike = __match_any_sync(FULL_WARP, id); // lanes with the same expert; the first of them counts
-        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        if (id < num_experts && (alike & lanes_before) == 0) mine[id] += __popc(alike);
         __syncwarp();
     }
     __syncthreads();
 
     for (uint32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
         uint32_t rows_before = 0;
-        for (int w = 0; w < INDEX_WARPS; w++) {
-            const uint32_t of_warp = next[w][e];
-            next[w][e] = rows_before;
+        for (uint32_t w = 0; w < warps; w++) {
+            const uint32_t of_warp = next[w * num_experts + e];
+            next[w * num_experts + e] = rows_before;
             rows_before += of_warp;
         }
         count[e] = rows_before;
@@ -315,14 +318,14 @@ __device__ __forceinline__ void index(const IndexParams& p) {
     if (warp() == 0) {
         uint32_t rows_before = 0;
         for (uint32_t base = 0; base < num_experts; base += 32) {
-            const uint32_t e = base + lane(), mine = e < num_experts ? count[e] : 0;
-            uint32_t       upto = mine;
+            const uint32_t e = base + lane(), of_expert = e < num_experts ? count[e] : 0;
+            uint32_t       upto = of_expert;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const uint32_t lower = __shfl_up_sync(FULL_WARP, upto, step);
                 if (lane() >= step) upto += lower;
             }
-            if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - mine;
+            if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - of_expert;
             rows_before += __shfl_sync(FULL_WARP, upto, 31);
         }
         if (lane() == 0) p.offsets[num_experts] = rows_before;
@@ -334,18 +337,34 @@ __device__ __forceinline__ void index(const IndexParams& p) {
         const bool     inside = slot < end;
         const uint32_t id = inside ? p.expert_ids[slot] : ~0u;
         const uint32_t alike = __match_any_sync(FULL_WARP, id);
-        if (inside) {
-            const uint32_t row = count[id] + next[warp()][id] + __popc(alike & lanes_before);
+        if (id < num_experts) {
+            const uint32_t row = count[id] + mine[id] + __popc(alike & lanes_before);
             p.row_to_slot[row] = slot;
             p.slot_to_row[slot] = row;
-        }
+        } else if (inside) p.slot_to_row[slot] = NOWHERE;
         __syncwarp();
-        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        if (id < num_experts && (alike & lanes_before) == 0) mine[id] += __popc(alike);
         __syncwarp();
     }
 }
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) { await_previous_launch(); index(p); }
+
+// Of a token's ids the first of each counts: a second one would let an expert own more rows than there are tokens.
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_given(const __grid_constant__ GivenParams p) {
+    await_previous_launch();
+    for (int64_t slot = threadIdx.x; slot < p.index.rows; slot += blockDim.x) {
+        const int64_t   token = slot / p.top_k, choice = slot % p.top_k;
+        const uint32_t* ids = p.ids + token * p.ids_stride;
+        const uint32_t  id = ids[choice] - p.first_expert; // wraps to beyond num_experts below the first
+        bool            here = id < p.index.num_experts;
+        for (int64_t before = 0; here && before < choice; before++) here = ids[before] != ids[choice];
+        p.out_ids[slot] = here ? id : NOWHERE;
+        p.out_weights[slot] = p.weights[token * p.weights_stride + choice];
+    }
+    __syncthreads(); // every id is written
+    index(p.index);
+}
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route(const __grid_constant__ RouteParams p) {
     await_previous_launch();

@@ -41,6 +41,11 @@
 //! | [`sample`] | `argmax` | greedy choice | memory |
 //! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
 //!
+//! # Inside an engine
+//!
+//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and others, and keeps
+//! its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
+//!
 //! # Promises
 //!
 //! * **Deterministic.** Same inputs, same bits, whatever the number of threads.
@@ -59,7 +64,7 @@
 //! | `half` | no | the types of the crate `half` are elements, used where they lie; [`Bf16`] and [`F16`] convert from and to them |
 //! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
 //! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
-//! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16 to 0.19) |
+//! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16.1 to 0.19) |
 //! | `text` | no | the DBRX example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |

@@ -21,7 +21,7 @@ use crate::dtype::Float;
 use crate::epilogue::{Bias, Epilogue, GluEpilogue};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
-pub use crate::ops::permute::combine;
+pub use crate::ops::permute::{Base, combine, combine_onto};
 use crate::ops::router::Choice;
 use crate::ops::{grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
@@ -40,12 +40,20 @@ pub struct Shape {
     pub num_experts: usize,
     /// k, the experts of one token.
     pub top_k: usize,
+    /// Columns between the two halves of a shared expert, which every token goes to; 0 for none.
+    pub shared_d_ffn: usize,
 }
 
 impl Shape {
     /// Of a layer in which each token goes to `top_k` of `num_experts`.
     pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
-        Shape { d_model, d_ffn, num_experts, top_k }
+        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0 }
+    }
+
+    /// With a shared expert of this width.
+    #[must_use]
+    pub const fn with_shared(self, shared_d_ffn: usize) -> Shape {
+        Shape { shared_d_ffn, ..self }
     }
 }
 
@@ -62,21 +70,27 @@ pub struct Plan<A> {
 impl<A: Float> Plan<A> {
     /// # Errors
     ///
-    /// [`Error::Value`] unless `1 <= top_k <= num_experts`; [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
+    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given); [`Error::TooLarge`] beyond 1024
+    /// experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k } = shape;
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
         // So that they can be rounded up; no matrix is as wide.
         checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
         checked_product(Op::Moe, "d_ffn", &[d_ffn], isize::MAX as usize)?;
-        if top_k == 0 || top_k > num_experts {
-            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "between 1 and num_experts", got: top_k as f64 });
+        checked_product(Op::Moe, "shared_d_ffn", &[shared_d_ffn], isize::MAX as usize)?;
+        if top_k == 0 {
+            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at least 1", got: 0.0 });
         }
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
+        let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
         let parts = [
             Workspace::bytes_for::<f32>(Op::Moe, max_tokens, num_experts)?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_ffn))?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_model))?,
+            Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(shared_d_ffn))?,
+            Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(d_model))?,
+            Workspace::bytes_for::<f32>(Op::Moe, shared_tokens, 1)?,
         ];
         let total = parts.iter().map(|bytes| *bytes as u128).sum::<u128>();
         let limit = isize::MAX as u128;
@@ -133,6 +147,39 @@ pub struct Experts<'a> {
     pub down: ExpertWeights<'a>,
     /// `[E, D]`, added to each output row.
     pub down_bias: Option<Bias<'a>>,
+    /// An expert that every token goes to besides; its width is [`Shape::shared_d_ffn`].
+    pub shared: Option<Shared<'a>>,
+}
+
+/// An expert that every token goes to: a dense layer, added to the sum of the others.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Shared<'a> {
+    /// Its first half, matrices `[1, Fs, D]`.
+    pub hidden: Hidden<'a>,
+    /// Its second half, `[1, D, Fs]` in order [`Nk`](crate::layout::WeightOrder::Nk), or `[1, Fs, D]` in order [`Kn`](crate::layout::WeightOrder::Kn).
+    pub down: ExpertWeights<'a>,
+    /// `[1, D]`: a token's row is multiplied by `sigmoid(gate . x)`, as Qwen2-MoE does; without, by 1.
+    pub gate: Option<WeightRows<'a>>,
+}
+
+impl<'a> Shared<'a> {
+    /// `silu(x gate^T) * (x up^T)`, then `down`, each of one expert.
+    pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Shared<'a> {
+        let epilogue = GluEpilogue::default();
+        Shared { hidden: Hidden::Gated { gate, up, epilogue }, down, gate: None }
+    }
+
+    /// With a factor `sigmoid(gate . x)` for each token.
+    #[must_use]
+    pub fn with_gate(self, gate: impl Into<WeightRows<'a>>) -> Shared<'a> {
+        Shared { gate: Some(gate.into()), ..self }
+    }
+
+    /// Its halves as experts, of whom there is one.
+    fn halves(&self) -> Experts<'a> {
+        Experts { hidden: self.hidden, down: self.down, down_bias: None, shared: None }
+    }
 }
 
 /// The first half of an expert.
@@ -162,13 +209,13 @@ impl<'a> Experts<'a> {
     /// [`ExpertWeights::interleaved`].
     pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
         let epilogue = GluEpilogue::default();
-        Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None }
+        Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None, shared: None }
     }
 
     /// `activation(x up^T)`, then `down`.
     pub fn plain(up: ExpertWeights<'a>, activation: Activation, down: ExpertWeights<'a>) -> Experts<'a> {
         let epilogue = Epilogue::default().with_activation(activation);
-        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None }
+        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None, shared: None }
     }
 
     /// With biases or another gate; nothing changes where there is no gate.
@@ -184,6 +231,12 @@ impl<'a> Experts<'a> {
     #[must_use]
     pub fn with_down_bias(self, bias: Bias<'a>) -> Experts<'a> {
         Experts { down_bias: Some(bias), ..self }
+    }
+
+    /// With an expert that every token goes to; the plan's shape has its width ([`Shape::with_shared`]).
+    #[must_use]
+    pub fn with_shared(self, shared: Shared<'a>) -> Experts<'a> {
+        Experts { shared: Some(shared), ..self }
     }
 
     /// Every matrix of the first half by its name.
@@ -204,6 +257,19 @@ impl<'a> Experts<'a> {
 
     /// Everything that the products would refuse.
     fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
+        self.check_halves::<A>(stream, shape)?;
+        let Some(shared) = self.shared else {
+            return check_shape(Op::Moe, "shared", "[Fs]", &[shape.shared_d_ffn], &[0]);
+        };
+        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1))?;
+        let Some(gate) = shared.gate else { return Ok(()) };
+        check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
+        kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, gate.dtype()));
+        Ok(())
+    }
+
+    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = *shape;
         for (arg, w) in self.first_half().into_iter().flatten() {
             check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), w.n(), w.k()])?;
@@ -233,10 +299,13 @@ impl<'a> Experts<'a> {
         Ok(())
     }
 
-    fn accesses(&self) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+    fn accesses(&self) -> Box<dyn Iterator<Item = (&'static str, Access<'a>)> + 'a> {
         let matrices = self.first_half().into_iter().flatten().chain([("down", self.down)]);
         let matrices = matrices.flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
-        matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())))
+        let own = matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())));
+        let gate = self.shared.and_then(|shared| shared.gate).map(|gate| ("shared gate", gate.access()));
+        let shared: Vec<_> = self.shared.map_or(Vec::new(), |shared| shared.halves().accesses().collect());
+        Box::new(own.chain(shared).chain(gate))
     }
 }
 
@@ -281,7 +350,7 @@ impl<'a> Weights<'a> {
 }
 
 /// Writes the layer's output for every token: `y[t] = sum_s weight[t, s] * expert[t, s](x[t])`, with
-/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead.
+/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead; a shared expert's row is added to the sum.
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
@@ -378,8 +447,8 @@ pub fn experts<A: Float>(
 ) -> Result<(), Error> {
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
-    let (mut hidden, _) = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut hidden, outputs)
+    let mut parts = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, outputs)
 }
 
 /// [`experts`], then [`combine`]: the layer for a routing that was decided elsewhere.
@@ -398,9 +467,29 @@ pub fn forward_routed<A: Float>(
 ) -> Result<(), Error> {
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_output(stream, plan, x.rows(), y)?;
-    let (mut hidden, mut outputs) = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut hidden, &mut outputs)?;
-    combine(stream, outputs.as_rows(), routing, y)
+    let mut parts = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
+    let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
+    let base = shared_expert(stream, plan, x, &shared, &mut parts.shared)?;
+    permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
+}
+
+/// The rows of the expert that every token goes to, and their factors.
+fn shared_expert<'p, A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    shared: &Shared<'_>,
+    parts: &'p mut SharedParts<'_, A>,
+) -> Result<Base<'p, A>, Error> {
+    let rows = plan.rows(ExpertRows::dense(x.rows())?);
+    first_half(stream, x, &shared.halves(), rows, &mut parts.hidden)?;
+    grouped_gemm::linear(stream, parts.hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut parts.outputs)?;
+    if let Some(gate) = shared.gate {
+        router::logits(stream, x, gate, &mut parts.gate)?;
+    }
+    let base = Base::new(parts.outputs.as_rows());
+    Ok(if shared.gate.is_some() { base.with_gate(parts.gate.as_rows()) } else { base })
 }
 
 fn both_halves<A: Float>(
@@ -446,6 +535,20 @@ fn aligned<A>(cols: usize) -> usize {
     cols.next_multiple_of(16 / size_of::<A>())
 }
 
+/// Parts of a workspace: the rows between the halves, and the experts' output rows.
+struct Parts<'w, A> {
+    hidden: RowsMut<'w, A>,
+    outputs: RowsMut<'w, A>,
+    shared: SharedParts<'w, A>,
+}
+
+/// The same of a shared expert, and the products that its factors are made from.
+struct SharedParts<'w, A> {
+    hidden: RowsMut<'w, A>,
+    outputs: RowsMut<'w, A>,
+    gate: RowsMut<'w, f32>,
+}
+
 /// What every step would refuse, before the first one writes.
 impl<A: Float> Plan<A> {
     /// The tokens and the workspace. Gives T.
@@ -469,7 +572,7 @@ impl<A: Float> Plan<A> {
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
         choice.check(Op::Moe, num_experts, top_k)?;
         kernels_need!(stream, router.vectors(Op::Moe, "router"));
-        kernels_need!(stream, router::check_kernels::<A>(router.dtype()));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, router.dtype()));
         Ok(())
     }
 
@@ -488,13 +591,17 @@ impl<A: Float> Plan<A> {
         experts.check::<A>(stream, &self.shape)
     }
 
-    /// The parts of the workspace that hold the rows between the halves, and the experts' output rows.
-    fn carve_rows<'w>(&self, workspace: &'w mut Workspace, num_tokens: usize) -> Result<(RowsMut<'w, A>, RowsMut<'w, A>), Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, .. } = self.shape;
+    /// The parts of the workspace but for the logits.
+    fn carve_rows<'w>(&self, workspace: &'w mut Workspace, num_tokens: usize) -> Result<Parts<'w, A>, Error> {
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, .. } = self.shape;
+        let (rows, shared_tokens) = (num_tokens * top_k, if shared_d_ffn == 0 { 0 } else { num_tokens });
         let mut carver = workspace.carve(Op::Moe);
         carver.rows::<f32>(num_tokens, num_experts)?; // the logits
-        let hidden = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_ffn))?.col_range(0..d_ffn)?;
-        Ok((hidden, carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_model))?.col_range(0..d_model)?))
+        let mut part = |rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
+        let (hidden, outputs) = (part(rows, d_ffn)?, part(rows, d_model)?);
+        let (shared_hidden, shared_outputs) = (part(shared_tokens, shared_d_ffn)?, part(shared_tokens, d_model)?);
+        let shared = SharedParts { hidden: shared_hidden, outputs: shared_outputs, gate: carver.rows::<f32>(shared_tokens, 1)? };
+        Ok(Parts { hidden, outputs, shared })
     }
 
     /// In the plan's class.

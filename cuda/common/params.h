@@ -50,11 +50,15 @@ struct NormParams {
     uint32_t unused;
 };
 
+// The id of an expert that is not here, and the row of a slot that has none.
+static const uint32_t NOWHERE = 0xffffffff;
+
 struct GatherParams {
     In      x;           // [T, D]
     InU32   row_to_slot; // [R]
+    InU32   rows_end;    // the first row that no expert owns, at most R
     Out     y;           // [R, D]
-    int64_t rows;
+    int64_t rows;        // R
     int64_t d_model;
     int64_t top_k;
     int64_t x_stride;
@@ -63,13 +67,17 @@ struct GatherParams {
 
 struct CombineParams {
     In      x;           // [R, D]
-    InU32   slot_to_row; // [T, k]
+    InU32   slot_to_row; // [T, k]; NOWHERE: the slot has no row
     InF32   weights;     // [T, k]
+    In      base;        // [T, D], added to each sum; null: none
+    InF32   gate;        // [T]: the base's factor is its sigmoid; null: 1
     Out     y;           // [T, D]
     int64_t num_tokens;
     int64_t d_model;
     int64_t top_k;
     int64_t x_stride;
+    int64_t base_stride;
+    int64_t gate_stride;
     int64_t y_stride;
 };
 
@@ -160,12 +168,26 @@ struct ChooseParams {
 };
 
 struct IndexParams {
-    InU32   expert_ids;  // [R]
+    InU32   expert_ids;  // [R]; those that are not below num_experts have no row
     OutU32  offsets;     // [E + 1]
     OutU32  row_to_slot; // [R]
     OutU32  slot_to_row; // [R]
     int64_t rows;
     int64_t num_experts;
+};
+
+// Ids and weights that were chosen elsewhere: copied as the experts here are numbered, then indexed.
+struct GivenParams {
+    InU32       ids;         // [T, k]
+    InF32       weights;     // [T, k]
+    OutU32      out_ids;     // [T, k]
+    OutF32      out_weights; // [T, k]
+    int64_t     ids_stride;
+    int64_t     weights_stride;
+    int64_t     top_k;
+    uint32_t    first_expert; // ids from this one on are here, num_experts of them
+    uint32_t    unused;
+    IndexParams index;
 };
 
 struct RouteParams {

@@ -7,7 +7,10 @@
 mod choice;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
+mod given;
+
+pub use self::given::{Here, index};
 
 /// The kernels, for tests, benches and the doctor. Outside the semver promise.
 #[cfg(feature = "cuda")]
@@ -52,15 +55,15 @@ pub fn logits<'w, A: Float>(
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
     let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
-    kernels_need!(stream, check_kernels::<A>(weight.dtype()));
+    kernels_need!(stream, check_kernels::<A>(Op::Router, weight.dtype()));
     stream.admit(Op::Router, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
 }
 
 /// What the kernels need of the type of the weight.
 #[cfg(feature = "cuda")]
-pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error> {
-    cuda::one_type::<A>(weight)
+pub(crate) fn check_kernels<A: Float>(op: Op, weight: crate::DType) -> Result<(), Error> {
+    cuda::check::<A>(op, weight)
 }
 
 /// Chooses each token's `top_k` experts, weighs them, and sorts the tokens by expert.

@@ -604,8 +604,7 @@ fn impossible_plans_are_refused() {
         change(&mut shape);
         shape
     };
-    assert_eq!(text(but(|shape| shape.top_k = 0), 1), "moe: `top_k` must be between 1 and num_experts, got 0");
-    assert_eq!(text(but(|shape| shape.top_k = 5), 1), "moe: `top_k` must be between 1 and num_experts, got 5");
+    assert_eq!(text(but(|shape| shape.top_k = 0), 1), "moe: `top_k` must be at least 1, got 0");
     assert_eq!(text(but(|shape| shape.num_experts = 1025), 1), "moe: num_experts is 1025, must be <= 1024");
     assert_eq!(text(good, 1 << 30), "moe: max_tokens * top_k is 2147483648, must be <= 2147483647");
     assert!(Plan::<f32>::new(but(|shape| shape.d_ffn = usize::MAX / 8), 9).is_err());
@@ -651,7 +650,10 @@ fn a_gpu_refuses_before_the_first_step() {
     let before = driver.launches().len();
     let (weights, mut y) = (placed.weights(), y.rows_mut(3, 8).unwrap());
     let error = moe::forward(&stream, &plan, at(3, 0), &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).unwrap_err();
-    assert_eq!(error.to_string(), "moe: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32");
+    assert_eq!(
+        error.to_string(),
+        "moe: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, bf16 x bf16 -> f32, f16 x f16 -> f32"
+    );
     assert_eq!(driver.launches().len(), before);
 }
 

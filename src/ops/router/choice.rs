@@ -231,6 +231,9 @@ impl<'a> Choice<'a> {
 
     /// What a call for `top_k` of `num_experts` experts would refuse.
     pub(crate) fn check(&self, op: Op, num_experts: usize, top_k: usize) -> Result<(), Error> {
+        if top_k > num_experts {
+            return Err(Error::Value { op, arg: "top_k", need: "at most num_experts", got: top_k as f64 });
+        }
         for (arg, bias) in self.biases() {
             check_shape(op, arg, "[1, E]", &[1, num_experts], &bias.dims())?;
         }

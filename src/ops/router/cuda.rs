@@ -7,6 +7,8 @@
 //! | `wide`  | every choice, up to 1024 experts                       | two                               |
 #![allow(unsafe_code)] // the launches
 
+pub(super) mod given;
+
 use super::{Choice, GroupScore, Normalize, Score};
 use crate::device::cuda::Grid;
 use crate::device::kernel::{Kernel, Types, find};
@@ -29,7 +31,9 @@ pub enum Key {
     Choose(Choices),
     /// The maps, from the experts.
     Index,
-    /// Both in one block.
+    /// The maps, from ids that were decided elsewhere.
+    Given,
+    /// Experts, weights and maps in one block.
     Route(Choices),
 }
 
@@ -65,6 +69,7 @@ pub static KERNELS: &[Kernel<Key>] = &[
     choose("router_choose_any", Choices::Any, "any"),
     choose("router_choose_wide", Choices::Wide, "wide"),
     one_block("router_index", Key::Index, "plain"),
+    one_block("router_given", Key::Given, "plain"),
     one_block("router_route", Key::Route(Choices::Plain), "plain"),
     one_block("router_route_any", Key::Route(Choices::Any), "any"),
 ];
@@ -83,18 +88,22 @@ const fn one_block(entry: &'static str, key: Key, form: &'static str) -> Kernel<
     Kernel { form, threads: 1024, ..Kernel::new(&image::ROUTER, entry, key, ROUTING) }
 }
 
+fn one_block_grid(kernel: &Kernel<Key>) -> Grid {
+    Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 }
+}
+
 /// The table's rows, as lists of all kernels have them.
 pub fn kernels() -> impl Iterator<Item = Kernel<()>> {
     KERNELS.iter().map(Kernel::without_key)
 }
 
 /// What the kernel `logits` needs beyond the contract.
-pub(super) fn one_type<A: Float>(weight: DType) -> Result<(), Error> {
-    of_logits::<A>(weight).map(|_| ())
+pub(super) fn check<A: Float>(op: Op, weight: DType) -> Result<(), Error> {
+    of_logits::<A>(op, weight).map(|_| ())
 }
 
-fn of_logits<A: Float>(weight: DType) -> Result<&'static Kernel<Key>, Error> {
-    find(Op::Router, KERNELS, Key::Logits, Types { x: A::DTYPE, w: weight, y: DType::F32 }, |_| true)
+fn of_logits<A: Float>(op: Op, weight: DType) -> Result<&'static Kernel<Key>, Error> {
+    find(op, KERNELS, Key::Logits, Types { x: A::DTYPE, w: weight, y: DType::F32 }, |_| true)
 }
 
 pub(super) fn logits<A: Float>(
@@ -118,7 +127,7 @@ pub(super) fn logits<A: Float>(
         weight_stride: weight.stride() as i64,
         logits_stride: logits.stride() as i64,
     };
-    let (cuda, kernel) = (stream.cuda(), of_logits::<A>(weight.dtype())?);
+    let (cuda, kernel) = (stream.cuda(), of_logits::<A>(Op::Router, weight.dtype())?);
     let tiles = num_tokens.div_ceil(TOKENS as usize) * num_experts.div_ceil(EXPERTS as usize);
     let grid = cuda.grid(tiles as u64, 1, kernel.threads);
     // SAFETY: `LogitsParams` is the struct of these entries; `x` and `weight` have `d_model` columns, `logits` a row per token and a
@@ -140,11 +149,10 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>,
     };
     let (cuda, choices) = (stream.cuda(), choices(choice, num_experts));
     let kernel = |key| find(Op::Router, KERNELS, key, ROUTING, |_| true);
-    let one_block = |kernel: &Kernel<Key>| Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 };
     if num_tokens <= MAX_ROUTE_TOKENS && choices != Choices::Wide {
         let kernel = kernel(Key::Route(choices))?;
         // SAFETY: as of the two kernels below, of which this is one after the other.
-        return unsafe { cuda.launch_kernel(Op::Router, kernel, one_block(kernel), &RouteParams { choose, index }) };
+        return unsafe { cuda.launch_kernel(Op::Router, kernel, one_block_grid(kernel), &RouteParams { choose, index }) };
     }
     let first = kernel(Key::Choose(choices))?;
     let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS.into(), first.threads);
@@ -155,7 +163,7 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>,
     let second = kernel(Key::Index)?;
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
     // have an element per id, `offsets` one per expert and one more.
-    unsafe { cuda.launch_kernel(Op::Router, second, one_block(second), &index) }
+    unsafe { cuda.launch_kernel(Op::Router, second, one_block_grid(second), &index) }
 }
 
 /// The kernels that serve the choice.
