@@ -105,7 +105,8 @@ impl Choice {
         self.open_experts(&self.keys(logits))[..top_k].to_vec()
     }
 
-    /// The smallest difference that decides something: between neighbours of the chosen and of the open groups.
+    /// The smallest difference that decides something: between neighbours of the chosen and of the open
+    /// groups.
     pub fn gap(&self, logits: &[f64], top_k: usize) -> f64 {
         let least = |sorted: Vec<f64>| sorted.windows(2).map(|pair| pair[0] - pair[1]).fold(f64::INFINITY, f64::min);
         let keys = self.keys(logits);

@@ -1,10 +1,11 @@
-//! CUDA backend of `router`: the table of its kernels, and their launches. Callers have checked shapes and alignment.
+//! CUDA backend of `router`: the table of its kernels, and their launches. Callers have checked shapes and
+//! alignment.
 //!
-//! | form    | serves                                                 | launches                          |
-//! |---------|--------------------------------------------------------|-----------------------------------|
+//! | form    | serves                                                                 | launches                           |
+//! |---------|------------------------------------------------------------------------|------------------------------------|
 //! | `plain` | a softmax without biases, groups, epsilon and scale, up to 256 experts | one for up to 128 tokens, else two |
-//! | `any`   | every choice, up to 256 experts                        | one for up to 128 tokens, else two |
-//! | `wide`  | every choice, up to 1024 experts                       | two                               |
+//! | `any`   | every choice, up to 256 experts                                        | one for up to 128 tokens, else two |
+//! | `wide`  | every choice, up to 1024 experts                                       | two                                |
 #![allow(unsafe_code)] // the launches
 
 pub(super) mod given;
@@ -156,9 +157,9 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>,
     }
     let first = kernel(Key::Choose(choices))?;
     let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS.into(), first.threads);
-    // SAFETY: `ChooseParams` is the struct of these entries; `logits` has a row per token and as many columns as the entry serves, a
-    // bias as many; the parts are packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers
-    // are freed in stream order, raw views promise it.
+    // SAFETY: `ChooseParams` is the struct of these entries; `logits` has a row per token and as many columns
+    // as the entry serves, a bias as many; the parts are packed `[T, k]`; all are on this stream's device and
+    // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
     unsafe { cuda.launch_kernel(Op::Router, first, grid, &choose)? };
     let second = kernel(Key::Index)?;
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
