@@ -1,9 +1,10 @@
-//! Bench of `router` at DBRX's sizes (D = 6144, E = 16, k = 4). Verifies, then times.
+//! Bench of `router` at DBRX's sizes (D = 6144, E = 16, k = 4), and of the choice of DeepSeek-V3 (E = 256, k
+//! = 8). Verifies, then times.
 //!
 //! `logits`: 2 T E D FLOP; x and the weights read, the logits written. `route`: latency, so its cost is T E exponentials.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::router::{Normalize, logits, route};
+use dropless::router::{Choice, GroupScore, Groups, Normalize, Score, logits, route};
 use dropless::{Bf16, Device, Float, RoutingBuffers, Rows, RowsMut};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
@@ -11,6 +12,7 @@ use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
 
 #[path = "../tests/oracle/router.rs"]
+#[allow(dead_code)] // the tests use the rest
 mod oracle;
 
 const D_MODEL: usize = 6144;
@@ -62,11 +64,47 @@ fn choices(c: &mut Criterion, tokens: usize) {
     group.finish();
 }
 
+/// Sigmoids of 256 experts, chosen with a bias from four of eight groups.
+fn choices_by_groups(c: &mut Criterion, tokens: usize) {
+    const EXPERTS: usize = 256;
+    const TOP_K: usize = 8;
+    let stream = Device::cpu().stream().unwrap();
+    let (data, bias) = (normal::<f32>(4, tokens * EXPERTS, 1.0), normal::<f32>(5, EXPERTS, 0.1));
+    let (view, bias_view) = (Rows::from_slice(&data, tokens, EXPERTS).unwrap(), Rows::from_slice(&bias, 1, EXPERTS).unwrap());
+    let choice = Choice::default().with_score(Score::Sigmoid).with_choice_bias(bias_view).with_scale(2.5);
+    let choice = choice.with_groups(Groups::new(8, 4, GroupScore::TwoBest));
+    let want = oracle::Choice {
+        score: oracle::Score::Sigmoid,
+        logit_bias: vec![],
+        choice_bias: to_f64(&bias),
+        groups: Some((8, 4, true)),
+        p: Some(1.0),
+        epsilon: 0.0,
+        scale: 2.5,
+    };
+    let mut buffers = RoutingBuffers::new(&stream, tokens, TOP_K, EXPERTS).unwrap();
+    let routing = route(&stream, view, &choice, &mut buffers).unwrap();
+    let (ids, weights) = (routing.expert_ids().as_slice().unwrap(), routing.weights().as_slice().unwrap());
+    for ((logits, ids), weights) in to_f64(&data).chunks(EXPERTS).zip(ids.chunks(TOP_K)).zip(weights.chunks(TOP_K)) {
+        assert!(want.gap(logits, TOP_K) < 1e-6 || ids == want.ids(logits, TOP_K));
+        let want = want.weights(logits, ids);
+        within(weights, &want, TOP_K, |i| 2f64.powi(-18) * want[i]);
+    }
+    let cost = Cost { flop: 4 * (tokens * EXPERTS) as u64, bytes: (tokens * (EXPERTS + 4 * TOP_K) * 4 + (EXPERTS + 1) * 4) as u64 };
+    let mut group = c.benchmark_group("router/route by groups");
+    group.throughput(Throughput::Elements(tokens as u64));
+    group.bench_function(cost.label(format!("{tokens}x{EXPERTS} top {TOP_K}")), |b| {
+        b.iter(|| route(&stream, view, &choice, &mut buffers).unwrap().rows())
+    });
+    group.finish();
+}
+
 fn benches(c: &mut Criterion) {
     for tokens in [1, 64, 512] {
         scores::<f32>(c, tokens);
         scores::<Bf16>(c, tokens);
         choices(c, tokens);
+        choices_by_groups(c, tokens);
     }
 }
 

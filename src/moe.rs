@@ -70,8 +70,8 @@ pub struct Plan<A> {
 impl<A: Float> Plan<A> {
     /// # Errors
     ///
-    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given); [`Error::TooLarge`] beyond 1024
-    /// experts, 2^31 - 1 rows or the address space.
+    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given);
+    /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
         let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
@@ -157,7 +157,8 @@ pub struct Experts<'a> {
 pub struct Shared<'a> {
     /// Its first half, matrices `[1, Fs, D]`.
     pub hidden: Hidden<'a>,
-    /// Its second half, `[1, D, Fs]` in order [`Nk`](crate::layout::WeightOrder::Nk), or `[1, Fs, D]` in order [`Kn`](crate::layout::WeightOrder::Kn).
+    /// Its second half, `[1, D, Fs]` in order [`Nk`](crate::layout::WeightOrder::Nk), or `[1, Fs, D]` in
+    /// order [`Kn`](crate::layout::WeightOrder::Kn).
     pub down: ExpertWeights<'a>,
     /// `[1, D]`: a token's row is multiplied by `sigmoid(gate . x)`, as Qwen2-MoE does; without, by 1.
     pub gate: Option<WeightRows<'a>>,
@@ -265,7 +266,7 @@ impl<'a> Experts<'a> {
         let Some(gate) = shared.gate else { return Ok(()) };
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
         kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
-        kernels_need!(stream, router::check_kernels::<A>(gate.dtype()));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, gate.dtype()));
         Ok(())
     }
 
@@ -349,8 +350,9 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// Writes the layer's output for every token: `y[t] = sum_s weight[t, s] * expert[t, s](x[t])`, with
-/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead; a shared expert's row is added to the sum.
+/// Writes the layer's output for every token: `y[t] = sum_s weight[t, s] * expert[t, s](x[t])`, with `expert
+/// e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead; a shared expert's row is
+/// added to the sum.
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
@@ -370,10 +372,11 @@ impl<'a> Weights<'a> {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or `routing` holds, or a
-/// smaller workspace; [`Error::Value`] for a choice that [`router::route`] would refuse; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
-/// [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes, [`Error::Unsupported`] for weights of
-/// another type than `x`. Nothing is written.
+/// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or
+/// `routing` holds, or a smaller workspace; [`Error::Value`] for a choice that [`router::route`] would
+/// refuse; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`];
+/// on a GPU [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes,
+/// [`Error::Unsupported`] for weights of another type than `x`. Nothing is written.
 pub fn forward<'r, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -402,7 +405,9 @@ pub fn forward<'r, A: Float>(
 
 /// The first step: scores each token's experts and chooses among them.
 ///
-/// Arguments are those of [`forward`]; `router` is `[E, D]`, `choice` a [`Choice`] or the [`Normalize`](router::Normalize) of a softmax. The routing may be kept, changed by other means, and given to [`experts`].
+/// Arguments are those of [`forward`]; `router` is `[E, D]`, `choice` a [`Choice`] or the
+/// [`Normalize`](router::Normalize) of a softmax. The routing may be kept, changed by other means, and given
+/// to [`experts`].
 ///
 /// # Errors
 ///
@@ -570,12 +575,9 @@ impl<A: Float> Plan<A> {
         let Shape { d_model, num_experts, top_k, .. } = self.shape;
         check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &router.dims())?;
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
-        if top_k > num_experts {
-            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at most num_experts", got: top_k as f64 });
-        }
         choice.check(Op::Moe, num_experts, top_k)?;
         kernels_need!(stream, router.vectors(Op::Moe, "router"));
-        kernels_need!(stream, router::check_kernels::<A>(router.dtype()));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, router.dtype()));
         Ok(())
     }
 

@@ -50,21 +50,22 @@ pub fn logits<'w, A: Float>(
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
     let run = dispatch!(stream, cpu::logits, cuda::logits);
-    kernels_need!(stream, check_kernels::<A>(weight.dtype()));
+    kernels_need!(stream, check_kernels::<A>(Op::Router, weight.dtype()));
     stream.admit(Op::Router, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
 }
 
 /// What the kernels need of the type of the weight.
 #[cfg(feature = "cuda")]
-pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error> {
-    cuda::one_type::<A>(weight)
+pub(crate) fn check_kernels<A: Float>(op: Op, weight: crate::DType) -> Result<(), Error> {
+    cuda::check::<A>(op, weight)
 }
 
 /// Chooses each token's `top_k` experts, weighs them, and sorts the tokens by expert.
 ///
-/// With scores `s` of all E experts, `s = softmax(logits[t])` unless `choice` says otherwise, token `t` goes to the `top_k` experts of the
-/// largest scores, best first, with the weights `s[e]`, divided by their norm and scaled as `choice` says. [`Choice`] has the formulas.
+/// With scores `s` of all E experts, `s = softmax(logits[t])` unless `choice` says otherwise, token `t` goes
+/// to the `top_k` experts of the largest scores, best first, with the weights `s[e]`, divided by their norm
+/// and scaled as `choice` says. [`Choice`] has the formulas.
 ///
 /// | argument    | shape               | meaning                                                             |
 /// |-------------|---------------------|---------------------------------------------------------------------|
@@ -72,18 +73,23 @@ pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error>
 /// | `choice`    |                     | a [`Choice`], or the [`Normalize`] of a softmax                     |
 /// | `buffers`   | `top_k`, E, `>= T`  | receive the routing, which borrows them                             |
 ///
-/// **Choice.** Any `top_k <= E <= 1024`. Among equals the lower index is first (`-0 = +0`), among groups, too. Where nothing is added to scores
-/// before they are compared (no choice bias, no groups by [`GroupScore::TwoBest`]), biased logits are compared in their place: scores rise with
-/// them, so that experts are told apart even where their scores round to the same number, and no device's `exp` has a say in the ids. Elsewhere
-/// the `f32` biased scores are compared, and two devices may choose differently where these differ by a few roundings.
+/// **Choice.** Any `top_k <= E <= 1024`. Among equals the lower index is first (`-0 = +0`), among groups,
+/// too. Where nothing is added to scores before they are compared (no choice bias, no groups by
+/// [`GroupScore::TwoBest`]), biased logits are compared in their place: scores rise with them, so that
+/// experts are told apart even where their scores round to the same number, and no device's `exp` has a say
+/// in the ids. Elsewhere the `f32` biased scores are compared, and two devices may choose differently where
+/// these differ by a few roundings.
 ///
-/// **Weights.** All in `f32`. Softmax with the largest logit subtracted, summed in an order that depends on E alone: the lanes of a vector (CPU)
-/// or of a warp (GPU) first, then a fixed tree over them, so that two devices may differ in the last bits. Norms are summed best expert first
-/// for a plain softmax of up to 256 experts, elsewhere in an order that depends on `top_k` alone. Without an epsilon, with `top_k = 1` and any
-/// norm every weight is exactly `scale`. Weights that are all 0 have the norm 0: they become NaN, or stay 0 with an epsilon.
+/// **Weights.** All in `f32`. Softmax with the largest logit subtracted, summed in an order that depends on E
+/// alone: the lanes of a vector (CPU) or of a warp (GPU) first, then a fixed tree over them, so that two
+/// devices may differ in the last bits. Norms are summed best expert first for a plain softmax of up to 256
+/// experts, elsewhere in an order that depends on `top_k` alone. Without an epsilon, with `top_k = 1` and any
+/// norm every weight is exactly `scale`. Weights that are all 0 have the norm 0: they become NaN, or stay 0
+/// with an epsilon.
 ///
-/// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits and the biases are. What is compared
-/// orders them: `+inf` first, `-inf` last, and NaN behind it, the lower index first. What `z`, a biased logit, does to weights:
+/// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits and
+/// the biases are. What is compared orders them: `+inf` first, `-inf` last, and NaN behind it, the lower
+/// index first. What `z`, a biased logit, does to weights:
 ///
 /// | some `z`           | softmax      | sigmoid | softmax over chosen              | sqrt softplus |
 /// |--------------------|--------------|---------|----------------------------------|---------------|
@@ -92,16 +98,18 @@ pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error>
 /// | `+inf`             | NaN for all  | 1       | NaN for all, if it is chosen     | `+inf`        |
 /// | NaN                | NaN for all  | NaN     | NaN for all, if it is chosen     | NaN           |
 ///
-/// Under a norm, a chosen weight that is NaN makes all of the token's weights NaN; one that is `+inf` becomes NaN itself, and the others 0 under
-/// `P(1.0)`, NaN under another norm. With a softmax and a choice bias or groups by two, a NaN weight for all is a NaN score for all: the experts
-/// are then the first ones. A choice bias that is NaN or infinite moves its expert and does nothing to weights. A group whose best (two) sum to
+/// Under a norm, a chosen weight that is NaN makes all of the token's weights NaN; one that is `+inf` becomes
+/// NaN itself, and the others 0 under `P(1.0)`, NaN under another norm. With a softmax and a choice bias or
+/// groups by two, a NaN weight for all is a NaN score for all: the experts are then the first ones. A choice
+/// bias that is NaN or infinite moves its expert and does nothing to weights. A group whose best (two) sum to
 /// NaN is last. No other token is affected. `T = 0` gives a routing without rows.
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if `logits` does not have the E columns of `buffers`, or a bias is not `[1, E]`; [`Error::Capacity`] if the buffers hold
-/// fewer than T tokens; [`Error::Value`] if a norm's `p` is not positive and finite, an epsilon negative or not finite, a scale not finite, if
-/// groups do not divide the experts, are more than 32, or, of those to be chosen, hold fewer than `top_k` experts; [`Error::Place`],
+/// [`Error::Shape`] if `logits` does not have the E columns of `buffers`, or a bias is not `[1, E]`;
+/// [`Error::Capacity`] if the buffers hold fewer than T tokens; [`Error::Value`] if a norm's `p` is not
+/// positive and finite, an epsilon negative or not finite, a scale not finite, if groups do not divide the
+/// experts, are more than 32, or, of those to be chosen, hold fewer than `top_k` experts; [`Error::Place`],
 /// [`Error::NotJoined`]. Nothing is written.
 pub fn route<'a, 'c>(
     stream: &Stream,
@@ -111,10 +119,6 @@ pub fn route<'a, 'c>(
 ) -> Result<Routing<'a>, Error> {
     let (choice, num_tokens) = (choice.into(), logits.rows());
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
-    if buffers.top_k() > buffers.num_experts() {
-        let got = buffers.top_k() as f64;
-        return Err(Error::Value { op: Op::Router, arg: "top_k", need: "at most num_experts", got });
-    }
     choice.check(Op::Router, buffers.num_experts(), buffers.top_k())?;
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
     let run = dispatch!(stream, cpu::route, cuda::route);

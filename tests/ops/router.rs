@@ -1,6 +1,6 @@
 //! `router` against its oracle, its goldens, and what it must refuse.
 
-use dropless::router::{Normalize, logits, route};
+use dropless::router::{Choice, GroupScore, Groups, Normalize, Score, logits, route};
 use dropless::{Bf16, F16, Float, Routing, RoutingBuffers, Rows, Stream};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
@@ -124,15 +124,19 @@ fn copy(stream: &Stream, routing: Routing<'_>) -> Got {
 
 /// `route` twice, the second time over what another batch left behind in larger buffers.
 fn run(stream: &Stream, logits: &[f32], experts: usize, top_k: usize, normalize: Normalize) -> Got {
+    run_choice(stream, logits, experts, top_k, normalize.into())
+}
+
+fn run_choice(stream: &Stream, logits: &[f32], experts: usize, top_k: usize, choice: Choice<'_>) -> Got {
     let tokens = logits.len() / experts;
     let gapped = Guarded::with(stream, logits, tokens, experts, 3);
     let mut exact = RoutingBuffers::new(stream, tokens, top_k, experts).unwrap();
-    let first = copy(stream, route(stream, gapped.view(), normalize, &mut exact).unwrap());
+    let first = copy(stream, route(stream, gapped.view(), choice, &mut exact).unwrap());
     let mut used = RoutingBuffers::new(stream, tokens + 5, top_k, experts).unwrap();
     let other = Guarded::with(stream, &normal::<f32>(99, (tokens + 5) * experts, 3.0), tokens + 5, experts, 0);
     route(stream, other.view(), Normalize::P(3.0), &mut used).unwrap();
     let packed = Guarded::with(stream, logits, tokens, experts, 0);
-    let second = copy(stream, route(stream, packed.view(), normalize, &mut used).unwrap());
+    let second = copy(stream, route(stream, packed.view(), choice, &mut used).unwrap());
     assert_eq!((&first.ids, &first.offsets), (&second.ids, &second.offsets));
     assert_eq!((&first.row_to_slot, &first.slot_to_row), (&second.row_to_slot, &second.slot_to_row));
     same_bits(&first.weights, &second.weights);
@@ -364,4 +368,340 @@ fn route_refuses_with_numbers() {
         assert_eq!(text(view(3, 16), Normalize::P(p)), want);
     }
     assert_eq!(copy(&stream, route(&stream, view(2, 16), Normalize::None, &mut buffers).unwrap()), before);
+}
+
+// ---- choices ----
+
+/// Scores, biases, groups, a norm and a scale, with biases in host memory.
+#[derive(Clone, Debug)]
+struct Case {
+    score: oracle::router::Score,
+    logit_bias: Vec<f32>,
+    choice_bias: Vec<f32>,
+    groups: Option<(usize, usize, bool)>,
+    normalize: Normalize,
+    epsilon: f32,
+    scale: f32,
+}
+
+const SCORES: [oracle::router::Score; 4] = [
+    oracle::router::Score::Softmax,
+    oracle::router::Score::Sigmoid,
+    oracle::router::Score::SoftmaxOverChosen,
+    oracle::router::Score::SqrtSoftplus,
+];
+
+impl Case {
+    fn oracle(&self) -> oracle::router::Choice {
+        oracle::router::Choice {
+            score: self.score,
+            logit_bias: to_f64(&self.logit_bias),
+            choice_bias: to_f64(&self.choice_bias),
+            groups: self.groups,
+            p: p_of(self.normalize),
+            epsilon: self.epsilon.into(),
+            scale: self.scale.into(),
+        }
+    }
+
+    fn run(&self, stream: &Stream, logits: &[f32], experts: usize, top_k: usize) -> Got {
+        let place = |bias: &[f32]| (!bias.is_empty()).then(|| Guarded::with(stream, bias, 1, experts, 0));
+        let (logit_bias, choice_bias) = (place(&self.logit_bias), place(&self.choice_bias));
+        let score = match self.score {
+            oracle::router::Score::Softmax => Score::Softmax,
+            oracle::router::Score::Sigmoid => Score::Sigmoid,
+            oracle::router::Score::SoftmaxOverChosen => Score::SoftmaxOverChosen,
+            oracle::router::Score::SqrtSoftplus => Score::SqrtSoftplus,
+        };
+        let mut choice = Choice::default().with_score(score).with_normalize(self.normalize);
+        choice = choice.with_epsilon(self.epsilon).with_scale(self.scale);
+        if let Some(bias) = &logit_bias {
+            choice = choice.with_logit_bias(bias.view());
+        }
+        if let Some(bias) = &choice_bias {
+            choice = choice.with_choice_bias(bias.view());
+        }
+        if let Some((num_groups, top_groups, two)) = self.groups {
+            let by = if two { GroupScore::TwoBest } else { GroupScore::Best };
+            choice = choice.with_groups(Groups::new(num_groups, top_groups, by));
+        }
+        run_choice(stream, logits, experts, top_k, choice)
+    }
+
+    /// The bound of a token's weights. As of a softmax: a biased logit has a rounding; so has each step of a
+    /// score, whose terms are all positive, and which amplifies the errors of a logit by no more than 1; each
+    /// `powf` of a norm has 2 u.
+    fn bound(&self, logits: &[f64], ids: &[u32]) -> Vec<f64> {
+        let choice = self.oracle();
+        let z = choice.biased_logits(logits);
+        let rounded = if self.logit_bias.is_empty() { 0.0 } else { z.iter().fold(0.0, |most: f64, z| most.max(z.abs())) * UNIT };
+        let over: Vec<u32> = match self.score {
+            oracle::router::Score::Softmax => (0..z.len() as u32).collect(),
+            _ => ids.to_vec(),
+        };
+        let is_softmax = matches!(self.score, oracle::router::Score::Softmax | oracle::router::Score::SoftmaxOverChosen);
+        let summed: Vec<f64> = over.iter().map(|e| z[*e as usize]).collect();
+        let max = summed.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let exp = |z: f64| (max - z) * UNIT + 4.0 * UNIT + rounded;
+        let mean: f64 = oracle::router::softmax(&summed).iter().zip(&summed).map(|(p, z)| p * exp(*z)).sum();
+        let of_sum = mean + summed.len() as f64 * UNIT + UNIT;
+        let score = |e: &u32| if is_softmax { exp(z[*e as usize]) + of_sum } else { rounded + 10.0 * UNIT };
+        let worst = ids.iter().map(score).fold(0.0, f64::max);
+        let norm = choice.p.map_or(0.0, |p| worst + (ids.len() as f64 + 6.0) * UNIT / p.min(1.0) + 6.0 * UNIT);
+        let want = choice.weights(logits, ids);
+        ids.iter().zip(want).map(|(e, want)| (score(e) + norm + 4.0 * UNIT) * want.abs() + 2f64.powi(-140)).collect()
+    }
+
+    /// Ids where the oracle's are decided by more than roundings; weights of whatever was chosen.
+    fn check(&self, stream: &Stream, logits: &[f32], experts: usize, top_k: usize) {
+        let got = self.run(stream, logits, experts, top_k);
+        let choice = self.oracle();
+        check_invariants(&got, logits.len() / experts, experts, top_k);
+        let (mut want, mut bound, mut decided) = (vec![], vec![], 0);
+        for (logits, ids) in to_f64(logits).chunks(experts).zip(got.ids.chunks(top_k)) {
+            let largest = choice.keys(logits).iter().fold(0.0, |most: f64, key| most.max(key.abs()));
+            if choice.gap(logits, top_k) > 4e-6 * largest {
+                assert_eq!(ids, choice.ids(logits, top_k), "{self:?} of {logits:?}");
+                decided += 1;
+            }
+            want.extend(choice.weights(logits, ids));
+            bound.extend(self.bound(logits, ids));
+        }
+        assert!(2 * decided > logits.len() / experts, "{decided} tokens of {self:?} are decided");
+        within(&got.weights, &want, top_k, |i| bound[i]);
+    }
+}
+
+/// E, k, and groups: how many, and how many of them are open.
+const SIZES: [(usize, usize, (usize, usize)); 8] = [
+    (1, 1, (1, 1)),
+    (3, 2, (3, 2)),
+    (16, 4, (4, 2)),
+    (60, 6, (6, 3)),
+    (256, 8, (8, 4)),
+    (257, 32, (1, 1)),
+    (384, 8, (12, 5)),
+    (1024, 32, (32, 9)),
+];
+
+/// Every score with and without each bias, each kind of groups, and each kind of norm.
+fn every_choice(size: (usize, usize, (usize, usize))) -> Vec<Case> {
+    let (experts, _, (num_groups, top_groups)) = size;
+    let mut cases = vec![];
+    for score in SCORES {
+        for biases in 0..4 {
+            for groups in [None, Some(false), Some(true)] {
+                for normalize in NORMS {
+                    let bias = |bit: u64| if biases >> bit & 1 == 1 { normal(77 + bit, experts, 0.3) } else { vec![] };
+                    let groups = groups.filter(|two| !two || experts / num_groups >= 2);
+                    let groups = groups.map(|two| (num_groups, top_groups, two));
+                    let (epsilon, scale) = if cases.len() % 3 == 0 { (0.0, 1.0) } else { (0.125, 2.5) };
+                    cases.push(Case { score, logit_bias: bias(0), choice_bias: bias(1), groups, normalize, epsilon, scale });
+                }
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn every_choice_on_the_cpu() {
+    let stream = device::cpu(1);
+    for (at, size) in SIZES.into_iter().enumerate() {
+        let (experts, top_k, _) = size;
+        let logits = normal::<f32>(50 + at as u64, 9 * experts, 2.0);
+        every_choice(size).iter().for_each(|case| case.check(&stream, &logits, experts, top_k));
+    }
+}
+
+/// Of the 240 choices a size has some: the first four sizes all of them together.
+#[test]
+fn every_choice_on_a_gpu() {
+    device::each_gpu(|stream| {
+        for (at, size) in SIZES.into_iter().enumerate() {
+            let (experts, top_k, _) = size;
+            let logits = normal::<f32>(50 + at as u64, 3 * experts, 2.0);
+            let step = if experts <= 60 { 4 } else { 24 };
+            every_choice(size).iter().skip(at).step_by(step).for_each(|case| case.check(stream, &logits, experts, top_k));
+        }
+    });
+}
+
+/// More tokens than one block chooses for.
+#[test]
+fn choices_of_many_tokens() {
+    let logits = normal::<f32>(60, 130 * 16, 2.0);
+    device::each_device(|stream| every_choice(SIZES[2]).iter().step_by(97).for_each(|case| case.check(stream, &logits, 16, 4)));
+}
+
+/// All of many experts.
+#[test]
+fn every_expert_is_chosen_once() {
+    let case = Case { score: oracle::router::Score::Sigmoid, ..every_choice(SIZES[5])[0].clone() };
+    device::each_device(|stream| case.check(stream, &normal::<f32>(61, 257, 2.0), 257, 257));
+}
+
+#[test]
+fn goldens_of_families() {
+    use oracle::router::Score::{Sigmoid, Softmax, SoftmaxOverChosen};
+    let file = Goldens::open("ops/router_families.safetensors");
+    let case =
+        |score| Case { score, logit_bias: vec![], choice_bias: vec![], groups: None, normalize: Normalize::None, epsilon: 0.0, scale: 1.0 };
+    let bias = |family: &str| file.float::<f32>(&format!("{family}.bias"));
+    let by_sigmoid = |family, groups, epsilon, scale| Case {
+        choice_bias: bias(family),
+        groups,
+        normalize: Normalize::P(1.0),
+        epsilon,
+        scale,
+        ..case(Sigmoid)
+    };
+    let families = [
+        ("qwen3_moe", Case { normalize: Normalize::P(1.0), ..case(Softmax) }),
+        ("qwen3_moe_nonorm", case(Softmax)),
+        ("granitemoe", case(SoftmaxOverChosen)),
+        ("gpt_oss", Case { logit_bias: bias("gpt_oss"), ..case(SoftmaxOverChosen) }),
+        ("minimax_m2", by_sigmoid("minimax_m2", None, 0.0, 1.0)),
+        ("deepseek_v3", by_sigmoid("deepseek_v3", Some((4, 2, true)), 1e-20, 2.5)),
+        ("glm4_moe", by_sigmoid("glm4_moe", Some((1, 1, true)), 1e-20, 2.5)),
+    ];
+    for (family, case) in families {
+        let (logits, want) = (file.float::<f32>(&format!("{family}.logits")), file.f64(&format!("{family}.weights")));
+        let experts = file.shape(&format!("{family}.logits"))[1];
+        let top_k = file.shape(&format!("{family}.indices"))[1];
+        device::each_device(|stream| {
+            let got = case.run(stream, &logits, experts, top_k);
+            assert_eq!(got.ids, file.u32(&format!("{family}.indices")), "{family}");
+            within(&got.weights, &want, top_k, |_| 1e-6);
+        });
+    }
+}
+
+/// The table of the documentation, a row of logits each.
+#[test]
+fn what_is_no_number_does_to_each_score() {
+    use oracle::router::Score::{Sigmoid, Softmax, SoftmaxOverChosen, SqrtSoftplus};
+    let (nan, inf, none) = (f32::NAN, f32::INFINITY, Normalize::None);
+    let cases: [(oracle::router::Score, [f32; 4], Normalize, [u32; 2], [f32; 2]); 17] = [
+        (Softmax, [-inf, 0.0, -inf, -inf], none, [1, 0], [1.0, 0.0]),
+        (Softmax, [-inf; 4], none, [0, 1], [nan; 2]),
+        (Softmax, [0.0, 0.0, inf, 0.0], none, [2, 0], [nan; 2]),
+        (Softmax, [0.0, nan, 1.0, 0.0], none, [2, 0], [nan; 2]),
+        (Sigmoid, [-inf, 0.0, -inf, -inf], none, [1, 0], [0.5, 0.0]),
+        (Sigmoid, [-inf; 4], none, [0, 1], [0.0; 2]),
+        (Sigmoid, [-inf; 4], Normalize::P(1.0), [0, 1], [nan; 2]),
+        (Sigmoid, [0.0, 0.0, inf, 0.0], none, [2, 0], [1.0, 0.5]),
+        (Sigmoid, [nan, nan, 0.0, nan], none, [2, 0], [0.5, nan]),
+        (Sigmoid, [nan, nan, 0.0, nan], Normalize::P(2.0), [2, 0], [nan; 2]),
+        (SoftmaxOverChosen, [-inf, 0.0, -inf, -inf], none, [1, 0], [1.0, 0.0]),
+        (SoftmaxOverChosen, [-inf; 4], none, [0, 1], [nan; 2]),
+        (SoftmaxOverChosen, [0.0, nan, 0.0, nan], none, [0, 2], [0.5; 2]),
+        (SoftmaxOverChosen, [0.0, nan, nan, nan], none, [0, 1], [nan; 2]),
+        (SqrtSoftplus, [inf, 0.0, -inf, nan], none, [0, 1], [inf, 0.832_554_6]),
+        (SqrtSoftplus, [inf, 0.0, -inf, nan], Normalize::P(1.0), [0, 1], [nan, 0.0]),
+        (SqrtSoftplus, [-inf, nan, nan, nan], none, [0, 1], [0.0, nan]),
+    ];
+    let same = |got: f32, want: f32| got == want || (got - want).abs() < 1e-6 || got.is_nan() && want.is_nan();
+    device::each_device(|stream| {
+        for (score, logits, normalize, ids, weights) in &cases {
+            let case = Case { score: *score, normalize: *normalize, epsilon: 0.0, scale: 1.0, ..every_choice(SIZES[2])[0].clone() };
+            // Alone, and among 1024 experts of which the others are last.
+            for (experts, behind) in [(4, 0.0), (1024, nan)] {
+                let mut row = vec![behind; experts];
+                row[..4].copy_from_slice(logits);
+                if experts > 4 && *score == Softmax {
+                    continue; // one NaN makes all NaN
+                }
+                let got = case.run(stream, &row, experts, 2);
+                assert_eq!(got.ids, ids, "{score:?} of {logits:?}");
+                assert!(got.weights.iter().zip(weights).all(|(got, want)| same(*got, *want)), "{score:?} of {logits:?}: {:?}", got.weights);
+            }
+        }
+        // An epsilon keeps weights that are all zero, and a choice bias that is no number moves its expert
+        // alone.
+        let case = Case { score: Sigmoid, normalize: Normalize::P(3.0), epsilon: 1e-20, scale: 2.0, ..every_choice(SIZES[2])[0].clone() };
+        assert_eq!(case.run(stream, &[-inf; 4], 4, 2).weights, [0.0; 2]);
+        let case = Case { choice_bias: vec![nan, -inf, inf, 0.0], normalize: none, scale: 1.0, ..case };
+        let got = case.run(stream, &[0.0; 4], 4, 4);
+        assert_eq!((got.ids, got.weights), (vec![2, 3, 1, 0], vec![0.5; 4]));
+        // A group of NaN is last, and the lower group first among equals.
+        let case = Case { groups: Some((4, 2, true)), choice_bias: vec![nan, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..case };
+        assert_eq!(case.run(stream, &[0.0; 8], 8, 4).ids, [2, 3, 4, 5]);
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+
+    /// Whatever the bits of logits and biases: distinct ids in range; by biased logits, those of the oracle.
+    #[test]
+    fn any_bits_are_chosen_somehow(
+        (experts, groups, top_k, logits, biases) in (1usize..7, 1usize..6).prop_flat_map(|(size, num_groups)| {
+            let experts = size * num_groups;
+            let row = || prop::collection::vec(any_logit(), experts);
+            let groups = (1..=num_groups, any::<bool>()).prop_map(move |(top, two)| (num_groups, top, two && size > 1));
+            (Just(experts), groups, 1..=size, row(), [row(), row()])
+        }),
+        kind in 0usize..4,
+        options in 0usize..8,
+        norm in 0usize..5,
+        seed: u64,
+    ) {
+        let [logit_bias, choice_bias] = biases;
+        let option = |bit: usize| options >> bit & 1 == 1;
+        let case = Case {
+            score: SCORES[kind],
+            logit_bias: if option(0) { logit_bias } else { vec![] },
+            choice_bias: if option(1) { choice_bias } else { vec![] },
+            groups: option(2).then_some(groups),
+            normalize: NORMS[norm],
+            epsilon: 0.0,
+            scale: 1.0,
+        };
+        device::some_device(seed, |stream| {
+            let got = case.run(stream, &logits, experts, top_k);
+            check_invariants(&got, 1, experts, top_k);
+            let z: Vec<f32> = logits.iter().enumerate().map(|(e, z)| z + case.logit_bias.get(e).unwrap_or(&0.0)).collect();
+            let unbiased = oracle::router::Choice { logit_bias: vec![], ..case.oracle() };
+            if case.choice_bias.is_empty() && !matches!(case.groups, Some((_, _, true))) {
+                assert_eq!(got.ids, unbiased.ids(&to_f64(&z), top_k), "{case:?} of {logits:?}");
+            } else if let Some((num_groups, top_groups, _)) = case.groups {
+                let mut open: Vec<u32> = got.ids.iter().map(|id| id / (experts / num_groups) as u32).collect();
+                open.sort_unstable();
+                open.dedup();
+                assert!(open.len() <= top_groups);
+            }
+        });
+    }
+}
+
+#[test]
+fn choices_are_refused_with_numbers() {
+    let stream = device::cpu(1);
+    let (data, bias) = ([1.0f32; 32], [0.0f32; 16]);
+    let logits = Rows::from_slice(&data, 2, 16).unwrap();
+    let row = |cols| Rows::from_slice(&bias, 1, cols).unwrap();
+    let mut buffers = RoutingBuffers::new(&stream, 2, 5, 16).unwrap();
+    let before = copy(&stream, route(&stream, logits, Normalize::None, &mut buffers).unwrap());
+    let good = Choice::default();
+    let groups = |num_groups, top_groups, by| good.with_groups(Groups::new(num_groups, top_groups, by));
+    let refusals = [
+        (good.with_logit_bias(row(15)), "`logit_bias` must be [1, E] = [1, 16], got [1, 15]"),
+        (good.with_choice_bias(row(15)), "`choice_bias` must be [1, E] = [1, 16], got [1, 15]"),
+        (good.with_epsilon(-1.0), "`epsilon` must be finite and not negative, got -1"),
+        (good.with_epsilon(f32::NAN), "`epsilon` must be finite and not negative, got NaN"),
+        (good.with_scale(f32::INFINITY), "`scale` must be finite, got inf"),
+        (groups(0, 1, GroupScore::Best), "`num_groups` must be between 1 and 32, got 0"),
+        (groups(33, 1, GroupScore::Best), "`num_groups` must be between 1 and 32, got 33"),
+        (groups(5, 1, GroupScore::Best), "`num_groups` must be a divisor of the number of experts, got 5"),
+        (groups(16, 8, GroupScore::TwoBest), "`num_groups` must be at most half the number of experts, which count in pairs, got 16"),
+        (groups(4, 0, GroupScore::Best), "`top_groups` must be between 1 and num_groups, got 0"),
+        (groups(4, 5, GroupScore::Best), "`top_groups` must be between 1 and num_groups, got 5"),
+        (groups(4, 1, GroupScore::Best), "`top_groups` must be enough to hold top_k experts, got 1"),
+    ];
+    for (choice, want) in refusals {
+        let text = route(&stream, logits, choice, &mut buffers).err().expect("a refusal").to_string();
+        assert_eq!(text, format!("router: {want}"));
+    }
+    assert_eq!(copy(&stream, route(&stream, logits, Normalize::None, &mut buffers).unwrap()), before);
 }

@@ -36,3 +36,99 @@ pub fn by_expert(expert_ids: &[u32], num_experts: usize) -> (Vec<u32>, Vec<u32>)
     let offsets = (0..=num_experts).map(|e| expert_ids.iter().filter(|id| (**id as usize) < e).count() as u32).collect();
     (row_to_slot, offsets)
 }
+
+/// What becomes of biased logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Score {
+    Softmax,
+    Sigmoid,
+    SoftmaxOverChosen,
+    SqrtSoftplus,
+}
+
+/// A choice in plain numbers; a bias of no elements is none.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    pub score: Score,
+    pub logit_bias: Vec<f64>,
+    pub choice_bias: Vec<f64>,
+    /// How many groups, how many of them are open, and whether a group's two best count.
+    pub groups: Option<(usize, usize, bool)>,
+    pub p: Option<f64>,
+    pub epsilon: f64,
+    pub scale: f64,
+}
+
+impl Choice {
+    /// `z = logits + logit_bias`.
+    pub fn biased_logits(&self, logits: &[f64]) -> Vec<f64> {
+        added(logits, &self.logit_bias)
+    }
+
+    /// `s = score(z)`; over the chosen, `s = z` until they are chosen.
+    pub fn scores(&self, z: &[f64]) -> Vec<f64> {
+        match self.score {
+            Score::Softmax => softmax(z),
+            Score::Sigmoid => z.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
+            Score::SoftmaxOverChosen => z.to_vec(),
+            Score::SqrtSoftplus => z.iter().map(|z| (z.max(0.0) + (-z.abs()).exp().ln_1p()).sqrt()).collect(),
+        }
+    }
+
+    /// `c = s + choice_bias`; `c = z` where that has the same order, so that no rounding decides.
+    pub fn keys(&self, logits: &[f64]) -> Vec<f64> {
+        let z = self.biased_logits(logits);
+        if self.choice_bias.is_empty() && !self.counts_two() { z } else { added(&self.scores(&z), &self.choice_bias) }
+    }
+
+    fn counts_two(&self) -> bool {
+        matches!(self.groups, Some((_, _, true)))
+    }
+
+    /// Per group the largest `c`, or the sum of the two largest.
+    pub fn group_scores(&self, keys: &[f64], num_groups: usize) -> Vec<f64> {
+        let count = if self.counts_two() { 2 } else { 1 };
+        let best = |group: &[f64]| experts(group, count).iter().map(|e| group[*e as usize]).sum();
+        keys.chunks(keys.len() / num_groups).map(best).collect()
+    }
+
+    /// All experts of the best groups, best first.
+    pub fn open_experts(&self, keys: &[f64]) -> Vec<u32> {
+        let all = experts(keys, keys.len());
+        let Some((num_groups, top_groups, _)) = self.groups else { return all };
+        let open = experts(&self.group_scores(keys, num_groups), top_groups);
+        all.into_iter().filter(|e| open.contains(&(e / (keys.len() / num_groups) as u32))).collect()
+    }
+
+    /// The ids of one token.
+    pub fn ids(&self, logits: &[f64], top_k: usize) -> Vec<u32> {
+        self.open_experts(&self.keys(logits))[..top_k].to_vec()
+    }
+
+    /// The smallest difference that decides something: between neighbours of the chosen and of the open
+    /// groups.
+    pub fn gap(&self, logits: &[f64], top_k: usize) -> f64 {
+        let least = |sorted: Vec<f64>| sorted.windows(2).map(|pair| pair[0] - pair[1]).fold(f64::INFINITY, f64::min);
+        let keys = self.keys(logits);
+        let of_experts = least(self.open_experts(&keys).iter().take(top_k + 1).map(|e| keys[*e as usize]).collect());
+        let of_groups = self.groups.map_or(f64::INFINITY, |(num_groups, top_groups, _)| {
+            let scores = self.group_scores(&keys, num_groups);
+            least(experts(&scores, num_groups).iter().skip(top_groups - 1).take(2).map(|group| scores[*group as usize]).collect())
+        });
+        of_experts.min(of_groups)
+    }
+
+    /// `w = s[ids]`, over its norm plus epsilon, times the scale.
+    pub fn weights(&self, logits: &[f64], ids: &[u32]) -> Vec<f64> {
+        let scores = self.scores(&self.biased_logits(logits));
+        let chosen: Vec<f64> = ids.iter().map(|e| scores[*e as usize]).collect();
+        let chosen = if self.score == Score::SoftmaxOverChosen { softmax(&chosen) } else { chosen };
+        let norm = self.p.map_or(1.0, |p| chosen.iter().map(|w| w.powf(p)).sum::<f64>().powf(1.0 / p) + self.epsilon);
+        chosen.iter().map(|w| w / norm * self.scale).collect()
+    }
+}
+
+/// `x + bias`, `x` where the bias has no elements.
+fn added(x: &[f64], bias: &[f64]) -> Vec<f64> {
+    x.iter().enumerate().map(|(i, x)| x + bias.get(i).unwrap_or(&0.0)).collect()
+}

@@ -94,7 +94,8 @@ impl Groups {
     }
 }
 
-/// How each token's experts are chosen and weighed. The default is DBRX's: a softmax, whose chosen part is scaled to add up to 1.
+/// How each token's experts are chosen and weighed. The default is DBRX's: a softmax, whose chosen part is
+/// scaled to add up to 1.
 ///
 /// The order of operations, for one token:
 ///
@@ -119,7 +120,8 @@ impl Groups {
 /// | DeepSeek-V3, GLM-4.5    | sigmoid               |            | yes         | by two best   | 1         | 1e-20   | 2.5    |
 /// | MiniMax-M2              | sigmoid               |            | yes         |               | 1         |         |        |
 ///
-/// Scales are those of the published configurations. A bias of zeros is a choice bias all the same: it has scores compared, not logits.
+/// Scales are those of the published configurations. A bias of zeros is a choice bias all the same: it has
+/// scores compared, not logits.
 ///
 /// ```
 /// use dropless::router::{Choice, GroupScore, Groups, Score, route};
@@ -231,6 +233,9 @@ impl<'a> Choice<'a> {
 
     /// What a call for `top_k` of `num_experts` experts would refuse.
     pub(crate) fn check(&self, op: Op, num_experts: usize, top_k: usize) -> Result<(), Error> {
+        if top_k > num_experts {
+            return Err(Error::Value { op, arg: "top_k", need: "at most num_experts", got: top_k as f64 });
+        }
         for (arg, bias) in self.biases() {
             check_shape(op, arg, "[1, E]", &[1, num_experts], &bias.dims())?;
         }
@@ -255,7 +260,8 @@ impl<'a> Choice<'a> {
         biases.into_iter().flatten()
     }
 
-    /// Whether scores choose as they are: every score rises with the logit, so that logits choose the same, without roundings.
+    /// Whether scores choose as they are: every score rises with the logit, so that logits choose the same,
+    /// without roundings.
     pub(super) fn compares_logits(&self) -> bool {
         self.choice_bias.is_none() && self.groups.is_none_or(|groups| groups.by == GroupScore::Best)
     }

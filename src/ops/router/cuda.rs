@@ -1,10 +1,11 @@
-//! CUDA backend of `router`: the table of its kernels, and their launches. Callers have checked shapes and alignment.
+//! CUDA backend of `router`: the table of its kernels, and their launches. Callers have checked shapes and
+//! alignment.
 //!
-//! | form    | serves                                                 | launches                          |
-//! |---------|--------------------------------------------------------|-----------------------------------|
+//! | form    | serves                                                                 | launches                           |
+//! |---------|------------------------------------------------------------------------|------------------------------------|
 //! | `plain` | a softmax without biases, groups, epsilon and scale, up to 256 experts | one for up to 128 tokens, else two |
-//! | `any`   | every choice, up to 256 experts                        | one for up to 128 tokens, else two |
-//! | `wide`  | every choice, up to 1024 experts                       | two                               |
+//! | `any`   | every choice, up to 256 experts                                        | one for up to 128 tokens, else two |
+//! | `wide`  | every choice, up to 1024 experts                                       | two                                |
 #![allow(unsafe_code)] // the launches
 
 pub(super) mod given;
@@ -31,10 +32,10 @@ pub enum Key {
     Choose(Choices),
     /// The maps, from the experts.
     Index,
-    /// Both in one block.
-    Route(Choices),
-    /// The maps of experts that were chosen elsewhere.
+    /// The maps, from ids that were decided elsewhere.
     Given,
+    /// Experts, weights and maps in one block.
+    Route(Choices),
 }
 
 /// Which choices a kernel serves, and of how many experts.
@@ -69,9 +70,9 @@ pub static KERNELS: &[Kernel<Key>] = &[
     choose("router_choose_any", Choices::Any, "any"),
     choose("router_choose_wide", Choices::Wide, "wide"),
     one_block("router_index", Key::Index, "plain"),
+    one_block("router_given", Key::Given, "plain"),
     one_block("router_route", Key::Route(Choices::Plain), "plain"),
     one_block("router_route_any", Key::Route(Choices::Any), "any"),
-    one_block("router_given", Key::Given, "plain"),
 ];
 
 const fn logits_of(entry: &'static str, dtype: DType) -> Kernel<Key> {
@@ -88,13 +89,17 @@ const fn one_block(entry: &'static str, key: Key, form: &'static str) -> Kernel<
     Kernel { form, threads: 1024, ..Kernel::new(&image::ROUTER, entry, key, ROUTING) }
 }
 
-/// What the kernel `logits` needs beyond the contract.
-pub(super) fn one_type<A: Float>(weight: DType) -> Result<(), Error> {
-    of_logits::<A>(weight).map(|_| ())
+fn one_block_grid(kernel: &Kernel<Key>) -> Grid {
+    Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 }
 }
 
-fn of_logits<A: Float>(weight: DType) -> Result<&'static Kernel<Key>, Error> {
-    find(Op::Router, KERNELS, Key::Logits, Types { x: A::DTYPE, w: weight, y: DType::F32 }, |_| true)
+/// What the kernel `logits` needs beyond the contract.
+pub(super) fn check<A: Float>(op: Op, weight: DType) -> Result<(), Error> {
+    of_logits::<A>(op, weight).map(|_| ())
+}
+
+fn of_logits<A: Float>(op: Op, weight: DType) -> Result<&'static Kernel<Key>, Error> {
+    find(op, KERNELS, Key::Logits, Types { x: A::DTYPE, w: weight, y: DType::F32 }, |_| true)
 }
 
 pub(super) fn logits<A: Float>(
@@ -118,7 +123,7 @@ pub(super) fn logits<A: Float>(
         weight_stride: weight.stride() as i64,
         logits_stride: logits.stride() as i64,
     };
-    let (cuda, kernel) = (stream.cuda(), of_logits::<A>(weight.dtype())?);
+    let (cuda, kernel) = (stream.cuda(), of_logits::<A>(Op::Router, weight.dtype())?);
     let tiles = num_tokens.div_ceil(TOKENS as usize) * num_experts.div_ceil(EXPERTS as usize);
     let grid = cuda.grid(tiles as u64, 1, kernel.threads);
     // SAFETY: `LogitsParams` is the struct of these entries; `x` and `weight` have `d_model` columns, `logits` a row per token and a
@@ -140,22 +145,21 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>,
     };
     let (cuda, choices) = (stream.cuda(), choices(choice, num_experts));
     let kernel = |key| find(Op::Router, KERNELS, key, ROUTING, |_| true);
-    let one_block = |kernel: &Kernel<Key>| Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 };
     if num_tokens <= MAX_ROUTE_TOKENS && choices != Choices::Wide {
         let kernel = kernel(Key::Route(choices))?;
         // SAFETY: as of the two kernels below, of which this is one after the other.
-        return unsafe { cuda.launch_kernel(Op::Router, kernel, one_block(kernel), &RouteParams { choose, index }) };
+        return unsafe { cuda.launch_kernel(Op::Router, kernel, one_block_grid(kernel), &RouteParams { choose, index }) };
     }
     let first = kernel(Key::Choose(choices))?;
     let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS.into(), first.threads);
-    // SAFETY: `ChooseParams` is the struct of these entries; `logits` has a row per token and as many columns as the entry serves, a
-    // bias as many; the parts are packed `[T, k]`; all are on this stream's device and stay valid until the work completes: buffers
-    // are freed in stream order, raw views promise it.
+    // SAFETY: `ChooseParams` is the struct of these entries; `logits` has a row per token and as many columns
+    // as the entry serves, a bias as many; the parts are packed `[T, k]`; all are on this stream's device and
+    // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
     unsafe { cuda.launch_kernel(Op::Router, first, grid, &choose)? };
     let second = kernel(Key::Index)?;
     // SAFETY: `IndexParams` is the struct of this entry; the ids are those that `choose` wrote, below the number of experts; the maps
     // have an element per id, `offsets` one per expert and one more.
-    unsafe { cuda.launch_kernel(Op::Router, second, one_block(second), &index) }
+    unsafe { cuda.launch_kernel(Op::Router, second, one_block_grid(second), &index) }
 }
 
 /// The kernels that serve the choice.

@@ -1,9 +1,8 @@
 //! CUDA launch of `router::index`. Callers have checked the shapes.
 #![allow(unsafe_code)] // the launch
 
-use super::{KERNELS, Key, ROUTING};
+use super::{KERNELS, Key, ROUTING, one_block_grid};
 use crate::device::Stream;
-use crate::device::cuda::Grid;
 use crate::device::kernel::find;
 use crate::device::params::{GivenParams, IndexParams};
 use crate::error::{Error, Op};
@@ -39,10 +38,9 @@ pub(in crate::ops::router) fn given(
         },
     };
     let kernel = find(Op::Router, KERNELS, Key::Given, ROUTING, |_| true)?;
-    let one_block = Grid { blocks: [1, 1, 1], threads: kernel.threads, shared_bytes: 0, cluster: 1 };
     // SAFETY: `GivenParams` is the struct of this entry; ids and weights are `[T, k]` at these strides, the parts are packed `[T, k]`, the maps
     // have an element per id and `offsets` one per expert and one more; whatever the ids are, rows are given to those below the number of
     // experts alone. All are on this stream's device and stay valid until the work completes: buffers are freed in stream order, raw views
     // promise it.
-    unsafe { stream.cuda().launch_kernel(Op::Router, kernel, one_block, &params) }
+    unsafe { stream.cuda().launch_kernel(Op::Router, kernel, one_block_grid(kernel), &params) }
 }
