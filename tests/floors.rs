@@ -16,8 +16,18 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Modules that may hold unsafe code, each for the reason it states beside its `allow`.
-const UNSAFE_ALLOWED: &[&str] =
-    &["simd", "device", "view", "layout/experts", "layout/expert_weights", "layout/kv", "layout/tokens", "interop", "ops/*/cuda"];
+const UNSAFE_ALLOWED: &[&str] = &[
+    "simd",
+    "device",
+    "view",
+    "layout/experts",
+    "layout/expert_weights",
+    "layout/kv",
+    "layout/rope",
+    "layout/tokens",
+    "interop",
+    "ops/*/cuda",
+];
 
 fn sources() -> Vec<(String, String)> {
     let root = dropless_kit::goldens::root().join("src");
