@@ -338,7 +338,7 @@ impl Bench<'_> {
 
         let mut logits = Buffer::<f32>::zeros(stream, tokens * num_experts)?;
         router::logits(stream, x()?, model.router()?, &mut logits.rows_mut(tokens, num_experts)?)?;
-        let routing = router::route(stream, logits.rows(tokens, num_experts)?, model.shape.normalize, &mut buffers)?;
+        let routing = router::route(stream, logits.rows(tokens, num_experts)?, weights.choice, &mut buffers)?;
         let (ids, slots) = (routing.expert_ids().to_vec(stream)?, routing.row_to_slot().to_vec(stream)?);
         let offsets = routing.offsets().to_vec(stream)?;
         let owner = |row: usize| offsets.partition_point(|offset| *offset as usize <= row) - 1;

@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(128) block_sparse_arrange(const __g
                 p.col_ids[begin + i] = e.col + i;
             }
             if (threadIdx.x == 0) {
-                p.row_starts[row] = e.rows ? e.first_row + (row - e.row) * uint32_t(p.block) : uint32_t(p.rows);
+                p.row_starts[row] = e.rows ? e.first_row + (row - e.row) * uint32_t(p.block) : e.first_row; // behind the last expert: its end
                 p.row_offsets[row] = begin;
             }
         } else {

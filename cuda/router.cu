@@ -1,10 +1,10 @@
 // router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert;
 // route: choose and index at once, for few tokens
 //
-// Contract  src/ops/router.rs has checked shapes, dtypes, E <= 256 for choose and index, and that rows of x and weight begin on 16 bytes.
+// Contract  src/ops/router.rs has checked shapes, dtypes, groups, E <= 256 for all but choose_wide, and that rows of x and weight begin on 16 bytes.
 // Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index and route: one block, each warp a range of slots.
 // Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R. R = T * k.
-// Order     every sum's order follows from D or E alone; index is a stable counting sort without atomics: same ids, same maps.
+// Order     every sum's order follows from D, E or k alone; index is a stable counting sort without atomics: same ids, same maps.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
 #include "common/ptx/launch.cuh"
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f1
 
 // ---- choose
 
-enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, CHOOSE_WARPS = 4 };
+enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, WIDE_PER_LANE = 1024 / 32, CHOOSE_WARPS = 4 };
 
 template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& p) {
     for (int64_t token = int64_t(blockIdx.x) * WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * WARPS) {
@@ -125,36 +125,189 @@ template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& 
     }
 }
 
+// What every form but that for plain softmax does. Floats are ordered as integers: NaN below -inf, -0 = +0. CLOSED is below all: no expert, one
+// whose group is not open, or one already chosen.
+
+enum : uint32_t { CLOSED = 0, ORDER_OF_NAN = 1 };
+
+__device__ __forceinline__ uint32_t order_of(float value) {
+    const uint32_t bits = __float_as_uint(value + 0.0f); // -0 becomes +0
+    return value != value ? ORDER_OF_NAN : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float value_of(uint32_t order) {
+    return order == ORDER_OF_NAN ? __uint_as_float(0x7fffffffu) : __uint_as_float(order ^ (order >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+__device__ __forceinline__ float biased_logit(const ChooseParams& p, const float* logits, uint32_t expert) {
+    return p.logit_bias ? logits[expert] + p.logit_bias[expert] : logits[expert];
+}
+
+// `largest` and `sum` are those of the softmax.
+__device__ __forceinline__ float score(const ChooseParams& p, float z, float largest, float sum) {
+    if (p.score == SCORE_SQRT_SOFTPLUS) return sqrtf(fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))));
+    const bool  is_sigmoid = p.score == SCORE_SIGMOID;
+    const float power = expf(is_sigmoid ? -z : z - largest);
+    return (is_sigmoid ? 1.0f : power) / (is_sigmoid ? 1.0f + power : sum);
+}
+
+// Closes the experts of all but the best groups, the lower group first among equals. Lane i holds those of expert j * 32 + i.
+template <int PER_LANE> __device__ __forceinline__ void close_groups(const ChooseParams& p, uint32_t (&orders)[PER_LANE]) {
+    const uint32_t size = uint32_t(p.num_experts) / p.num_groups;
+    uint32_t       mine = CLOSED; // the order of the group of this lane's number
+#pragma unroll 1
+    for (uint32_t group = 0; group < p.num_groups; group++) {
+        uint32_t best = 0, second = 0;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++) {
+            const uint32_t order = j * 32 + lane() - group * size < size ? orders[j] : 0; // what lies before the group wraps
+            second = max(second, min(best, order));
+            best = max(best, order);
+        }
+        const uint32_t first = __reduce_max_sync(FULL_WARP, best);
+        float          value = value_of(first);
+        if (p.two_best) {
+            const uint32_t holders = __ballot_sync(FULL_WARP, best == first);
+            value += value_of(__reduce_max_sync(FULL_WARP, lane() == __ffs(holders) - 1 ? second : best));
+        }
+        if (lane() == group) mine = order_of(value);
+    }
+    uint32_t open = 0;
+#pragma unroll 1
+    for (uint32_t i = 0; i < p.top_groups; i++) {
+        const uint32_t holders = __ballot_sync(FULL_WARP, mine == __reduce_max_sync(FULL_WARP, mine));
+        const uint32_t group = __ffs(holders) - 1;
+        if (lane() == group) mine = CLOSED;
+        open |= 1u << group;
+    }
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+        const uint32_t group = (j * 32 + lane()) / size;
+        if (group >= 32 || (open >> group & 1) == 0) orders[j] = CLOSED;
+    }
+}
+
+// The best expert that is not closed, the lower index first among equals. Closes it.
+template <int PER_LANE> __device__ __forceinline__ uint32_t take_best(uint32_t (&orders)[PER_LANE]) {
+    uint32_t best = CLOSED, first = ~0u;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) best = max(best, orders[j]);
+    best = __reduce_max_sync(FULL_WARP, best);
+#pragma unroll
+    for (int j = PER_LANE - 1; j >= 0; j--)
+        if (orders[j] == best) first = j * 32 + lane();
+    first = __reduce_min_sync(FULL_WARP, first);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        if (j * 32 + lane() == first) orders[j] = CLOSED;
+    return first;
+}
+
+// The weights of a token. Lane i has written the biased logits of the choices i, i + 32, ... there, and reads no others.
+__device__ __forceinline__ void weigh(const ChooseParams& p, float* weights, float largest, float sum) {
+    if (p.score == SCORE_SOFTMAX_OVER_CHOSEN) {
+        largest = -infinity(), sum = 0.0f;
+        for (int64_t s = lane(); s < p.top_k; s += 32) largest = fmaxf(largest, weights[s]);
+        largest = warp_max(largest);
+        for (int64_t s = lane(); s < p.top_k; s += 32) sum += expf(weights[s] - largest);
+        sum = warp_sum(sum);
+    }
+    float total = 0.0f, largest_weight = 0.0f;
+    for (int64_t s = lane(); s < p.top_k; s += 32) {
+        const float weight = score(p, weights[s], largest, sum);
+        weights[s] = weight;
+        total += weight;
+        largest_weight = fmaxf(largest_weight, weight);
+    }
+    float norm = 1.0f;
+    if (p.normalize) {
+        norm = warp_sum(total);
+        largest_weight = warp_max(largest_weight);
+        if (p.norm_p != 1.0f && largest_weight > 0.0f) {
+            // The largest taken out, so that no power under- or overflows.
+            float powers = 0.0f;
+            for (int64_t s = lane(); s < p.top_k; s += 32) powers += powf(weights[s] / largest_weight, p.norm_p);
+            norm = largest_weight * powf(warp_sum(powers), 1.0f / p.norm_p);
+        }
+        norm += p.epsilon;
+    }
+    for (int64_t s = lane(); s < p.top_k; s += 32) weights[s] = weights[s] / norm * p.scale;
+}
+
+template <int WARPS, int PER_LANE> __device__ __forceinline__ void choose_any(const ChooseParams& p) {
+    for (int64_t token = int64_t(blockIdx.x) * WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * WARPS) {
+        const float* logits = p.logits + token * p.logits_stride;
+        uint32_t*    ids = p.expert_ids + token * p.top_k;
+        float*       weights = p.weights + token * p.top_k;
+
+        float largest = -infinity(), sum = 0.0f;
+        if (p.score == SCORE_SOFTMAX) {
+            for (uint32_t expert = lane(); expert < p.num_experts; expert += 32) largest = fmaxf(largest, biased_logit(p, logits, expert));
+            largest = warp_max(largest);
+            for (uint32_t expert = lane(); expert < p.num_experts; expert += 32) sum += expf(biased_logit(p, logits, expert) - largest);
+            sum = warp_sum(sum);
+        }
+
+        uint32_t orders[PER_LANE];
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++) {
+            const uint32_t expert = j * 32 + lane();
+            orders[j] = CLOSED;
+            if (expert < p.num_experts) {
+                float key = biased_logit(p, logits, expert);
+                if (!p.by_logit && p.score != SCORE_SOFTMAX_OVER_CHOSEN) key = score(p, key, largest, sum);
+                if (p.choice_bias) key += p.choice_bias[expert];
+                orders[j] = order_of(key);
+            }
+        }
+        if (p.num_groups) close_groups(p, orders);
+
+#pragma unroll 1
+        for (int s = 0; s < p.top_k; s++) {
+            const uint32_t id = take_best(orders);
+            if (lane() == s % 32) {
+                ids[s] = id;
+                weights[s] = biased_logit(p, logits, id);
+            }
+        }
+        weigh(p, weights, largest, sum);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose(const __grid_constant__ ChooseParams p) { await_previous_launch(); choose<CHOOSE_WARPS>(p); }
+extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose_any(const __grid_constant__ ChooseParams p) { await_previous_launch(); choose_any<CHOOSE_WARPS, EXPERTS_PER_LANE>(p); }
+extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose_wide(const __grid_constant__ ChooseParams p) { await_previous_launch(); choose_any<CHOOSE_WARPS, WIDE_PER_LANE>(p); }
 
 // ---- index
 
-enum : int { INDEX_WARPS = 32 };
+enum : int { INDEX_WARPS = 32, COUNTERS = INDEX_WARPS * 256, MOST_EXPERTS = 1024 };
 
 __device__ __forceinline__ void index(const IndexParams& p) {
-    __shared__ uint32_t next[INDEX_WARPS][MAX_EXPERTS]; // first a warp's count of each expert, then the next row it gives out
-    __shared__ uint32_t count[MAX_EXPERTS];
+    __shared__ uint32_t next[COUNTERS]; // of a warp and an expert: first how many slots there are, then the next row that is given out
+    __shared__ uint32_t count[MOST_EXPERTS];
     const uint32_t      num_experts = uint32_t(p.num_experts), rows = uint32_t(p.rows);
-    const uint32_t      share = ((rows + INDEX_WARPS - 1) / INDEX_WARPS + 31) / 32 * 32; // slots of a warp
-    const uint32_t      begin = min(rows, warp() * share), end = min(rows, begin + share);
+    const uint32_t      warps = min(uint32_t(INDEX_WARPS), COUNTERS / num_experts);  // as many as have counters; the others have no slots
+    const uint32_t      share = ((rows + warps - 1) / warps + 31) / 32 * 32;         // slots of a warp
+    const uint32_t      begin = min(rows, warp() * share), end = warp() < warps ? min(rows, begin + share) : begin;
     const uint32_t      lanes_before = (1u << lane()) - 1;
+    uint32_t* const     mine = next + (warp() < warps ? warp() * num_experts : 0);
 
-    for (uint32_t e = lane(); e < num_experts; e += 32) next[warp()][e] = 0;
+    if (warp() < warps)
+        for (uint32_t e = lane(); e < num_experts; e += 32) mine[e] = 0;
     __syncwarp();
     for (uint32_t base = begin; base < end; base += 32) {
         const bool     inside = base + lane() < end;
         const uint32_t id = inside ? p.expert_ids[base + lane()] : ~0u;
         const uint32_t alike = __match_any_sync(FULL_WARP, id); // lanes with the same expert; the first of them counts
-        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        if (id < num_experts && (alike & lanes_before) == 0) mine[id] += __popc(alike);
         __syncwarp();
     }
     __syncthreads();
 
     for (uint32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
         uint32_t rows_before = 0;
-        for (int w = 0; w < INDEX_WARPS; w++) {
-            const uint32_t of_warp = next[w][e];
-            next[w][e] = rows_before;
+        for (uint32_t w = 0; w < warps; w++) {
+            const uint32_t of_warp = next[w * num_experts + e];
+            next[w * num_experts + e] = rows_before;
             rows_before += of_warp;
         }
         count[e] = rows_before;
@@ -165,14 +318,14 @@ __device__ __forceinline__ void index(const IndexParams& p) {
     if (warp() == 0) {
         uint32_t rows_before = 0;
         for (uint32_t base = 0; base < num_experts; base += 32) {
-            const uint32_t e = base + lane(), mine = e < num_experts ? count[e] : 0;
-            uint32_t       upto = mine;
+            const uint32_t e = base + lane(), of_expert = e < num_experts ? count[e] : 0;
+            uint32_t       upto = of_expert;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const uint32_t lower = __shfl_up_sync(FULL_WARP, upto, step);
                 if (lane() >= step) upto += lower;
             }
-            if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - mine;
+            if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - of_expert;
             rows_before += __shfl_sync(FULL_WARP, upto, 31);
         }
         if (lane() == 0) p.offsets[num_experts] = rows_before;
@@ -184,22 +337,45 @@ __device__ __forceinline__ void index(const IndexParams& p) {
         const bool     inside = slot < end;
         const uint32_t id = inside ? p.expert_ids[slot] : ~0u;
         const uint32_t alike = __match_any_sync(FULL_WARP, id);
-        if (inside) {
-            const uint32_t row = count[id] + next[warp()][id] + __popc(alike & lanes_before);
+        if (id < num_experts) {
+            const uint32_t row = count[id] + mine[id] + __popc(alike & lanes_before);
             p.row_to_slot[row] = slot;
             p.slot_to_row[slot] = row;
-        }
+        } else if (inside) p.slot_to_row[slot] = NOWHERE;
         __syncwarp();
-        if (inside && (alike & lanes_before) == 0) next[warp()][id] += __popc(alike);
+        if (id < num_experts && (alike & lanes_before) == 0) mine[id] += __popc(alike);
         __syncwarp();
     }
 }
 
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_index(const __grid_constant__ IndexParams p) { await_previous_launch(); index(p); }
 
+// Of a token's ids the first of each counts: a second one would let an expert own more rows than there are tokens.
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_given(const __grid_constant__ GivenParams p) {
+    await_previous_launch();
+    for (int64_t slot = threadIdx.x; slot < p.index.rows; slot += blockDim.x) {
+        const int64_t   token = slot / p.top_k, choice = slot % p.top_k;
+        const uint32_t* ids = p.ids + token * p.ids_stride;
+        const uint32_t  id = ids[choice] - p.first_expert; // wraps to beyond num_experts below the first
+        bool            here = id < p.index.num_experts;
+        for (int64_t before = 0; here && before < choice; before++) here = ids[before] != ids[choice];
+        p.out_ids[slot] = here ? id : NOWHERE;
+        p.out_weights[slot] = p.weights[token * p.weights_stride + choice];
+    }
+    __syncthreads(); // every id is written
+    index(p.index);
+}
+
 extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route(const __grid_constant__ RouteParams p) {
     await_previous_launch();
     choose<INDEX_WARPS>(p.choose);
+    __syncthreads(); // every id is written
+    index(p.index);
+}
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route_any(const __grid_constant__ RouteParams p) {
+    await_previous_launch();
+    choose_any<INDEX_WARPS, EXPERTS_PER_LANE>(p.choose);
     __syncthreads(); // every id is written
     index(p.index);
 }

@@ -101,6 +101,9 @@ pub enum Error {
     /// An index or count is outside its range.
     #[allow(missing_docs)]
     Index { op: Op, arg: &'static str, at: usize, got: u64, bound: u64 },
+    /// An element is less than the one before it.
+    #[allow(missing_docs)]
+    Decreases { op: Op, arg: &'static str, at: usize, got: u64, least: u64 },
     /// A scalar argument is outside its range.
     #[allow(missing_docs)]
     Value { op: Op, arg: &'static str, need: &'static str, got: f64 },
@@ -179,7 +182,8 @@ impl Error {
 
     /// True where this machine, this device or this build does not serve a valid request, so that an engine
     /// keeps its own way of computing it. As a [refusal](Error::is_refusal) it wrote nothing; where no device
-    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something else.
+    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something
+    /// else.
     ///
     /// ```
     /// # #[cfg(feature = "cuda")] {
@@ -243,6 +247,9 @@ impl fmt::Display for Error {
                 write!(f, "{op}: {what} {got} is not supported here; supported: {supported}")
             }
             Error::Index { op, arg, at, got, bound } => write!(f, "{op}: `{arg}[{at}]` is {got}, must be < {bound}"),
+            Error::Decreases { op, arg, at, got, least } => {
+                write!(f, "{op}: `{arg}[{at}]` is {got}, must be at least {least}, as its predecessor")
+            }
             Error::Value { op, arg, need, got } => write!(f, "{op}: `{arg}` must be {need}, got {got}"),
             Error::Duplicate { op, arg, token, id } => write!(f, "{op}: `{arg}` names expert {id} twice for token {token}"),
             Error::Order { op, arg, at, got, after } => write!(f, "{op}: `{arg}[{at}]` is {got:?}, must come after {after:?}"),

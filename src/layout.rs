@@ -4,27 +4,27 @@
 //! |---|---|
 //! | [`HeadLayout`] | at least one KV head, and every KV head serves the same number of query heads |
 //! | [`TokenIds`] | every id is below a bound |
-//! | [`ExpertWeights`] | E matrices of one shape, at fixed strides |
-//! | [`ExpertRows`] | offsets begin at 0, do not decrease, end at the number of rows |
+//! | [`ExpertWeights`] | E matrices of one shape, one type and one row stride |
+//! | [`ExpertRows`] | offsets begin at 0, do not decrease, end at the number of rows or below |
 //! | [`Routing`] | distinct experts per token; the row maps are inverse permutations that agree with the offsets |
 //! | [`RopeTable`] | cosines and sines for every position below its length |
 //! | [`KvCache`] | no sequence is longer than its pages |
 //! | [`Topology`] | blocks lie inside the matrix, each place at most once; both orders of the index agree |
 
+mod expert_rows;
 mod expert_weights;
-mod experts;
 mod kv;
 mod rope;
 mod routing;
 mod tokens;
 mod topology;
 
+pub use self::expert_rows::ExpertRows;
 pub use self::expert_weights::{ExpertWeights, WeightOrder};
-pub use self::experts::ExpertRows;
 pub(crate) use self::kv::{HostPages, HostPool};
 pub use self::kv::{KvCache, KvLayer, KvLayerMut, KvLayout, KvPageSizes, KvPages, KvShape};
 pub use self::rope::RopeTable;
-pub use self::routing::{MAX_EXPERTS, Routing, RoutingBuffers};
+pub use self::routing::{MAX_EXPERTS, NOWHERE, Routing, RoutingBuffers};
 pub(crate) use self::routing::{RoutingParts, index_slots};
 pub use self::tokens::TokenIds;
 #[cfg(feature = "cuda")]

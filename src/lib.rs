@@ -33,13 +33,18 @@
 //! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w` | memory |
 //! | [`rope`] | `clip_rotate_append` | clip q, k, v; rotate q, k; write k, v into the cache | memory |
 //! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads | compute, memory |
-//! | [`router`] | `logits`, `route` | softmax over experts, top-k, p-norm, and the permutation that follows | latency |
-//! | [`permute`] | `gather`, `combine` | rows into expert order; weighted sum back, in slot order | memory |
-//! | [`grouped_gemm`] | `nt`, `nn`, `glu_nt` | one product per expert, any number of rows each | compute, memory |
+//! | [`router`] | `logits`, `route`, `index` | scores of experts, top-k, norms, and the permutation that follows | latency |
+//! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
+//! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
-//! | [`glu`] | `glu` | `silu(gate) * up` | memory |
+//! | [`glu`] | `glu`, `gated` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax` | greedy choice | memory |
-//! | [`moe`] | `forward` | route, `glu_nt`, `nn`, combine, in one workspace | compute, memory |
+//! | [`moe`] | `forward`, `route`, `experts`, `forward_routed` | the layer in one workspace, and its steps | compute, memory |
+//!
+//! # Inside an engine
+//!
+//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and others, and keeps
+//! its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
 //!
 //! # Promises
 //!
@@ -59,7 +64,7 @@
 //! | `half` | no | the types of the crate `half` are elements, used where they lie; [`Bf16`] and [`F16`] convert from and to them |
 //! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
 //! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
-//! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16 to 0.19) |
+//! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16.1 to 0.19) |
 //! | `text` | no | the DBRX example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |

@@ -21,8 +21,8 @@ use crate::dtype::Float;
 use crate::epilogue::{Bias, Epilogue, GluEpilogue};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
-pub use crate::ops::permute::combine;
-use crate::ops::router::Normalize;
+pub use crate::ops::permute::{Base, combine, combine_onto};
+use crate::ops::router::Choice;
 use crate::ops::{grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
@@ -40,20 +40,20 @@ pub struct Shape {
     pub num_experts: usize,
     /// k, the experts of one token.
     pub top_k: usize,
-    /// How the weights of a token's experts are scaled.
-    pub normalize: Normalize,
+    /// Columns between the two halves of a shared expert, which every token goes to; 0 for none.
+    pub shared_d_ffn: usize,
 }
 
 impl Shape {
-    /// Of a layer in which each token goes to `top_k` of `num_experts`, with weights that add up to 1.
+    /// Of a layer in which each token goes to `top_k` of `num_experts`.
     pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
-        Shape { d_model, d_ffn, num_experts, top_k, normalize: Normalize::P(1.0) }
+        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0 }
     }
 
-    /// With weights scaled otherwise.
+    /// With a shared expert of this width.
     #[must_use]
-    pub const fn with_normalize(self, normalize: Normalize) -> Shape {
-        Shape { normalize, ..self }
+    pub const fn with_shared(self, shared_d_ffn: usize) -> Shape {
+        Shape { shared_d_ffn, ..self }
     }
 }
 
@@ -70,23 +70,27 @@ pub struct Plan<A> {
 impl<A: Float> Plan<A> {
     /// # Errors
     ///
-    /// [`Error::Value`] unless `1 <= top_k <= num_experts`, or if a norm's `p` is not positive and finite;
-    /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
+    /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given); [`Error::TooLarge`] beyond 1024
+    /// experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, normalize } = shape;
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
         // So that they can be rounded up; no matrix is as wide.
         checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
         checked_product(Op::Moe, "d_ffn", &[d_ffn], isize::MAX as usize)?;
-        if top_k == 0 || top_k > num_experts {
-            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "between 1 and num_experts", got: top_k as f64 });
+        checked_product(Op::Moe, "shared_d_ffn", &[shared_d_ffn], isize::MAX as usize)?;
+        if top_k == 0 {
+            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at least 1", got: 0.0 });
         }
-        normalize.check(Op::Moe)?;
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
+        let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
         let parts = [
             Workspace::bytes_for::<f32>(Op::Moe, max_tokens, num_experts)?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_ffn))?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_model))?,
+            Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(shared_d_ffn))?,
+            Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(d_model))?,
+            Workspace::bytes_for::<f32>(Op::Moe, shared_tokens, 1)?,
         ];
         let total = parts.iter().map(|bytes| *bytes as u128).sum::<u128>();
         let limit = isize::MAX as u128;
@@ -143,6 +147,39 @@ pub struct Experts<'a> {
     pub down: ExpertWeights<'a>,
     /// `[E, D]`, added to each output row.
     pub down_bias: Option<Bias<'a>>,
+    /// An expert that every token goes to besides; its width is [`Shape::shared_d_ffn`].
+    pub shared: Option<Shared<'a>>,
+}
+
+/// An expert that every token goes to: a dense layer, added to the sum of the others.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Shared<'a> {
+    /// Its first half, matrices `[1, Fs, D]`.
+    pub hidden: Hidden<'a>,
+    /// Its second half, `[1, D, Fs]` in order [`Nk`](crate::layout::WeightOrder::Nk), or `[1, Fs, D]` in order [`Kn`](crate::layout::WeightOrder::Kn).
+    pub down: ExpertWeights<'a>,
+    /// `[1, D]`: a token's row is multiplied by `sigmoid(gate . x)`, as Qwen2-MoE does; without, by 1.
+    pub gate: Option<WeightRows<'a>>,
+}
+
+impl<'a> Shared<'a> {
+    /// `silu(x gate^T) * (x up^T)`, then `down`, each of one expert.
+    pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Shared<'a> {
+        let epilogue = GluEpilogue::default();
+        Shared { hidden: Hidden::Gated { gate, up, epilogue }, down, gate: None }
+    }
+
+    /// With a factor `sigmoid(gate . x)` for each token.
+    #[must_use]
+    pub fn with_gate(self, gate: impl Into<WeightRows<'a>>) -> Shared<'a> {
+        Shared { gate: Some(gate.into()), ..self }
+    }
+
+    /// Its halves as experts, of whom there is one.
+    fn halves(&self) -> Experts<'a> {
+        Experts { hidden: self.hidden, down: self.down, down_bias: None, shared: None }
+    }
 }
 
 /// The first half of an expert.
@@ -172,13 +209,13 @@ impl<'a> Experts<'a> {
     /// [`ExpertWeights::interleaved`].
     pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
         let epilogue = GluEpilogue::default();
-        Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None }
+        Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None, shared: None }
     }
 
     /// `activation(x up^T)`, then `down`.
     pub fn plain(up: ExpertWeights<'a>, activation: Activation, down: ExpertWeights<'a>) -> Experts<'a> {
         let epilogue = Epilogue::default().with_activation(activation);
-        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None }
+        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None, shared: None }
     }
 
     /// With biases or another gate; nothing changes where there is no gate.
@@ -194,6 +231,12 @@ impl<'a> Experts<'a> {
     #[must_use]
     pub fn with_down_bias(self, bias: Bias<'a>) -> Experts<'a> {
         Experts { down_bias: Some(bias), ..self }
+    }
+
+    /// With an expert that every token goes to; the plan's shape has its width ([`Shape::with_shared`]).
+    #[must_use]
+    pub fn with_shared(self, shared: Shared<'a>) -> Experts<'a> {
+        Experts { shared: Some(shared), ..self }
     }
 
     /// Every matrix of the first half by its name.
@@ -214,6 +257,19 @@ impl<'a> Experts<'a> {
 
     /// Everything that the products would refuse.
     fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
+        self.check_halves::<A>(stream, shape)?;
+        let Some(shared) = self.shared else {
+            return check_shape(Op::Moe, "shared", "[Fs]", &[shape.shared_d_ffn], &[0]);
+        };
+        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1))?;
+        let Some(gate) = shared.gate else { return Ok(()) };
+        check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
+        kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
+        kernels_need!(stream, router::check_kernels::<A>(gate.dtype()));
+        Ok(())
+    }
+
+    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = *shape;
         for (arg, w) in self.first_half().into_iter().flatten() {
             check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), w.n(), w.k()])?;
@@ -243,10 +299,13 @@ impl<'a> Experts<'a> {
         Ok(())
     }
 
-    fn accesses(&self) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+    fn accesses(&self) -> Box<dyn Iterator<Item = (&'static str, Access<'a>)> + 'a> {
         let matrices = self.first_half().into_iter().flatten().chain([("down", self.down)]);
         let matrices = matrices.flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
-        matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())))
+        let own = matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())));
+        let gate = self.shared.and_then(|shared| shared.gate).map(|gate| ("shared gate", gate.access()));
+        let shared: Vec<_> = self.shared.map_or(Vec::new(), |shared| shared.halves().accesses().collect());
+        Box::new(own.chain(shared).chain(gate))
     }
 }
 
@@ -258,23 +317,46 @@ pub struct Weights<'a> {
     pub router: WeightRows<'a>,
     /// Both halves of the experts.
     pub experts: Experts<'a>,
+    /// How each token's experts are chosen and weighed; by default as in DBRX.
+    pub choice: Choice<'a>,
 }
 
 impl<'a> Weights<'a> {
     /// A router, `[E, D]`, and the experts that it chooses from.
     pub fn new(router: impl Into<WeightRows<'a>>, experts: Experts<'a>) -> Weights<'a> {
-        Weights { router: router.into(), experts }
+        Weights { router: router.into(), experts, choice: Choice::default() }
+    }
+
+    /// With experts chosen or weighed otherwise than in DBRX.
+    ///
+    /// ```
+    /// use dropless::layout::ExpertWeights;
+    /// use dropless::moe::{Experts, Weights};
+    /// use dropless::router::{Choice, Normalize};
+    /// use dropless::Rows;
+    ///
+    /// // Two experts of width 1 for tokens of width 1, their weights left as the softmax has them.
+    /// let (router, matrix) = ([0.0f32; 2], [0.0f32; 2]);
+    /// let matrix = ExpertWeights::nk(Rows::from_slice(&matrix, 2, 1)?, 2)?;
+    /// let choice = Choice::default().with_normalize(Normalize::None);
+    /// let weights = Weights::new(Rows::from_slice(&router, 2, 1)?, Experts::gated(matrix, matrix, matrix)).with_choice(choice);
+    /// # let _ = weights;
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_choice(self, choice: Choice<'a>) -> Weights<'a> {
+        Weights { choice, ..self }
     }
 }
 
 /// Writes the layer's output for every token: `y[t] = sum_s weight[t, s] * expert[t, s](x[t])`, with
-/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead.
+/// `expert e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e`, or what [`Experts`] says instead; a shared expert's row is added to the sum.
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
 /// | `plan`      |                | sizes, made once                                                 |
 /// | `x`         | `[T, D]`       | the tokens, `T <= max_tokens`                                    |
-/// | `weights`   | [`Weights`]    | router and experts                                               |
+/// | `weights`   | [`Weights`]    | router, choice and experts                                       |
 /// | `routing`   | k, E of `plan` | receives the routing, which is returned                          |
 /// | `workspace` |                | scratch of at least [`Plan::workspace_bytes`]                    |
 /// | `y`         | `[T, D]`       | written in full; what it held before does not matter             |
@@ -289,7 +371,7 @@ impl<'a> Weights<'a> {
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or `routing` holds, or a
-/// smaller workspace; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// smaller workspace; [`Error::Value`] for a choice that [`router::route`] would refuse; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`]; on a GPU
 /// [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes, [`Error::Unsupported`] for weights of
 /// another type than `x`. Nothing is written.
 pub fn forward<'r, A: Float>(
@@ -302,42 +384,44 @@ pub fn forward<'r, A: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<Routing<'r>, Error> {
     let num_tokens = plan.check_tokens(stream, &x, workspace)?;
-    plan.check_router(stream, &weights.router, routing)?;
+    plan.check_router(stream, &weights.router, &weights.choice, routing)?;
     weights.experts.check::<A>(stream, &plan.shape)?;
     check_output(stream, plan, num_tokens, y)?;
     let parts = routing.parts_mut(Op::Moe, num_tokens)?;
     let mut arguments = vec![("x", x.access()), ("router", weights.router.access()), ("y", y.access())];
+    arguments.extend(weights.choice.accesses());
     arguments.extend(weights.experts.accesses());
     arguments.extend(parts.accesses());
     arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
 
-    let routing = route(stream, plan, x, weights.router, routing, workspace)?;
+    let routing = route(stream, plan, x, weights.router, &weights.choice, routing, workspace)?;
     forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)?;
     Ok(routing)
 }
 
 /// The first step: scores each token's experts and chooses among them.
 ///
-/// Arguments are those of [`forward`]; `router` is `[E, D]`. The routing may be kept, changed by other means, and given to [`experts`].
+/// Arguments are those of [`forward`]; `router` is `[E, D]`, `choice` a [`Choice`] or the [`Normalize`](router::Normalize) of a softmax. The routing may be kept, changed by other means, and given to [`experts`].
 ///
 /// # Errors
 ///
 /// As [`forward`]. Nothing is written.
-pub fn route<'r, 'w, A: Float>(
+pub fn route<'r, 'w, 'c, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
     x: Rows<'_, A>,
     router: impl Into<WeightRows<'w>>,
+    choice: impl Into<Choice<'c>>,
     routing: &'r mut RoutingBuffers,
     workspace: &mut Workspace,
 ) -> Result<Routing<'r>, Error> {
-    let (router, num_tokens) = (router.into(), plan.check_tokens(stream, &x, workspace)?);
-    plan.check_router(stream, &router, routing)?;
+    let (router, choice, num_tokens) = (router.into(), choice.into(), plan.check_tokens(stream, &x, workspace)?);
+    plan.check_router(stream, &router, &choice, routing)?;
     routing.parts_mut(Op::Moe, num_tokens)?; // which checks the capacity
     let mut logits = workspace.carve(Op::Moe).rows::<f32>(num_tokens, plan.shape.num_experts)?;
     router::logits(stream, x, router, &mut logits)?;
-    router::route(stream, logits.as_rows(), plan.shape.normalize, routing)
+    router::route(stream, logits.as_rows(), choice, routing)
 }
 
 /// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`.
@@ -363,8 +447,8 @@ pub fn experts<A: Float>(
 ) -> Result<(), Error> {
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
-    let (mut hidden, _) = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut hidden, outputs)
+    let mut parts = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, outputs)
 }
 
 /// [`experts`], then [`combine`]: the layer for a routing that was decided elsewhere.
@@ -383,9 +467,29 @@ pub fn forward_routed<A: Float>(
 ) -> Result<(), Error> {
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_output(stream, plan, x.rows(), y)?;
-    let (mut hidden, mut outputs) = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut hidden, &mut outputs)?;
-    combine(stream, outputs.as_rows(), routing, y)
+    let mut parts = plan.carve_rows(workspace, x.rows())?;
+    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
+    let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
+    let base = shared_expert(stream, plan, x, &shared, &mut parts.shared)?;
+    permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
+}
+
+/// The rows of the expert that every token goes to, and their factors.
+fn shared_expert<'p, A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    shared: &Shared<'_>,
+    parts: &'p mut SharedParts<'_, A>,
+) -> Result<Base<'p, A>, Error> {
+    let rows = plan.rows(ExpertRows::dense(x.rows())?);
+    first_half(stream, x, &shared.halves(), rows, &mut parts.hidden)?;
+    grouped_gemm::linear(stream, parts.hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut parts.outputs)?;
+    if let Some(gate) = shared.gate {
+        router::logits(stream, x, gate, &mut parts.gate)?;
+    }
+    let base = Base::new(parts.outputs.as_rows());
+    Ok(if shared.gate.is_some() { base.with_gate(parts.gate.as_rows()) } else { base })
 }
 
 fn both_halves<A: Float>(
@@ -431,6 +535,20 @@ fn aligned<A>(cols: usize) -> usize {
     cols.next_multiple_of(16 / size_of::<A>())
 }
 
+/// Parts of a workspace: the rows between the halves, and the experts' output rows.
+struct Parts<'w, A> {
+    hidden: RowsMut<'w, A>,
+    outputs: RowsMut<'w, A>,
+    shared: SharedParts<'w, A>,
+}
+
+/// The same of a shared expert, and the products that its factors are made from.
+struct SharedParts<'w, A> {
+    hidden: RowsMut<'w, A>,
+    outputs: RowsMut<'w, A>,
+    gate: RowsMut<'w, f32>,
+}
+
 /// What every step would refuse, before the first one writes.
 impl<A: Float> Plan<A> {
     /// The tokens and the workspace. Gives T.
@@ -448,10 +566,14 @@ impl<A: Float> Plan<A> {
         Ok(num_tokens)
     }
 
-    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
+    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, choice: &Choice<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
         let Shape { d_model, num_experts, top_k, .. } = self.shape;
         check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &router.dims())?;
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
+        if top_k > num_experts {
+            return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at most num_experts", got: top_k as f64 });
+        }
+        choice.check(Op::Moe, num_experts, top_k)?;
         kernels_need!(stream, router.vectors(Op::Moe, "router"));
         kernels_need!(stream, router::check_kernels::<A>(router.dtype()));
         Ok(())
@@ -472,13 +594,17 @@ impl<A: Float> Plan<A> {
         experts.check::<A>(stream, &self.shape)
     }
 
-    /// The parts of the workspace that hold the rows between the halves, and the experts' output rows.
-    fn carve_rows<'w>(&self, workspace: &'w mut Workspace, num_tokens: usize) -> Result<(RowsMut<'w, A>, RowsMut<'w, A>), Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, .. } = self.shape;
+    /// The parts of the workspace but for the logits.
+    fn carve_rows<'w>(&self, workspace: &'w mut Workspace, num_tokens: usize) -> Result<Parts<'w, A>, Error> {
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, .. } = self.shape;
+        let (rows, shared_tokens) = (num_tokens * top_k, if shared_d_ffn == 0 { 0 } else { num_tokens });
         let mut carver = workspace.carve(Op::Moe);
         carver.rows::<f32>(num_tokens, num_experts)?; // the logits
-        let hidden = carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_ffn))?.col_range(0..d_ffn)?;
-        Ok((hidden, carver.rows::<A>(num_tokens * top_k, aligned::<A>(d_model))?.col_range(0..d_model)?))
+        let mut part = |rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
+        let (hidden, outputs) = (part(rows, d_ffn)?, part(rows, d_model)?);
+        let (shared_hidden, shared_outputs) = (part(shared_tokens, shared_d_ffn)?, part(shared_tokens, d_model)?);
+        let shared = SharedParts { hidden: shared_hidden, outputs: shared_outputs, gate: carver.rows::<f32>(shared_tokens, 1)? };
+        Ok(Parts { hidden, outputs, shared })
     }
 
     /// In the plan's class.

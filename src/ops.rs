@@ -3,22 +3,15 @@
 //! Each `ops/<op>.rs` states the contract, checks it and dispatches on where the stream runs; `<op>/cpu.rs` and
 //! `<op>/cuda.rs` compute, trusting what was checked.
 
-/// Runs the backend of the stream's place: `dispatch!(stream, Op, cpu::f, cuda::f)(args..)`. An operation whose kernel does
-/// not exist yet names no CUDA function and is refused on a GPU.
+/// The backend of the stream's place: `dispatch!(stream, cpu::f, cuda::f)(args..)`.
 macro_rules! dispatch {
-    ($stream:expr, $op:expr, $cpu:path, $cuda:path) => {
+    ($stream:expr, $cpu:path, $cuda:path) => {
         match $stream.place() {
             $crate::Place::Host => $cpu,
             #[cfg(feature = "cuda")]
             $crate::Place::Cuda(_) => $cuda,
             #[cfg(not(feature = "cuda"))]
             $crate::Place::Cuda(_) => unreachable!("a CUDA stream without the feature `cuda`"),
-        }
-    };
-    ($stream:expr, $op:expr, $cpu:path) => {
-        match $stream.place() {
-            $crate::Place::Host => $cpu,
-            $crate::Place::Cuda(_) => return Err($crate::Error::Unsupported { op: $op, what: "device", got: "cuda", supported: "cpu" }),
         }
     };
 }
@@ -33,18 +26,6 @@ macro_rules! kernels_need {
     };
 }
 
-/// The entry of a family that serves an element type: `entry!("glu", Bf16)` is `"glu_bf16"`.
-#[cfg(feature = "cuda")]
-macro_rules! entry {
-    ($stem:literal, $T:ty) => {
-        match <$T as $crate::Element>::DTYPE {
-            $crate::DType::Bf16 => concat!($stem, "_bf16"),
-            $crate::DType::F16 => concat!($stem, "_f16"),
-            _ => concat!($stem, "_f32"),
-        }
-    };
-}
-
 pub mod attention;
 pub mod block_sparse;
 pub mod embedding;
@@ -55,3 +36,24 @@ pub mod permute;
 pub mod rope;
 pub mod router;
 pub mod sample;
+
+/// Every kernel that ships, from the tables of all ops. Outside the semver promise.
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub fn kernels() -> Vec<crate::device::kernel::Kernel<()>> {
+    use crate::device::kernel::Kernel;
+    fn rows<K>(table: &'static [Kernel<K>]) -> impl Iterator<Item = Kernel<()>> {
+        table.iter().map(Kernel::without_key)
+    }
+    rows(attention::cuda::KERNELS)
+        .chain(rows(block_sparse::cuda::KERNELS))
+        .chain(rows(embedding::cuda::KERNELS))
+        .chain(rows(glu::cuda::KERNELS))
+        .chain(rows(grouped_gemm::cuda::KERNELS))
+        .chain(rows(norm::cuda::KERNELS))
+        .chain(rows(permute::cuda::KERNELS))
+        .chain(rows(rope::cuda::KERNELS))
+        .chain(rows(router::cuda::KERNELS))
+        .chain(rows(sample::cuda::KERNELS))
+        .collect()
+}

@@ -265,8 +265,9 @@ impl<'a, T: Element> Rows<'a, T> {
         Rows { first: self.first.wrapping_add(elements), ..*self }
     }
 
-    /// The address of the first element, a device's or the host's.
-    pub(crate) fn address(&self) -> u64 {
+    /// The address of the first element, a device's or the host's, as `from_raw` takes it: for an engine's own
+    /// kernels. What those do with it is ordered by the caller alone.
+    pub fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
     }
 
@@ -437,9 +438,9 @@ impl<'a, T: Element> RowsMut<'a, T> {
         Ok(RowsMut { first, cols: range.len(), ..self })
     }
 
-    /// The device address of the first element.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn address(&self) -> u64 {
+    /// The address of the first element, a device's or the host's, as `from_raw` takes it: for an engine's own
+    /// kernels. What those do with it is ordered by the caller alone.
+    pub fn address(&self) -> u64 {
         self.first.expose_provenance() as u64
     }
 

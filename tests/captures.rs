@@ -89,7 +89,7 @@ fn a_topology_of_a_capture_vouches_for_nothing() {
     let [many, few] = [[0, 150, 300], [0, 1, 3]].map(|offsets: [u32; 3]| Buffer::from_slice(&stream, &offsets).unwrap());
     let arranged = |offsets: &Buffer<u32>, rows, topology: &mut Topology| {
         // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
-        let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, rows)? };
+        let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, rows, rows)? };
         arrange(&stream, rows, topology)
     };
     arranged(&many, 300, &mut topology).unwrap();
@@ -118,7 +118,7 @@ fn a_failed_arrangement_vouches_for_nothing() {
         let mut topology = Topology::for_experts(&stream, 64, 300, &[8])?;
         let offsets = Buffer::from_slice(&stream, &[0u32, 3])?;
         // SAFETY: nothing runs here.
-        let rows = |count| unsafe { ExpertRows::from_raw(offsets.rows(1, 2)?, count) };
+        let rows = |count| unsafe { ExpertRows::from_raw(offsets.rows(1, 2)?, count, count) };
         arrange(&stream, rows(300)?, &mut topology)?;
         drop(stream.capture(|| arrange(&stream, rows(3)?, &mut topology))?);
         let failed = arrange(&stream, rows(300)?, &mut topology);

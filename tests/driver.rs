@@ -55,13 +55,13 @@ int cuStreamDestroy_v2(void* stream) { BESIDE; return 0; }
 int cuStreamCreate(void** stream, unsigned flags) { BESIDE; *stream = malloc(1); return 0; }
 int cuEventCreate(void** event, unsigned flags) { *event = malloc(1); return 0; }
 int cuEventQuery(void* event) { BESIDE; return 600; }
-int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) { if (current != &primary) return 201; *address = (uint64_t)malloc(bytes); return 0; }
-int cuMemFreeAsync(uint64_t address, void* stream) { free((void*)address); return 0; }
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) { BESIDE; if (current != &primary) return 201; *address = (uint64_t)malloc(bytes); return 0; }
+int cuMemFreeAsync(uint64_t address, void* stream) { BESIDE; free((void*)address); return 0; }
 int cuMemsetD8Async(uint64_t address, unsigned char value, size_t bytes, void* stream) { memset((void*)address, value, bytes); return 0; }
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { BESIDE; *memory = malloc(bytes); return 0; }
 int cuMemFreeHost(void* memory) { BESIDE; free(memory); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) { memcpy((void*)to, from, bytes); return 0; }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { memcpy(to, (void*)from, bytes); return 0; }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { BESIDE; memcpy(to, (void*)from, bytes); return 0; }
 /* The names of the codes, as the driver gives them. */
 int cuGetErrorName(int code, const char** name) {
   static char names[8][32];

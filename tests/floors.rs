@@ -20,7 +20,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "simd",
     "device",
     "view",
-    "layout/experts",
+    "layout/expert_rows",
     "layout/expert_weights",
     "layout/kv",
     "layout/rope",

@@ -8,11 +8,15 @@ use std::sync::Arc;
 
 use dropless::device::driver::{Driver, DriverError, Handle};
 use dropless::{Buffer, Device, Error, Op, Place, Rows, RowsMut, Stream, TokenIds, embedding, glu};
-use dropless_kit::compare::same_bits;
+use dropless_kit::compare::{relative_l2, same_bits};
 use dropless_kit::device::{cpu, emulated, write};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::fill::normal;
 use dropless_kit::recorder::{Call, Recorder};
+
+#[allow(dead_code)] // `main`
+#[path = "../examples/raw_pointers.rs"]
+mod raw_pointers;
 
 const LEN: usize = 64;
 
@@ -335,6 +339,16 @@ fn ids_of_an_engine() {
     embedding::lookup(&stream, ids, table, &mut y.rows_mut(2, 16).unwrap()).unwrap();
     let [third, first] = [3, 1].map(|row| table.row_range(row..row + 1).unwrap().to_vec(&stream).unwrap());
     assert_eq!(y.to_vec(&stream).unwrap(), [third, first].concat());
+    assert_eq!(driver.reports(), [""; 0]);
+}
+
+/// The example computes the same wherever it runs.
+#[test]
+fn raw_pointers_serve_on_every_device() {
+    let (driver, own) = emulated();
+    let [cpu, gpu] = [cpu(1).device(), own.device()].map(|device| raw_pointers::layer(device).unwrap());
+    let [cpu, gpu] = [cpu, gpu].map(|y| y.into_iter().map(f64::from).collect::<Vec<_>>());
+    assert!(relative_l2(&gpu, &cpu) < 1e-6 && cpu.iter().all(|y| *y != 0.0));
     assert_eq!(driver.reports(), [""; 0]);
 }
 

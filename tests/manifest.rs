@@ -75,6 +75,34 @@ fn images_are_those_of_the_sources() {
     }
 }
 
+/// The tables of the ops list every entry of every image, in the image that they name, and none that is not there; what they say of shared memory
+/// and of threads fits what the compilers said.
+#[test]
+#[cfg(feature = "cuda")]
+fn tables_list_every_kernel() {
+    let manifest = read("ptx/MANIFEST");
+    let mut image = "";
+    let mut shipped = BTreeSet::new();
+    for line in manifest.lines() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["image", name, ..] => image = name.trim_end_matches(".sm_90a"),
+            ["entry", name, ..] => assert!(shipped.insert((image, name))),
+            _ => {}
+        }
+    }
+    let kernels = dropless::ops::kernels();
+    let listed: BTreeSet<_> = kernels.iter().map(|kernel| (kernel.stem(), kernel.entry)).collect();
+    assert_eq!(listed, shipped);
+    let lines: Vec<Line<'_>> = manifest.lines().filter(|line| line.starts_with("entry ")).map(Line::parse).collect();
+    for kernel in &kernels {
+        let line = lines.iter().find(|line| line.name == kernel.entry).unwrap();
+        assert_eq!(kernel.arch, (9, 0), "{}", kernel.entry);
+        assert!(most(line, "shared") + kernel.shared_bytes <= 227 << 10, "{}", kernel.entry);
+        let launched = kernel.threads.max(32).next_multiple_of(32); // 0: by the shape
+        assert!(most(line, "registers") * launched <= 65536, "{}: {} threads", kernel.entry, kernel.threads);
+    }
+}
+
 /// Where a figure of the manifest differs between the two assemblers, the greater one.
 fn most(entry: &Line<'_>, figure: &str) -> u32 {
     let number = |text: &str| text.parse::<u32>().unwrap_or_else(|_| panic!("{}: {figure} {text}", entry.name));

@@ -50,11 +50,15 @@ struct NormParams {
     uint32_t unused;
 };
 
+// The id of an expert that is not here, and the row of a slot that has none.
+static const uint32_t NOWHERE = 0xffffffff;
+
 struct GatherParams {
     In      x;           // [T, D]
     InU32   row_to_slot; // [R]
+    InU32   rows_end;    // the first row that no expert owns, at most R
     Out     y;           // [R, D]
-    int64_t rows;
+    int64_t rows;        // R
     int64_t d_model;
     int64_t top_k;
     int64_t x_stride;
@@ -63,13 +67,17 @@ struct GatherParams {
 
 struct CombineParams {
     In      x;           // [R, D]
-    InU32   slot_to_row; // [T, k]
+    InU32   slot_to_row; // [T, k]; NOWHERE: the slot has no row
     InF32   weights;     // [T, k]
+    In      base;        // [T, D], added to each sum; null: none
+    InF32   gate;        // [T]: the base's factor is its sigmoid; null: 1
     Out     y;           // [T, D]
     int64_t num_tokens;
     int64_t d_model;
     int64_t top_k;
     int64_t x_stride;
+    int64_t base_stride;
+    int64_t gate_stride;
     int64_t y_stride;
 };
 
@@ -131,25 +139,55 @@ struct LogitsParams {
     int64_t logits_stride;
 };
 
+// How the router scores an expert from its biased logit z.
+static const uint32_t SCORE_SOFTMAX             = 0; // exp(z) / sum of all experts' exp(z)
+static const uint32_t SCORE_SIGMOID             = 1; // 1 / (1 + exp(-z))
+static const uint32_t SCORE_SQRT_SOFTPLUS       = 2; // sqrt(ln(1 + exp(z)))
+static const uint32_t SCORE_SOFTMAX_OVER_CHOSEN = 3; // exp(z) / sum of the chosen experts' exp(z)
+
 struct ChooseParams {
-    InF32    logits;     // [T, E]
-    OutU32   expert_ids; // [T, k]
-    OutF32   weights;    // [T, k]
+    InF32    logits;      // [T, E]
+    OutU32   expert_ids;  // [T, k]
+    OutF32   weights;     // [T, k]
+    InF32    logit_bias;  // [E]; null: none. This and what follows `normalize` is not read by the form for plain softmax
+    InF32    choice_bias; // [E]; null: none
     int64_t  num_tokens;
     int64_t  num_experts;
     int64_t  top_k;
     int64_t  logits_stride;
     float    norm_p; // where `normalize` is 1
     uint32_t normalize;
+    float    epsilon; // added to the norm
+    float    scale;
+    uint32_t score;
+    uint32_t by_logit; // experts are ordered by their biased logits, not by their scores
+    uint32_t num_groups; // at most 32; 0: none
+    uint32_t top_groups;
+    uint32_t two_best; // a group counts as its two best experts together, not as its best
+    uint32_t unused;
 };
 
 struct IndexParams {
-    InU32   expert_ids;  // [R]
+    InU32   expert_ids;  // [R]; those that are not below num_experts have no row
     OutU32  offsets;     // [E + 1]
     OutU32  row_to_slot; // [R]
     OutU32  slot_to_row; // [R]
     int64_t rows;
     int64_t num_experts;
+};
+
+// Ids and weights that were chosen elsewhere: copied as the experts here are numbered, then indexed.
+struct GivenParams {
+    InU32       ids;         // [T, k]
+    InF32       weights;     // [T, k]
+    OutU32      out_ids;     // [T, k]
+    OutF32      out_weights; // [T, k]
+    int64_t     ids_stride;
+    int64_t     weights_stride;
+    int64_t     top_k;
+    uint32_t    first_expert; // ids from this one on are here, num_experts of them
+    uint32_t    unused;
+    IndexParams index;
 };
 
 struct RouteParams {

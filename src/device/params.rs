@@ -66,11 +66,13 @@ const _: () = {
     ["Offset of field: NormParams::eps"][::std::mem::offset_of!(NormParams, eps) - 72usize];
     ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
 };
+pub const NOWHERE: u32 = 4294967295;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct GatherParams {
     pub(crate) x: In,
     pub(crate) row_to_slot: InU32,
+    pub(crate) rows_end: InU32,
     pub(crate) y: Out,
     pub(crate) rows: i64,
     pub(crate) d_model: i64,
@@ -80,16 +82,17 @@ pub struct GatherParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GatherParams"][::std::mem::size_of::<GatherParams>() - 64usize];
+    ["Size of GatherParams"][::std::mem::size_of::<GatherParams>() - 72usize];
     ["Alignment of GatherParams"][::std::mem::align_of::<GatherParams>() - 8usize];
     ["Offset of field: GatherParams::x"][::std::mem::offset_of!(GatherParams, x) - 0usize];
     ["Offset of field: GatherParams::row_to_slot"][::std::mem::offset_of!(GatherParams, row_to_slot) - 8usize];
-    ["Offset of field: GatherParams::y"][::std::mem::offset_of!(GatherParams, y) - 16usize];
-    ["Offset of field: GatherParams::rows"][::std::mem::offset_of!(GatherParams, rows) - 24usize];
-    ["Offset of field: GatherParams::d_model"][::std::mem::offset_of!(GatherParams, d_model) - 32usize];
-    ["Offset of field: GatherParams::top_k"][::std::mem::offset_of!(GatherParams, top_k) - 40usize];
-    ["Offset of field: GatherParams::x_stride"][::std::mem::offset_of!(GatherParams, x_stride) - 48usize];
-    ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 56usize];
+    ["Offset of field: GatherParams::rows_end"][::std::mem::offset_of!(GatherParams, rows_end) - 16usize];
+    ["Offset of field: GatherParams::y"][::std::mem::offset_of!(GatherParams, y) - 24usize];
+    ["Offset of field: GatherParams::rows"][::std::mem::offset_of!(GatherParams, rows) - 32usize];
+    ["Offset of field: GatherParams::d_model"][::std::mem::offset_of!(GatherParams, d_model) - 40usize];
+    ["Offset of field: GatherParams::top_k"][::std::mem::offset_of!(GatherParams, top_k) - 48usize];
+    ["Offset of field: GatherParams::x_stride"][::std::mem::offset_of!(GatherParams, x_stride) - 56usize];
+    ["Offset of field: GatherParams::y_stride"][::std::mem::offset_of!(GatherParams, y_stride) - 64usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -97,26 +100,34 @@ pub struct CombineParams {
     pub(crate) x: In,
     pub(crate) slot_to_row: InU32,
     pub(crate) weights: InF32,
+    pub(crate) base: In,
+    pub(crate) gate: InF32,
     pub(crate) y: Out,
     pub(crate) num_tokens: i64,
     pub(crate) d_model: i64,
     pub(crate) top_k: i64,
     pub(crate) x_stride: i64,
+    pub(crate) base_stride: i64,
+    pub(crate) gate_stride: i64,
     pub(crate) y_stride: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CombineParams"][::std::mem::size_of::<CombineParams>() - 72usize];
+    ["Size of CombineParams"][::std::mem::size_of::<CombineParams>() - 104usize];
     ["Alignment of CombineParams"][::std::mem::align_of::<CombineParams>() - 8usize];
     ["Offset of field: CombineParams::x"][::std::mem::offset_of!(CombineParams, x) - 0usize];
     ["Offset of field: CombineParams::slot_to_row"][::std::mem::offset_of!(CombineParams, slot_to_row) - 8usize];
     ["Offset of field: CombineParams::weights"][::std::mem::offset_of!(CombineParams, weights) - 16usize];
-    ["Offset of field: CombineParams::y"][::std::mem::offset_of!(CombineParams, y) - 24usize];
-    ["Offset of field: CombineParams::num_tokens"][::std::mem::offset_of!(CombineParams, num_tokens) - 32usize];
-    ["Offset of field: CombineParams::d_model"][::std::mem::offset_of!(CombineParams, d_model) - 40usize];
-    ["Offset of field: CombineParams::top_k"][::std::mem::offset_of!(CombineParams, top_k) - 48usize];
-    ["Offset of field: CombineParams::x_stride"][::std::mem::offset_of!(CombineParams, x_stride) - 56usize];
-    ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 64usize];
+    ["Offset of field: CombineParams::base"][::std::mem::offset_of!(CombineParams, base) - 24usize];
+    ["Offset of field: CombineParams::gate"][::std::mem::offset_of!(CombineParams, gate) - 32usize];
+    ["Offset of field: CombineParams::y"][::std::mem::offset_of!(CombineParams, y) - 40usize];
+    ["Offset of field: CombineParams::num_tokens"][::std::mem::offset_of!(CombineParams, num_tokens) - 48usize];
+    ["Offset of field: CombineParams::d_model"][::std::mem::offset_of!(CombineParams, d_model) - 56usize];
+    ["Offset of field: CombineParams::top_k"][::std::mem::offset_of!(CombineParams, top_k) - 64usize];
+    ["Offset of field: CombineParams::x_stride"][::std::mem::offset_of!(CombineParams, x_stride) - 72usize];
+    ["Offset of field: CombineParams::base_stride"][::std::mem::offset_of!(CombineParams, base_stride) - 80usize];
+    ["Offset of field: CombineParams::gate_stride"][::std::mem::offset_of!(CombineParams, gate_stride) - 88usize];
+    ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 96usize];
 };
 pub const ACTIVATION_NONE: u32 = 0;
 pub const ACTIVATION_SIGMOID: u32 = 1;
@@ -237,32 +248,56 @@ const _: () = {
     ["Offset of field: LogitsParams::weight_stride"][::std::mem::offset_of!(LogitsParams, weight_stride) - 56usize];
     ["Offset of field: LogitsParams::logits_stride"][::std::mem::offset_of!(LogitsParams, logits_stride) - 64usize];
 };
+pub const SCORE_SOFTMAX: u32 = 0;
+pub const SCORE_SIGMOID: u32 = 1;
+pub const SCORE_SQRT_SOFTPLUS: u32 = 2;
+pub const SCORE_SOFTMAX_OVER_CHOSEN: u32 = 3;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
     pub(crate) logits: InF32,
     pub(crate) expert_ids: OutU32,
     pub(crate) weights: OutF32,
+    pub(crate) logit_bias: InF32,
+    pub(crate) choice_bias: InF32,
     pub(crate) num_tokens: i64,
     pub(crate) num_experts: i64,
     pub(crate) top_k: i64,
     pub(crate) logits_stride: i64,
     pub(crate) norm_p: f32,
     pub(crate) normalize: u32,
+    pub(crate) epsilon: f32,
+    pub(crate) scale: f32,
+    pub(crate) score: u32,
+    pub(crate) by_logit: u32,
+    pub(crate) num_groups: u32,
+    pub(crate) top_groups: u32,
+    pub(crate) two_best: u32,
+    pub(crate) unused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ChooseParams"][::std::mem::size_of::<ChooseParams>() - 64usize];
+    ["Size of ChooseParams"][::std::mem::size_of::<ChooseParams>() - 112usize];
     ["Alignment of ChooseParams"][::std::mem::align_of::<ChooseParams>() - 8usize];
     ["Offset of field: ChooseParams::logits"][::std::mem::offset_of!(ChooseParams, logits) - 0usize];
     ["Offset of field: ChooseParams::expert_ids"][::std::mem::offset_of!(ChooseParams, expert_ids) - 8usize];
     ["Offset of field: ChooseParams::weights"][::std::mem::offset_of!(ChooseParams, weights) - 16usize];
-    ["Offset of field: ChooseParams::num_tokens"][::std::mem::offset_of!(ChooseParams, num_tokens) - 24usize];
-    ["Offset of field: ChooseParams::num_experts"][::std::mem::offset_of!(ChooseParams, num_experts) - 32usize];
-    ["Offset of field: ChooseParams::top_k"][::std::mem::offset_of!(ChooseParams, top_k) - 40usize];
-    ["Offset of field: ChooseParams::logits_stride"][::std::mem::offset_of!(ChooseParams, logits_stride) - 48usize];
-    ["Offset of field: ChooseParams::norm_p"][::std::mem::offset_of!(ChooseParams, norm_p) - 56usize];
-    ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 60usize];
+    ["Offset of field: ChooseParams::logit_bias"][::std::mem::offset_of!(ChooseParams, logit_bias) - 24usize];
+    ["Offset of field: ChooseParams::choice_bias"][::std::mem::offset_of!(ChooseParams, choice_bias) - 32usize];
+    ["Offset of field: ChooseParams::num_tokens"][::std::mem::offset_of!(ChooseParams, num_tokens) - 40usize];
+    ["Offset of field: ChooseParams::num_experts"][::std::mem::offset_of!(ChooseParams, num_experts) - 48usize];
+    ["Offset of field: ChooseParams::top_k"][::std::mem::offset_of!(ChooseParams, top_k) - 56usize];
+    ["Offset of field: ChooseParams::logits_stride"][::std::mem::offset_of!(ChooseParams, logits_stride) - 64usize];
+    ["Offset of field: ChooseParams::norm_p"][::std::mem::offset_of!(ChooseParams, norm_p) - 72usize];
+    ["Offset of field: ChooseParams::normalize"][::std::mem::offset_of!(ChooseParams, normalize) - 76usize];
+    ["Offset of field: ChooseParams::epsilon"][::std::mem::offset_of!(ChooseParams, epsilon) - 80usize];
+    ["Offset of field: ChooseParams::scale"][::std::mem::offset_of!(ChooseParams, scale) - 84usize];
+    ["Offset of field: ChooseParams::score"][::std::mem::offset_of!(ChooseParams, score) - 88usize];
+    ["Offset of field: ChooseParams::by_logit"][::std::mem::offset_of!(ChooseParams, by_logit) - 92usize];
+    ["Offset of field: ChooseParams::num_groups"][::std::mem::offset_of!(ChooseParams, num_groups) - 96usize];
+    ["Offset of field: ChooseParams::top_groups"][::std::mem::offset_of!(ChooseParams, top_groups) - 100usize];
+    ["Offset of field: ChooseParams::two_best"][::std::mem::offset_of!(ChooseParams, two_best) - 104usize];
+    ["Offset of field: ChooseParams::unused"][::std::mem::offset_of!(ChooseParams, unused) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -287,16 +322,45 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct GivenParams {
+    pub(crate) ids: InU32,
+    pub(crate) weights: InF32,
+    pub(crate) out_ids: OutU32,
+    pub(crate) out_weights: OutF32,
+    pub(crate) ids_stride: i64,
+    pub(crate) weights_stride: i64,
+    pub(crate) top_k: i64,
+    pub(crate) first_expert: u32,
+    pub(crate) unused: u32,
+    pub(crate) index: IndexParams,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GivenParams"][::std::mem::size_of::<GivenParams>() - 112usize];
+    ["Alignment of GivenParams"][::std::mem::align_of::<GivenParams>() - 8usize];
+    ["Offset of field: GivenParams::ids"][::std::mem::offset_of!(GivenParams, ids) - 0usize];
+    ["Offset of field: GivenParams::weights"][::std::mem::offset_of!(GivenParams, weights) - 8usize];
+    ["Offset of field: GivenParams::out_ids"][::std::mem::offset_of!(GivenParams, out_ids) - 16usize];
+    ["Offset of field: GivenParams::out_weights"][::std::mem::offset_of!(GivenParams, out_weights) - 24usize];
+    ["Offset of field: GivenParams::ids_stride"][::std::mem::offset_of!(GivenParams, ids_stride) - 32usize];
+    ["Offset of field: GivenParams::weights_stride"][::std::mem::offset_of!(GivenParams, weights_stride) - 40usize];
+    ["Offset of field: GivenParams::top_k"][::std::mem::offset_of!(GivenParams, top_k) - 48usize];
+    ["Offset of field: GivenParams::first_expert"][::std::mem::offset_of!(GivenParams, first_expert) - 56usize];
+    ["Offset of field: GivenParams::unused"][::std::mem::offset_of!(GivenParams, unused) - 60usize];
+    ["Offset of field: GivenParams::index"][::std::mem::offset_of!(GivenParams, index) - 64usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct RouteParams {
     pub(crate) choose: ChooseParams,
     pub(crate) index: IndexParams,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 112usize];
+    ["Size of RouteParams"][::std::mem::size_of::<RouteParams>() - 160usize];
     ["Alignment of RouteParams"][::std::mem::align_of::<RouteParams>() - 8usize];
     ["Offset of field: RouteParams::choose"][::std::mem::offset_of!(RouteParams, choose) - 0usize];
-    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 64usize];
+    ["Offset of field: RouteParams::index"][::std::mem::offset_of!(RouteParams, index) - 112usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

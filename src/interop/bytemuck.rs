@@ -1,4 +1,5 @@
-//! `Bf16` and `F16` as plain old data, so that slices of them are cast without copying: to bytes, to `u16`, to `half`'s types.
+//! `Bf16` and `F16` as plain old data, so that slices of them are cast without copying: to bytes, to `u16`,
+//! to `half`'s types.
 #![allow(unsafe_code)] // what the traits promise
 
 use ::bytemuck::{Pod, Zeroable};
@@ -9,6 +10,11 @@ use crate::dtype::{Bf16, F16};
 unsafe impl Zeroable for Bf16 {}
 // SAFETY: as above.
 unsafe impl Zeroable for F16 {}
+/// ```
+/// use dropless::Bf16;
+///
+/// assert_eq!(bytemuck::cast_slice::<Bf16, u16>(&[Bf16(0x3f80)]), [0x3f80]);
+/// ```
 // SAFETY: transparent around a `u16`: every bit pattern is a value, and there is no padding.
 unsafe impl Pod for Bf16 {}
 // SAFETY: as above.

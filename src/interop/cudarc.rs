@@ -1,12 +1,14 @@
-//! cudarc's streams, slices and views as ours, and our buffers as views of cudarc's: one stream for both, and the events by which cudarc
-//! orders its streams recorded as cudarc records them.
+//! cudarc's streams, slices and views as ours, and our buffers as views of cudarc's: one stream for both, and
+//! the events by which cudarc orders its streams recorded as cudarc records them.
 //!
-//! cudarc stays out of the driver layer: a missing library or symbol panics there, and its types change with the CUDA version that
-//! was chosen for the build. What is used of it here is its safe tier, which is the same from 0.16 to 0.19.
+//! cudarc stays out of the driver layer: a missing library or symbol panics there, and its types change with
+//! the CUDA version that was chosen for the build. What is used of it here is its safe tier, which is the
+//! same from 0.16 to 0.19.
 //!
-//! What orders a slice's uses is a guard of cudarc's, which has to live until the work that uses the slice is queued, and then has to
-//! go: without it cudarc may free the memory under that work. Since safe code can leak a value, guards belong to a scope, which holds them
-//! where nobody can take them, as `std::thread::scope` holds its threads.
+//! What orders a slice's uses is a guard of cudarc's, which has to live until the work that uses the slice is
+//! queued, and then has to go: without it cudarc may free the memory under that work. Since safe code can
+//! leak a value, guards belong to a scope, which holds them where nobody can take them, as
+//! `std::thread::scope` holds its threads.
 #![allow(unsafe_code)] // addresses become views, and views addresses
 
 use std::cell::RefCell;
@@ -34,18 +36,21 @@ unsafe impl DeviceRepr for Bf16 {}
 unsafe impl DeviceRepr for F16 {}
 
 impl Stream {
-    /// cudarc's stream, used as it is: operations are queued there, in order with cudarc's own work. It lives as long as anything here
-    /// needs it. With [`cudarc_scope`](Stream::cudarc_scope) cudarc's slices become views.
+    /// cudarc's stream, used as it is: operations are queued there, in order with cudarc's own work. It lives
+    /// as long as anything here needs it. With [`cudarc_scope`](Stream::cudarc_scope) cudarc's slices become
+    /// views.
     ///
-    /// There is one such `Stream` at a time, since two threads with one each would not know of each other. While cudarc captures the
-    /// stream into a graph of its own, operations are refused: nobody would see to it that memory is there when that graph is launched.
-    /// For that, and for a stream that somebody else adopts too, there is the unsafe [`Stream::from_raw_with_owner`].
+    /// There is one such `Stream` at a time, since two threads with one each would not know of each other.
+    /// While cudarc captures the stream into a graph of its own, operations are refused: nobody would see to
+    /// it that memory is there when that graph is launched. For that, and for a stream that somebody else
+    /// adopts too, there is the unsafe [`Stream::from_raw_with_owner`].
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Unsupported`] for another [`Device`] than one from
-    /// [`Device::cuda`], for a stream of which there is such a `Stream`, or that is per thread; [`Error::Context`] for one of another
-    /// context than the device's primary one; [`Error::OutOfMemory`]; what the driver reports.
+    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Unsupported`] for another [`Device`]
+    /// than one from [`Device::cuda`], for a stream of which there is such a `Stream`, or that is per thread;
+    /// [`Error::Context`] for one of another context than the device's primary one; [`Error::OutOfMemory`];
+    /// what the driver reports.
     pub fn from_cudarc(device: &Device, cuda: &Arc<CudaStream>) -> Result<Stream, Error> {
         let place = Place::Cuda(cuda.context().ordinal() as u32);
         if device.place() != place {
@@ -60,12 +65,15 @@ impl Stream {
         unsafe { Stream::alone(device, cuda.cu_stream().cast(), cuda.clone()) }
     }
 
-    /// Calls `work` with a [`Scope`], which makes views of cudarc's slices, and lends buffers to cudarc, for as long as `work` runs.
+    /// Calls `work` with a [`Scope`], which makes views of cudarc's slices, and lends buffers to cudarc, for
+    /// as long as `work` runs.
     ///
-    /// `cuda` is the stream of cudarc that this one was made from. Behind `work` its events are recorded, as if cudarc had queued what was
-    /// queued here: whatever cudarc does with the slices then, on whichever of its streams, comes after. Nothing waits for the GPU.
+    /// `cuda` is the stream of cudarc that this one was made from. Behind `work` its events are recorded, as
+    /// if cudarc had queued what was queued here: whatever cudarc does with the slices then, on whichever of
+    /// its streams, comes after. Nothing waits for the GPU.
     ///
-    /// Make the views before a [capture](Stream::capture), not within: cudarc's events cannot be a part of it.
+    /// Make the views before a [capture](Stream::capture), not within: cudarc's events cannot be a part of
+    /// it.
     ///
     /// # Errors
     ///
@@ -153,7 +161,8 @@ impl Loan for Borrowed<'_> {
     fn end(self: Box<Self>, stream: &Stream) {
         // SAFETY: made by `Box::into_raw`, taken back once; no view is left.
         let mark = unsafe { Box::from_raw(self.mark) };
-        // Uses on streams that had joined this one. Where not even an event can be had, the host waits for all that there is.
+        // Uses on streams that had joined this one. Where not even an event can be had, the host waits for
+        // all that there is.
         if !stream.settle(&mark) {
             self.cuda.context().record_err(self.cuda.context().synchronize());
         }
@@ -161,7 +170,8 @@ impl Loan for Borrowed<'_> {
     }
 }
 
-/// A buffer of ours, as the slice that cudarc sees. The slice came from a box, and the scope's views point to it.
+/// A buffer of ours, as the slice that cudarc sees. The slice came from a box, and the scope's views point to
+/// it.
 struct Lent<'env, T> {
     slice: *mut CudaSlice<T>,
     mark: &'env Mark,
@@ -200,9 +210,9 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     ///
     /// # Errors
     ///
-    /// [`Error::Capacity`] if there are fewer; [`Error::TooLarge`] beyond the address space; [`Error::Unsupported`] for memory of another
-    /// `CudaContext` than the stream's, and within a capture; [`Error::Driver`] for what cudarc's calls have reported since it was last
-    /// asked.
+    /// [`Error::Capacity`] if there are fewer; [`Error::TooLarge`] beyond the address space;
+    /// [`Error::Unsupported`] for memory of another `CudaContext` than the stream's, and within a capture;
+    /// [`Error::Driver`] for what cudarc's calls have reported since it was last asked.
     pub fn rows<T: Element, S: Source<T>>(&'scope self, slice: &'env S, rows: usize, cols: usize) -> Result<Rows<'scope, T>, Error> {
         self.rows_strided(slice, rows, cols, cols)
     }
@@ -223,7 +233,8 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         check_span::<T>(slice.len(), rows, cols, stride)?;
         let (address, guard) = slice.device_ptr(self.cuda);
         let mark = self.borrowed(guard)?;
-        // SAFETY: cudarc's memory, as long as checked, borrowed until the scope ends, which orders what follows after the uses it knows of.
+        // SAFETY: cudarc's memory, as long as checked, borrowed until the scope ends, which orders what
+        // follows after the uses it knows of.
         unsafe { Rows::from_raw(self.stream.place(), address, rows, cols, stride) }.map(|view| view.marked(mark))
     }
 
@@ -265,10 +276,11 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] within a capture; [`Error::Driver`] for what cudarc's calls have
-    /// reported since it was last asked.
+    /// [`Error::Place`], [`Error::NotJoined`]; [`Error::Unsupported`] within a capture; [`Error::Driver`] for
+    /// what cudarc's calls have reported since it was last asked.
     pub fn lend<T: Element>(&'scope self, buffer: &'env Buffer<T>) -> Result<CudaView<'scope, T>, Error> {
-        let slice: &'scope CudaSlice<T> = self.lent(buffer, false)?;
+        // SAFETY: it lives until the scope ends, and was made for this call.
+        let slice: &'scope CudaSlice<T> = unsafe { &*self.lent(buffer, false)? };
         Ok(slice.as_view())
     }
 
@@ -278,11 +290,13 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     ///
     /// As [`lend`](Scope::lend).
     pub fn lend_mut<T: Element>(&'scope self, buffer: &'env mut Buffer<T>) -> Result<CudaViewMut<'scope, T>, Error> {
-        let slice: &'scope mut CudaSlice<T> = self.lent(buffer, true)?;
+        // SAFETY: as for reading.
+        let slice: &'scope mut CudaSlice<T> = unsafe { &mut *self.lent(buffer, true)? };
         Ok(slice.as_view_mut())
     }
 
-    /// Refuses memory whose events would not be kept with those of the stream, and a capture, which can hold no event of cudarc's.
+    /// Refuses memory whose events would not be kept with those of the stream, and a capture, which can hold
+    /// no event of cudarc's.
     fn check(&self, context: &Arc<CudaContext>) -> Result<(), Error> {
         self.stream.outside_capture(Op::View, "a view of cudarc's memory")?;
         if Arc::ptr_eq(context, self.cuda.context()) {
@@ -292,8 +306,8 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         Err(Error::unsupported(Op::View, "memory of", got, supported))
     }
 
-    /// Keeps a guard until the scope ends. Gives the mark of its memory, which counts as written here just now: cudarc had this stream
-    /// wait for its last use, and no other.
+    /// Keeps a guard until the scope ends. Gives the mark of its memory, which counts as written here just
+    /// now: cudarc had this stream wait for its last use, and no other.
     fn borrowed(&'scope self, guard: SyncOnDrop<'env>) -> Result<&'scope Mark, Error> {
         let mark = Box::into_raw(Box::new(Mark::of(self.stream.device())));
         self.loans.of.borrow_mut().push(Box::new(Borrowed { mark, guard, cuda: self.cuda }));
@@ -303,19 +317,19 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         self.reported().map(|()| mark)
     }
 
-    /// A buffer as a slice that is not freed: behind the scope it is ours again, ordered after what cudarc did with it.
-    fn lent<T: Element>(&'scope self, buffer: &'env Buffer<T>, write: bool) -> Result<&'scope mut CudaSlice<T>, Error> {
+    /// A buffer as a slice that is not freed: behind the scope it is ours again, ordered after what cudarc
+    /// did with it.
+    fn lent<T: Element>(&'scope self, buffer: &'env Buffer<T>, write: bool) -> Result<*mut CudaSlice<T>, Error> {
         self.stream.outside_capture(Op::Buffer, "a loan to cudarc")?;
         let events = self.cuda.context().new_event(None); // as cudarc makes two below, and panics where it cannot
         events.map_err(report)?;
         self.stream.admit(Op::Buffer, &[("buffer", buffer.access(write))])?;
-        // SAFETY: the buffer's memory, borrowed as long as the scope, all elements initialised. The slice is never dropped.
-        let slice = unsafe { self.cuda.upgrade_device_ptr::<T>(buffer.address().addr() as u64, buffer.len()) };
+        // SAFETY: the buffer's memory, borrowed as long as the scope, all elements initialised. The slice is
+        // never dropped.
+        let mut slice = unsafe { self.cuda.upgrade_device_ptr::<T>(buffer.address().addr() as u64, buffer.len()) };
+        drop(slice.device_ptr_mut(self.cuda).1); // an event behind what was queued here, for which cudarc's other streams wait
         let slice = Box::into_raw(Box::new(slice));
         self.loans.of.borrow_mut().push(Box::new(Lent { slice, mark: buffer.mark(), write }));
-        // SAFETY: it lives until the scope ends, and is given out once.
-        let slice = unsafe { &mut *slice };
-        drop(slice.device_ptr_mut(self.cuda).1); // an event behind what was queued here, for which cudarc's other streams wait
         self.reported().map(|()| slice)
     }
 

@@ -1,7 +1,7 @@
 //! `half::bf16` and `half::f16` as elements, so that an engine's `Vec<half::bf16>` is used where it lies.
 //!
-//! They are what `Bf16` and `F16` are: transparent around a `u16` of the same bits. Conversions and rounding are this crate's, so that
-//! results do not depend on which of the two types is used.
+//! They are what `Bf16` and `F16` are: transparent around a `u16` of the same bits. Conversions and rounding
+//! are this crate's, so that results do not depend on which of the two types is used.
 
 use ::half::{bf16, f16};
 
@@ -14,6 +14,16 @@ impl sealed::Sealed for f16 {}
 const _: () = assert!(size_of::<bf16>() == size_of::<Bf16>() && align_of::<bf16>() == align_of::<Bf16>());
 const _: () = assert!(size_of::<f16>() == size_of::<F16>() && align_of::<f16>() == align_of::<F16>());
 
+/// ```
+/// use dropless::{Device, Rows, RowsMut, glu};
+/// use half::bf16;
+///
+/// let (x, mut y) = (vec![bf16::ONE; 8], vec![bf16::ZERO; 8]);
+/// let x = Rows::from_slice(&x, 2, 4)?;
+/// glu::glu(&Device::cpu().stream()?, x, x, &mut RowsMut::from_slice(&mut y, 2, 4)?)?;
+/// assert_eq!(y[7], bf16::from_f32(0.7310586));
+/// # Ok::<(), dropless::Error>(())
+/// ```
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
 }
@@ -88,7 +98,8 @@ mod tests {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0) * 2f32.powi((i % 5) as i32 - 2))
     }
 
-    /// `glu` and a product, of either type's elements: rows that do not fill vectors, so that every path of conversion is taken.
+    /// `glu` and a product, of either type's elements: rows that do not fill vectors, so that every path of
+    /// conversion is taken.
     fn outputs<T: Float>() -> [Vec<T>; 2] {
         const SIZES: [usize; 3] = [5, 37, 21];
         let [rows, k, n] = SIZES;

@@ -1,7 +1,8 @@
 //! Two-dimensional `ndarray` views and this crate's, both ways, where the elements lie.
 //!
-//! A row-major view's columns are one element apart; its rows may be any distance apart, and what lies between them is never touched, so
-//! that the parts of an array that was split by columns can be used at once.
+//! A row-major view's columns are one element apart; its rows may be any distance apart, and what lies
+//! between them is never touched, so that the parts of an array that was split by columns can be used at
+//! once.
 #![allow(unsafe_code)] // a view's parts become the other's
 
 use ::ndarray::{ArrayView2, ArrayViewMut2, Ix2, ShapeBuilder, StrideShape};
@@ -28,8 +29,8 @@ fn row_stride(dims: (usize, usize), strides: &[isize]) -> Result<usize, Error> {
 ///
 /// # Errors
 ///
-/// [`Error::Layout`] unless the columns lie one element apart and the rows at least as far apart as there are columns, neither reversed
-/// nor repeated; [`Error::TooLarge`] beyond the address space.
+/// [`Error::Layout`] unless the columns lie one element apart and the rows at least as far apart as there are
+/// columns, neither reversed nor repeated; [`Error::TooLarge`] beyond the address space.
 ///
 /// ```
 /// use dropless::Rows;
@@ -79,7 +80,8 @@ impl<'a, T: Element> TryFrom<ArrayViewMut2<'a, T>> for RowsMut<'a, T> {
         let (rows, cols) = array.dim();
         let stride = row_stride((rows, cols), array.strides())?;
         let address = array.as_mut_ptr().expose_provenance() as u64;
-        // SAFETY: the array's own elements, `stride` apart from row to row, borrowed exclusively for as long as the view.
+        // SAFETY: the array's own elements, `stride` apart from row to row, borrowed exclusively for as long
+        // as the view.
         unsafe { RowsMut::from_raw(Place::Host, address, rows, cols, stride) }
     }
 }

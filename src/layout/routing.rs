@@ -8,15 +8,21 @@
 //! rows by expert      e0: 1 2   e1: 3 5   e2: 0 4        offsets    0 2 4 6
 //! row_to_slot         1 2 3 5 0 4                        slot_to_row 4 0 1 2 5 3
 //! ```
+//!
+//! Where experts are spread over several devices, an id may belong to none of those that are here: it is [`NOWHERE`], its slot has no row
+//! (`slot_to_row` is [`NOWHERE`], too), and there are fewer rows than slots. How many is known on the device alone, as the last offset.
 
-use super::experts::{ExpertRows, Gather};
+use super::expert_rows::{ExpertRows, Gather};
 use crate::device::{Access, Buffer, Stream, Upload};
 use crate::error::{Error, Op, Place};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
 
 /// Experts that a router may choose from.
-pub const MAX_EXPERTS: usize = 256;
+pub const MAX_EXPERTS: usize = 1024;
+
+/// The id of an expert that is not here, and the row of a slot that has none.
+pub const NOWHERE: u32 = u32::MAX;
 
 /// Memory for the routing of up to `max_tokens` tokens; owned by the caller, written by `router::route`.
 #[derive(Debug)]
@@ -55,12 +61,13 @@ impl RoutingParts<'_> {
 impl RoutingBuffers {
     /// # Errors
     ///
-    /// [`Error::Value`] unless `1 <= top_k <= num_experts`; [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1
+    /// [`Error::Value`] if `top_k` is 0 (of experts that are elsewhere a token may choose more than there are here);
+    /// [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1
     /// rows; [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers, Error> {
         checked_product(Op::Routing, "num_experts", &[num_experts], MAX_EXPERTS)?;
-        if top_k == 0 || top_k > num_experts {
-            return Err(Error::Value { op: Op::Routing, arg: "top_k", need: "between 1 and num_experts", got: top_k as f64 });
+        if top_k == 0 {
+            return Err(Error::Value { op: Op::Routing, arg: "top_k", need: "at least 1", got: 0.0 });
         }
         let slots = checked_product(Op::Routing, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         Ok(RoutingBuffers {
@@ -120,8 +127,9 @@ impl RoutingBuffers {
 
 /// The routing of a batch: experts and weights per token, and the permutation into expert order.
 ///
-/// Every id is below E; a token's k ids are distinct; `row_to_slot` and `slot_to_row` are inverse permutations of `0..R`;
-/// `offsets` says where each expert's rows begin. Made by `router::route`, or by [`Routing::from_host`].
+/// Every id is below E, or [`NOWHERE`]; those of a token below E are distinct. `row_to_slot` and `slot_to_row` are inverse to each other on the
+/// slots that have a row, of which there are as many as the last offset says; behind it `row_to_slot` is unspecified. `offsets` says where each
+/// expert's rows begin. Made by `router::route`, by `router::index` of ids on a device, or by [`Routing::from_host`].
 #[derive(Clone, Copy)]
 pub struct Routing<'a> {
     expert_ids: Rows<'a, u32>,
@@ -132,7 +140,8 @@ pub struct Routing<'a> {
 }
 
 impl<'a> Routing<'a> {
-    /// A routing that was decided elsewhere: `ids` and `weights` are `[T, k]`, k and E those of `buffers`.
+    /// A routing that was decided on the host: `ids` and `weights` are `[T, k]`, k and E those of `buffers`; the id [`NOWHERE`] is of an expert
+    /// that is not here. One that lies on a device becomes a routing there: `router::index`.
     ///
     /// # Errors
     ///
@@ -147,11 +156,12 @@ impl<'a> Routing<'a> {
         if weights.len() != ids.len() {
             return Err(Error::shape(Op::Routing, "weights", "[T * k]", &[ids.len()], &[weights.len()]));
         }
-        if let Some(at) = ids.iter().position(|&id| id as usize >= num_experts) {
+        if let Some(at) = ids.iter().position(|&id| id as usize >= num_experts && id != NOWHERE) {
             return Err(Error::Index { op: Op::Routing, arg: "ids", at, got: u64::from(ids[at]), bound: num_experts as u64 });
         }
         for (token, chosen) in ids.chunks_exact(top_k).enumerate() {
-            if let Some(&id) = chosen.iter().enumerate().find(|&(s, id)| chosen[..s].contains(id)).map(|(_, id)| id) {
+            let again = chosen.iter().enumerate().find(|&(s, id)| *id != NOWHERE && chosen[..s].contains(id));
+            if let Some((_, &id)) = again {
                 return Err(Error::Duplicate { op: Op::Routing, arg: "ids", token, id });
             }
         }
@@ -184,7 +194,7 @@ impl<'a> Routing<'a> {
         self.offsets.cols() - 1
     }
 
-    /// R = T * k.
+    /// R = T * k, which is the most rows there can be: the last of the [`offsets`](Self::offsets) says how many there are.
     pub fn rows(&self) -> usize {
         self.row_to_slot.cols()
     }
@@ -194,7 +204,7 @@ impl<'a> Routing<'a> {
         self.expert_ids.place()
     }
 
-    /// `[T, k]`: the chosen experts, best first.
+    /// `[T, k]`: the chosen experts, best first where a router chose them. With the weights they are all it takes to replay the routing.
     pub fn expert_ids(&self) -> Rows<'a, u32> {
         self.expert_ids
     }
@@ -209,12 +219,12 @@ impl<'a> Routing<'a> {
         self.offsets
     }
 
-    /// `[1, R]`: the slot `token * k + choice` of each row.
+    /// `[1, R]`: the slot `token * k + choice` of each row that there is.
     pub fn row_to_slot(&self) -> Rows<'a, u32> {
         self.row_to_slot
     }
 
-    /// `[1, T * k]`: the row of each slot.
+    /// `[1, T * k]`: the row of each slot; [`NOWHERE`] if it has none.
     pub fn slot_to_row(&self) -> Rows<'a, u32> {
         self.slot_to_row
     }
@@ -231,16 +241,18 @@ impl<'a> Routing<'a> {
     }
 }
 
-/// Sorts slots by expert, stably. `ids` are below E; `offsets` has E + 1 elements, the maps one per slot.
+/// Sorts slots by expert, stably. Ids that are not below E have no row; `offsets` has E + 1 elements, the maps one per slot.
 pub(crate) fn index_slots(ids: &[u32], offsets: &mut [u32], row_to_slot: &mut [u32], slot_to_row: &mut [u32]) {
     let num_experts = offsets.len() - 1;
     // Count expert `e` at `e + 1`, so that the running sum leaves each expert's first row at `e`.
     offsets.fill(0);
-    ids.iter().for_each(|&id| offsets[id as usize + 1] += 1);
+    let here = |id: u32| (id as usize) < num_experts;
+    ids.iter().filter(|id| here(**id)).for_each(|&id| offsets[id as usize + 1] += 1);
     (1..=num_experts).for_each(|e| offsets[e] += offsets[e - 1]);
     let mut next = [0u32; MAX_EXPERTS];
     next[..num_experts].copy_from_slice(&offsets[..num_experts]);
-    for (slot, &id) in ids.iter().enumerate() {
+    slot_to_row.fill(NOWHERE);
+    for (slot, &id) in ids.iter().enumerate().filter(|(_, id)| here(**id)) {
         let row = next[id as usize];
         next[id as usize] += 1;
         row_to_slot[row as usize] = slot as u32;
@@ -279,7 +291,7 @@ mod tests {
     #[test]
     fn impossible_choices_are_refused() {
         let stream = Device::cpu().stream().unwrap();
-        for (tokens, k, experts) in [(1, 0, 4), (1, 5, 4), (1, 1, 257), (1 << 31, 1, 4), (1, 0, 0)] {
+        for (tokens, k, experts) in [(1, 0, 4), (1, 1, 1025), (1 << 31, 1, 4), (1, 0, 0)] {
             assert!(RoutingBuffers::new(&stream, tokens, k, experts).is_err(), "{tokens} {k} {experts}");
         }
     }

@@ -10,7 +10,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 mod options;
 
 pub use self::options::Options;
@@ -83,7 +83,7 @@ pub fn prefill<A: Float>(
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(q, &options, cache, out)?;
-    let run = dispatch!(stream, Op::Attention, cpu::prefill, cuda::prefill);
+    let run = dispatch!(stream, cpu::prefill, cuda::prefill);
     kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
     admit(stream, q, &options, cache, out, None)?;
     run(stream, q, &options, cache, out)?;
@@ -115,7 +115,7 @@ pub fn decode<A: Float>(
     check(q, &options, cache, out)?;
     let [rows, cols] = partial_dims(options.heads, q.rows(), cache.pages().max_len())?;
     let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
-    let run = dispatch!(stream, Op::Attention, cpu::decode, cuda::decode);
+    let run = dispatch!(stream, cpu::decode, cuda::decode);
     kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
     admit(stream, q, &options, cache, out, Some(partials.access()))?;
     run(stream, q, &options, cache, &mut partials, out)?;

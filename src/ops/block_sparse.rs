@@ -106,7 +106,7 @@ pub fn arrange(stream: &Stream, rows: ExpertRows<'_>, topology: &mut Topology) -
     if need > have {
         return Err(Error::Capacity { op: Op::BlockSparse, what: "rows of the topology", need, have });
     }
-    let run = dispatch!(stream, Op::BlockSparse, cpu::arrange, cuda::arrange);
+    let run = dispatch!(stream, cpu::arrange, cuda::arrange);
     let [offsets, _] = rows.accesses(stream.place());
     stream.admit(Op::BlockSparse, &[offsets, ("topology", topology.access(true))])?;
     run(stream, rows, topology).inspect_err(|_| stream.has_not_run(topology.access(true)))?;
@@ -149,7 +149,7 @@ pub fn sdd<A: Float, B: Float, O: Float>(
     check_shape(Op::BlockSparse, "a", "[M, K]", &[m, k], &a.dims())?;
     check_shape(Op::BlockSparse, "b", "[K, N]", &[k, n], &b.dims())?;
     check_stored("y", topology, y.dims())?;
-    let run = dispatch!(stream, Op::BlockSparse, cpu::sdd, cuda::sdd);
+    let run = dispatch!(stream, cpu::sdd, cuda::sdd);
     kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("a", a.rows.access()), ("b", b.rows.access()), ("topology", topology.access(false)), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;
@@ -181,7 +181,7 @@ pub fn dsd<A: Float, B: Float, O: Float>(stream: &Stream, s: Sparse<'_, A>, b: D
     check_stored("s", s.topology, s.blocks.dims())?;
     check_shape(Op::BlockSparse, "b", "[K, N]", &[k, n], &b.dims())?;
     check_shape(Op::BlockSparse, "y", "[M, N]", &[m, n], &y.dims())?;
-    let run = dispatch!(stream, Op::BlockSparse, cpu::dsd, cuda::dsd);
+    let run = dispatch!(stream, cpu::dsd, cuda::dsd);
     kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("s", s.blocks.access()), ("topology", s.topology.access(false)), ("b", b.rows.access()), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;
@@ -209,7 +209,7 @@ pub fn dds<A: Float, B: Float, O: Float>(stream: &Stream, a: Dense<'_, A>, s: Sp
     check_shape(Op::BlockSparse, "a", "[M, K]", &[m, k], &a.dims())?;
     check_stored("s", s.topology, s.blocks.dims())?;
     check_shape(Op::BlockSparse, "y", "[M, N]", &[m, n], &y.dims())?;
-    let run = dispatch!(stream, Op::BlockSparse, cpu::dds, cuda::dds);
+    let run = dispatch!(stream, cpu::dds, cuda::dds);
     kernels_need!(stream, cuda::check::<A, B, O>());
     let arguments = [("a", a.rows.access()), ("s", s.blocks.access()), ("topology", s.topology.access(false)), ("y", y.access())];
     stream.admit(Op::BlockSparse, &arguments)?;

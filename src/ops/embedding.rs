@@ -41,7 +41,7 @@ pub fn lookup<'w, A: Float>(
     let table = table.into();
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
-    let run = dispatch!(stream, Op::Embedding, cpu::lookup, cuda::lookup);
+    let run = dispatch!(stream, cpu::lookup, cuda::lookup);
     kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
     stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())])?;
     run(stream, ids, table, y)

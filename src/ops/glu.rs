@@ -62,7 +62,7 @@ pub fn gated<T: Float>(stream: &Stream, glu: Glu, gate: Rows<'_, T>, up: Rows<'_
     glu.check(Op::Glu)?;
     check_shape(Op::Glu, "up", "[R, F]", &gate.dims(), &up.dims())?;
     check_shape(Op::Glu, "y", "[R, F]", &gate.dims(), &y.dims())?;
-    let run = dispatch!(stream, Op::Glu, cpu::gated, cuda::gated);
+    let run = dispatch!(stream, cpu::gated, cuda::gated);
     stream.admit(Op::Glu, &[("gate", gate.vector_access()), ("up", up.vector_access()), ("y", y.vector_access())])?;
     run(stream, glu, gate, up, y)
 }

@@ -8,12 +8,12 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 
-/// The kernels, for tests, benches and the doctor. Outside the semver promise.
+/// The forms of the tensor-core kernels, for tests, benches and the doctor. Outside the semver promise.
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
-pub use self::cuda::{forms, kernels};
+pub use self::cuda::forms;
 
 use crate::device::{Access, Stream};
 use crate::dtype::Float;
@@ -239,7 +239,7 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
         out_arg: &'static str,
         y: &mut RowsMut<'_, O>,
     ) -> Result<(), Error> {
-        let run = dispatch!(stream, Op::GroupedGemm, cpu::product, cuda::product);
+        let run = dispatch!(stream, cpu::product, cuda::product);
         kernels_need!(stream, cuda::check(&self, weight_args, y));
         let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", self.x.access()), (out_arg, y.access())];
         arguments.extend(self.rows.accesses(stream.place()));

@@ -138,7 +138,7 @@ fn norm<A: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::norm, cuda::norm);
+    let run = dispatch!(stream, cpu::norm, cuda::norm);
     kernels_need!(stream, cuda::check::<A>(x.dims(), weight.dtype()));
     stream.admit(Op::Norm, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("y", y.vector_access())])?;
     run(stream, kind, x, weight, eps, y)
@@ -155,7 +155,7 @@ fn add_norm<A: Float>(
 ) -> Result<(), Error> {
     check_shape(Op::Norm, "residual", "[T, D]", &x.dims(), &residual.dims())?;
     check(x.dims(), weight.dims(), eps, y.dims())?;
-    let run = dispatch!(stream, Op::Norm, cpu::add_norm, cuda::add_norm);
+    let run = dispatch!(stream, cpu::add_norm, cuda::add_norm);
     kernels_need!(stream, cuda::check::<A>(x.dims(), weight.dtype()));
     let (sum, row) = (("residual", residual.vector_access()), ("weight", weight.vector_access()));
     let arguments = [("x", x.vector_access()), sum, row, ("y", y.vector_access())];

@@ -7,7 +7,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 mod options;
 
 pub use self::options::{Options, Pairing};
@@ -71,7 +71,7 @@ pub fn clip_rotate_append<A: Float>(
     if max_len > table.max_positions() {
         return Err(Error::Capacity { op: Op::Rope, what: "positions of `table`", need: max_len, have: table.max_positions() });
     }
-    let run = dispatch!(stream, Op::Rope, cpu::clip_rotate_append, cuda::clip_rotate_append);
+    let run = dispatch!(stream, cpu::clip_rotate_append, cuda::clip_rotate_append);
     kernels_need!(stream, cuda::check::<A>());
     let (cos, sin) = (table.cos()?, table.sin()?);
     let [keys, values, block_table, seq_lens, query_offsets] = cache.accesses();

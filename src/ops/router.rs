@@ -1,13 +1,18 @@
 //! The router: scores every expert for every token, chooses `top_k` of them, weighs them, and sorts the tokens by expert.
 //!
 //! Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 2-5 without noise; `DbrxRouter.forward` in
-//! Hugging Face transformers.
+//! Hugging Face transformers. What other families do is in [`Choice`], from their forward passes there.
 //! Kernel: `cuda/router.cu`. Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
 
+mod choice;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
+mod given;
 
+pub use self::given::{Here, index};
+
+pub use self::choice::{Choice, GroupScore, Groups, MAX_GROUPS, Normalize, Score};
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op, check_shape};
@@ -15,27 +20,6 @@ use crate::layout::{Routing, RoutingBuffers};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
 use crate::weights::WeightRows;
-
-/// How the weights of a token's chosen experts are scaled.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Normalize {
-    /// The probabilities as they are: they add up to less than 1, unless every expert is chosen.
-    None,
-    /// Divided by their p-norm `(sum w^p)^(1/p)`. With `P(1.0)`, as in DBRX, they add up to 1.
-    P(f32),
-}
-
-impl Normalize {
-    /// Refuses a norm that is none.
-    pub(crate) fn check(self, op: Op) -> Result<(), Error> {
-        match self {
-            Normalize::P(p) if !(p > 0.0 && p.is_finite()) => {
-                Err(Error::Value { op, arg: "normalize", need: "a norm of positive and finite p", got: f64::from(p) })
-            }
-            _ => Ok(()),
-        }
-    }
-}
 
 /// Writes `x * weight^T`, the score of every expert for every token.
 ///
@@ -65,7 +49,7 @@ pub fn logits<'w, A: Float>(
     checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
-    let run = dispatch!(stream, Op::Router, cpu::logits, cuda::logits);
+    let run = dispatch!(stream, cpu::logits, cuda::logits);
     kernels_need!(stream, check_kernels::<A>(weight.dtype()));
     stream.admit(Op::Router, &[("x", x.vector_access()), ("weight", weight.vector_access()), ("logits", logits.access())])?;
     run(stream, x, weight, logits)
@@ -79,53 +63,66 @@ pub(crate) fn check_kernels<A: Float>(weight: crate::DType) -> Result<(), Error>
 
 /// Chooses each token's `top_k` experts, weighs them, and sorts the tokens by expert.
 ///
-/// With `p = softmax(logits[t])` over all E experts, token `t` goes to the `top_k` experts of the largest logits, best first,
-/// with the weights `p[e]`, divided by their norm if `normalize` says so.
+/// With scores `s` of all E experts, `s = softmax(logits[t])` unless `choice` says otherwise, token `t` goes to the `top_k` experts of the
+/// largest scores, best first, with the weights `s[e]`, divided by their norm and scaled as `choice` says. [`Choice`] has the formulas.
 ///
-/// | argument    | shape               | meaning                                        |
-/// |-------------|---------------------|------------------------------------------------|
-/// | `logits`    | `[T, E]`            | from [`logits`]                                |
-/// | `normalize` |                     | scale of the weights                           |
-/// | `buffers`   | `top_k`, E, `>= T`  | receive the routing, which borrows them         |
+/// | argument    | shape               | meaning                                                             |
+/// |-------------|---------------------|---------------------------------------------------------------------|
+/// | `logits`    | `[T, E]`            | from [`logits`]                                                     |
+/// | `choice`    |                     | a [`Choice`], or the [`Normalize`] of a softmax                     |
+/// | `buffers`   | `top_k`, E, `>= T`  | receive the routing, which borrows them                             |
 ///
-/// **Choice.** Experts are ordered by their logits, the lower index first among equals (`-0 = +0`). Comparing logits is comparing
-/// exact probabilities: experts whose probabilities differ are told apart even where softmax rounds them to the same number
-/// or to 0, and no device's `exp` has a say in the ids. Any `top_k <= E <= 256`.
+/// **Choice.** Any `top_k <= E <= 1024`. Among equals the lower index is first (`-0 = +0`), among groups, too. Where nothing is added to scores
+/// before they are compared (no choice bias, no groups by [`GroupScore::TwoBest`]), biased logits are compared in their place: scores rise with
+/// them, so that experts are told apart even where their scores round to the same number, and no device's `exp` has a say in the ids. Elsewhere
+/// the `f32` biased scores are compared, and two devices may choose differently where these differ by a few roundings.
 ///
-/// **Weights.** Softmax in `f32` with the largest logit subtracted, summed in an order that depends on E alone: the lanes
-/// of a vector (CPU) or of a warp (GPU) first, then a fixed tree over them, so that two devices may differ in the last bits. Norms are
-/// summed best expert first. There is no epsilon: with `top_k = 1` and any norm every weight is exactly 1.
+/// **Weights.** All in `f32`. Softmax with the largest logit subtracted, summed in an order that depends on E alone: the lanes of a vector (CPU)
+/// or of a warp (GPU) first, then a fixed tree over them, so that two devices may differ in the last bits. Norms are summed best expert first
+/// for a plain softmax of up to 256 experts, elsewhere in an order that depends on `top_k` alone. Without an epsilon, with `top_k = 1` and any
+/// norm every weight is exactly `scale`. Weights that are all 0 have the norm 0: they become NaN, or stay 0 with an epsilon.
 ///
-/// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits are:
+/// **Bit patterns that are not numbers.** The ids of a token are distinct and below E whatever its logits and the biases are. What is compared
+/// orders them: `+inf` first, `-inf` last, and NaN behind it, the lower index first. What `z`, a biased logit, does to weights:
 ///
-/// | row                     | experts                                       | weights              |
-/// |-------------------------|-----------------------------------------------|----------------------|
-/// | some `-inf`             | chosen last, lowest index first               | 0                    |
-/// | all `-inf`              | `0..top_k`                                    | all NaN              |
-/// | some `+inf`             | those first                                   | all NaN              |
-/// | some NaN                | those last, behind `-inf`, lowest index first | all NaN              |
+/// | some `z`           | softmax      | sigmoid | softmax over chosen              | sqrt softplus |
+/// |--------------------|--------------|---------|----------------------------------|---------------|
+/// | `-inf`             | 0            | 0       | 0                                | 0             |
+/// | `-inf`, all of them| NaN for all  | 0       | NaN for all                      | 0             |
+/// | `+inf`             | NaN for all  | 1       | NaN for all, if it is chosen     | `+inf`        |
+/// | NaN                | NaN for all  | NaN     | NaN for all, if it is chosen     | NaN           |
 ///
-/// No other token is affected. `T = 0` gives a routing without rows.
+/// Under a norm, a chosen weight that is NaN makes all of the token's weights NaN; one that is `+inf` becomes NaN itself, and the others 0 under
+/// `P(1.0)`, NaN under another norm. With a softmax and a choice bias or groups by two, a NaN weight for all is a NaN score for all: the experts
+/// are then the first ones. A choice bias that is NaN or infinite moves its expert and does nothing to weights. A group whose best (two) sum to
+/// NaN is last. No other token is affected. `T = 0` gives a routing without rows.
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if `logits` does not have the E columns of `buffers`; [`Error::Capacity`] if they hold fewer than T
-/// tokens; [`Error::Value`] if a norm's `p` is not positive and finite; [`Error::Place`], [`Error::NotJoined`].
-/// Nothing is written.
-pub fn route<'a>(
+/// [`Error::Shape`] if `logits` does not have the E columns of `buffers`, or a bias is not `[1, E]`; [`Error::Capacity`] if the buffers hold
+/// fewer than T tokens; [`Error::Value`] if a norm's `p` is not positive and finite, an epsilon negative or not finite, a scale not finite, if
+/// groups do not divide the experts, are more than 32, or, of those to be chosen, hold fewer than `top_k` experts; [`Error::Place`],
+/// [`Error::NotJoined`]. Nothing is written.
+pub fn route<'a, 'c>(
     stream: &Stream,
     logits: Rows<'_, f32>,
-    normalize: Normalize,
+    choice: impl Into<Choice<'c>>,
     buffers: &'a mut RoutingBuffers,
 ) -> Result<Routing<'a>, Error> {
-    let num_tokens = logits.rows();
+    let (choice, num_tokens) = (choice.into(), logits.rows());
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
-    normalize.check(Op::Router)?;
+    if buffers.top_k() > buffers.num_experts() {
+        let got = buffers.top_k() as f64;
+        return Err(Error::Value { op: Op::Router, arg: "top_k", need: "at most num_experts", got });
+    }
+    choice.check(Op::Router, buffers.num_experts(), buffers.top_k())?;
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
-    let run = dispatch!(stream, Op::Router, cpu::route, cuda::route);
-    let [ids, weights, offsets, row_to_slot, slot_to_row] = parts.accesses();
-    stream.admit(Op::Router, &[("logits", logits.access()), ids, weights, offsets, row_to_slot, slot_to_row])?;
-    run(stream, logits, normalize, parts)?;
+    let run = dispatch!(stream, cpu::route, cuda::route);
+    let mut arguments = vec![("logits", logits.access())];
+    arguments.extend(choice.accesses());
+    arguments.extend(parts.accesses());
+    stream.admit(Op::Router, &arguments)?;
+    run(stream, logits, &choice, parts)?;
     buffers.routing(num_tokens)
 }
 

@@ -36,7 +36,7 @@ pub fn argmax<'a>(stream: &Stream, logits: Rows<'_, f32>, out: &'a mut Buffer<u3
     }
     checked_product(Op::Sample, "columns of `logits`", &[vocabulary], u32::MAX as usize)?;
     out.check_len(Op::Sample, "out", "[>= T]", tokens)?;
-    let run = dispatch!(stream, Op::Sample, cpu::argmax, cuda::argmax);
+    let run = dispatch!(stream, cpu::argmax, cuda::argmax);
     stream.admit(Op::Sample, &[("logits", logits.vector_access()), ("out", out.access(true))])?;
     run(stream, logits, &mut out.rows_mut(tokens, 1)?)?;
     Ok(TokenIds::trusted(out.rows(1, tokens)?, vocabulary))

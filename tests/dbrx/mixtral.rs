@@ -316,7 +316,7 @@ fn config_fields_missing_or_out_of_range() {
         ("num_key_value_heads", json!(3), "`num_key_value_heads` must divide num_attention_heads = 4, got 3"),
         ("head_dim", json!(7), "`head_dim` must give heads of even size, got 7"),
         ("num_experts_per_tok", json!(9), "`num_experts_per_tok` must be <= num_local_experts = 8, got 9"),
-        ("num_local_experts", json!(0.5), "`num_local_experts` must be a whole number from 1 to 256, got 0.5"),
+        ("num_local_experts", json!(0.5), "`num_local_experts` must be a whole number from 1 to 1024, got 0.5"),
         ("rms_norm_eps", json!(-1), "`rms_norm_eps` must be a positive number, got -1"),
         ("rope_theta", json!("1e6"), "`rope_theta` must be a positive number, got \"1e6\""),
     ] {

@@ -79,8 +79,8 @@ fn config_fields_out_of_range() {
     assert_eq!(ffn("moe_top_k", json!(17)), "config.json: `ffn_config.moe_top_k` must be <= moe_num_experts = 16, got 17");
     assert_eq!(ffn("moe_top_k", json!(0)), "config.json: `ffn_config.moe_top_k` must be a whole number from 1 to 2147483647, got 0");
     assert_eq!(
-        ffn("moe_num_experts", json!(257)),
-        "config.json: `ffn_config.moe_num_experts` must be a whole number from 1 to 256, got 257"
+        ffn("moe_num_experts", json!(1025)),
+        "config.json: `ffn_config.moe_num_experts` must be a whole number from 1 to 1024, got 1025"
     );
     assert_eq!(
         ffn("ffn_hidden_size", json!(-1)),

@@ -71,7 +71,7 @@ impl Pattern {
             let offsets: Vec<u32> = offsets.iter().map(|offset| *offset as u32).collect();
             let offsets = Buffer::from_slice(stream, &offsets).unwrap();
             // SAFETY: they begin with 0, do not decrease and end with `rows`.
-            let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), rows).unwrap() };
+            let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), rows, rows).unwrap() };
             arrange(stream, rows, &mut topology).unwrap();
         }
         assert_eq!((topology.dims(), topology.blocks(stream).unwrap()), (self.dims, self.blocks.clone()));
@@ -285,7 +285,7 @@ fn tensor_cores_agree_with_the_grouped_products() {
         let (x, w) = (Guarded::with(stream, &x, 200, d, 0), Guarded::with(stream, &w, 384, d, 0));
         let offsets = Buffer::from_slice(stream, &[0u32, 70, 70, 200]).unwrap();
         // SAFETY: they begin with 0, do not decrease and end with 200.
-        let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), 200).unwrap() };
+        let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), 200, 200).unwrap() };
         let weights = ExpertWeights::nk(w.view(), 3).unwrap();
         let hidden = guard::run::<Bf16>(stream, 200, 128, |y| grouped_gemm::nt(stream, x.view(), weights, rows, y).unwrap());
         let h = Guarded::with(stream, &hidden, 200, 128, 0);
@@ -557,7 +557,7 @@ fn a_graph_follows_the_offsets() {
     let (x, w) = (Buffer::from_slice(&stream, &a).unwrap(), Buffer::from_slice(&stream, &b).unwrap());
     let mut run = |offsets: &Buffer<u32>| {
         // SAFETY: they begin with 0, do not decrease and end with 70.
-        arrange(&stream, unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, 70)? }, &mut topology)?;
+        arrange(&stream, unsafe { ExpertRows::from_raw(offsets.rows(1, 3)?, 70, 70)? }, &mut topology)?;
         let (w, stored) = (Dense::from(w.rows(128, 5)?), topology.stored_rows());
         sdd(&stream, x.rows(70, 5)?.into(), w.t(), &topology, &mut h.rows_mut(stored, 64)?)?;
         dsd(&stream, Sparse::new(&topology, h.rows(stored, 64)?), w, &mut y.rows_mut(70, 5)?)

@@ -52,7 +52,7 @@ impl<'a> Cut<'a> {
                 let mut topology = Topology::for_experts(stream, self.block, self.dims[0] + 3, widths).unwrap();
                 let offsets = Buffer::from_slice(stream, &offsets).unwrap();
                 // SAFETY: they begin with 0, do not decrease and end with the number of rows.
-                let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), self.dims[0]).unwrap() };
+                let rows = unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), self.dims[0], self.dims[0]).unwrap() };
                 arrange(stream, rows, &mut topology).unwrap();
                 topology
             }
@@ -330,7 +330,7 @@ fn products_of_the_layer_are_the_grouped_ones() {
         let [w1, v1, w2] = [&w1, &v1, &w2].map(|w| Guarded::with(stream, w, 3 * f, d, 0));
         let offsets = Buffer::from_slice(stream, &offsets(&sizes)).unwrap();
         // SAFETY: they begin with 0, do not decrease and end with the number of rows.
-        let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), rows).unwrap() };
+        let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), rows, rows).unwrap() };
         let output = |rows, cols| Guarded::<Bf16>::new(stream, rows, cols, 0, POISONS[1]);
 
         let [mut gate, mut up, mut hidden] = [(); 3].map(|()| output(rows, f));

@@ -84,7 +84,7 @@ impl<T: Float + Bits, const P: usize> Case<T, P> {
         let biases = self.biases.each_ref().map(|bias| Guarded::with(stream, bias, 3, self.n, 3));
         let offsets = Buffer::from_slice(stream, &self.offsets).unwrap();
         // SAFETY: the offsets begin with 0, do not decrease and end with the number of rows.
-        let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), self.rows()).unwrap() };
+        let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), self.rows(), self.rows()).unwrap() };
         let weights = w.each_ref().map(|w| match self.order {
             Nk => ExpertWeights::nk(w.view(), 3).unwrap(),
             Kn => ExpertWeights::kn(w.view(), 3).unwrap(),
@@ -199,7 +199,7 @@ fn packings_are_views() {
         let offsets = Buffer::from_slice(stream, &[0u32, 4, 4, 9]).unwrap();
         let run = |[gate, up]: [ExpertWeights<'_>; 2], biases: [Bias<'_>; 2]| {
             // SAFETY: the offsets begin with 0, do not decrease and end with the number of rows.
-            let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), rows).unwrap() };
+            let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), rows, rows).unwrap() };
             let epilogue = GluEpilogue::default().with_glu(Glu::GPT_OSS).with_biases(biases);
             guard::run::<Bf16>(stream, rows, n, |h| {
                 grouped_gemm::glu(stream, x.view(), gate, up, owned, &epilogue, h).unwrap();
@@ -236,7 +236,7 @@ fn matrices_apart_need_one_distance_on_a_gpu() {
         let run = |places: [usize; 3], y: &mut Guarded<f32>| {
             let each = places.map(matrix);
             // SAFETY: the offsets begin with 0, do not decrease and end with the number of rows.
-            let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), 3).unwrap() };
+            let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, 4).unwrap(), 3, 3).unwrap() };
             grouped_gemm::nt(stream, x.view(), ExpertWeights::nk_each(&each).unwrap(), owned, &mut y.view_mut())
         };
         let [mut even, mut uneven] = [(); 2].map(|()| Guarded::new(stream, 3, n, 0, guard::POISONS[0]));

@@ -75,7 +75,7 @@ fn placed(stream: &Stream, offsets: &[u32]) -> Buffer<u32> {
 /// Rows as `placed` offsets say.
 fn owned(offsets: &Buffer<u32>, rows: usize) -> ExpertRows<'_> {
     // SAFETY: the tests' offsets begin with 0, do not decrease and end with `rows`.
-    unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), rows).unwrap() }
+    unsafe { ExpertRows::from_raw(offsets.rows(1, offsets.len()).unwrap(), rows, rows).unwrap() }
 }
 
 /// Whether a GPU has a kernel for these types.

@@ -57,7 +57,7 @@ impl<T: Float + Bits> Product<'_, T> {
         let w = Guarded::with(stream, self.w, w_rows, w_cols, 8);
         let offsets = Buffer::from_slice(stream, &offsets).unwrap();
         // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
-        let owned = classed(unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1).unwrap(), rows).unwrap() });
+        let owned = classed(unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1).unwrap(), rows, rows).unwrap() });
         guard::run::<O>(stream, rows, self.n, |y| match self.order {
             Nk => grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), experts).unwrap(), owned, y).unwrap(),
             Kn => grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), experts).unwrap(), owned, y).unwrap(),
@@ -167,7 +167,7 @@ fn launches_in_a_row_count_from_zero() {
             offsets.iter().zip(outputs).try_for_each(|(offsets, y)| {
                 let rows = y.len() / n;
                 // SAFETY: the offsets begin with 0, do not decrease and end with `rows`.
-                let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1)?, rows)? }.in_class(usize::MAX);
+                let owned = unsafe { ExpertRows::from_raw(offsets.rows(1, experts + 1)?, rows, rows)? }.in_class(usize::MAX);
                 let (x, mut y) = (x.view().row_range(0..rows)?, y.rows_mut(rows, n)?);
                 grouped_gemm::nt(stream, x, w, owned, &mut y)
             })
@@ -372,7 +372,7 @@ impl Asked {
                 Rows::<Bf16>::from_raw(place, (1 << 41) + at[0], rows, k, strides[0]).unwrap(),
                 Rows::<Bf16>::from_raw(place, (1 << 42) + at[1], experts * n, k, strides[1]).unwrap(),
                 RowsMut::<Bf16>::from_raw(place, (1 << 43) + at[2], rows, n, strides[2]).unwrap(),
-                ExpertRows::from_raw(offsets, rows).unwrap(),
+                ExpertRows::from_raw(offsets, rows, rows).unwrap(),
             )
         };
         grouped_gemm::nt(&stream, x, ExpertWeights::nk(w, experts).unwrap(), owned, &mut y).unwrap();

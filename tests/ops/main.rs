@@ -14,6 +14,7 @@ mod grouped_gemm;
 mod grouped_gemm_tiles;
 mod moe;
 mod norm;
+mod parallel;
 mod permute;
 mod rope;
 mod router;

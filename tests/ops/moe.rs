@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dropless::activation::{Activation, Glu};
 use dropless::epilogue::{Bias, GluEpilogue};
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
-use dropless::router::Normalize;
+use dropless::router::{Choice, GroupScore, Groups, Normalize};
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, Routing, RoutingBuffers, Rows, RowsMut, Stream, Workspace, grouped_gemm,
     permute, router,
@@ -21,12 +21,16 @@ use proptest::prelude::*;
 
 use crate::oracle;
 
-const SHAPES: [Shape; 4] = [
-    Shape::new(24, 40, 4, 2),
-    Shape::new(33, 7, 16, 4).with_normalize(Normalize::P(2.0)),
-    Shape::new(64, 33, 3, 3).with_normalize(Normalize::None),
-    Shape::new(5, 260, 1, 1),
-];
+const SHAPES: [Shape; 4] = [Shape::new(24, 40, 4, 2), Shape::new(33, 7, 16, 4), Shape::new(64, 33, 3, 3), Shape::new(5, 260, 1, 1)];
+
+/// How the weights of a token's experts are scaled, by the number of experts: so that all occur.
+fn normalize_of(shape: &Shape) -> Normalize {
+    match shape.num_experts {
+        16 => Normalize::P(2.0),
+        3 => Normalize::None,
+        _ => Normalize::P(1.0),
+    }
+}
 
 /// A layer's weights as plain numbers.
 struct Layer<W> {
@@ -40,6 +44,7 @@ struct Layer<W> {
 /// A layer's weights on a device.
 struct Placed<W> {
     num_experts: usize,
+    normalize: Normalize,
     turned: bool,
     router: Guarded<W>,
     experts: [Guarded<W>; 3],
@@ -56,7 +61,7 @@ impl<W: Float + Bits> Placed<W> {
 
     fn weights(&self) -> Weights<'_> {
         let [w1, v1, w2] = self.matrices();
-        Weights::new(self.router.view(), Experts::gated(w1, v1, w2))
+        Weights::new(self.router.view(), Experts::gated(w1, v1, w2)).with_choice(self.normalize.into())
     }
 }
 
@@ -77,7 +82,7 @@ impl<W: Float + Bits> Layer<W> {
         let down = || self.experts[2].chunks(d_ffn * d_model).flat_map(transposed).collect::<Vec<_>>();
         let w2 = if self.turned { Guarded::with(stream, &down(), num_experts * d_model, d_ffn, 0) } else { w2 };
         let router = Guarded::with(stream, &self.router, num_experts, d_model, 0);
-        Placed { num_experts, turned: self.turned, router, experts: [w1, v1, w2] }
+        Placed { num_experts, normalize: normalize_of(&self.shape), turned: self.turned, router, experts: [w1, v1, w2] }
     }
 
     fn experts_f64(&self) -> [Vec<f64>; 3] {
@@ -152,7 +157,7 @@ fn case_of<A: Float + Bits, W: Float + Bits>(layer: &Layer<W>, num_tokens: usize
     let (x64, [w1, v1, w2]) = (to_f64(&x), layer.experts_f64());
     let experts = [&w1[..], &v1, &w2];
     let logits = oracle::router::logits(&x64, &to_f64(&layer.router), shape.d_model);
-    let p = if let Normalize::P(p) = shape.normalize { Some(f64::from(p)) } else { None };
+    let p = if let Normalize::P(p) = normalize_of(&shape) { Some(f64::from(p)) } else { None };
     let (mut ids, mut weights) = (vec![], vec![]);
     for logits in logits.chunks(shape.num_experts) {
         let chosen = oracle::router::experts(logits, shape.top_k);
@@ -256,7 +261,7 @@ fn steps_are_the_whole() {
             let mut buffers = RoutingBuffers::new(stream, num_tokens, shape.top_k, shape.num_experts).unwrap();
             let (x, placed) = (Guarded::with(stream, &x, num_tokens, shape.d_model, 0), layer.placed(stream));
             let weights = placed.weights();
-            let routing = moe::route(stream, &plan, x.view(), weights.router, &mut buffers, &mut workspace).unwrap();
+            let routing = moe::route(stream, &plan, x.view(), weights.router, &weights.choice, &mut buffers, &mut workspace).unwrap();
             let rows = routing.rows();
             let outputs = guard::run::<Bf16>(stream, rows, shape.d_model, |y| {
                 moe::experts(stream, &plan, x.view(), &weights.experts, &routing, &mut workspace, y).unwrap();
@@ -375,7 +380,7 @@ fn goldens_of_transformers() {
         let [x_shape, ids_shape, w_shape] = ["x", "indices", "w1"].map(|part| file.shape(&name(part)));
         let (num_tokens, d_model, top_k) = (x_shape[0], x_shape[1], ids_shape[1]);
         let num_experts = file.shape(&name("counts"))[0];
-        let shape = Shape::new(d_model, w_shape[0] / num_experts, num_experts, top_k).with_normalize(Normalize::None);
+        let shape = Shape::new(d_model, w_shape[0] / num_experts, num_experts, top_k);
         let experts = ["w1", "v1", "w2"].map(|part| file.float::<T>(&name(part)));
         let (x, ids, route_weights) = (file.float::<T>(&name("x")), file.u32(&name("indices")), file.float::<f32>(&name("weights_f32")));
         let (layer, want) =
@@ -499,7 +504,7 @@ fn sorting_rows_first_changes_no_bit() {
         });
         let mut logits = Guarded::new(stream, tokens, shape.num_experts, 0, POISONS[0]);
         router::logits(stream, x.view(), weights.router, &mut logits.view_mut()).unwrap();
-        let routing = router::route(stream, logits.view(), shape.normalize, &mut buffers).unwrap();
+        let routing = router::route(stream, logits.view(), normalize_of(&shape), &mut buffers).unwrap();
         let [mut hidden, mut outputs, mut y] =
             [(rows, shape.d_ffn), (rows, d), (tokens, d)].map(|(rows, cols)| Guarded::<Bf16>::new(stream, rows, cols, 0, POISONS[0]));
         let (gathered, [w1, v1, w2]) = (routing.gathered_rows(), placed.matrices());
@@ -599,12 +604,9 @@ fn impossible_plans_are_refused() {
         change(&mut shape);
         shape
     };
-    assert_eq!(text(but(|shape| shape.top_k = 0), 1), "moe: `top_k` must be between 1 and num_experts, got 0");
-    assert_eq!(text(but(|shape| shape.top_k = 5), 1), "moe: `top_k` must be between 1 and num_experts, got 5");
-    assert_eq!(text(but(|shape| shape.num_experts = 257), 1), "moe: num_experts is 257, must be <= 256");
+    assert_eq!(text(but(|shape| shape.top_k = 0), 1), "moe: `top_k` must be at least 1, got 0");
+    assert_eq!(text(but(|shape| shape.num_experts = 1025), 1), "moe: num_experts is 1025, must be <= 1024");
     assert_eq!(text(good, 1 << 30), "moe: max_tokens * top_k is 2147483648, must be <= 2147483647");
-    let nan = good.with_normalize(Normalize::P(0.0));
-    assert_eq!(text(nan, 1), "moe: `normalize` must be a norm of positive and finite p, got 0");
     assert!(Plan::<f32>::new(but(|shape| shape.d_ffn = usize::MAX / 8), 9).is_err());
     let widest = "18446744073709551615, must be <= 9223372036854775807";
     assert_eq!(text(but(|shape| shape.d_ffn = usize::MAX), 9), format!("moe: d_ffn is {widest}"));
@@ -618,7 +620,7 @@ fn impossible_plans_are_refused() {
 /// What the steps of a layer would refuse one by one is refused before the first of them: types, and where rows begin.
 #[test]
 fn a_gpu_refuses_before_the_first_step() {
-    let shape = Shape::new(8, 8, 2, 1).with_normalize(Normalize::None);
+    let shape = Shape::new(8, 8, 2, 1);
     let driver = Arc::new(Recorder::default());
     let stream = Device::with_driver(driver.clone(), 0).unwrap().stream().unwrap();
     let plan = Plan::<f32>::new(shape, 3).unwrap();
@@ -680,6 +682,13 @@ fn refusals_write_nothing() {
     assert_eq!(refused(5, 24, 5, good, [5, 3, 4], 0), "moe: `routing` must be [k, E] = [2, 4], got [3, 4]");
     let (need, have) = (plan.workspace_bytes(), plan.workspace_bytes() - 4);
     assert_eq!(refused(5, 24, 5, good, fits, 4), format!("moe: needs {need} workspace bytes, has {have}"));
+    let no_norm = good.with_choice(Normalize::P(0.0).into());
+    assert_eq!(refused(5, 24, 5, no_norm, fits, 0), "moe: `normalize` must be a norm of positive and finite p, got 0");
+    let short_bias = [0.0; 3];
+    let short_bias = good.with_choice(Choice::default().with_choice_bias(Rows::from_slice(&short_bias, 1, 3).unwrap()));
+    assert_eq!(refused(5, 24, 5, short_bias, fits, 0), "moe: `choice_bias` must be [1, E] = [1, 4], got [1, 3]");
+    let groups = good.with_choice(Choice::default().with_groups(Groups::new(4, 1, GroupScore::Best)));
+    assert_eq!(refused(5, 24, 5, groups, fits, 0), "moe: `top_groups` must be enough to hold top_k experts, got 1");
     let [w1, _, w2] = placed.matrices();
     let router = good.router.row_range(0..3).unwrap();
     assert_eq!(refused(5, 24, 5, Weights::new(router, good.experts), fits, 0), "moe: `router` must be [E, D] = [4, 24], got [3, 24]");

@@ -6,6 +6,7 @@
 //! `moe_normalize_expert_weights`: absent means 1, null means no normalisation.
 
 use dropless::layout::MAX_EXPERTS;
+use dropless::router::Normalize;
 use dropless::{ExpertWeights, HeadLayout, WeightRows, moe};
 use serde_json::json;
 
@@ -117,6 +118,7 @@ struct Layer<'w> {
 
 fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
     let e = config.num_experts;
+    let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
     let layer = |l| {
         let [norm_1, wqkv, out_proj, norm_2, router, w1, v1, w2] = weights.of(layer(config, l))?;
         let experts = moe::Experts::gated(w1.experts_nk(e)?, v1.experts_nk(e)?, w2.experts_kn(e)?);
@@ -125,7 +127,7 @@ fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
             wqkv: wqkv.linear()?,
             out_proj: out_proj.linear()?,
             norm_2: norm_2.rows(),
-            moe: moe::Weights::new(router.rows(), experts),
+            moe: moe::Weights::new(router.rows(), experts).with_choice(normalize.into()),
         })
     };
     let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;

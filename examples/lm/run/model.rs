@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use dropless::layout::KvShape;
-use dropless::router::Normalize;
 use dropless::{Buffer, Device, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut};
 use dropless::{Stream, TokenIds, Workspace, attention, grouped_gemm, moe, sample};
 
@@ -164,8 +163,7 @@ impl<'w, A: Float> Model<'w, A> {
 
 fn plan<A: Float>(config: &Config, step_tokens: usize) -> Result<moe::Plan<A>, Error> {
     let Config { d_model, d_ffn, num_experts, top_k, .. } = *config;
-    let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
-    moe::Plan::new(moe::Shape::new(d_model, d_ffn, num_experts, top_k).with_normalize(normalize), step_tokens)
+    moe::Plan::new(moe::Shape::new(d_model, d_ffn, num_experts, top_k), step_tokens)
 }
 
 /// Scratch that the operations of a step ask for; they take turns with it.

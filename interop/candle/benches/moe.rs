@@ -1,16 +1,17 @@
-//! One layer by this block and by candle's loop over the experts, in turns: medians and minima of wall time, and their ratios.
+//! One layer by this block and by candle's loop over the experts, in turns: medians and minima of wall time,
+//! and their ratios.
 //!
-//! Results are compared before anything is timed. `cargo bench` prints a table for the README; `cargo bench -- 300` spends 300
-//! milliseconds on each of its cells instead of 3000.
+//! Results are compared before anything is timed. `cargo bench` prints a table for the README; `cargo bench
+//! -- 300` spends 300 milliseconds on each of its cells instead of 3000.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use common::{Loop, Weights, noise};
-use dropless_candle::{Experts, Moe};
+use dropless_candle::{Experts, Moe, Runtime};
 
 const SHAPE: [usize; 3] = [8, 1024, 1792]; // E, D, F
 const TOP_K: usize = 2;
@@ -21,12 +22,14 @@ fn main() -> Result<()> {
     println!("E, D, F = {SHAPE:?}, k = {TOP_K}; threads: dropless {ours}, candle {theirs}\n");
     println!("| type | T | candle's loop | packed | separate | loop / packed, medians | minima | loop in f32 / packed | minima | error |");
     println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
+    let runtime = Runtime::new(&Device::Cpu)?;
     for dtype in [DType::F32, DType::BF16] {
         let weights = Weights::random(SHAPE, dtype)?;
         let Weights { router, gate, up, down } = &weights;
         let packed = Experts::Packed { gate_up: weights.gate_up()?, down: down.clone() };
         let separate = Experts::Separate { gate: gate.clone(), up: up.clone(), down: down.clone() };
-        let (packed, separate) = (Moe::new(router.clone(), packed, TOP_K)?, Moe::new(router.clone(), separate, TOP_K)?);
+        let block = |experts| Moe::new(&runtime, router.clone(), experts, TOP_K);
+        let (packed, separate) = (block(packed)?, block(separate)?);
         let theirs = Loop::new(&weights, TOP_K)?;
         let widened = Loop::new(&weights.to_dtype(DType::F32)?, TOP_K)?;
         for num_tokens in [1, 8, 64, 512] {
@@ -59,7 +62,8 @@ struct Times {
     minimum: f64,
 }
 
-/// Calls all of them in turns, beginning with another one each time, until the time is spent, at least seven times.
+/// Calls all of them in turns, beginning with another one each time, until the time is spent, at least seven
+/// times.
 fn rounds<const N: usize>(contestants: &mut [Box<dyn FnMut() -> Result<Tensor> + '_>; N], budget: Duration) -> Result<[Times; N]> {
     let (mut times, start) = (std::array::from_fn::<Vec<f64>, N, _>(|_| Vec::new()), Instant::now());
     while times[0].len() < 7 || start.elapsed() < budget {

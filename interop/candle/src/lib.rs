@@ -1,72 +1,77 @@
-//! A mixture-of-experts block for candle, computed by dropless: router, experts, weighted sum, in one operation. Weights are used where
-//! candle's tensors keep them.
+//! A mixture-of-experts block for candle, computed by dropless: router, experts and weighted sum in one
+//! operation. Weights are used where candle's tensors keep them.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
-//! use dropless_candle::{Experts, Moe};
+//! use dropless_candle::{Experts, Moe, Runtime};
 //!
 //! let (tokens, experts, d, f) = (5, 8, 64, 96);
 //! let noise = |shape: &[usize]| Tensor::randn(0f32, 0.1, shape, &Device::Cpu);
-//! let moe = Moe::new(
-//!     noise(&[experts, d])?,
-//!     Experts::Packed { gate_up: noise(&[experts, 2 * f, d])?, down: noise(&[experts, d, f])? },
-//!     2,
-//! )?;
+//! let runtime = Runtime::new(&Device::Cpu)?;
+//! let experts = Experts::Packed { gate_up: noise(&[experts, 2 * f, d])?, down: noise(&[experts, d, f])? };
+//! let moe = Moe::new(&runtime, noise(&[8, d])?, experts, 2)?;
+//!
 //! let y = moe.forward(&noise(&[1, tokens, d])?)?;
 //! assert_eq!((y.dims(), y.dtype()), (&[1, tokens, d][..], DType::F32));
 //! # Ok::<(), candle_core::Error>(())
 //! ```
-#![deny(missing_docs)]
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod op;
+mod runtime;
 mod weights;
 
-use std::sync::Mutex;
-
 use candle_core::{Module, Result, Tensor};
+use dropless::moe::Shape;
 use dropless::router::Normalize;
 
-use self::op::{Forward, State};
+use self::op::Forward;
+pub use self::runtime::Runtime;
 pub use self::weights::Experts;
-use self::weights::Shape;
 
-/// `y[t] = sum_s weight[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, `e` running over the `top_k` experts of the largest router
-/// logits, weighed by the softmax of all logits, divided by the weights' sum.
+/// `y[t] = sum_s weight[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, `e` running over the `top_k`
+/// experts of the largest router logits, weighed by the softmax of all logits, divided by the weights' sum.
 ///
-/// Router logits are `f32` whatever the tensors are: a rounded score may choose another expert. For inference: no gradient flows back.
+/// Router logits are `f32` whatever the tensors are: a rounded score may choose another expert. For
+/// inference: no gradient flows back.
 pub struct Moe {
+    runtime: Runtime,
     router: Tensor,
     experts: Experts,
     shape: Shape,
-    top_k: usize,
-    normalize: Normalize,
-    state: Mutex<Option<State>>,
 }
 
 impl Moe {
-    /// A block with `router` `[E, D]`. All weights are of one type, `f32`, `bf16` or `f16`, contiguous, and on one device.
+    /// A block with `router` `[E, D]`. All weights are of one type, `f32`, `bf16` or `f16`, contiguous, and
+    /// on the device of `runtime`.
     ///
     /// # Errors
     ///
     /// Another shape, type or device; `top_k` outside `1..=E`.
-    pub fn new(router: Tensor, experts: Experts, top_k: usize) -> Result<Moe> {
-        let shape = experts.shape(&router)?;
-        if top_k == 0 || top_k > shape.num_experts {
-            candle_core::bail!("moe: `top_k` must be between 1 and {}, got {top_k}", shape.num_experts);
+    pub fn new(runtime: &Runtime, router: Tensor, experts: Experts, top_k: usize) -> Result<Moe> {
+        let [num_experts, d_model, d_ffn] = experts.check(&router)?;
+        if !router.device().same_device(runtime.device()) {
+            candle_core::bail!("moe: `router` lies on {:?}, the runtime on {:?}", router.device().location(), runtime.device().location());
         }
-        Ok(Moe { router, experts, shape, top_k, normalize: Normalize::P(1.0), state: Mutex::default() })
+        if top_k == 0 || top_k > num_experts {
+            candle_core::bail!("moe: `top_k` must be between 1 and {num_experts}, got {top_k}");
+        }
+        Ok(Moe { runtime: runtime.clone(), router, experts, shape: Shape::new(d_model, d_ffn, num_experts, top_k) })
     }
 
     /// How a token's weights are scaled; as in Mixtral, they add up to 1 unless told otherwise.
     pub fn with_normalize(self, normalize: Normalize) -> Moe {
-        Moe { normalize, ..self }
+        Moe { shape: self.shape.with_normalize(normalize), ..self }
     }
 
-    /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type than the weights.
+    /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type
+    /// than the weights.
     ///
     /// # Errors
     ///
-    /// `x` does not have D columns, is of a type that is not computed with, or lies on another device; what dropless reports.
+    /// `x` does not have D columns, is of a type that is not computed with, or lies on another device; what
+    /// dropless reports.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let d_model = self.shape.d_model;
         if x.dims().last() != Some(&d_model) {

@@ -1,108 +1,82 @@
-//! The operation on tensors of host memory.
+//! The operation that candle calls, and what it does in host memory.
 
-use std::sync::PoisonError;
-
-use candle_core::{CpuStorage, CustomOp1, DType, Error, Layout, Result, WithDType, bail};
-use dropless::{Device, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, glu, grouped_gemm, permute, router};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use dropless::{Float, Rows, RowsMut, WeightRows, moe};
+use half::{bf16, f16};
 
 use crate::Moe;
-use crate::weights::{Experts, Shape, elements, part};
+use crate::runtime::Scratch;
 
 /// One forward pass of a block.
 pub(crate) struct Forward<'a>(pub(crate) &'a Moe);
-
-/// What a block keeps from one call to the next.
-pub(crate) struct State {
-    stream: Stream,
-    routing: RoutingBuffers,
-}
 
 impl CustomOp1 for Forward<'_> {
     fn name(&self) -> &'static str {
         "dropless-moe"
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, candle_core::Shape)> {
-        let y = match storage {
-            CpuStorage::F32(_) => self.on_host::<f32>(part(storage, layout)?)?,
-            CpuStorage::BF16(_) => self.on_host::<half::bf16>(part(storage, layout)?)?,
-            CpuStorage::F16(_) => self.on_host::<half::f16>(part(storage, layout)?)?,
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = match x {
+            CpuStorage::F32(_) => self.on_host::<f32>(x, layout)?,
+            CpuStorage::BF16(_) => self.on_host::<bf16>(x, layout)?,
+            CpuStorage::F16(_) => self.on_host::<f16>(x, layout)?,
             _ => bail!("moe: `x` must be f32, bf16 or f16"),
         };
         Ok((y, layout.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((self.on_gpu(x, layout)?, layout.shape().clone()))
+    }
 }
 
 impl Forward<'_> {
-    fn on_host<A: WithDType + Float>(&self, x: &[A]) -> Result<CpuStorage> {
-        let mut y = vec![A::default(); x.len()];
-        match self.0.router.dtype() {
-            DType::F32 => self.compute::<A, f32>(x, &mut y)?,
-            DType::BF16 => self.compute::<A, half::bf16>(x, &mut y)?,
-            DType::F16 => self.compute::<A, half::f16>(x, &mut y)?,
-            other => bail!("moe: weights of {other:?}"), // refused when the block was made
-        }
-        Ok(A::to_cpu_storage_owned(y))
+    /// The weights' tensors: the router, then those of the experts.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.0.router].into_iter().chain(self.0.experts.tensors())
     }
 
-    fn compute<A: WithDType + Float, W: WithDType + Float>(&self, x: &[A], y: &mut [A]) -> Result<()> {
-        let Moe { router, experts, shape, top_k, normalize, state } = self.0;
-        let Shape { num_experts, d_model, d_ffn } = *shape;
-        let num_tokens = x.len() / d_model;
-        let rows = num_tokens * top_k;
+    fn on_host<A: WithDType + Float>(&self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        let Moe { runtime, experts, shape, .. } = self.0;
+        let storages: Vec<_> = self.tensors().map(Tensor::storage_and_layout).collect();
+        let rows = storages.iter().map(|(storage, layout)| weight_rows(storage, layout)).collect::<Result<Vec<_>>>()?;
+        let x = part::<A>(x, layout)?;
+        let num_tokens = x.len() / shape.d_model.max(1);
+        let mut y = vec![A::default(); x.len()];
 
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { stream, routing } = State::for_tokens(&mut state, num_tokens, *top_k, num_experts)?;
-        let ((router, router_layout), (down, down_layout)) = (router.storage_and_layout(), experts.down().storage_and_layout());
-        let router = Rows::from_slice(elements::<W>(&router, router_layout)?, num_experts, d_model).map_err(Error::wrap)?;
-        let down = Rows::from_slice(elements::<W>(&down, down_layout)?, num_experts * d_model, d_ffn).map_err(Error::wrap)?;
-        let down = ExpertWeights::nk(down, num_experts).map_err(Error::wrap)?;
-
-        let view = Rows::from_slice(x, num_tokens, d_model).map_err(Error::wrap)?;
-        let (mut logits, mut outputs) = (vec![0f32; num_tokens * num_experts], vec![A::default(); rows * d_model]);
-        let mut logits = RowsMut::from_slice(&mut logits, num_tokens, num_experts).map_err(Error::wrap)?;
-        let mut outputs = RowsMut::from_slice(&mut outputs, rows, d_model).map_err(Error::wrap)?;
-        router::logits(stream, view, router, &mut logits).map_err(Error::wrap)?;
-        let routing = router::route(stream, logits.as_rows(), *normalize, routing).map_err(Error::wrap)?;
-
-        let mut hidden = vec![A::default(); rows * d_ffn];
-        let mut hidden = RowsMut::from_slice(&mut hidden, rows, d_ffn).map_err(Error::wrap)?;
-        match experts {
-            Experts::Packed { gate_up, .. } => {
-                let (gate_up, layout) = gate_up.storage_and_layout();
-                let gate_up = Rows::from_slice(elements::<W>(&gate_up, layout)?, num_experts * 2 * d_ffn, d_model).map_err(Error::wrap)?;
-                let gate_up = ExpertWeights::nk(gate_up, num_experts).map_err(Error::wrap)?;
-                let mut both = vec![A::default(); rows * 2 * d_ffn];
-                let mut both = RowsMut::from_slice(&mut both, rows, 2 * d_ffn).map_err(Error::wrap)?;
-                grouped_gemm::nt(stream, view, gate_up, routing.gathered_rows(), &mut both).map_err(Error::wrap)?;
-                let both = both.as_rows();
-                let gate = both.col_range(0..d_ffn).map_err(Error::wrap)?;
-                let up = both.col_range(d_ffn..2 * d_ffn).map_err(Error::wrap)?;
-                glu::glu(stream, gate, up, &mut hidden).map_err(Error::wrap)?;
-            }
-            Experts::Separate { gate, up, .. } => {
-                let ((gate, gate_layout), (up, up_layout)) = (gate.storage_and_layout(), up.storage_and_layout());
-                let gate = Rows::from_slice(elements::<W>(&gate, gate_layout)?, num_experts * d_ffn, d_model).map_err(Error::wrap)?;
-                let up = Rows::from_slice(elements::<W>(&up, up_layout)?, num_experts * d_ffn, d_model).map_err(Error::wrap)?;
-                let gate = ExpertWeights::nk(gate, num_experts).map_err(Error::wrap)?;
-                let up = ExpertWeights::nk(up, num_experts).map_err(Error::wrap)?;
-                grouped_gemm::glu_nt(stream, view, gate, up, routing.gathered_rows(), &mut hidden).map_err(Error::wrap)?;
-            }
-        }
-        grouped_gemm::nt(stream, hidden.as_rows(), down, routing.expert_rows(), &mut outputs).map_err(Error::wrap)?;
-        let mut y = RowsMut::from_slice(y, num_tokens, d_model).map_err(Error::wrap)?;
-        permute::combine(stream, outputs.as_rows(), &routing, &mut y).map_err(Error::wrap)
+        let mut state = runtime.state();
+        let mut compute = || {
+            let Scratch { stream, plan, routing, workspace } = state.scratch::<A>(*shape, num_tokens)?;
+            let x = Rows::from_slice(x, num_tokens, shape.d_model)?;
+            let mut y = RowsMut::from_slice(&mut y, num_tokens, shape.d_model)?;
+            moe::forward(stream, &plan, x, &experts.of_rows(shape, &rows)?, routing, workspace, &mut y).map(|_| ())
+        };
+        compute().map_err(Error::wrap)?;
+        Ok(A::to_cpu_storage_owned(y))
     }
 }
 
-impl State {
-    /// The state with room for that many tokens.
-    fn for_tokens(state: &mut Option<State>, num_tokens: usize, top_k: usize, num_experts: usize) -> Result<&mut State> {
-        if state.as_ref().is_none_or(|state| state.routing.max_tokens() < num_tokens) {
-            let stream = Device::cpu().stream().map_err(Error::wrap)?;
-            let routing = RoutingBuffers::new(&stream, num_tokens, top_k, num_experts).map_err(Error::wrap)?;
-            *state = Some(State { stream, routing });
-        }
-        Ok(state.as_mut().unwrap_or_else(|| unreachable!("it was just made")))
+/// A contiguous tensor of host memory as rows of its last dimension.
+fn weight_rows<'a>(storage: &'a Storage, layout: &Layout) -> Result<WeightRows<'a>> {
+    fn rows<'a, W: WithDType + Float>(storage: &'a CpuStorage, layout: &Layout) -> Result<WeightRows<'a>> {
+        let (values, cols) = (part::<W>(storage, layout)?, layout.dims().last().copied().unwrap_or(1));
+        Rows::from_slice(values, layout.shape().elem_count() / cols.max(1), cols).map(WeightRows::from).map_err(Error::wrap)
+    }
+    match storage {
+        Storage::Cpu(storage @ CpuStorage::F32(_)) => rows::<f32>(storage, layout),
+        Storage::Cpu(storage @ CpuStorage::BF16(_)) => rows::<bf16>(storage, layout),
+        Storage::Cpu(storage @ CpuStorage::F16(_)) => rows::<f16>(storage, layout),
+        _ => bail!("moe: `x` lies in host memory, the weights do not"),
+    }
+}
+
+/// The elements of a contiguous tensor.
+fn part<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((first, end)) => Ok(&T::cpu_storage_as_slice(storage)?[first..end]),
+        None => bail!("moe: a tensor must be contiguous, got strides {:?}", layout.stride()),
     }
 }

@@ -1,13 +1,14 @@
-//! The experts' tensors, their shapes, and where their elements lie.
+//! The experts' tensors and their shapes, and what dropless makes of them.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{DType, Result, Tensor, bail};
+use dropless::moe::{self, Shape};
+use dropless::{ExpertWeights, WeightRows};
 
-/// The experts' three matrices, `F` being the columns between the two halves of an expert. All row-major, as a checkpoint keeps them:
-/// a row holds the weights of one output.
+/// The experts' matrices, `F` being the columns between the two halves of an expert. Each row holds the
+/// weights of one output, as in a checkpoint.
 #[derive(Clone, Debug)]
 pub enum Experts {
-    /// Gate and up in one tensor, as in Qwen3-MoE's and Mixtral's packed checkpoints: `gate_up[e]` is gate's F rows, then up's.
-    #[allow(missing_docs)] // the shapes say it
+    /// Gate and up in one tensor: `gate_up[e]` is gate's F rows, then up's.
     Packed {
         /// `[E, 2F, D]`
         gate_up: Tensor,
@@ -15,7 +16,6 @@ pub enum Experts {
         down: Tensor,
     },
     /// Three tensors.
-    #[allow(missing_docs)]
     Separate {
         /// `[E, F, D]`
         gate: Tensor,
@@ -26,40 +26,37 @@ pub enum Experts {
     },
 }
 
-/// What the tensors' shapes say.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Shape {
-    pub(crate) num_experts: usize,
-    pub(crate) d_model: usize,
-    pub(crate) d_ffn: usize,
-}
-
 impl Experts {
-    /// Every tensor with its name and the number of matrices `[F, D]` that one expert has in it.
-    fn named(&self) -> Vec<(&'static str, &Tensor, usize)> {
+    /// Every tensor by its name.
+    fn named(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
-            Experts::Packed { gate_up, down } => vec![("gate_up", gate_up, 2), ("down", down, 1)],
-            Experts::Separate { gate, up, down } => vec![("gate", gate, 1), ("up", up, 1), ("down", down, 1)],
+            Experts::Packed { gate_up, down } => vec![("gate_up", gate_up), ("down", down)],
+            Experts::Separate { gate, up, down } => vec![("gate", gate), ("up", up), ("down", down)],
         }
     }
 
-    pub(crate) fn down(&self) -> &Tensor {
-        match self {
-            Experts::Packed { down, .. } | Experts::Separate { down, .. } => down,
-        }
+    /// The same tensors without their names.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.named().into_iter().map(|(_, tensor)| tensor)
     }
 
-    /// The sizes, of tensors that agree on them with each other and with `router`.
-    pub(crate) fn shape(&self, router: &Tensor) -> Result<Shape> {
-        let (num_experts, d_model) = router.dims2()?;
-        let d_ffn = self.down().dims3()?.2;
-        for (name, tensor, halves) in self.named() {
-            let want = if name == "down" { [num_experts, d_model, d_ffn] } else { [num_experts, halves * d_ffn, d_model] };
+    /// E, D and F, of tensors that agree on them with each other and with `router`, and are of its type and
+    /// on its device.
+    pub(crate) fn check(&self, router: &Tensor) -> Result<[usize; 3]> {
+        let (e, d) = router.dims2()?;
+        let (Experts::Packed { down, .. } | Experts::Separate { down, .. }) = self;
+        let f = down.dims3()?.2;
+        for (name, tensor) in self.named() {
+            let want = match name {
+                "down" => [e, d, f],
+                "gate_up" => [e, 2 * f, d],
+                _ => [e, f, d],
+            };
             if tensor.dims() != want {
                 bail!("moe: `{name}` must be {want:?}, got {:?}", tensor.dims());
             }
         }
-        for (name, tensor, _) in [("router", router, 1)].into_iter().chain(self.named()) {
+        for (name, tensor) in [("router", router)].into_iter().chain(self.named()) {
             if tensor.dtype() != router.dtype() || !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16) {
                 bail!("moe: `{name}` must be f32, bf16 or f16 as `router` is, got {:?} and {:?}", tensor.dtype(), router.dtype());
             }
@@ -69,26 +66,22 @@ impl Experts {
             if !tensor.is_contiguous() {
                 bail!("moe: `{name}` must be contiguous, got strides {:?}", tensor.stride());
             }
-            if let Device::Metal(_) = tensor.device() {
-                bail!("moe: `{name}` lies on a device of Apple's, which is not computed with");
-            }
         }
-        Ok(Shape { num_experts, d_model, d_ffn })
+        Ok([e, d, f])
     }
-}
 
-/// The elements of a contiguous tensor in host memory.
-pub(crate) fn elements<'a, W: WithDType>(storage: &'a Storage, layout: &candle_core::Layout) -> Result<&'a [W]> {
-    match storage {
-        Storage::Cpu(storage) => part(storage, layout),
-        Storage::Cuda(_) | Storage::Metal(_) => bail!("moe: the weights do not lie where `x` does"),
+    /// What dropless takes, of `router` and [`tensors`](Self::tensors), each as rows `[E * N, K]`.
+    pub(crate) fn of_rows<'a>(&self, shape: &Shape, rows: &[WeightRows<'a>]) -> std::result::Result<moe::Weights<'a>, dropless::Error> {
+        let stacks =
+            rows[1..].iter().map(|rows| ExpertWeights::nk(*rows, shape.num_experts)).collect::<std::result::Result<Vec<_>, _>>()?;
+        let experts = match (self, &stacks[..]) {
+            (Experts::Packed { .. }, [gate_up, down]) => {
+                let [gate, up] = gate_up.halves()?;
+                moe::Experts::gated(gate, up, *down)
+            }
+            (Experts::Separate { .. }, [gate, up, down]) => moe::Experts::gated(*gate, *up, *down),
+            _ => unreachable!("{} tensors", stacks.len()),
+        };
+        Ok(moe::Weights::new(rows[0], experts))
     }
-}
-
-/// The elements of a contiguous tensor.
-pub(crate) fn part<'a, W: WithDType>(storage: &'a CpuStorage, layout: &candle_core::Layout) -> Result<&'a [W]> {
-    let Some((first, end)) = layout.contiguous_offsets() else {
-        bail!("moe: a tensor must be contiguous, got strides {:?}", layout.stride())
-    };
-    Ok(&W::cpu_storage_as_slice(storage)?[first..end])
 }

@@ -2,10 +2,10 @@
 
 mod common;
 
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
 use common::{Loop, Weights, noise};
 use dropless::router::Normalize;
-use dropless_candle::{Experts, Moe};
+use dropless_candle::{Experts, Moe, Runtime};
 
 /// The largest difference, of the largest number.
 fn error(got: &Tensor, want: &Tensor) -> Result<f32> {
@@ -22,10 +22,13 @@ fn blocks(weights: &Weights, top_k: usize) -> Result<[Moe; 2]> {
     let Weights { router, gate, up, down } = weights;
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
     let packed = Experts::Packed { gate_up: weights.gate_up()?, down: down.clone() };
-    Ok([Moe::new(router.clone(), packed, top_k)?, Moe::new(router.clone(), Experts::Separate { gate, up, down }, top_k)?])
+    let runtime = Runtime::new(&Device::Cpu)?;
+    let block = |experts| Moe::new(&runtime, router.clone(), experts, top_k);
+    Ok([block(packed)?, block(Experts::Separate { gate, up, down })?])
 }
 
-/// Against the loop in `f32` on the same, rounded, weights and tokens: the loop in 16 bits rounds the router's logits and chooses others.
+/// Against the loop in `f32` on the same, rounded, weights and tokens: the loop in 16 bits rounds the
+/// router's logits and chooses others.
 #[test]
 fn the_block_computes_what_the_loop_does() -> Result<()> {
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 1.5e-2), (DType::F16, 2e-3)] {
@@ -105,14 +108,47 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     let weights = Weights::random([4, 32, 48], DType::F32)?;
     let Weights { router, gate, up, down } = &weights;
     let separate = |gate: &Tensor| Experts::Separate { gate: gate.clone(), up: up.clone(), down: down.clone() };
-    let text = |experts, top_k| Moe::new(router.clone(), experts, top_k).err().unwrap().to_string();
+    let runtime = Runtime::new(&Device::Cpu)?;
+    let text = |experts, top_k| Moe::new(&runtime, router.clone(), experts, top_k).err().unwrap().to_string();
     assert!(text(separate(&gate.narrow(1, 0, 47)?), 2).contains("`gate` must be [4, 48, 32], got [4, 47, 32]"));
     assert!(text(separate(&gate.to_dtype(DType::BF16)?), 2).contains("got BF16 and F32"));
     assert!(text(separate(&gate.transpose(1, 2)?.contiguous()?.transpose(1, 2)?), 2).contains("`gate` must be contiguous"));
     assert!(text(separate(gate), 5).contains("`top_k` must be between 1 and 4, got 5"));
     assert!(text(Experts::Packed { gate_up: gate.clone(), down: down.clone() }, 2).contains("`gate_up` must be [4, 96, 32]"));
-    let block = Moe::new(router.clone(), separate(gate), 2)?;
+    let block = Moe::new(&runtime, router.clone(), separate(gate), 2)?;
     assert!(block.forward(&tokens(&[3, 31], DType::F32)?).err().unwrap().to_string().contains("`x` must be [.., 32], got [3, 31]"));
     assert!(block.forward(&tokens(&[3, 32], DType::F64)?).err().unwrap().to_string().contains("must be f32, bf16 or f16"));
+    Ok(())
+}
+
+/// candle's slices on candle's stream, against the CPU on the same numbers.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_block_computes_the_same_on_a_gpu() -> Result<()> {
+    let gpu = match Device::new_cuda(0) {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let runtime = Runtime::new(&gpu)?;
+    for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
+        let weights = Weights::random([8, 256, 512], dtype)?;
+        let there = |tensor: &Tensor| tensor.to_device(&gpu);
+        let packed = Experts::Packed { gate_up: there(&weights.gate_up()?)?, down: there(&weights.down)? };
+        let separate = Experts::Separate { gate: there(&weights.gate)?, up: there(&weights.up)?, down: there(&weights.down)? };
+        for (experts, on_cpu) in [packed, separate].into_iter().zip(blocks(&weights, 2)?) {
+            let block = Moe::new(&runtime, there(&weights.router)?, experts, 2)?;
+            for num_tokens in [1, 8, 65, 200] {
+                let x = tokens(&[num_tokens, 256], dtype)?;
+                // Work of candle's before and behind: nothing but the stream puts it in order.
+                let doubled = there(&x)?.affine(2.0, 0.0)?.affine(0.5, 0.0)?;
+                let y = block.forward(&doubled)?.affine(2.0, 0.0)?.affine(0.5, 0.0)?;
+                let error = error(&y.to_device(&Device::Cpu)?, &on_cpu.forward(&x)?)?;
+                assert!(error < tolerance, "{dtype:?}, T {num_tokens}: {error:e}");
+            }
+        }
+    }
     Ok(())
 }

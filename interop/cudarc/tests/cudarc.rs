@@ -1,12 +1,10 @@
-//! Streams, slices and views of cudarc, on a GPU, against the CPU. Without a GPU these tests say so and pass: that they do not panic there
-//! is what they show then.
+//! Streams, slices and views of cudarc, on a GPU, against the CPU. Without a GPU these tests say so and pass:
+//! that they do not panic there is what they show then.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
-use dropless::{
-    Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe, router::Normalize,
-};
+use dropless::{Buffer, Device, Error, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace, glu, moe};
 use half::bf16;
 
 /// Every element type of cudarc's slices that is tried.
@@ -58,7 +56,8 @@ fn rows<T: Float>(values: &[T], rows: usize) -> Rows<'_, T> {
     Rows::from_slice(values, rows, values.len() / rows).unwrap()
 }
 
-/// Slices written on one stream of cudarc, used on another through this crate, read on the first: cudarc's events give the order.
+/// Slices written on one stream of cudarc, used on another through this crate, read on the first: cudarc's
+/// events give the order.
 fn glu_of<T: Number>(tolerance: f32) {
     const ROWS: usize = 1000;
     const COLS: usize = 4096;
@@ -93,18 +92,15 @@ fn glu_runs_on_slices_of_16_bits() {
     glu_of::<dropless::F16>(1e-3);
 }
 
-const SHAPE: moe::Shape = moe::Shape { d_model: 256, d_ffn: 512, num_experts: 8, top_k: 2, normalize: Normalize::P(1.0) };
+const SHAPE: moe::Shape = moe::Shape::new(256, 512, 8, 2);
 
-/// Router `[E, D]`, then w1, v1 and w2, `[E, F, D]` each: one after the other in one slice, as an engine's arena has them.
-fn split<'a, T: Float>(all: Rows<'a, T>) -> moe::Weights<'a, T> {
+/// Router `[E, D]`, then gate, up and down, `[E, F, D]` each: one after the other in one slice, as an
+/// engine's arena has them.
+fn split<'a, T: Float>(all: Rows<'a, T>) -> Result<moe::Weights<'a>, Error> {
     let moe::Shape { d_ffn, num_experts: e, .. } = SHAPE;
-    let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn).unwrap();
-    moe::Weights {
-        router: all.row_range(0..e).unwrap(),
-        w1: ExpertWeights::nk(part(0), e).unwrap(),
-        v1: ExpertWeights::nk(part(1), e).unwrap(),
-        w2: ExpertWeights::kn(part(2), e).unwrap(),
-    }
+    let part = |at: usize| all.row_range(e + at * e * d_ffn..e + (at + 1) * e * d_ffn);
+    let experts = moe::Experts::gated(ExpertWeights::nk(part(0)?, e)?, ExpertWeights::nk(part(1)?, e)?, ExpertWeights::kn(part(2)?, e)?);
+    Ok(moe::Weights::new(all.row_range(0..e)?, experts))
 }
 
 /// The layer on `stream`; gives the experts that were chosen.
@@ -112,15 +108,16 @@ fn layer<T: Float>(stream: &Stream, x: Rows<'_, T>, weights: Rows<'_, T>, y: &mu
     let plan = moe::Plan::<T>::new(SHAPE, x.rows())?;
     let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
     let mut buffers = RoutingBuffers::new(stream, x.rows(), SHAPE.top_k, SHAPE.num_experts)?;
-    let routing = moe::forward(stream, &plan, x, &split(weights), &mut buffers, &mut workspace, y)?;
+    let routing = moe::forward(stream, &plan, x, &split(weights)?, &mut buffers, &mut workspace, y)?;
     routing.expert_ids().to_vec(stream)
 }
 
-/// A layer whose tokens, weights and results are cudarc's. With an even number of tokens everything is on the default stream.
+/// A layer whose tokens, weights and results are cudarc's. With an even number of tokens everything is on the
+/// default stream.
 fn layer_of<T: Number>(num_tokens: usize, tolerance: f32) {
     let Some((device, context)) = gpu() else { return };
     let moe::Shape { d_model, d_ffn, num_experts, .. } = SHAPE;
-    let cuda = if num_tokens % 2 == 0 { context.default_stream() } else { context.new_stream().unwrap() };
+    let cuda = if num_tokens.is_multiple_of(2) { context.default_stream() } else { context.new_stream().unwrap() };
     let weight_rows = num_experts + 3 * num_experts * d_ffn;
     let (x, weights) = (noise::<T>(3, num_tokens * d_model, 1.7), noise::<T>(4, weight_rows * d_model, 0.1));
     let mut want = vec![T::default(); x.len()];
@@ -207,14 +204,22 @@ fn buffers_are_lent_to_cudarc() {
     let mut y = Buffer::<f32>::zeros(&stream, LEN).unwrap();
     let rows = buffer.rows(1, LEN).unwrap();
     glu::glu(&stream, rows, rows, &mut y.rows_mut(1, LEN).unwrap()).unwrap();
-    let read = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
-        other.memcpy_dtod(&scope.lend(&y)?, &mut target).unwrap();
-        Ok(())
-    });
-    read.unwrap();
-    y.copy_from_slice(&stream, &vec![0.0; LEN]).unwrap();
-    let error = error(&download(&other, &target), &squares);
-    assert!(error < 2e-6, "read by cudarc after it was computed here and before it was overwritten: {error:e}");
+    let mut copied = |wait: bool| {
+        let read = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
+            other.memcpy_dtod(&scope.lend(&y)?, &mut target).unwrap();
+            if wait {
+                other.synchronize().unwrap();
+            }
+            Ok(())
+        });
+        read.unwrap();
+        if !wait {
+            y.copy_from_slice(&stream, &vec![0.0; LEN]).unwrap();
+        }
+        error(&download(&other, &target), &squares)
+    };
+    assert!(copied(true) < 2e-6, "read by cudarc after it was computed here");
+    assert!(copied(false) < 2e-6, "read by cudarc before it was overwritten here");
 }
 
 #[test]
@@ -233,11 +238,14 @@ fn what_would_not_be_in_order_is_refused() {
     let others = CudaContext::new(0).unwrap().default_stream();
     let strange = upload(&others, &[1.0f32; 16]);
     let own = device.stream().unwrap();
+    let used_there = Buffer::<f32>::zeros(&own, 16).unwrap();
     let refused = stream.cudarc_scope(&cuda, |scope| -> Result<(), Error> {
         let short = text(scope.rows(&slice, 3, 8).err());
         assert_eq!(short, "view: needs 24 elements, has 16");
         let another = text(scope.rows(&strange, 2, 8).err());
         assert_eq!(another, "view: memory of another CudaContext is not supported here; supported: the stream's");
+        let unordered = scope.lend(&used_there).err();
+        assert!(matches!(unordered, Some(Error::NotJoined { arg: "buffer", .. })), "{unordered:?}");
         let (x, mut y) = (scope.rows(&slice, 2, 8)?, scope.rows_mut(&mut y, 2, 8)?);
         let unordered = glu::glu(&own, x, x, &mut y).err();
         assert!(matches!(unordered, Some(Error::NotJoined { arg: "gate", .. })), "{unordered:?}");
@@ -246,6 +254,11 @@ fn what_would_not_be_in_order_is_refused() {
     });
     refused.unwrap();
     assert!((download(&cuda, &y)[15] - 0.731_058_6).abs() < 1e-6, "computed on a stream of our own, read by cudarc behind it");
+    let mut lent = Buffer::<f32>::zeros(&stream, 16).unwrap();
+    let joined = stream.cudarc_scope(&cuda, |scope| scope.lend_mut(&mut lent).and_then(|_| own.join(&stream)));
+    joined.unwrap();
+    let early = lent.to_vec(&own).err();
+    assert!(matches!(early, Some(Error::NotJoined { .. })), "joined before cudarc gave the buffer back: {early:?}");
     let wrong = stream.cudarc_scope(&others, |_| Ok::<(), Error>(())).err();
     assert!(text(wrong).contains("the cudarc stream another is not supported here"));
 
@@ -254,7 +267,8 @@ fn what_would_not_be_in_order_is_refused() {
     assert!(stream.cudarc_scope(&cuda, |scope| scope.rows(&slice, 2, 8).map(|_| ())).is_ok());
 }
 
-/// What cudarc captures is not ours to write: its graph is launched by safe code, whatever has become of the memory.
+/// What cudarc captures is not ours to write: its graph is launched by safe code, whatever has become of the
+/// memory.
 #[test]
 fn captures_of_cudarc_are_refused() {
     let Some((device, context)) = gpu() else { return };

@@ -331,13 +331,13 @@ unsafe impl Driver for Hardware {
     fn alloc(&self, stream: Handle, bytes: usize) -> DriverResult<u64> {
         let mut address = 0;
         // SAFETY: writes one address.
-        unsafe { self.functions.alloc(&mut address, bytes, pointer(stream)) }?;
+        self.beside_captures(|| unsafe { self.functions.alloc(&mut address, bytes, pointer(stream)) })?;
         Ok(address)
     }
 
     fn free(&self, stream: Handle, address: u64) -> DriverResult<()> {
         // SAFETY: the driver refuses an address it did not give.
-        unsafe { self.functions.free(address, pointer(stream)) }
+        self.beside_captures(|| unsafe { self.functions.free(address, pointer(stream)) })
     }
 
     fn fill(&self, stream: Handle, address: u64, value: u8, bytes: usize) -> DriverResult<()> {
@@ -352,7 +352,7 @@ unsafe impl Driver for Hardware {
 
     unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
         // SAFETY: the caller's duty; complete when this returns.
-        unsafe { self.functions.copy_to_host(target.cast(), address, bytes, pointer(stream)) }?;
+        self.beside_captures(|| unsafe { self.functions.copy_to_host(target.cast(), address, bytes, pointer(stream)) })?;
         self.synchronize(stream)
     }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Op};
 use crate::layout::{HeadLayout, KvLayer};
 use crate::view::{Rows, RowsMut};
 
-static KERNELS: &[Kernel<()>] = &[row("attention_f32", DType::F32), row("attention_bf16", DType::Bf16), row("attention_f16", DType::F16)];
+pub static KERNELS: &[Kernel<()>] = &[row("attention_f32", DType::F32), row("attention_bf16", DType::Bf16), row("attention_f16", DType::F16)];
 
 const fn row(entry: &'static str, dtype: DType) -> Kernel<()> {
     Kernel { threads: 32 * ATTENTION_WARPS, ..Kernel::new(&image::ATTENTION, entry, (), Types::all(dtype)) }

@@ -138,11 +138,6 @@ const fn plain(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
     Kernel { tile, threads: PLAIN_THREADS, ..Kernel::new(&image::GROUPED_GEMM_PLAIN, entry, key, types) }
 }
 
-/// The rows of the table, for lists of all kernels.
-pub fn kernels() -> impl Iterator<Item = Kernel<()>> {
-    KERNELS.iter().map(Kernel::without_key)
-}
-
 /// The tensor-core forms by name, each with the class of calls that it serves: for tests and benches, which ask for a class by
 /// `ExpertRows::in_class`.
 pub fn forms() -> Vec<(&'static str, usize)> {

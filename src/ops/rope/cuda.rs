@@ -10,7 +10,7 @@ use crate::error::{Error, Op};
 use crate::layout::{HeadLayout, KvLayerMut, KvLayout};
 use crate::view::{Rows, RowsMut};
 
-static KERNELS: &[Kernel<()>] = &[
+pub static KERNELS: &[Kernel<()>] = &[
     in_vectors("rope_f32", DType::F32),
     in_vectors("rope_bf16", DType::Bf16),
     in_vectors("rope_f16", DType::F16),

@@ -3,10 +3,10 @@
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::layout::{MAX_EXPERTS, RoutingParts, index_slots};
-use crate::ops::router::Normalize;
+use crate::layout::{RoutingParts, index_slots};
+use crate::ops::router::{Choice, GroupScore, Groups, MAX_GROUPS, Normalize, Score};
 use crate::simd;
-use crate::view::{Rows, RowsMut, Tiling, for_each_row};
+use crate::view::{HostRows, Rows, RowsMut, Tiling, for_each_row};
 use crate::weights::{WeightRows, with_rows};
 
 /// Tokens and experts of one task. A task reads each of its weight rows once and keeps its tokens in the cache.
@@ -37,16 +37,16 @@ pub(super) fn logits<A: Float>(
     Ok(())
 }
 
-pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, normalize: Normalize, parts: RoutingParts<'_>) -> Result<(), Error> {
+pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>, parts: RoutingParts<'_>) -> Result<(), Error> {
     let RoutingParts { mut expert_ids, mut weights, mut offsets, mut row_to_slot, mut slot_to_row } = parts;
+    let token_router = TokenRouter {
+        choice,
+        logit_bias: choice.logit_bias.as_ref().map(Rows::host),
+        choice_bias: choice.choice_bias.as_ref().map(Rows::host),
+    };
     let logits = logits.host();
     for_each_row(stream, (expert_ids.host(), weights.host()), TOKENS_PER_TASK, |token, (ids, weights)| {
-        let logits = logits.row(token);
-        choose(logits, ids);
-        weigh(logits, ids, weights);
-        if let Normalize::P(p) = normalize {
-            divide_by_norm(weights, p);
-        }
+        token_router.route(logits.row(token), ids, weights);
     });
     let ids = expert_ids.as_rows();
     let ids = ids.as_slice().unwrap_or_else(|| unreachable!("routing buffers are packed"));
@@ -54,17 +54,103 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, normalize: Normalize
     Ok(())
 }
 
-/// The experts of the largest logits, best first, the lower index first among equals: insertion into a sorted list, which is
-/// distinct and in range whatever the logits are.
-fn choose(logits: &[f32], ids: &mut [u32]) {
+/// What each token is routed by.
+struct TokenRouter<'a> {
+    choice: &'a Choice<'a>,
+    logit_bias: Option<HostRows<'a, f32>>,
+    choice_bias: Option<HostRows<'a, f32>>,
+}
+
+impl TokenRouter<'_> {
+    /// The ids and weights of one token.
+    fn route(&self, logits: &[f32], ids: &mut [u32], weights: &mut [f32]) {
+        let num_experts = logits.len();
+        simd::with_scratch(3 * num_experts, |scratch| {
+            let (biased, scratch) = scratch.split_at_mut(num_experts);
+            let (scores, biased_scores) = scratch.split_at_mut(num_experts);
+            let logits = added(logits, self.logit_bias.as_ref(), biased);
+            score(self.choice.score, logits, scores);
+            let compares_logits = self.choice.compares_logits();
+            let keys = if compares_logits { logits } else { added(scores, self.choice_bias.as_ref(), biased_scores) };
+            match self.choice.groups {
+                None => choose(keys, 0..num_experts, ids),
+                Some(groups) => choose_within(groups, keys, ids),
+            }
+            weights.iter_mut().zip(&*ids).for_each(|(weight, &id)| *weight = scores[id as usize]);
+        });
+        if self.choice.score == Score::SoftmaxOverChosen {
+            softmax(weights);
+        }
+        let Choice { normalize, epsilon, scale, .. } = *self.choice;
+        if let Normalize::P(p) = normalize {
+            let norm = norm(weights, p) + epsilon;
+            weights.iter_mut().for_each(|weight| *weight /= norm);
+        }
+        weights.iter_mut().for_each(|weight| *weight *= scale);
+    }
+}
+
+/// `x + bias`, in `sums` where there is a bias.
+fn added<'a>(x: &'a [f32], bias: Option<&HostRows<'_, f32>>, sums: &'a mut [f32]) -> &'a [f32] {
+    let Some(bias) = bias else { return x };
+    sums.iter_mut().zip(x).zip(bias.row(0)).for_each(|((sum, x), bias)| *sum = x + bias);
+    sums
+}
+
+/// Every expert's score; of a softmax over those that are yet to be chosen, the logit.
+fn score(score: Score, logits: &[f32], scores: &mut [f32]) {
+    scores.copy_from_slice(logits);
+    match score {
+        Score::Softmax => softmax(scores),
+        Score::Sigmoid => scores.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp())),
+        Score::SqrtSoftplus => scores.iter_mut().for_each(|z| *z = (z.max(0.0) + (-z.abs()).exp().ln_1p()).sqrt()),
+        Score::SoftmaxOverChosen => {}
+    }
+}
+
+/// In place. One that is NaN, or an infinite largest one, makes all NaN.
+fn softmax(z: &mut [f32]) {
+    let sum = simd::exp_shifted(z, simd::max(z));
+    z.iter_mut().for_each(|power| *power /= sum);
+}
+
+/// The candidates of the largest keys, best first, the earlier one first among equals: insertion into a sorted list, which is
+/// distinct and in range whatever the keys are. There are at least as many candidates as ids.
+fn choose(keys: &[f32], candidates: impl Iterator<Item = usize>, ids: &mut [u32]) {
     let top_k = ids.len();
-    for (expert, &logit) in logits.iter().enumerate() {
-        let chosen = expert.min(top_k);
-        let place = ids[..chosen].partition_point(|&id| !beats(logit, logits[id as usize]));
+    for (seen, candidate) in candidates.enumerate() {
+        let chosen = seen.min(top_k);
+        let place = ids[..chosen].partition_point(|&id| !beats(keys[candidate], keys[id as usize]));
         if place < top_k {
             ids.copy_within(place..chosen.min(top_k - 1), place + 1);
-            ids[place] = expert as u32;
+            ids[place] = candidate as u32;
         }
+    }
+}
+
+/// [`choose`] from the experts of the best groups.
+fn choose_within(groups: Groups, keys: &[f32], ids: &mut [u32]) {
+    let size = keys.len() / groups.num_groups;
+    let (mut values, mut best) = ([0f32; MAX_GROUPS], [0u32; MAX_GROUPS]);
+    let (values, best) = (&mut values[..groups.num_groups], &mut best[..groups.top_groups]);
+    values.iter_mut().zip(keys.chunks(size)).for_each(|(value, keys)| *value = group_value(groups.by, keys));
+    choose(values, 0..groups.num_groups, best);
+    best.sort_unstable();
+    choose(keys, best.iter().flat_map(|&group| group as usize * size..(group as usize + 1) * size), ids);
+}
+
+fn group_value(by: GroupScore, keys: &[f32]) -> f32 {
+    let [mut best, mut second] = [f32::NAN; 2];
+    for &key in keys {
+        if beats(key, best) {
+            second = std::mem::replace(&mut best, key);
+        } else if beats(key, second) {
+            second = key;
+        }
+    }
+    match by {
+        GroupScore::TwoBest => best + second,
+        GroupScore::Best => best,
     }
 }
 
@@ -73,26 +159,15 @@ fn beats(a: f32, b: f32) -> bool {
     a > b || (b.is_nan() && !a.is_nan())
 }
 
-/// The softmax probabilities of the chosen experts. `ids[0]` is the best, so that no exponent is positive.
-fn weigh(logits: &[f32], ids: &[u32], weights: &mut [f32]) {
-    let max = logits[ids[0] as usize];
-    let mut powers = [0f32; MAX_EXPERTS];
-    let powers = &mut powers[..logits.len()];
-    powers.copy_from_slice(logits);
-    let sum = simd::exp_shifted(powers, max);
-    weights.iter_mut().zip(ids).for_each(|(weight, &id)| *weight = powers[id as usize] / sum);
-}
-
-/// Divides by `(sum w^p)^(1/p)`. The weights are not negative, and the first is the largest.
-fn divide_by_norm(weights: &mut [f32], p: f32) {
-    let norm = if p == 1.0 {
+/// `(sum w^p)^(1/p)`. The weights are not negative.
+fn norm(weights: &[f32], p: f32) -> f32 {
+    let largest = weights.iter().copied().fold(0.0, f32::max);
+    if p == 1.0 || largest == 0.0 {
         weights.iter().sum()
-    } else if p == 2.0 {
+    } else if p == 2.0 && (2f32.powi(-16)..2f32.powi(16)).contains(&largest) {
         weights.iter().map(|w| w * w).sum::<f32>().sqrt()
     } else {
-        // The largest taken out, so that no power underflows to a norm of 0.
-        let largest = weights[0];
+        // The largest taken out, so that no power under- or overflows.
         largest * weights.iter().map(|w| (w / largest).powf(p)).sum::<f32>().powf(p.recip())
-    };
-    weights.iter_mut().for_each(|weight| *weight /= norm);
+    }
 }

@@ -1,4 +1,5 @@
-//! What users of candle write without this crate: a loop over the experts, as candle-transformers' models have it, and its tensors.
+//! What users of candle write without this crate: a loop over the experts, as candle-transformers' models
+//! have it, and its tensors.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
@@ -55,7 +56,8 @@ impl Weights {
 }
 
 impl Loop {
-    /// Copies each expert's matrices into storage of their own: candle converts a whole storage for each product of 16-bit numbers.
+    /// Copies each expert's matrices into storage of their own: candle converts a whole storage for each
+    /// product of 16-bit numbers.
     pub fn new(weights: &Weights, top_k: usize) -> Result<Loop> {
         let one = |stack: &Tensor, expert: usize| stack.get(expert)?.force_contiguous();
         let experts = (0..weights.router.dim(0)?)

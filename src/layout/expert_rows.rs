@@ -8,7 +8,8 @@ use crate::view::Rows;
 
 /// Which output rows belong to which expert, and which input row each is computed from.
 ///
-/// Rows are in expert order: expert `e` owns the rows `offsets[e]..offsets[e + 1]`, of which there may be none.
+/// Rows are in expert order: expert `e` owns the rows `offsets[e]..offsets[e + 1]`, of which there may be none. The last offset is R, or
+/// less where some ids belong to no expert here: what is left of R then belongs to nobody, and products leave it as it is.
 #[derive(Clone, Copy)]
 pub struct ExpertRows<'a> {
     rows: usize,
@@ -42,7 +43,7 @@ impl<'a> ExpertRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for fewer than two offsets; [`Error::Index`] if the first is not 0 or one is less than its
+    /// [`Error::Shape`] for fewer than two offsets; [`Error::Index`] if the first is not 0; [`Error::Decreases`] if one is less than its
     /// predecessor; [`Error::TooLarge`] beyond 2^31 - 1 rows.
     pub fn from_host(offsets: &'a [u32]) -> Result<ExpertRows<'a>, Error> {
         let (Some(&first), Some(&last), true) = (offsets.first(), offsets.last(), offsets.len() >= 2) else {
@@ -52,8 +53,8 @@ impl<'a> ExpertRows<'a> {
             return Err(Error::Index { op: Op::ExpertRows, arg: "offsets", at: 0, got: u64::from(first), bound: 1 });
         }
         if let Some(at) = (1..offsets.len()).find(|&i| offsets[i] < offsets[i - 1]) {
-            let (at, got, bound) = (at - 1, u64::from(offsets[at - 1]), u64::from(offsets[at]) + 1);
-            return Err(Error::Index { op: Op::ExpertRows, arg: "offsets", at, got, bound });
+            let (got, least) = (u64::from(offsets[at]), u64::from(offsets[at - 1]));
+            return Err(Error::Decreases { op: Op::ExpertRows, arg: "offsets", at, got, least });
         }
         let rows = checked_product(Op::ExpertRows, "rows", &[last as usize], MAX_ROWS)?;
         let view = Rows::from_slice(offsets, 1, offsets.len())?;
@@ -70,27 +71,49 @@ impl<'a> ExpertRows<'a> {
 
     /// From `E + 1` offsets wherever they lie, unchecked.
     ///
+    /// `rows` is what the input and the output of a product have room for: experts may own fewer, and then the others are neither computed nor
+    /// written. `max_rows_per_expert` chooses the kernels: the closer to what experts own, the faster; `rows` where nothing is known.
+    ///
     /// # Safety
     ///
-    /// `offsets` is `[1, E + 1]`; when the work that is given this value runs, it begins with 0, does not decrease and ends
-    /// with `rows`.
+    /// `offsets` is `[1, E + 1]`; when the work that is given this value runs, it begins with 0, does not decrease, ends with at most
+    /// `rows`, and no expert owns more than `max_rows_per_expert`.
     ///
     /// # Errors
     ///
     /// [`Error::Shape`] if the view is not one row of at least two; [`Error::TooLarge`] beyond 2^31 - 1 rows.
-    pub unsafe fn from_raw(offsets: Rows<'a, u32>, rows: usize) -> Result<ExpertRows<'a>, Error> {
+    pub unsafe fn from_raw(offsets: Rows<'a, u32>, rows: usize, max_rows_per_expert: usize) -> Result<ExpertRows<'a>, Error> {
         let num_experts = offsets.cols().saturating_sub(1).max(1);
         check_shape(Op::ExpertRows, "offsets", "[1, E + 1]", &[1, num_experts + 1], &offsets.dims())?;
         checked_product(Op::ExpertRows, "rows", &[rows], MAX_ROWS)?;
-        Ok(ExpertRows {
-            rows,
-            input_rows: rows,
-            max_rows_per_expert: rows,
-            class_rows: None,
-            num_experts,
-            offsets: Some(offsets),
-            gather: None,
-        })
+        let max_rows_per_expert = max_rows_per_expert.min(rows);
+        Ok(ExpertRows { rows, input_rows: rows, max_rows_per_expert, class_rows: None, num_experts, offsets: Some(offsets), gather: None })
+    }
+
+    /// The same for a product that gathers: output row `r` is computed from input row `row_to_slot[r] / top_k`, of `num_tokens`.
+    ///
+    /// # Safety
+    ///
+    /// As [`from_raw`](Self::from_raw), and when the work runs, `row_to_slot[r] / top_k` is below `num_tokens` for every row that an expert owns.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_raw`](Self::from_raw); [`Error::Shape`] if `row_to_slot` is not one row of `rows`; [`Error::Value`] if `top_k` is 0.
+    pub unsafe fn gathered_raw(
+        offsets: Rows<'a, u32>,
+        row_to_slot: Rows<'a, u32>,
+        top_k: usize,
+        num_tokens: usize,
+        max_rows_per_expert: usize,
+    ) -> Result<ExpertRows<'a>, Error> {
+        // SAFETY: the caller's duty.
+        let rows = unsafe { ExpertRows::from_raw(offsets, row_to_slot.cols(), max_rows_per_expert)? };
+        check_shape(Op::ExpertRows, "row_to_slot", "[1, R]", &[1, row_to_slot.cols()], &row_to_slot.dims())?;
+        if top_k == 0 {
+            return Err(Error::Value { op: Op::ExpertRows, arg: "top_k", need: "at least 1", got: 0.0 });
+        }
+        checked_product(Op::ExpertRows, "num_tokens", &[num_tokens], MAX_ROWS)?;
+        Ok(ExpertRows { input_rows: num_tokens, gather: Some(Gather { row_to_slot, top_k }), ..rows })
     }
 
     /// From the parts of a routing of `num_tokens` tokens, which has established the invariants. No token chooses an expert twice.
@@ -100,7 +123,7 @@ impl<'a> ExpertRows<'a> {
         ExpertRows { rows, input_rows, max_rows_per_expert: num_tokens, class_rows: None, num_experts, offsets: Some(offsets), gather }
     }
 
-    /// R, the output rows of all experts together.
+    /// R, the output rows that there is room for; experts own at most so many.
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -176,7 +199,7 @@ mod tests {
     #[test]
     fn offsets_are_checked_at_the_door() {
         let text = |offsets: &[u32]| ExpertRows::from_host(offsets).err().unwrap().to_string();
-        assert_eq!(text(&[0, 5, 4]), "expert_rows: `offsets[1]` is 5, must be < 5");
+        assert_eq!(text(&[0, 5, 4]), "expert_rows: `offsets[2]` is 4, must be at least 5, as its predecessor");
         assert_eq!(text(&[1, 5]), "expert_rows: `offsets[0]` is 1, must be < 1");
         assert_eq!(text(&[0]), "expert_rows: `offsets` must be [E + 1] = [2], got [1]");
         assert_eq!(text(&[0, u32::MAX]), "expert_rows: rows is 4294967295, must be <= 2147483647");
@@ -191,7 +214,7 @@ mod tests {
         let offsets = [0u32; 6];
         let raw = |rows, cols, count| {
             // SAFETY: what is refused is not used.
-            unsafe { ExpertRows::from_raw(Rows::from_slice(&offsets[..rows * cols], rows, cols).unwrap(), count) }
+            unsafe { ExpertRows::from_raw(Rows::from_slice(&offsets[..rows * cols], rows, cols).unwrap(), count, count) }
         };
         assert_eq!(raw(1, 6, MAX_ROWS).unwrap().num_experts(), 5);
         assert_eq!(raw(1, 6, MAX_ROWS + 1).err().unwrap().to_string(), text);
