@@ -40,10 +40,10 @@ impl Lie {
         let extents = pages.extents(heads);
         let rows = extents.num_pages * extents.page_tokens; // within MAX_ROWS, as `KvPages` says
         for (arg, ([have, cols], _)) in ["keys", "values"].into_iter().zip(pools) {
-            check_shape(Op::KvCache, arg, "[num_pages * page_tokens, Hkv * d]", &[have.max(rows), heads.kv_cols()], &[have, cols])?;
             if have < rows {
                 return Err(Error::Capacity { op: Op::KvCache, what: "rows of a pool", need: rows, have });
             }
+            check_shape(Op::KvCache, arg, "[num_pages * page_tokens, Hkv * d]", &[have, heads.kv_cols()], &[have, cols])?;
         }
         let layout = |(_, stride): ([usize; 2], usize)| {
             KvLayout::strided(extents.page_tokens.saturating_mul(stride), stride, heads.head_dim(), heads)
