@@ -270,7 +270,7 @@ fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64,
             let (x, w) = (input(stream, 14, 2 * TOKENS, D, 1.0), input(stream, 15, 3 * d_ffn, D, 0.1));
             grouped_gemm::nt(stream, x.view(), ExpertWeights::nk(w.view(), 3)?, routing.expert_rows().in_class(class), &mut y.view_mut())?;
             let (x, w) = (input(stream, 16, 2 * TOKENS, d_ffn, 1.0), input(stream, 17, 3 * d_ffn, D, 0.1));
-            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows(), &mut z.view_mut())?;
+            grouped_gemm::nn(stream, x.view(), ExpertWeights::kn(w.view(), 3)?, routing.expert_rows().in_class(class), &mut z.view_mut())?;
             Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
         })
     });

@@ -464,7 +464,7 @@ fn limits_of_the_kernels_are_refusals() {
         "norm: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, ",
         "norm: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "norm: D beyond 16384 is not supported here; supported: up to 16384",
-        "router: `weight` of type bf16 is not supported here; supported: f32",
+        "router: a kernel for f32 x bf16 -> f32 is not supported here; supported: ",
         "router: `x` must have a row stride that is a multiple of 16 bytes, got 28",
         "sample: `logits` must have a row stride that is a multiple of 16 bytes, got 28",
         "grouped_gemm: a kernel for f32 x bf16 -> f32 is not supported here; supported: ",

@@ -207,8 +207,8 @@ fn every_field_arrives() {
     for machine in machines() {
         let echoed = each!(
             &machine,
-            EmbeddingParams NormParams GatherParams CombineParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
-            PageParams PoolParams RopeParams AttentionParams ProductParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
+            EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
+            PageParams PoolParams RopeParams AttentionParams ProductParams GivenParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
             BlockProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");

@@ -105,8 +105,13 @@ pub(crate) fn find<K: Copy + PartialEq>(
 ) -> Result<&'static Kernel<K>, Error> {
     let of_key = || table.iter().filter(|kernel| kernel.key == key);
     of_key().find(|kernel| kernel.types == types && serves(kernel)).ok_or_else(|| {
-        let mut supported: Vec<String> = of_key().map(|kernel| kernel.types.to_string()).collect();
-        supported.dedup();
+        let mut supported: Vec<String> = Vec::new();
+        for kernel in of_key() {
+            let types = kernel.types.to_string();
+            if !supported.contains(&types) {
+                supported.push(types);
+            }
+        }
         Error::unsupported(op, "a kernel for", types.to_string(), supported.join(", "))
     })
 }

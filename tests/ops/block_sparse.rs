@@ -744,6 +744,10 @@ fn refusals_write_nothing() {
     assert_eq!((topology.dims(), topology.blocks(&stream).unwrap()), ([0, 128], vec![]));
 }
 
+/// What a refusal lists.
+const TYPES: &str = "not supported here; supported: f32 x f32 -> f32, bf16 x bf16 -> bf16, f16 x f16 -> f16, \
+                     bf16 x bf16 -> f32, f16 x f16 -> f32";
+
 /// Types and places that a GPU does not serve.
 #[test]
 fn a_gpu_refuses_mixed_types() {
@@ -751,9 +755,9 @@ fn a_gpu_refuses_mixed_types() {
     let topology = Topology::from_blocks(&stream, 64, [64, 64], &[[0, 0]]).unwrap();
     let (a, b) = (Guarded::with(&stream, &[1f32; 64], 64, 1, 0), Guarded::with(&stream, &[Bf16::from_f32(1.0); 64], 1, 64, 0));
     let text = guard::refused::<f32>(&stream, 64, 64, |y| sdd(&stream, a.view().into(), b.view().into(), &topology, y));
-    assert_eq!(text, "block_sparse: `b` of type bf16 is not supported here; supported: f32");
+    assert_eq!(text, format!("block_sparse: a kernel for f32 x bf16 -> f32 is {TYPES}"));
     let text = guard::refused::<F16>(&stream, 64, 64, |y| sdd(&stream, Dense::from(b.view()).t(), b.view().into(), &topology, y));
-    assert_eq!(text, "block_sparse: `y` of type f16 is not supported here; supported: the type of the operands, f32");
+    assert_eq!(text, format!("block_sparse: a kernel for bf16 x bf16 -> f16 is {TYPES}"));
     let mut y = [0f32; 64 * 64];
     let ones = [1f32; 64];
     let ones = |rows, cols| Rows::from_slice(&ones, rows, cols).unwrap();

@@ -116,7 +116,9 @@ fn launch_on_a_recording_driver() {
     let [Call::Launch { entry, grid, block, params, .. }] = &driver.launches()[..] else { panic!("one launch") };
     assert_eq!((entry.as_str(), *grid, *block), ("glu_bf16", [32, 1, 1], [32, 1, 1]));
     let words: Vec<u64> = params.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    assert_eq!(words[3..], [100, 24, 24, 24, 24]);
+    assert_eq!(words[3..8], [100, 24, 24, 24, 24]);
+    assert_eq!(words[8..14], [0; 6], "no biases");
+    assert_eq!(words[14] as u32, 0, "the kernel's own gate");
     let of_arguments = |call: &Call| match call {
         Call::Alloc { address, bytes: 4800 } => Some(*address),
         _ => None, // the streams' own

@@ -106,7 +106,7 @@ impl<'a, T: Element> KvLayer<'a, T> {
     ///
     /// let (q, mut out) = (vec![1f32; 2 * 32], vec![0f32; 2 * 32]);
     /// let out_rows = &mut RowsMut::from_slice(&mut out, 2, 32)?;
-    /// attention::prefill(&stream, Rows::from_slice(&q, 2, 32)?, &Options::new(heads), &layer, out_rows)?;
+    /// attention::prefill(&stream, Rows::from_slice(&q, 2, 32)?, Options::new(heads), &layer, out_rows)?;
     /// assert_eq!(out, vec![1f32; 2 * 32]);
     /// # Ok::<(), dropless::Error>(())
     /// ```
