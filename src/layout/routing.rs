@@ -82,6 +82,17 @@ impl RoutingBuffers {
         })
     }
 
+    /// Bytes of device memory that [`new`](Self::new) allocates for these sizes, for an engine's accounts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] beyond the address space.
+    pub fn bytes(max_tokens: usize, top_k: usize, num_experts: usize) -> Result<usize, Error> {
+        let slots = checked_product(Op::Routing, "bytes", &[max_tokens, top_k, 4 * size_of::<u32>()], isize::MAX as usize)?;
+        let offsets = checked_product(Op::Routing, "bytes", &[num_experts.saturating_add(1), size_of::<u32>()], isize::MAX as usize)?;
+        checked_product(Op::Routing, "bytes", &[slots.saturating_add(offsets)], isize::MAX as usize)
+    }
+
     /// The largest batch.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
@@ -286,6 +297,15 @@ mod tests {
         assert_eq!(text(&[0, 1, 0, 1, 0, 1], &[0.5; 6]), "routing: needs 3 tokens of routing buffers, has 2");
         assert!(text(&[0, 1, 2], &[0.5; 3]).starts_with("routing: `ids` must be [T, k]"));
         assert_eq!(buffers.offsets.as_slice().unwrap(), [0; 4]);
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_buffers() {
+        let stream = Device::cpu().stream().unwrap();
+        let RoutingBuffers { expert_ids, weights, offsets, row_to_slot, slot_to_row, .. } = RoutingBuffers::new(&stream, 7, 2, 5).unwrap();
+        let elements = expert_ids.len() + weights.len() + offsets.len() + row_to_slot.len() + slot_to_row.len();
+        assert_eq!(RoutingBuffers::bytes(7, 2, 5).unwrap(), 4 * elements);
+        assert!(RoutingBuffers::bytes(usize::MAX, 2, 5).is_err() && RoutingBuffers::bytes(1, 1, usize::MAX).is_err());
     }
 
     #[test]
