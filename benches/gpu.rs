@@ -19,7 +19,9 @@ use std::io::Write;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use dropless::activation::Glu;
 use dropless::block_sparse::{self, Dense, Sparse};
+use dropless::epilogue::{Bias, GluEpilogue};
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::router;
 use dropless::{
@@ -370,9 +372,10 @@ impl Bench<'_> {
 
         let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
         for (form, class) in grouped_gemm::forms() {
-            // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be compared.
+            // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be compared, and at 1, for what a plan in
+            // one class costs.
             let many = class == usize::MAX;
-            if many != (tokens > 64) && tokens != 64 && !emulated {
+            if many != (tokens > 64) && ![1, 64].contains(&tokens) && !emulated {
                 continue;
             }
             let mut random = Random::new(6);
@@ -407,6 +410,16 @@ impl Bench<'_> {
                 })
             });
         }
+        // With biases and the clamped gate of gpt-oss, which go through shared memory once more.
+        record.figure(&at("glu_gpt_oss", "", 2.0), || {
+            let bias = Buffer::<Bf16>::from_slice(stream, &normal(8, num_experts * d_ffn, 0.1))?;
+            let bias = || bias.rows(num_experts, d_ffn).map(Bias::new);
+            let epilogue = GluEpilogue::default().with_glu(Glu::GPT_OSS).with_biases([bias()?, bias()?]);
+            let call = |h: &mut Buffer<Bf16>| {
+                grouped_gemm::glu(stream, x()?, w1, v1, routing.gathered_rows(), &epilogue, &mut h.rows_mut(rows, d_ffn)?)
+            };
+            self.measure(&mut h, true, &mut None, call, |_| Ok(()))
+        });
         drop((h, out));
 
         // As a graph, whose launches must give what the call gives; and with kernels that start before the one in front is done.
