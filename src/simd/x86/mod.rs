@@ -86,7 +86,8 @@ fn transpose<T: Float>(rows: &[&[T]; 8], columns: &mut [f32], stride: usize) -> 
                     store(k + 2 * i, even);
                     store(k + 2 * i + 1, odd);
                 }
-                _ => store(k + i, column),
+                DType::F32 => store(k + i, column),
+                DType::U32 => unreachable!("u32 has no fraction"),
             }
         }
     }

@@ -11,7 +11,8 @@ pub fn rounding<T: Element>() -> f64 {
     match T::DTYPE {
         DType::Bf16 => 2f64.powi(-8),
         DType::F16 => 2f64.powi(-11),
-        _ => 2f64.powi(-24),
+        DType::F32 | DType::U32 => 2f64.powi(-24),
+        other => panic!("{other:?}: what does rounding to it lose?"),
     }
 }
 
@@ -20,7 +21,8 @@ pub fn underflow<T: Element>() -> f64 {
     match T::DTYPE {
         DType::Bf16 => 2f64.powi(-134),
         DType::F16 => 2f64.powi(-25),
-        _ => 2f64.powi(-150),
+        DType::F32 | DType::U32 => 2f64.powi(-150),
+        other => panic!("{other:?}: what is its smallest number?"),
     }
 }
 
