@@ -32,7 +32,7 @@
 //! | [`embedding`] | `lookup` | `y[t] = table[id[t]]` | memory |
 //! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w` | memory |
 //! | [`rope`] | `clip_rotate_append` | clip q, k, v; rotate q, k; write k, v into the cache | memory |
-//! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads | compute, memory |
+//! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads; window, soft-cap, sinks | compute, memory |
 //! | [`router`] | `logits`, `route`, `index` | scores of experts, top-k, norms, and the permutation that follows | latency |
 //! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
 //! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |

@@ -5,17 +5,13 @@
 //! So each sum is one chain of multiply-adds over k, whatever the tile: how many rows there are does not show in the bits.
 
 use super::ahead::{Ahead, prefetch_line};
+use super::product::AddProduct;
+pub(crate) use super::product::{A_STRIDE, KC, NR};
 use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::Float;
 
-/// Length of the blocks into which sums are cut. Part of every result's bits.
-pub(crate) const KC: usize = 256;
 /// How many rows ahead [`add_rows`] and [`dots`] ask for weights that lie one behind the other.
 pub(crate) const AHEAD: usize = 8;
-/// Columns of a panel of packed weights.
-pub(crate) const NR: usize = 32;
-/// Elements from one row of widened input to the next. Not a power of two, lest the rows share a few sets of the cache.
-pub(crate) const A_STRIDE: usize = KC + 16;
 
 /// Packs weights that lie as one row per column: `panel[k, j] = row(j)[k]` for `j < cols`. What other columns hold is
 /// unspecified.
@@ -84,15 +80,6 @@ impl<'a, W: Float, R: Fn(usize) -> &'a [W]> Kernel for PackKn<'_, R> {
 /// arithmetic goes on, evenly.
 pub(crate) fn add_product(a: &[f32], panel: &[f32], sums: &mut [f32], sum_stride: usize, ahead: &mut Ahead) {
     super::run(AddProduct { a: a.as_chunks().0, panel: panel.as_chunks().0, sums, sum_stride, ahead });
-}
-
-/// The arguments of [`add_product`].
-pub(crate) struct AddProduct<'a> {
-    pub(super) a: &'a [[f32; A_STRIDE]],
-    pub(super) panel: &'a [[f32; NR]],
-    pub(super) sums: &'a mut [f32],
-    pub(super) sum_stride: usize,
-    pub(super) ahead: &'a mut Ahead,
 }
 
 impl Kernel for AddProduct<'_> {

@@ -7,7 +7,7 @@
 //! | `slices.rs` | primitives on rows: `dot`, `widen`, `exp_shifted`, ... |
 //! | `activation.rs` | activations and gates on rows of sums |
 //! | `ahead.rs` | asking for memory before it is needed |
-//! | `gemm.rs` | packing and the micro-kernel of matrix products |
+//! | `product.rs`, `gemm.rs` | the micro-kernel of matrix products: its arguments; itself, and packing |
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names (`portable`, `avx2`,
@@ -21,6 +21,7 @@ mod activation;
 mod ahead;
 pub(crate) mod gemm;
 mod portable;
+mod product;
 mod scratch;
 mod slices;
 mod vector;

@@ -1,6 +1,7 @@
 //! Plain loops that any compiler vectorises: the reference for every other instruction set, and the only one off x86.
 
-use super::gemm::{AddProduct, add_tiles};
+use super::gemm::add_tiles;
+use super::product::AddProduct;
 use super::vector::{LANES, Simd};
 use crate::dtype::Float;
 

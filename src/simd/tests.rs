@@ -162,7 +162,7 @@ fn products_are_near_on_every_level() {
                 match way {
                     0 | 1 => {
                         let panel = panel.as_chunks().0;
-                        level.run(gemm::AddProduct { a, panel, sums: &mut sums, sum_stride: stride, ahead: &mut Ahead::default() });
+                        level.run(product::AddProduct { a, panel, sums: &mut sums, sum_stride: stride, ahead: &mut Ahead::default() });
                     }
                     2 => level.run(gemm::AddRows { a, steps, row: |k| [kn(k); 2], chains, sums: &mut sums, sum_stride: stride }),
                     _ => {

@@ -65,7 +65,7 @@ pub(crate) trait Simd: Copy {
     }
 
     /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
-    fn add_product(self, product: super::gemm::AddProduct<'_>);
+    fn add_product(self, product: super::product::AddProduct<'_>);
 
     /// All lanes as an array.
     #[inline(always)]

@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 
 use crate::dtype::{DType, Float};
-use crate::simd::gemm::{AddProduct, add_tiles};
+use crate::simd::gemm::add_tiles;
+use crate::simd::product::AddProduct;
 use crate::simd::vector::{Kernel, LANES, Simd};
 
 /// Proof that this machine has AVX-512 F and VL. The latter for its registers: without it what a 256-bit instruction touches must be in
