@@ -83,7 +83,7 @@ fn choices_by_groups(c: &mut Criterion, tokens: usize) {
         scale: 2.5,
     };
     let mut buffers = RoutingBuffers::new(&stream, tokens, TOP_K, EXPERTS).unwrap();
-    let routing = route(&stream, view, &choice, &mut buffers).unwrap();
+    let routing = route(&stream, view, choice, &mut buffers).unwrap();
     let (ids, weights) = (routing.expert_ids().as_slice().unwrap(), routing.weights().as_slice().unwrap());
     for ((logits, ids), weights) in to_f64(&data).chunks(EXPERTS).zip(ids.chunks(TOP_K)).zip(weights.chunks(TOP_K)) {
         assert!(want.gap(logits, TOP_K) < 1e-6 || ids == want.ids(logits, TOP_K));
@@ -94,7 +94,7 @@ fn choices_by_groups(c: &mut Criterion, tokens: usize) {
     let mut group = c.benchmark_group("router/route by groups");
     group.throughput(Throughput::Elements(tokens as u64));
     group.bench_function(cost.label(format!("{tokens}x{EXPERTS} top {TOP_K}")), |b| {
-        b.iter(|| route(&stream, view, &choice, &mut buffers).unwrap().rows())
+        b.iter(|| route(&stream, view, choice, &mut buffers).unwrap().rows())
     });
     group.finish();
 }

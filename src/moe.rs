@@ -300,8 +300,8 @@ impl<'a> Experts<'a> {
         }
         if stream.place() != Place::Host {
             let [gate, up] = self.first_half().map(|w| w.map(|(_, w)| w));
-            grouped_gemm::check_kernels::<A>(Op::Moe, gate.into_iter().chain(up), self.biases())?;
-            grouped_gemm::check_kernels::<A>(Op::Moe, [self.down], [None])?;
+            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, gate.into_iter().chain(up), self.biases())?;
+            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, [self.down], [None])?;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ pub(super) mod cuda;
 pub use self::cuda::forms;
 
 use crate::device::{Access, Stream};
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::epilogue::{Epilogue, Finish, GluEpilogue};
 use crate::error::{Error, Op, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
@@ -257,16 +257,17 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
 
 /// What the kernels need of types and of the places of matrices, for a composition that wants to know before it begins. `biases` are those of
 /// `weights`, in any order.
-pub(crate) fn check_kernels<'a, A: Float>(
+pub(crate) fn check_kernels<'a>(
     op: Op,
+    x: DType,
     weights: impl IntoIterator<Item = ExpertWeights<'a>>,
     biases: impl IntoIterator<Item = Option<(&'static str, crate::epilogue::Bias<'a>)>>,
 ) -> Result<(), Error> {
     #[cfg(feature = "cuda")]
-    return cuda::check_types::<A>(op, weights, biases);
+    return cuda::check_types(op, x, weights, biases);
     #[cfg(not(feature = "cuda"))]
     {
-        let _ = (op, weights.into_iter().count(), biases.into_iter().count());
+        let _ = (op, x, weights.into_iter().count(), biases.into_iter().count());
         Ok(())
     }
 }

@@ -582,7 +582,8 @@ fn goldens_of_families() {
 fn what_is_no_number_does_to_each_score() {
     use oracle::router::Score::{Sigmoid, Softmax, SoftmaxOverChosen, SqrtSoftplus};
     let (nan, inf, none) = (f32::NAN, f32::INFINITY, Normalize::None);
-    let cases: [(oracle::router::Score, [f32; 4], Normalize, [u32; 2], [f32; 2]); 17] = [
+    type Row = (oracle::router::Score, [f32; 4], Normalize, [u32; 2], [f32; 2]);
+    let cases: [Row; 17] = [
         (Softmax, [-inf, 0.0, -inf, -inf], none, [1, 0], [1.0, 0.0]),
         (Softmax, [-inf; 4], none, [0, 1], [nan; 2]),
         (Softmax, [0.0, 0.0, inf, 0.0], none, [2, 0], [nan; 2]),

@@ -157,29 +157,30 @@ pub(super) fn check<A: Float, O: Float, const P: usize>(
         check_one_type(Op::GroupedGemm, "two types of weights,", product.weights[0].dtype(), w.dtype())?;
         w.expert_stride(Op::GroupedGemm, arg)?;
     }
-    product.finish.biases.iter().flatten().try_for_each(|bias| check_bias::<A>(Op::GroupedGemm, bias))?;
+    product.finish.biases.iter().flatten().try_for_each(|bias| check_bias(Op::GroupedGemm, A::DTYPE, bias))?;
     choose(product, y).map(|_| ())
 }
 
 /// The same of some products with outputs of the type of their input, before there are rows. The plain kernels serve every shape.
-pub(super) fn check_types<'a, A: Float>(
+pub(super) fn check_types<'a>(
     op: Op,
+    x: DType,
     weights: impl IntoIterator<Item = ExpertWeights<'a>>,
     biases: impl IntoIterator<Item = Option<(&'static str, Bias<'a>)>>,
 ) -> Result<(), Error> {
     for w in weights {
-        find(op, KERNELS, Key { order: w.order(), products: 1 }, Types { w: w.dtype(), ..Types::all(A::DTYPE) }, |_| true)?;
+        find(op, KERNELS, Key { order: w.order(), products: 1 }, Types { w: w.dtype(), ..Types::all(x) }, |_| true)?;
         w.expert_stride(op, "weights")?;
     }
-    biases.into_iter().flatten().try_for_each(|(_, bias)| check_bias::<A>(op, &bias))
+    biases.into_iter().flatten().try_for_each(|(_, bias)| check_bias(op, x, &bias))
 }
 
 /// Kernels read biases of `f32` and of the type of `x`.
-fn check_bias<A: Float>(op: Op, bias: &Bias<'_>) -> Result<(), Error> {
-    if bias.dtype() == DType::F32 || bias.dtype() == A::DTYPE {
+fn check_bias(op: Op, x: DType, bias: &Bias<'_>) -> Result<(), Error> {
+    if bias.dtype() == DType::F32 || bias.dtype() == x {
         return Ok(());
     }
-    let supported = if A::DTYPE == DType::F32 { "f32".to_owned() } else { format!("{}, f32", A::DTYPE.name()) };
+    let supported = if x == DType::F32 { "f32".to_owned() } else { format!("{}, f32", x.name()) };
     Err(Error::unsupported(op, "bias of type", bias.dtype().name(), supported))
 }
 
