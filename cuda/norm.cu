@@ -10,8 +10,7 @@
 
 enum Kind { LAYER, RMS };
 
-// Elements of a row that one thread holds. norm/cuda.rs knows this number.
-enum : int { ELEMS_PER_THREAD = 16 };
+enum : int { ELEMS_PER_THREAD = NORM_ELEMS_PER_THREAD };
 
 template <typename T, Kind KIND, bool ADD> __device__ void norm(const NormParams& p) {
     await_previous_launch();
@@ -83,10 +82,10 @@ template <typename T, Kind KIND, bool ADD> __device__ void norm(const NormParams
 }
 
 #define ENTRIES(T, NAME)                                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(1024) norm_layer_##NAME(const __grid_constant__ NormParams p) { norm<T, LAYER, false>(p); }             \
-    extern "C" __global__ void __launch_bounds__(1024) norm_add_layer_##NAME(const __grid_constant__ NormParams p) { norm<T, LAYER, true>(p); }          \
-    extern "C" __global__ void __launch_bounds__(1024) norm_rms_##NAME(const __grid_constant__ NormParams p) { norm<T, RMS, false>(p); }                 \
-    extern "C" __global__ void __launch_bounds__(1024) norm_add_rms_##NAME(const __grid_constant__ NormParams p) { norm<T, RMS, true>(p); }
+    extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS) norm_layer_##NAME(const __grid_constant__ NormParams p) { norm<T, LAYER, false>(p); }             \
+    extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS) norm_add_layer_##NAME(const __grid_constant__ NormParams p) { norm<T, LAYER, true>(p); }          \
+    extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS) norm_rms_##NAME(const __grid_constant__ NormParams p) { norm<T, RMS, false>(p); }                 \
+    extern "C" __global__ void __launch_bounds__(NORM_MAX_THREADS) norm_add_rms_##NAME(const __grid_constant__ NormParams p) { norm<T, RMS, true>(p); }
 ENTRIES(float, f32)
 ENTRIES(bf16, bf16)
 ENTRIES(f16, f16)

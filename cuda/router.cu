@@ -11,7 +11,7 @@
 
 // ---- logits
 
-enum : int { LOGITS_WARPS = 8, TOKENS = 4, EXPERTS = 8 };
+enum : int { LOGITS_WARPS = ROUTER_LOGITS_WARPS, TOKENS = ROUTER_LOGITS_TOKENS, EXPERTS = ROUTER_LOGITS_EXPERTS };
 static_assert(TOKENS * EXPERTS == 32, "one sum per lane");
 
 template <typename T> __device__ void logits(const LogitsParams& p) {
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(LOGITS_WARPS * 32) router_logits_f1
 
 // ---- choose
 
-enum : int { MAX_EXPERTS = 256, EXPERTS_PER_LANE = MAX_EXPERTS / 32, WIDE_PER_LANE = 1024 / 32, CHOOSE_WARPS = 4 };
+enum : int { EXPERTS_PER_LANE = ROUTER_NARROW_EXPERTS / 32, WIDE_PER_LANE = ROUTER_MAX_EXPERTS / 32, CHOOSE_WARPS = ROUTER_CHOOSE_WARPS };
 
 template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& p) {
     for (int64_t token = int64_t(blockIdx.x) * WARPS + warp(); token < p.num_tokens; token += int64_t(gridDim.x) * WARPS) {
@@ -279,11 +279,11 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_WARPS * 32) router_choose_wi
 
 // ---- index
 
-enum : int { INDEX_WARPS = 32, COUNTERS = INDEX_WARPS * 256, MOST_EXPERTS = 1024 };
+enum : int { INDEX_WARPS = ROUTER_INDEX_WARPS, COUNTERS = INDEX_WARPS * ROUTER_NARROW_EXPERTS };
 
 __device__ __forceinline__ void index(const IndexParams& p) {
     __shared__ uint32_t next[COUNTERS]; // of a warp and an expert: first how many slots there are, then the next row that is given out
-    __shared__ uint32_t count[MOST_EXPERTS];
+    __shared__ uint32_t count[ROUTER_MAX_EXPERTS];
     const uint32_t      num_experts = uint32_t(p.num_experts), rows = uint32_t(p.rows);
     const uint32_t      warps = min(uint32_t(INDEX_WARPS), COUNTERS / num_experts);  // as many as have counters; the others have no slots
     const uint32_t      share = ((rows + warps - 1) / warps + 31) / 32 * 32;         // slots of a warp

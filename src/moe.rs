@@ -8,7 +8,7 @@
 //! ```
 //!
 //! [`forward`] is all of it. An engine that routes elsewhere, or that exchanges rows between devices, calls the steps: [`route`], [`experts`],
-//! [`combine`], or [`forward_routed`], which is the last two.
+//! [`combine`], or [`forward_routed`], which is the last two; a shared expert's rows are a step of their own, [`shared`].
 //!
 //! Source: Gale et al. 2022, "MegaBlocks"; `DbrxFFN.forward` in Hugging Face transformers.
 //! Oracle: `tests/oracle/moe.rs`. Bench: `benches/moe.rs`.
@@ -36,9 +36,9 @@ pub struct Shape {
     pub d_model: usize,
     /// F, the columns between the two halves of an expert.
     pub d_ffn: usize,
-    /// E.
+    /// E, the experts that are here: of those spread over devices, this one's.
     pub num_experts: usize,
-    /// k, the experts of one token.
+    /// k, the experts of one token, wherever they are.
     pub top_k: usize,
     /// Columns between the two halves of a shared expert, which every token goes to; 0 for none.
     pub shared_d_ffn: usize,
@@ -143,12 +143,24 @@ impl<A: Float> Plan<A> {
 }
 
 /// The experts' weights, borrowed where they lie: the first half of each, and the second.
+///
+/// | family | gate, up | down |
+/// |---|---|---|
+/// | DBRX | `nk(w1)`, `nk(v1)`, each `[E F, D]` | `kn(w2)`, `[E F, D]` |
+/// | Mixtral | `nk_each` of `w1`, of `w3`, each `[F, D]` | `nk_each` of `w2`, `[D, F]` |
+/// | Qwen3-MoE, DeepSeek-V3 | `nk_each` of `gate_proj`, of `up_proj` | `nk_each` of `down_proj` |
+/// | packed `[E, 2F, D]`, as vLLM and candle hold them | `nk(..)?.halves()?` | `nk`, `[E D, F]` |
+/// | Llama-4, `gate_up_proj [E, D, 2F]` | `kn(..)?.halves()?` | `kn`, `[E F, D]` |
+/// | gpt-oss as OpenAI stores it, `[E, 2F, D]` in turn | `nk(..)?.interleaved()?` | `nk`, `[E D, F]` |
+///
+/// On a GPU the matrices of `nk_each` must lie at one distance from each other, and `kn` gates run in the plain kernel. gpt-oss as transformers
+/// holds it, `gate_up_proj [E, D, 2F]` in turn, is not served: its gate and up are every second element of a row.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Experts<'a> {
     /// What makes a token's row of F columns.
     pub hidden: Hidden<'a>,
-    /// Down, `[E, D, F]` in order [`Nk`](crate::layout::WeightOrder::Nk), as every checkpoint since Mixtral has it, or `[E, F, D]` in order
+    /// Down, `[E, D, F]` in order [`Nk`](crate::layout::WeightOrder::Nk), as Mixtral's, or `[E, F, D]` in order
     /// [`Kn`](crate::layout::WeightOrder::Kn), as DBRX's.
     pub down: ExpertWeights<'a>,
     /// `[E, D]`, added to each output row.
@@ -175,6 +187,11 @@ impl<'a> Shared<'a> {
     pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Shared<'a> {
         let epilogue = GluEpilogue::default();
         Shared { hidden: Hidden::Gated { gate, up, epilogue }, down, gate: None }
+    }
+
+    /// With another first half, as one that has biases.
+    pub fn new(hidden: Hidden<'a>, down: ExpertWeights<'a>) -> Shared<'a> {
+        Shared { hidden, down, gate: None }
     }
 
     /// With a factor `sigmoid(gate . x)` for each token.
@@ -219,19 +236,20 @@ impl<'a> Experts<'a> {
         Experts { hidden: Hidden::Gated { gate, up, epilogue }, down, down_bias: None, shared: None }
     }
 
+    /// The same with biases or another gate.
+    pub fn gated_with(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, epilogue: GluEpilogue<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
+        Experts { hidden: Hidden::Gated { gate, up, epilogue }, ..Experts::gated(gate, up, down) }
+    }
+
+    /// `activation(x up^T + bias)`, then `down`: experts without a gate.
+    pub fn plain_with(up: ExpertWeights<'a>, epilogue: Epilogue<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
+        Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None, shared: None }
+    }
+
     /// `activation(x up^T)`, then `down`.
     pub fn plain(up: ExpertWeights<'a>, activation: Activation, down: ExpertWeights<'a>) -> Experts<'a> {
         let epilogue = Epilogue::default().with_activation(activation);
         Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None, shared: None }
-    }
-
-    /// With biases or another gate; nothing changes where there is no gate.
-    #[must_use]
-    pub fn with_glu(self, epilogue: GluEpilogue<'a>) -> Experts<'a> {
-        match self.hidden {
-            Hidden::Gated { gate, up, .. } => Experts { hidden: Hidden::Gated { gate, up, epilogue }, ..self },
-            Hidden::Plain { .. } => self,
-        }
     }
 
     /// With a bias of the second half, `[E, D]`.
@@ -264,11 +282,17 @@ impl<'a> Experts<'a> {
 
     /// Everything that the products would refuse.
     fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
-        self.check_halves::<A>(stream, shape)?;
-        let Some(shared) = self.shared else {
-            return check_shape(Op::Moe, "shared", "[Fs]", &[shape.shared_d_ffn], &[0]);
+        self.check_halves::<A>(stream, shape, ["gate", "up", "down"])?;
+        let shared = match (self.shared, shape.shared_d_ffn) {
+            (None, 0) => return Ok(()),
+            (None, _) => {
+                return Err(Error::unsupported(Op::Moe, "a shape with a shared expert, for", "experts without", "Experts::with_shared"));
+            }
+            (Some(_), 0) => return Err(Error::unsupported(Op::Moe, "a shared expert, for", "a shape without", "Shape::with_shared")),
+            (Some(shared), _) => shared,
         };
-        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1))?;
+        let names = ["shared gate_proj", "shared up", "shared down"];
+        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1), names)?;
         let Some(gate) = shared.gate else { return Ok(()) };
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
         kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
@@ -276,9 +300,9 @@ impl<'a> Experts<'a> {
         Ok(())
     }
 
-    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
+    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, names: [&'static str; 3]) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = *shape;
-        for (arg, w) in self.first_half().into_iter().flatten() {
+        for (arg, (_, w)) in names.into_iter().zip(self.first_half()).filter_map(|(arg, w)| Some((arg, w?))) {
             check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), w.n(), w.k()])?;
         }
         check_shape(
@@ -435,7 +459,7 @@ pub fn route<'r, 'w, 'c, A: Float>(
     router::route(stream, logits.as_rows(), choice, routing)
 }
 
-/// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`.
+/// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`. A shared expert is left out: see [`shared`].
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
@@ -456,13 +480,37 @@ pub fn experts<A: Float>(
     workspace: &mut Workspace,
     outputs: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    plan.check_routed(stream, &x, experts, routing, workspace)?;
+    let routed = Experts { shared: None, ..*experts };
+    plan.without_shared().check_routed(stream, &x, &routed, routing, workspace)?;
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
     let mut parts = plan.carve_rows(workspace, x.rows())?;
     both_halves(stream, plan, x, experts, routing, &mut parts.hidden, outputs)
 }
 
-/// [`experts`], then [`combine`]: the layer for a routing that was decided elsewhere.
+/// The rows of a shared expert for every token, and their factors, in the workspace: what [`combine_onto`] adds.
+///
+/// Of experts that are spread over devices one device alone adds it. The workspace is in use as long as the result is.
+///
+/// # Errors
+///
+/// As [`forward`]; [`Error::Unsupported`] if there is no shared expert. Nothing is written.
+pub fn shared<'w, A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    workspace: &'w mut Workspace<'_>,
+) -> Result<Base<'w, A>, Error> {
+    plan.check_tokens(stream, &x, workspace)?;
+    experts.check::<A>(stream, &plan.shape)?;
+    let Some(shared) = experts.shared else {
+        return Err(Error::unsupported(Op::Moe, "for this step", "experts without a shared one", "Experts::with_shared"));
+    };
+    let parts = plan.carve_rows(workspace, x.rows())?;
+    shared_expert(stream, plan, x, &shared, parts.shared)
+}
+
+/// [`experts`], [`shared`] where there is one, then [`combine`]: the layer for a routing that was decided elsewhere.
 ///
 /// # Errors
 ///
@@ -481,7 +529,7 @@ pub fn forward_routed<A: Float>(
     let mut parts = plan.carve_rows(workspace, x.rows())?;
     both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
     let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
-    let base = shared_expert(stream, plan, x, &shared, &mut parts.shared)?;
+    let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
     permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
 }
 
@@ -491,16 +539,14 @@ fn shared_expert<'p, A: Float>(
     plan: &Plan<A>,
     x: Rows<'_, A>,
     shared: &Shared<'_>,
-    parts: &'p mut SharedParts<'_, A>,
+    parts: SharedParts<'p, A>,
 ) -> Result<Base<'p, A>, Error> {
-    let rows = plan.rows(ExpertRows::dense(x.rows())?);
-    first_half(stream, x, &shared.halves(), rows, &mut parts.hidden)?;
-    grouped_gemm::linear(stream, parts.hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut parts.outputs)?;
-    if let Some(gate) = shared.gate {
-        router::logits(stream, x, gate, &mut parts.gate)?;
-    }
-    let base = Base::new(parts.outputs.as_rows());
-    Ok(if shared.gate.is_some() { base.with_gate(parts.gate.as_rows()) } else { base })
+    let (rows, SharedParts { mut hidden, mut outputs, mut gate }) = (plan.rows(ExpertRows::dense(x.rows())?), parts);
+    first_half(stream, x, &shared.halves(), rows, &mut hidden)?;
+    grouped_gemm::linear(stream, hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut outputs)?;
+    let Some(of_gate) = shared.gate else { return Ok(Base::new(outputs.into_rows())) };
+    router::logits(stream, x, of_gate, &mut gate)?;
+    Ok(Base::new(outputs.into_rows()).with_gate(gate.into_rows()))
 }
 
 fn both_halves<A: Float>(
@@ -613,6 +659,11 @@ impl<A: Float> Plan<A> {
         let (shared_hidden, shared_outputs) = (part(shared_tokens, shared_d_ffn)?, part(shared_tokens, d_model)?);
         let shared = SharedParts { hidden: shared_hidden, outputs: shared_outputs, gate: carver.rows::<f32>(shared_tokens, 1)? };
         Ok(Parts { hidden, outputs, shared })
+    }
+
+    /// The same for steps that leave the shared expert out.
+    fn without_shared(&self) -> Plan<A> {
+        Plan { shape: Shape { shared_d_ffn: 0, ..self.shape }, ..*self }
     }
 
     /// In the plan's class.

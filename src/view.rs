@@ -110,7 +110,12 @@ impl<'a, T: Element> Rows<'a, T> {
         // SAFETY: every bit pattern is a value of an `Element`.
         let (before, data, _) = unsafe { bytes.align_to::<T>() };
         if !before.is_empty() {
-            return Err(Error::Layout { op: Op::View, arg: "bytes", need: "the alignment of its elements", got: before.len() });
+            return Err(Error::Layout {
+                op: Op::View,
+                arg: "bytes",
+                need: "the alignment of its elements",
+                got: size_of::<T>() - before.len(),
+            });
         }
         Self::from_slice(data, rows, cols)
     }
@@ -277,7 +282,7 @@ impl<'a, T: Element> Rows<'a, T> {
         if self.rows == 0 || self.cols == 0 {
             None
         } else if misfit != 0 {
-            Some(("a first address that is a multiple of 16 bytes, remainder 0", misfit))
+            Some(("a first address with remainder 0 modulo 16 bytes", misfit))
         } else if self.rows > 1 && !stride_bytes.is_multiple_of(16) {
             Some(("a row stride that is a multiple of 16 bytes", stride_bytes))
         } else {
@@ -348,7 +353,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
         // SAFETY: every bit pattern is a value of an `Element`, and the bytes of one are bytes.
         let (before, data, _) = unsafe { bytes.align_to_mut::<T>() };
         if !before.is_empty() {
-            return Err(Error::Layout { op: Op::View, arg: "bytes", need: "the alignment of its elements", got: before.len() });
+            return Err(Error::Layout {
+                op: Op::View,
+                arg: "bytes",
+                need: "the alignment of its elements",
+                got: size_of::<T>() - before.len(),
+            });
         }
         Self::from_slice(data, rows, cols)
     }
@@ -407,6 +417,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     /// The same elements, for reading.
     pub fn as_rows(&self) -> Rows<'_, T> {
         let RowsMut { first, rows, cols, stride, place, mark, .. } = *self;
+        Rows { first, rows, cols, stride, place, mark, _borrow: PhantomData }
+    }
+
+    /// The same elements, for reading, as long as the memory is lent.
+    pub(crate) fn into_rows(self) -> Rows<'a, T> {
+        let RowsMut { first, rows, cols, stride, place, mark, .. } = self;
         Rows { first, rows, cols, stride, place, mark, _borrow: PhantomData }
     }
 

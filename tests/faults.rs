@@ -490,7 +490,7 @@ fn misaligned_addresses_are_refused() {
         };
         norm::rms_norm(&stream, x, x.row_range(0..1).unwrap(), 1e-5, &mut y).unwrap_err().to_string()
     };
-    let first = "norm: `x` must have a first address that is a multiple of 16 bytes, remainder 0, got 4";
+    let first = "norm: `x` must have a first address with remainder 0 modulo 16 bytes, got 4";
     assert_eq!(text(Place::Cuda(0), 0x7004, 4), first);
     assert_eq!(text(Place::Cuda(0), 0x7000, 5), "norm: `x` must have a row stride that is a multiple of 16 bytes, got 20");
     assert_eq!(text(Place::Cuda(1), 0x7000, 4), "norm: `x` lives on cuda:1, the stream runs on cuda:0");

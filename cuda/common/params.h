@@ -36,6 +36,10 @@ struct EmbeddingParams {
     int64_t y_stride;
 };
 
+// Of a row, the elements that one thread of the norms holds in registers; and the most threads of a block.
+static const uint32_t NORM_ELEMS_PER_THREAD = 16;
+static const uint32_t NORM_MAX_THREADS      = 1024;
+
 struct NormParams {
     In       x;        // [T, D]
     Out      residual; // [T, D]; not read by the forms that add nothing
@@ -126,6 +130,16 @@ struct ArgmaxParams {
     int64_t vocab;
     int64_t logits_stride;
 };
+
+// The router. Of the scores: tokens and experts of a block, and its warps. Of the choice: warps of a block, a token each. Of the maps: warps of
+// their one block. Experts: the most of the narrow forms, and of all.
+static const uint32_t ROUTER_LOGITS_TOKENS  = 4;
+static const uint32_t ROUTER_LOGITS_EXPERTS = 8;
+static const uint32_t ROUTER_LOGITS_WARPS   = 8;
+static const uint32_t ROUTER_CHOOSE_WARPS   = 4;
+static const uint32_t ROUTER_INDEX_WARPS    = 32;
+static const uint32_t ROUTER_NARROW_EXPERTS = 256;
+static const uint32_t ROUTER_MAX_EXPERTS    = 1024;
 
 struct LogitsParams {
     In      x;      // [T, D]

@@ -35,6 +35,8 @@ const _: () = {
     ["Offset of field: EmbeddingParams::table_stride"][::std::mem::offset_of!(EmbeddingParams, table_stride) - 40usize];
     ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
 };
+pub const NORM_ELEMS_PER_THREAD: u32 = 16;
+pub const NORM_MAX_THREADS: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct NormParams {
@@ -221,6 +223,13 @@ const _: () = {
     ["Offset of field: ArgmaxParams::vocab"][::std::mem::offset_of!(ArgmaxParams, vocab) - 24usize];
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
 };
+pub const ROUTER_LOGITS_TOKENS: u32 = 4;
+pub const ROUTER_LOGITS_EXPERTS: u32 = 8;
+pub const ROUTER_LOGITS_WARPS: u32 = 8;
+pub const ROUTER_CHOOSE_WARPS: u32 = 4;
+pub const ROUTER_INDEX_WARPS: u32 = 32;
+pub const ROUTER_NARROW_EXPERTS: u32 = 256;
+pub const ROUTER_MAX_EXPERTS: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct LogitsParams {

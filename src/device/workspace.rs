@@ -96,7 +96,7 @@ impl<'a> Workspace<'a> {
         let op = Op::Workspace;
         let misfit = address as usize % ALIGN_BYTES;
         if misfit != 0 {
-            let need = "an address that is a multiple of 256 bytes, remainder 0";
+            let need = "remainder 0 modulo 256 bytes";
             return Err(Error::Layout { op, arg: "address", need, got: misfit });
         }
         if address == 0 && bytes > 0 {

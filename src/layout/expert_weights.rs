@@ -200,7 +200,8 @@ impl<'a> ExpertWeights<'a> {
         Ok([0, half].map(|skip| self.part(skip, 1, half)))
     }
 
-    /// The even outputs of each expert, and the odd ones: gate and up, where they are stored in turn, as gpt-oss does.
+    /// The even outputs of each expert, and the odd ones: gate and up, where they are stored in turn, as
+    /// OpenAI's gpt-oss has them (`[E, 2F, D]`).
     ///
     /// # Errors
     ///

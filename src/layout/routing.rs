@@ -156,8 +156,8 @@ impl<'a> Routing<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the slices are not whole tokens or differ in length; [`Error::Index`] for an id that is not below
-    /// E; [`Error::Duplicate`] for an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
+    /// [`Error::Shape`] if the slices are not whole tokens or differ in length; [`Error::Index`] for an id that is neither below
+    /// E nor [`NOWHERE`]; [`Error::Duplicate`] for an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
     pub fn from_host(stream: &Stream, ids: &[u32], weights: &[f32], buffers: &'a mut RoutingBuffers) -> Result<Routing<'a>, Error> {
         let (top_k, num_experts) = (buffers.top_k, buffers.num_experts);
         let num_tokens = ids.len() / top_k;

@@ -82,7 +82,7 @@ mod tests {
         // SAFETY: never used.
         let lent = |address, bytes| unsafe { Workspace::from_raw(Place::Cuda(0), address, bytes) };
         let text = |address, bytes| lent(address, bytes).unwrap_err().to_string();
-        let misfit = "workspace: `address` must have an address that is a multiple of 256 bytes, remainder 0, got 16";
+        let misfit = "workspace: `address` must have remainder 0 modulo 256 bytes, got 16";
         assert_eq!(text(0x7010, 512), misfit);
         assert_eq!(text(0, 1), "workspace: `address` must be an address, not null, got 0");
         assert!(matches!(lent(0x7000_0000_0000, isize::MAX as usize), Err(Error::TooLarge { .. })));

@@ -334,7 +334,7 @@ fn other_experts_against_oracle() {
             let [b0, b1, b2] = placed_biases.each_ref().map(|bias| Bias::new(bias.view()));
             let [w1, v1, w2] = placed.matrices();
             let experts = if gated {
-                Experts::gated(w1, v1, w2).with_glu(GluEpilogue::default().with_glu(Glu::GPT_OSS).with_biases([b0, b1]))
+                Experts::gated_with(w1, v1, GluEpilogue::default().with_glu(Glu::GPT_OSS).with_biases([b0, b1]), w2)
             } else {
                 Experts::plain(v1, Activation::ReluSquared, w2)
             };
@@ -647,7 +647,7 @@ fn a_gpu_refuses_before_the_first_step() {
         assert!(error.is_none() || driver.launches().len() == before);
         error.map(|error| error.to_string())
     };
-    let misplaced = |arg| Some(format!("moe: `{arg}` must have a first address that is a multiple of 16 bytes, remainder 0, got 4"));
+    let misplaced = |arg| Some(format!("moe: `{arg}` must have a first address with remainder 0 modulo 16 bytes, got 4"));
     assert_eq!(refused(at(3, 1), good, 0), misplaced("x"));
     assert_eq!(refused(at(3, 0), Weights::new(at(2, 1), good.experts), 0), misplaced("router"));
     assert_eq!(refused(at(3, 0), good, 1), misplaced("y"));

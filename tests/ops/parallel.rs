@@ -295,6 +295,22 @@ fn a_shared_expert_is_added() {
                 permute::combine_onto(stream, outputs.view(), &routing, base, y).unwrap();
             });
             same_bits(&got, &want);
+
+            // And the steps of the layer with its own plan.
+            let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+            let experts = routed.with_shared(shared);
+            let outputs = guard::run::<Bf16>(stream, routing.rows(), d, |y| {
+                moe::experts(stream, &plan, x.view(), &experts, &routing, &mut workspace, y).unwrap();
+            });
+            let outputs = place(&outputs, d);
+            let base = moe::shared(stream, &plan, x.view(), &experts, &mut workspace).unwrap();
+            let got = guard::run(stream, tokens, d, |y| moe::combine_onto(stream, outputs.view(), &routing, base, y).unwrap());
+            same_bits(&got, &want);
+            let text = |plan, experts: &Experts<'_>, workspace: &mut Workspace<'_>| {
+                moe::shared(stream, plan, x.view(), experts, workspace).map(|_| ()).unwrap_err().to_string()
+            };
+            assert!(text(&plan, &routed, &mut workspace).contains("supported: Experts::with_shared"));
+            assert!(text(&plain, &experts, &mut workspace).contains("supported: Shape::with_shared"));
         });
     }
 }

@@ -3,7 +3,7 @@
 
 use super::Kind;
 use crate::device::kernel::{Kernel, Types, find};
-use crate::device::params::NormParams;
+use crate::device::params::{NORM_ELEMS_PER_THREAD, NORM_MAX_THREADS, NormParams};
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
@@ -37,14 +37,14 @@ pub static KERNELS: &[Kernel<Key>] = &[
     Kernel::new(&image::NORM, "norm_add_rms_f16", ADD_RMS, Types::all(DType::F16)),
 ];
 
-/// Elements of a row that one thread holds in registers: `ELEMS_PER_THREAD` of the kernel.
-const ELEMS_PER_THREAD: usize = 16;
-const MAX_THREADS: usize = 1024;
+/// Columns that the threads of a block hold.
+const MAX_COLS: usize = (NORM_MAX_THREADS * NORM_ELEMS_PER_THREAD) as usize;
+const _: () = assert!(MAX_COLS == 16384, "a text below names it");
 
 /// What the kernels need beyond the contract.
 pub(super) fn check<A: Float>([num_tokens, d_model]: [usize; 2], weight: DType) -> Result<(), Error> {
     find(Op::Norm, KERNELS, LAYER, Types { w: weight, ..Types::all(A::DTYPE) }, |_| true)?;
-    if num_tokens > 0 && d_model > MAX_THREADS * ELEMS_PER_THREAD {
+    if num_tokens > 0 && d_model > MAX_COLS {
         return Err(Error::unsupported(Op::Norm, "D", "beyond 16384", "up to 16384"));
     }
     Ok(())
@@ -112,6 +112,6 @@ fn launch<A: Float>(
 /// Whole warps, as few as hold a row, with equal shares: from the width alone, because it decides the order of the sums.
 fn threads<A>(d_model: usize) -> u32 {
     let vectors = (d_model * size_of::<A>()).div_ceil(16);
-    let per_thread = vectors.div_ceil(MAX_THREADS);
+    let per_thread = vectors.div_ceil(NORM_MAX_THREADS as usize);
     vectors.div_ceil(per_thread).next_multiple_of(32) as u32
 }

@@ -14,12 +14,14 @@ use super::{Choice, GroupScore, Normalize, Score};
 use crate::device::cuda::Grid;
 use crate::device::kernel::{Kernel, Types, find};
 use crate::device::params::{
-    ChooseParams, IndexParams, LogitsParams, RouteParams, SCORE_SIGMOID, SCORE_SOFTMAX, SCORE_SOFTMAX_OVER_CHOSEN, SCORE_SQRT_SOFTPLUS,
+    ChooseParams, IndexParams, LogitsParams, ROUTER_CHOOSE_WARPS, ROUTER_INDEX_WARPS, ROUTER_LOGITS_EXPERTS, ROUTER_LOGITS_TOKENS,
+    ROUTER_LOGITS_WARPS, ROUTER_MAX_EXPERTS, ROUTER_NARROW_EXPERTS, RouteParams, SCORE_SIGMOID, SCORE_SOFTMAX, SCORE_SOFTMAX_OVER_CHOSEN,
+    SCORE_SQRT_SOFTPLUS,
 };
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Op};
-use crate::layout::RoutingParts;
+use crate::layout::{MAX_EXPERTS, RoutingParts};
 use crate::view::{Rows, RowsMut};
 use crate::weights::WeightRows;
 
@@ -49,13 +51,7 @@ pub enum Choices {
     Wide,
 }
 
-/// Of the kernel `logits`: tokens and experts of a block.
-const TOKENS: u32 = 4;
-const EXPERTS: u32 = 8;
-/// Of the kernels `choose`: tokens of a block, a warp each.
-const CHOOSE_TOKENS: u32 = 4;
-/// The most experts of the forms `plain` and `any`.
-const NARROW_EXPERTS: usize = 256;
+const _: () = assert!(ROUTER_MAX_EXPERTS as usize == MAX_EXPERTS);
 /// The most tokens for which one block chooses faster than a second launch starts: four for each of its warps.
 const MAX_ROUTE_TOKENS: usize = 128;
 
@@ -77,16 +73,16 @@ pub static KERNELS: &[Kernel<Key>] = &[
 
 const fn logits_of(entry: &'static str, dtype: DType) -> Kernel<Key> {
     let kernel = Kernel::new(&image::ROUTER, entry, Key::Logits, Types::to_f32(dtype));
-    Kernel { tile: [TOKENS, EXPERTS], threads: 256, needs_vectors: true, ..kernel }
+    Kernel { tile: [ROUTER_LOGITS_TOKENS, ROUTER_LOGITS_EXPERTS], threads: 32 * ROUTER_LOGITS_WARPS, needs_vectors: true, ..kernel }
 }
 
 const fn choose(entry: &'static str, choices: Choices, form: &'static str) -> Kernel<Key> {
     let kernel = Kernel::new(&image::ROUTER, entry, Key::Choose(choices), ROUTING);
-    Kernel { form, tile: [CHOOSE_TOKENS, 0], threads: 32 * CHOOSE_TOKENS, ..kernel }
+    Kernel { form, tile: [ROUTER_CHOOSE_WARPS, 0], threads: 32 * ROUTER_CHOOSE_WARPS, ..kernel }
 }
 
 const fn one_block(entry: &'static str, key: Key, form: &'static str) -> Kernel<Key> {
-    Kernel { form, threads: 1024, ..Kernel::new(&image::ROUTER, entry, key, ROUTING) }
+    Kernel { form, threads: 32 * ROUTER_INDEX_WARPS, ..Kernel::new(&image::ROUTER, entry, key, ROUTING) }
 }
 
 fn one_block_grid(kernel: &Kernel<Key>) -> Grid {
@@ -124,7 +120,7 @@ pub(super) fn logits<A: Float>(
         logits_stride: logits.stride() as i64,
     };
     let (cuda, kernel) = (stream.cuda(), of_logits::<A>(Op::Router, weight.dtype())?);
-    let tiles = num_tokens.div_ceil(TOKENS as usize) * num_experts.div_ceil(EXPERTS as usize);
+    let tiles = num_tokens.div_ceil(ROUTER_LOGITS_TOKENS as usize) * num_experts.div_ceil(ROUTER_LOGITS_EXPERTS as usize);
     let grid = cuda.grid(tiles as u64, 1, kernel.threads);
     // SAFETY: `LogitsParams` is the struct of these entries; `x` and `weight` have `d_model` columns, `logits` a row per token and a
     // column per expert; all are on this stream's device and stay valid until the work completes: buffers are freed in stream
@@ -151,7 +147,7 @@ pub(super) fn route(stream: &Stream, logits: Rows<'_, f32>, choice: &Choice<'_>,
         return unsafe { cuda.launch_kernel(Op::Router, kernel, one_block_grid(kernel), &RouteParams { choose, index }) };
     }
     let first = kernel(Key::Choose(choices))?;
-    let grid = cuda.grid(num_tokens as u64, CHOOSE_TOKENS.into(), first.threads);
+    let grid = cuda.grid(num_tokens as u64, ROUTER_CHOOSE_WARPS.into(), first.threads);
     // SAFETY: `ChooseParams` is the struct of these entries; `logits` has a row per token and as many columns
     // as the entry serves, a bias as many; the parts are packed `[T, k]`; all are on this stream's device and
     // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
@@ -168,7 +164,7 @@ fn choices(choice: &Choice<'_>, num_experts: usize) -> Choices {
     let only_softmax = score == Score::Softmax && logit_bias.is_none() && choice_bias.is_none() && groups.is_none();
     // Nothing is added to a norm that there is not.
     let adds_nothing = normalize == Normalize::None || epsilon == 0.0;
-    match (num_experts <= NARROW_EXPERTS, only_softmax && adds_nothing && scale == 1.0) {
+    match (num_experts <= ROUTER_NARROW_EXPERTS as usize, only_softmax && adds_nothing && scale == 1.0) {
         (true, true) => Choices::Plain,
         (true, false) => Choices::Any,
         (false, _) => Choices::Wide,

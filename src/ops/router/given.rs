@@ -30,7 +30,7 @@ impl Here {
 /// | `buffers` | k, E, `>= T`   | receive copies of both, and the maps                                          |
 ///
 /// Any id is taken. One that is not here (-1 of an engine's `i32`, an expert of another device) has no row: nothing is computed for it, and
-/// [`permute::combine`](crate::permute::combine) leaves it out. So the sums of all devices add up to the layer. If a token names an expert again, the first
+/// [`permute::combine`](crate::permute::combine) leaves it out. So the sums of all devices add up to the layer; a shared expert is added by one of them. If a token names an expert again, the first
 /// counts, and the others have no row. The ids that the routing shows are numbered as the experts here are, [`NOWHERE`] for all others.
 ///
 /// A routing is replayed bit for bit from its [`expert_ids`](Routing::expert_ids) and [`weights`](Routing::weights). One launch on a GPU.
