@@ -453,7 +453,11 @@ pub fn route<'r, 'w, 'c, A: Float>(
 ) -> Result<Routing<'r>, Error> {
     let (router, choice, num_tokens) = (router.into(), choice.into(), plan.check_tokens(stream, &x, workspace)?);
     plan.check_router(stream, &router, &choice, routing)?;
-    routing.parts_mut(Op::Moe, num_tokens)?; // which checks the capacity
+    let parts = routing.parts_mut(Op::Moe, num_tokens)?;
+    let mut arguments = vec![("x", x.access()), ("router", router.access()), ("workspace", workspace.access())];
+    arguments.extend(choice.accesses());
+    arguments.extend(parts.accesses());
+    stream.admit(Op::Moe, &arguments)?;
     let mut logits = workspace.carve(Op::Moe).rows::<f32>(num_tokens, plan.shape.num_experts)?;
     router::logits(stream, x, router, &mut logits)?;
     router::route(stream, logits.as_rows(), choice, routing)
@@ -483,6 +487,8 @@ pub fn experts<A: Float>(
     let routed = Experts { shared: None, ..*experts };
     plan.without_shared().check_routed(stream, &x, &routed, routing, workspace)?;
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
+    kernels_need!(stream, outputs.vectors(Op::Moe, "outputs"));
+    admit_routed(stream, &x, &routed, routing, workspace, ("outputs", outputs.access()))?;
     let mut parts = plan.carve_rows(workspace, x.rows())?;
     both_halves(stream, plan, x, experts, routing, &mut parts.hidden, outputs)
 }
@@ -526,11 +532,27 @@ pub fn forward_routed<A: Float>(
 ) -> Result<(), Error> {
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_output(stream, plan, x.rows(), y)?;
+    admit_routed(stream, &x, experts, routing, workspace, ("y", y.access()))?;
     let mut parts = plan.carve_rows(workspace, x.rows())?;
     both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
     let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
     let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
     permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
+}
+
+/// Every argument of the steps behind the routing, before the first of them writes.
+fn admit_routed<A: Float>(
+    stream: &Stream,
+    x: &Rows<'_, A>,
+    experts: &Experts<'_>,
+    routing: &Routing<'_>,
+    workspace: &Workspace<'_>,
+    output: (&'static str, Access<'_>),
+) -> Result<(), Error> {
+    let mut arguments = vec![("x", x.access()), ("workspace", workspace.access()), output];
+    arguments.extend(routing.accesses().map(|access| ("routing", access)));
+    arguments.extend(experts.accesses());
+    stream.admit(Op::Moe, &arguments)
 }
 
 /// The rows of the expert that every token goes to, and their factors.
@@ -541,7 +563,15 @@ fn shared_expert<'p, A: Float>(
     shared: &Shared<'_>,
     parts: SharedParts<'p, A>,
 ) -> Result<Base<'p, A>, Error> {
-    let (rows, SharedParts { mut hidden, mut outputs, mut gate }) = (plan.rows(ExpertRows::dense(x.rows())?), parts);
+    let SharedParts { mut hidden, mut outputs, mut gate } = parts;
+    let mut rows = ExpertRows::dense(x.rows())?;
+    if stream.place() == Place::Host {
+        // In the class of the routed rows, so that a token's bits change with the batch where the layer says so and nowhere else.
+        let few = grouped_gemm::FEW_ROWS;
+        let is_few = x.rows() * plan.shape.top_k <= few * plan.shape.num_experts;
+        rows = rows.in_class(if is_few { few } else { usize::MAX });
+    }
+    let rows = plan.rows(rows);
     first_half(stream, x, &shared.halves(), rows, &mut hidden)?;
     grouped_gemm::linear(stream, hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut outputs)?;
     let Some(of_gate) = shared.gate else { return Ok(Base::new(outputs.into_rows())) };

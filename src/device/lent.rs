@@ -111,7 +111,8 @@ impl Stream {
     /// # Safety
     ///
     /// As [`Stream::from_raw`], except that the stream need not exist longer than `owner`. Where `owner`
-    /// destroys the stream, it may do so while work is still queued, as the driver allows.
+    /// destroys the stream, it may do so while work is still queued, as the driver allows; but no other stream is lent before that work is
+    /// done, since the driver may give it the same handle, and both would count in the same zeros.
     ///
     /// # Errors
     ///

@@ -224,6 +224,9 @@ impl<'a> ExpertWeights<'a> {
 
     /// Outputs `skip`, `skip + step`, ... of those there are.
     fn part(self, skip: usize, step: usize, n: usize) -> Self {
+        if n == 0 {
+            return ExpertWeights { outputs: Outputs { first: 0, step: 1, n }, ..self }; // of nothing, as often as one likes
+        }
         let Outputs { first, step: before, .. } = self.outputs;
         ExpertWeights { outputs: Outputs { first: first + skip * before, step: step * before, n }, ..self }
     }

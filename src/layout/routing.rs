@@ -61,11 +61,14 @@ impl RoutingParts<'_> {
 impl RoutingBuffers {
     /// # Errors
     ///
-    /// [`Error::Value`] if `top_k` is 0 (of experts that are elsewhere a token may choose more than there are here);
+    /// [`Error::Value`] if `top_k` or `num_experts` is 0 (of experts that are elsewhere a token may choose more than there are here);
     /// [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1
     /// rows; [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers, Error> {
         checked_product(Op::Routing, "num_experts", &[num_experts], MAX_EXPERTS)?;
+        if num_experts == 0 {
+            return Err(Error::Value { op: Op::Routing, arg: "num_experts", need: "at least 1", got: 0.0 });
+        }
         if top_k == 0 {
             return Err(Error::Value { op: Op::Routing, arg: "top_k", need: "at least 1", got: 0.0 });
         }
@@ -240,6 +243,13 @@ impl<'a> Routing<'a> {
         self.slot_to_row
     }
 
+    /// All of its views, for admission.
+    pub(crate) fn accesses(&self) -> [Access<'a>; 5] {
+        let [ids, offsets, row_to_slot, slot_to_row] =
+            [self.expert_ids, self.offsets, self.row_to_slot, self.slot_to_row].map(|view| view.access());
+        [ids, self.weights.access(), offsets, row_to_slot, slot_to_row]
+    }
+
     /// For a product whose input rows are already in expert order, as after `permute::gather`.
     pub fn expert_rows(&self) -> ExpertRows<'a> {
         ExpertRows::trusted(self.offsets, self.rows(), self.num_tokens(), None)
@@ -311,7 +321,7 @@ mod tests {
     #[test]
     fn impossible_choices_are_refused() {
         let stream = Device::cpu().stream().unwrap();
-        for (tokens, k, experts) in [(1, 0, 4), (1, 1, 1025), (1 << 31, 1, 4), (1, 0, 0)] {
+        for (tokens, k, experts) in [(1, 0, 4), (1, 1, 1025), (1 << 31, 1, 4), (1, 1, 0), (1, 0, 0)] {
             assert!(RoutingBuffers::new(&stream, tokens, k, experts).is_err(), "{tokens} {k} {experts}");
         }
     }

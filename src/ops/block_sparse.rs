@@ -164,7 +164,8 @@ pub fn sdd<A: Float, B: Float, O: Float>(
 /// | `b`      | `[K, N]` | dense                                                   |
 /// | `y`      | `[M, N]` | written in full; what it held before does not matter    |
 ///
-/// Accumulated in `f32` over ascending `k`, rounded once to the type of `y`. Dtypes as [`sdd`]. A row without blocks gives zeros.
+/// Accumulated in `f32` over ascending `k`, rounded once to the type of `y`. Dtypes as [`sdd`]. A row without blocks gives zeros; rows (columns
+/// of a transposed result) behind the last that an expert owns stay as they are.
 /// What lies where there is no block is not read, nor is what a block stores beyond the rows and columns it stands for: a NaN
 /// there reaches nobody. A NaN in row `i` of `s` stays in row `i`.
 ///

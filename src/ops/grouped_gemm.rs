@@ -7,6 +7,7 @@
 //! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_plain.cu` for other types and shapes. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
+pub(crate) use self::cpu::FEW_ROWS;
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
 
@@ -29,7 +30,7 @@ use crate::view::{Rows, RowsMut};
 /// | `x`      | `[input rows, K]` | the rows in expert order, or the tokens that `rows` gathers from                  |
 /// | `w`      | `[E, N, K]`       | weights, one row per output, in order [`Nk`](WeightOrder::Nk); read where they lie |
 /// | `rows`   | R rows, E experts | which rows belong to which expert, and which input row each is computed from      |
-/// | `y`      | `[R, N]`          | written in full; what it held before does not matter                             |
+/// | `y`      | `[R, N]`          | every row that an expert owns is written in full                                  |
 ///
 /// Accumulated in `f32`, rounded once to the type of `y`. Dtypes: each of `x`, `w`, `y` is `f32`, `bf16` or `f16`.
 /// An expert may own no row, or all of them; `R = 0` or `N = 0` is a no-op; `K = 0` gives zeros. A NaN in an input row
@@ -67,7 +68,7 @@ pub fn nt<A: Float, O: Float>(
 /// | `x`      | `[input rows, K]` | the rows in expert order, or the tokens that `rows` gathers from                 |
 /// | `w`      | `[E, K, N]`       | weights, one row per input, in order [`Kn`](WeightOrder::Kn); read where they lie |
 /// | `rows`   | R rows, E experts | which rows belong to which expert, and which input row each is computed from     |
-/// | `y`      | `[R, N]`          | written in full; what it held before does not matter                            |
+/// | `y`      | `[R, N]`          | every row that an expert owns is written in full                                 |
 ///
 /// Numerics, edge cases and errors are those of [`nt`], but on the CPU there is one class: the number of rows does not show at all. On a
 /// GPU the classes are those of [`nt`].
@@ -139,7 +140,7 @@ pub fn linear<A: Float, O: Float>(
 /// | `x`        | `[input rows, K]` | the rows in expert order, or the tokens that `rows` gathers from                      |
 /// | `w1`, `v1` | `[E, N, K]`       | gate and up weights, both in order [`Nk`](WeightOrder::Nk); read where they lie         |
 /// | `rows`     | R rows, E experts | which rows belong to which expert, and which input row each is computed from          |
-/// | `h`        | `[R, N]`          | written in full; what it held before does not matter                                 |
+/// | `h`        | `[R, N]`          | every row that an expert owns is written in full                                      |
 ///
 /// Both products and the activation stay in `f32`; the result is rounded once. `silu(x) = x / (1 + exp(-x))`; of a large
 /// negative value it is `-0`, never NaN. Otherwise as [`nt`].
@@ -179,7 +180,7 @@ pub fn glu_nt<A: Float>(
 ///
 /// # Errors
 ///
-/// As [`linear`]; [`Error::Unsupported`] for two orders or two types of weights; [`Error::Value`] for constants of a gate that are no numbers.
+/// As [`linear`]; [`Error::Unsupported`] for weights of two orders, and on a GPU of two types; [`Error::Value`] for constants of a gate that are no numbers.
 /// Nothing is written.
 pub fn glu<A: Float>(
     stream: &Stream,

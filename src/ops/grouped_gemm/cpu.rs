@@ -28,7 +28,7 @@ use crate::view::{HostRows, RowsMut, TileMut, Tiling};
 use crate::weights::{WeightRows, with_rows};
 
 /// Up to this many rows of an expert, reading its weights takes longer than the arithmetic, or not much less.
-const FEW_ROWS: usize = 16;
+pub(crate) const FEW_ROWS: usize = 16;
 /// The most rows of a tile: a block of k of them stays in the second-level cache.
 const ROW_BLOCK: usize = 256;
 /// The most columns of a tile, where experts have many rows and where they have few.
