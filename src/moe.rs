@@ -412,7 +412,7 @@ pub fn forward<'r, A: Float>(
     plan: &Plan<A>,
     x: Rows<'_, A>,
     weights: &Weights<'_>,
-    routing: &'r mut RoutingBuffers,
+    routing: &'r mut RoutingBuffers<'_>,
     workspace: &mut Workspace,
     y: &mut RowsMut<'_, A>,
 ) -> Result<Routing<'r>, Error> {
@@ -448,7 +448,7 @@ pub fn route<'r, 'w, 'c, A: Float>(
     x: Rows<'_, A>,
     router: impl Into<WeightRows<'w>>,
     choice: impl Into<Choice<'c>>,
-    routing: &'r mut RoutingBuffers,
+    routing: &'r mut RoutingBuffers<'_>,
     workspace: &mut Workspace,
 ) -> Result<Routing<'r>, Error> {
     let (router, choice, num_tokens) = (router.into(), choice.into(), plan.check_tokens(stream, &x, workspace)?);
@@ -653,7 +653,13 @@ impl<A: Float> Plan<A> {
         Ok(num_tokens)
     }
 
-    fn check_router(&self, stream: &Stream, router: &WeightRows<'_>, choice: &Choice<'_>, routing: &RoutingBuffers) -> Result<(), Error> {
+    fn check_router(
+        &self,
+        stream: &Stream,
+        router: &WeightRows<'_>,
+        choice: &Choice<'_>,
+        routing: &RoutingBuffers<'_>,
+    ) -> Result<(), Error> {
         let Shape { d_model, num_experts, top_k, .. } = self.shape;
         check_shape(Op::Moe, "router", "[E, D]", &[num_experts, d_model], &router.dims())?;
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;

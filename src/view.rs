@@ -14,9 +14,9 @@ use std::ops::Range;
 
 pub(crate) use self::host::{HostRows, HostRowsMut, RowOutputs, TileMut, for_each_row, rows_per_task};
 pub(crate) use self::tiling::Tiling;
-use crate::device::{Access, Buffer, Mark, Stream};
+use crate::device::{Access, Buffer, Mark, Stream, Upload};
 use crate::dtype::Element;
-use crate::error::{Error, Op, Place};
+use crate::error::{Error, Op, Place, check_shape};
 use crate::shape::checked_bytes;
 
 /// A `[rows, cols]` matrix, row-major, borrowed for reading.
@@ -420,6 +420,14 @@ impl<'a, T: Element> RowsMut<'a, T> {
         Rows { first, rows, cols, stride, place, mark, _borrow: PhantomData }
     }
 
+    /// A copy of `values` to the elements, which have no gaps between them, to be [queued](Upload::queue).
+    pub(crate) fn upload(self, values: &'a [T]) -> Result<Upload<'a>, Error> {
+        debug_assert!(self.rows <= 1 || self.stride == self.cols);
+        check_shape(Op::View, "values", "[rows * cols]", &[self.rows * self.cols], &[values.len()])?;
+        // SAFETY: there are as many elements, which are borrowed exclusively.
+        Ok(unsafe { Upload::new(self.access(), self.first, values) })
+    }
+
     /// The same elements, for reading, as long as the memory is lent.
     pub(crate) fn into_rows(self) -> Rows<'a, T> {
         let RowsMut { first, rows, cols, stride, place, mark, .. } = self;
@@ -595,7 +603,7 @@ mod tests {
             // SAFETY: the bytes of an array.
             let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), 16) };
             RowsMut::<f32>::from_bytes(bytes, 2, 2).unwrap().host().row_mut(1).fill(1.5);
-            assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[1..], 1, 3), Err(Error::Layout { got: 3, .. })));
+            assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[1..], 1, 3), Err(Error::Layout { got: 1, .. })));
             assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[..8], 1, 3), Err(Error::Capacity { need: 3, have: 2, .. })));
         }
         assert_eq!(words, [0, 0, 1.5f32.to_bits(), 1.5f32.to_bits()]);

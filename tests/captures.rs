@@ -308,7 +308,7 @@ struct Rotated {
 impl Rotated {
     fn new(stream: &Stream, positions: usize) -> Rotated {
         let heads = HeadLayout::new(1, 1, 4).unwrap();
-        let shape = KvShape { num_kv_heads: 1, head_dim: 4, page_tokens: 8, num_pages: 16, max_pages: 8, num_sequences: 1 };
+        let shape = KvShape::contiguous(HeadLayout::new(1, 1, 4).unwrap(), 1, 8).with_pages(8, 16, 8);
         Rotated {
             heads,
             qkv: zeros(stream, 3 * 12),
@@ -373,7 +373,7 @@ fn half_a_step_is_none() {
         let run = || -> Result<_, Error> {
             let stream = Device::with_driver(driver.clone(), 0)?.stream()?;
             let heads = HeadLayout::new(1, 1, 4)?;
-            let shape = KvShape { num_kv_heads: 1, head_dim: 4, page_tokens: 8, num_pages: 1, max_pages: 1, num_sequences: 1 };
+            let shape = KvShape::contiguous(HeadLayout::new(1, 1, 4).unwrap(), 1, 8);
             let mut cache = KvCache::<f32>::new(&stream, 1, shape)?;
             let (qkv, mut q, table) = (zeros(&stream, 12), zeros(&stream, 4), RopeTable::new(&stream, 1e4, 4, 1)?);
             cache.append(&stream, &[1])?; // one token, a table of one position

@@ -40,7 +40,7 @@ struct Model {
     experts: [Buffer<f32>; 3],
     rope: RopeTable,
     cache: KvCache<f32>,
-    routing: RoutingBuffers,
+    routing: RoutingBuffers<'static>,
     workspace: Workspace<'static>,
     ids: Buffer<u32>,
     x: Buffer<f32>,

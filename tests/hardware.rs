@@ -122,7 +122,7 @@ struct Layer {
     plan: Plan<Bf16>,
     router: Buffer<Bf16>,
     experts: [Buffer<Bf16>; 3],
-    routing: RoutingBuffers,
+    routing: RoutingBuffers<'static>,
     workspace: Workspace<'static>,
     x: Buffer<Bf16>,
     y: Buffer<Bf16>,

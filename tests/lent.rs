@@ -79,6 +79,18 @@ fn lending_asks_nothing_of_the_stream() {
     assert_eq!(driver.calls()[before..], [Call::FreePinned]);
 }
 
+/// A stream that has the handle of one that is gone counts in zeros of its own: work of the first may still be queued, and so may graphs.
+#[test]
+fn a_handle_may_come_back() {
+    let (driver, device, stream) = engine();
+    let first = lent(&device, stream);
+    driver.replace_stream(stream);
+    let second = lent(&device, stream);
+    assert_eq!(first.as_raw(), second.as_raw());
+    assert_ne!(first.scratch(), second.scratch());
+    assert_eq!(second.scratch(), lent(&device, stream).scratch());
+}
+
 /// The default stream of all threads has two names; that of each thread is refused, and so is what is no
 /// stream of this device.
 #[test]

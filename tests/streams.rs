@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dropless::device::driver::DriverError;
 use dropless::layout::KvShape;
-use dropless::{Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, KvCache, Rows, Stream, glu, grouped_gemm};
+use dropless::{Bf16, Buffer, Device, Error, ExpertRows, ExpertWeights, HeadLayout, KvCache, Rows, Stream, glu, grouped_gemm};
 use dropless_kit::emulated::{Emulated, Options};
 use dropless_kit::faulty::Faulty;
 use dropless_kit::recorder::{Call, Recorder};
@@ -25,7 +25,7 @@ fn writes(driver: &Recorder) -> usize {
 #[test]
 fn a_refused_append_writes_no_part_of_the_step() {
     let (driver, stream, other) = two_streams();
-    let shape = KvShape { num_kv_heads: 1, head_dim: 2, page_tokens: 4, num_pages: 5, max_pages: 3, num_sequences: 2 };
+    let shape = KvShape::contiguous(HeadLayout::new(1, 1, 2).unwrap(), 2, 12).with_pages(4, 5, 3);
     let mut cache = KvCache::<f32>::new(&stream, 1, shape).unwrap();
     cache.append(&stream, &[1, 1]).unwrap();
     other.join(&stream).unwrap();

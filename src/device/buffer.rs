@@ -92,9 +92,8 @@ impl<T: Element> Buffer<T> {
         if values.len() > self.len {
             return Err(Error::shape(Op::Buffer, "values", "[<= len]", &[self.len], &[values.len()]));
         }
-        // SAFETY: elements are numbers without padding, so all of their bytes are initialised.
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
-        Ok(Upload { access: self.access(true), target: self.address().cast(), bytes })
+        // SAFETY: there are as many elements, which are borrowed exclusively.
+        Ok(unsafe { Upload::new(self.access(true), self.address(), values) })
     }
 
     /// Copies the first `values.len()` elements to the host, waiting for the stream's work.
@@ -190,7 +189,7 @@ impl<T: Element> Buffer<T> {
     }
 }
 
-/// A copy from the host to the first elements of a buffer, which it borrows.
+/// A copy from the host to elements that it borrows.
 pub(crate) struct Upload<'a> {
     access: Access<'a>,
     target: *mut u8,
@@ -198,6 +197,15 @@ pub(crate) struct Upload<'a> {
 }
 
 impl<'a> Upload<'a> {
+    /// # Safety
+    ///
+    /// `access` is of the memory at `target`, which has as many elements as there are values, borrowed exclusively for `'a`.
+    pub(crate) unsafe fn new<T: Element>(access: Access<'a>, target: *mut T, values: &'a [T]) -> Upload<'a> {
+        // SAFETY: elements are numbers without padding, so all of their bytes are initialised.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        Upload { access, target: target.cast(), bytes }
+    }
+
     pub(crate) fn access(&self) -> Access<'a> {
         self.access
     }
@@ -214,7 +222,7 @@ impl<'a> Upload<'a> {
         stream.admit(op, &accesses)?;
         match stream.place() {
             Place::Host => uploads.iter().for_each(|(_, Upload { target, bytes, .. })| {
-                // SAFETY: the buffer has as many bytes, as `Buffer::upload` has checked, and is borrowed exclusively.
+                // SAFETY: the target has as many bytes, and is borrowed exclusively.
                 unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
             }),
             #[cfg(feature = "cuda")]

@@ -27,7 +27,7 @@ pub(crate) struct CudaDevice {
     pub(crate) attributes: Attributes,
     images: Mutex<HashMap<&'static str, Loaded>>,    // by the PTX's file name
     functions: Mutex<HashMap<&'static str, Handle>>, // by entry point; those are unique across images
-    pub(super) lent: Mutex<HashMap<Handle, Lent>>,   // by the stream
+    pub(super) lent: Mutex<HashMap<u64, Lent>>,      // by the stream's id
     lost: OnceLock<Error>,
 }
 

@@ -6,9 +6,9 @@
 //! next time, and the zeros for good: graphs that the engine has captured hold their address, and nobody
 //! tells us when those end. That is 1 KiB of device memory per stream.
 //!
-//! Streams of one handle are one stream here, too: they share a [`Timeline`], so that a buffer which one has
-//! used needs no join on the other. It lives as long as a `Stream`, a `Graph` or a buffer that was made or
-//! used there.
+//! `Stream`s of one stream share a [`Timeline`], so that a buffer which one has used needs no join on the
+//! other. It lives as long as a `Stream`, a `Graph` or a buffer that was made or used there. The driver's id
+//! tells streams apart: once a stream is destroyed, another may have its handle while its work is still queued.
 #![allow(unsafe_code)] // constructors that trust a handle
 
 use std::any::Any;
@@ -111,8 +111,7 @@ impl Stream {
     /// # Safety
     ///
     /// As [`Stream::from_raw`], except that the stream need not exist longer than `owner`. Where `owner`
-    /// destroys the stream, it may do so while work is still queued, as the driver allows; but no other stream is lent before that work is
-    /// done, since the driver may give it the same handle, and both would count in the same zeros.
+    /// destroys the stream, it may do so while work is still queued, as the driver allows.
     ///
     /// # Errors
     ///
@@ -172,15 +171,16 @@ fn adopt(device: &Device, handle: *mut c_void, owner: Option<Owner>) -> Result<S
 
 /// The timeline of a lent stream: the one that there is, or a new one.
 fn timeline(device: &Arc<CudaDevice>, handle: Handle) -> Result<Arc<Timeline>, Error> {
+    let id = device.call(Op::Stream, 0, |driver| driver.stream_id(handle))?;
     let mut lent = lock(&device.lent);
-    if let Some(timeline) = lent.get(&handle).and_then(|lent| lent.timeline.upgrade()) {
+    if let Some(timeline) = lent.get(&id).and_then(|lent| lent.timeline.upgrade()) {
         return Ok(timeline);
     }
-    let tools = match lent.get(&handle) {
+    let tools = match lent.get(&id) {
         Some(lent) => lent.tools.clone(),
         None => Tools::ready(device)?,
     };
     let timeline = Arc::new(Timeline::of(RawStream::lent(device, handle, tools.clone())));
-    lent.insert(handle, Lent { tools, timeline: Arc::downgrade(&timeline) });
+    lent.insert(id, Lent { tools, timeline: Arc::downgrade(&timeline) });
     Ok(timeline)
 }

@@ -13,7 +13,7 @@
 //! (`slot_to_row` is [`NOWHERE`], too), and there are fewer rows than slots. How many is known on the device alone, as the last offset.
 
 use super::expert_rows::{ExpertRows, Gather};
-use crate::device::{Access, Buffer, Stream, Upload};
+use crate::device::{Access, Stream, Upload, Workspace};
 use crate::error::{Error, Op, Place};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
@@ -24,17 +24,14 @@ pub const MAX_EXPERTS: usize = 1024;
 /// The id of an expert that is not here, and the row of a slot that has none.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Memory for the routing of up to `max_tokens` tokens; owned by the caller, written by `router::route`.
+/// Memory for the routing of up to `max_tokens` tokens, written by `router::route`: its own ([`new`](RoutingBuffers::new)), or the caller's
+/// ([`within`](RoutingBuffers::within)).
 #[derive(Debug)]
-pub struct RoutingBuffers {
+pub struct RoutingBuffers<'m> {
     max_tokens: usize,
     top_k: usize,
     num_experts: usize,
-    expert_ids: Buffer<u32>,
-    weights: Buffer<f32>,
-    offsets: Buffer<u32>,
-    row_to_slot: Buffer<u32>,
-    slot_to_row: Buffer<u32>,
+    memory: Workspace<'m>,
 }
 
 /// The parts of [`RoutingBuffers`] for one batch, to be written.
@@ -58,42 +55,56 @@ impl RoutingParts<'_> {
     }
 }
 
-impl RoutingBuffers {
+impl RoutingBuffers<'static> {
+    /// # Errors
+    ///
+    /// As [`bytes`](RoutingBuffers::bytes); [`Error::OutOfMemory`]; [`Error::Unsupported`] within a [capture](Stream::capture).
+    pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers<'static>, Error> {
+        let bytes = RoutingBuffers::bytes(max_tokens, top_k, num_experts)?;
+        RoutingBuffers::within(Workspace::new(stream, bytes)?, max_tokens, top_k, num_experts)
+    }
+
+    /// Bytes that these sizes take, for an engine's accounts and for [`within`](RoutingBuffers::within).
+    ///
     /// # Errors
     ///
     /// [`Error::Value`] if `top_k` or `num_experts` is 0 (of experts that are elsewhere a token may choose more than there are here);
-    /// [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1
-    /// rows; [`Error::OutOfMemory`].
-    pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers, Error> {
+    /// [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1 rows.
+    pub fn bytes(max_tokens: usize, top_k: usize, num_experts: usize) -> Result<usize, Error> {
         checked_product(Op::Routing, "num_experts", &[num_experts], MAX_EXPERTS)?;
-        if num_experts == 0 {
-            return Err(Error::Value { op: Op::Routing, arg: "num_experts", need: "at least 1", got: 0.0 });
-        }
-        if top_k == 0 {
-            return Err(Error::Value { op: Op::Routing, arg: "top_k", need: "at least 1", got: 0.0 });
+        for (arg, count) in [("num_experts", num_experts), ("top_k", top_k)] {
+            if count == 0 {
+                return Err(Error::Value { op: Op::Routing, arg, need: "at least 1", got: 0.0 });
+            }
         }
         let slots = checked_product(Op::Routing, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
-        Ok(RoutingBuffers {
-            max_tokens,
-            top_k,
-            num_experts,
-            expert_ids: Buffer::zeros(stream, slots)?,
-            weights: Buffer::zeros(stream, slots)?,
-            offsets: Buffer::zeros(stream, num_experts + 1)?,
-            row_to_slot: Buffer::zeros(stream, slots)?,
-            slot_to_row: Buffer::zeros(stream, slots)?,
-        })
+        // Of 32-bit elements all, whatever they count.
+        Ok(4 * Workspace::bytes_for::<u32>(Op::Routing, slots, 1)? + Workspace::bytes_for::<u32>(Op::Routing, num_experts + 1, 1)?)
     }
+}
 
-    /// Bytes of device memory that [`new`](Self::new) allocates for these sizes, for an engine's accounts.
+impl<'m> RoutingBuffers<'m> {
+    /// In a [`Workspace`] of at least [`bytes`](RoutingBuffers::bytes), so that an engine gives the memory.
     ///
     /// # Errors
     ///
-    /// [`Error::TooLarge`] beyond the address space.
-    pub fn bytes(max_tokens: usize, top_k: usize, num_experts: usize) -> Result<usize, Error> {
-        let slots = checked_product(Op::Routing, "bytes", &[max_tokens, top_k, 4 * size_of::<u32>()], isize::MAX as usize)?;
-        let offsets = checked_product(Op::Routing, "bytes", &[num_experts.saturating_add(1), size_of::<u32>()], isize::MAX as usize)?;
-        checked_product(Op::Routing, "bytes", &[slots.saturating_add(offsets)], isize::MAX as usize)
+    /// As [`bytes`](RoutingBuffers::bytes); [`Error::Capacity`] for a smaller workspace.
+    ///
+    /// ```
+    /// use dropless::{RoutingBuffers, Workspace};
+    ///
+    /// let (max_tokens, top_k, num_experts) = (256, 4, 16);
+    /// let mut arena = vec![0u8; RoutingBuffers::bytes(max_tokens, top_k, num_experts)? + 255];
+    /// let buffers = RoutingBuffers::within(Workspace::from_slice(&mut arena), max_tokens, top_k, num_experts)?;
+    /// # assert_eq!(buffers.max_tokens(), 256);
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn within(memory: Workspace<'m>, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers<'m>, Error> {
+        let (need, have) = (RoutingBuffers::bytes(max_tokens, top_k, num_experts)?, memory.bytes());
+        if have < need {
+            return Err(Error::Capacity { op: Op::Routing, what: "workspace bytes", need, have });
+        }
+        Ok(RoutingBuffers { max_tokens, top_k, num_experts, memory })
     }
 
     /// The largest batch.
@@ -116,25 +127,25 @@ impl RoutingBuffers {
         if num_tokens > self.max_tokens {
             return Err(Error::Capacity { op, what: "tokens of routing buffers", need: num_tokens, have: self.max_tokens });
         }
-        let slots = num_tokens * self.top_k;
+        let (slots, mut memory) = (num_tokens * self.top_k, self.memory.carve(op));
         Ok(RoutingParts {
-            expert_ids: self.expert_ids.rows_mut(num_tokens, self.top_k)?,
-            weights: self.weights.rows_mut(num_tokens, self.top_k)?,
-            offsets: self.offsets.rows_mut(1, self.num_experts + 1)?,
-            row_to_slot: self.row_to_slot.rows_mut(1, slots)?,
-            slot_to_row: self.slot_to_row.rows_mut(1, slots)?,
+            expert_ids: memory.rows(num_tokens, self.top_k)?,
+            weights: memory.rows(num_tokens, self.top_k)?,
+            offsets: memory.rows(1, self.num_experts + 1)?,
+            row_to_slot: memory.rows(1, slots)?,
+            slot_to_row: memory.rows(1, slots)?,
         })
     }
 
     /// What `parts_mut` was used to write.
-    pub(crate) fn routing(&self, num_tokens: usize) -> Result<Routing<'_>, Error> {
-        let slots = num_tokens * self.top_k;
+    pub(crate) fn routing(&mut self, num_tokens: usize) -> Result<Routing<'_>, Error> {
+        let RoutingParts { expert_ids, weights, offsets, row_to_slot, slot_to_row } = self.parts_mut(Op::Routing, num_tokens)?;
         Ok(Routing {
-            expert_ids: self.expert_ids.rows(num_tokens, self.top_k)?,
-            weights: self.weights.rows(num_tokens, self.top_k)?,
-            offsets: self.offsets.rows(1, self.num_experts + 1)?,
-            row_to_slot: self.row_to_slot.rows(1, slots)?,
-            slot_to_row: self.slot_to_row.rows(1, slots)?,
+            expert_ids: expert_ids.into_rows(),
+            weights: weights.into_rows(),
+            offsets: offsets.into_rows(),
+            row_to_slot: row_to_slot.into_rows(),
+            slot_to_row: slot_to_row.into_rows(),
         })
     }
 }
@@ -161,7 +172,7 @@ impl<'a> Routing<'a> {
     ///
     /// [`Error::Shape`] if the slices are not whole tokens or differ in length; [`Error::Index`] for an id that is neither below
     /// E nor [`NOWHERE`]; [`Error::Duplicate`] for an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
-    pub fn from_host(stream: &Stream, ids: &[u32], weights: &[f32], buffers: &'a mut RoutingBuffers) -> Result<Routing<'a>, Error> {
+    pub fn from_host(stream: &Stream, ids: &[u32], weights: &[f32], buffers: &'a mut RoutingBuffers<'_>) -> Result<Routing<'a>, Error> {
         let (top_k, num_experts) = (buffers.top_k, buffers.num_experts);
         let num_tokens = ids.len() / top_k;
         if ids.len() != num_tokens * top_k {
@@ -179,15 +190,15 @@ impl<'a> Routing<'a> {
                 return Err(Error::Duplicate { op: Op::Routing, arg: "ids", token, id });
             }
         }
-        buffers.parts_mut(Op::Routing, num_tokens)?; // which checks the capacity
+        let parts = buffers.parts_mut(Op::Routing, num_tokens)?;
         let (mut offsets, mut row_to_slot, mut slot_to_row) = (vec![0; num_experts + 1], vec![0; ids.len()], vec![0; ids.len()]);
         index_slots(ids, &mut offsets, &mut row_to_slot, &mut slot_to_row);
         let uploads = [
-            ("expert_ids", buffers.expert_ids.upload(ids)?),
-            ("weights", buffers.weights.upload(weights)?),
-            ("offsets", buffers.offsets.upload(&offsets)?),
-            ("row_to_slot", buffers.row_to_slot.upload(&row_to_slot)?),
-            ("slot_to_row", buffers.slot_to_row.upload(&slot_to_row)?),
+            ("expert_ids", parts.expert_ids.upload(ids)?),
+            ("weights", parts.weights.upload(weights)?),
+            ("offsets", parts.offsets.upload(&offsets)?),
+            ("row_to_slot", parts.row_to_slot.upload(&row_to_slot)?),
+            ("slot_to_row", parts.slot_to_row.upload(&slot_to_row)?),
         ];
         Upload::queue(stream, Op::Routing, &uploads)?;
         buffers.routing(num_tokens)
@@ -306,15 +317,20 @@ mod tests {
         assert_eq!(text(&[0, 1], &[0.5; 4]), "routing: `weights` must be [T * k] = [2], got [4]");
         assert_eq!(text(&[0, 1, 0, 1, 0, 1], &[0.5; 6]), "routing: needs 3 tokens of routing buffers, has 2");
         assert!(text(&[0, 1, 2], &[0.5; 3]).starts_with("routing: `ids` must be [T, k]"));
-        assert_eq!(buffers.offsets.as_slice().unwrap(), [0; 4]);
+        assert_eq!(buffers.routing(2).unwrap().offsets().as_slice().unwrap(), [0; 4]);
     }
 
     #[test]
-    fn bytes_are_those_of_the_buffers() {
-        let stream = Device::cpu().stream().unwrap();
-        let RoutingBuffers { expert_ids, weights, offsets, row_to_slot, slot_to_row, .. } = RoutingBuffers::new(&stream, 7, 2, 5).unwrap();
-        let elements = expert_ids.len() + weights.len() + offsets.len() + row_to_slot.len() + slot_to_row.len();
-        assert_eq!(RoutingBuffers::bytes(7, 2, 5).unwrap(), 4 * elements);
+    fn the_callers_memory_is_enough_or_refused() {
+        let need = RoutingBuffers::bytes(100, 2, 5).unwrap();
+        assert_eq!(need, 4 * 1024 + 256);
+        let mut arena = vec![7u8; need + 255];
+        let text = |have| RoutingBuffers::within(Workspace::from_slice(&mut vec![0u8; have]), 100, 2, 5).unwrap_err().to_string();
+        assert!(text(need - 1).starts_with("routing: needs 4352 workspace bytes, has "));
+        let (stream, ids) = (Device::cpu().stream().unwrap(), [3, 1].repeat(100));
+        let mut buffers = RoutingBuffers::within(Workspace::from_slice(&mut arena), 100, 2, 5).unwrap();
+        let routing = Routing::from_host(&stream, &ids, &[0.5; 200], &mut buffers).unwrap();
+        assert_eq!(routing.offsets().as_slice().unwrap(), [0, 0, 100, 100, 200, 200]);
         assert!(RoutingBuffers::bytes(usize::MAX, 2, 5).is_err() && RoutingBuffers::bytes(1, 1, usize::MAX).is_err());
     }
 

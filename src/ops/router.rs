@@ -115,7 +115,7 @@ pub fn route<'a, 'c>(
     stream: &Stream,
     logits: Rows<'_, f32>,
     choice: impl Into<Choice<'c>>,
-    buffers: &'a mut RoutingBuffers,
+    buffers: &'a mut RoutingBuffers<'_>,
 ) -> Result<Routing<'a>, Error> {
     let (choice, num_tokens) = (choice.into(), logits.rows());
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, buffers.num_experts()], &logits.dims())?;
@@ -143,16 +143,16 @@ mod tests {
         let logits = [0.0, 2.0, 1.0, 5.0, 4.0, 3.0, 9.0, 8.0, 7.0];
         let rows = |tokens, experts| Rows::from_slice(&logits, tokens, experts).unwrap();
         route(&stream, rows(2, 3), Normalize::P(1.0), &mut buffers).unwrap();
-        let held = |buffers: &RoutingBuffers| {
+        let held = |buffers: &mut RoutingBuffers<'_>| {
             let routing = buffers.routing(2).unwrap();
             let indices = [routing.expert_ids(), routing.offsets(), routing.row_to_slot(), routing.slot_to_row()];
             (indices.map(|rows| rows.as_slice().unwrap().to_vec()), routing.weights().as_slice().unwrap().to_vec())
         };
-        let before = held(&buffers);
+        let before = held(&mut buffers);
         assert_eq!(before.0[0], [1, 0]);
         for (tokens, experts, normalize) in [(3, 3, Normalize::None), (2, 2, Normalize::None), (1, 3, Normalize::P(0.0))] {
             assert!(route(&stream, rows(tokens, experts), normalize, &mut buffers).is_err());
-            assert_eq!(held(&buffers), before);
+            assert_eq!(held(&mut buffers), before);
         }
     }
 }

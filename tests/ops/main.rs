@@ -12,6 +12,7 @@ mod far;
 mod glu;
 mod grouped_gemm;
 mod grouped_gemm_tiles;
+mod limits;
 mod moe;
 mod norm;
 mod parallel;

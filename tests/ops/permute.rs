@@ -41,7 +41,7 @@ impl Choice {
         self.ids.len() / self.top_k
     }
 
-    fn buffers(&self, stream: &Stream) -> RoutingBuffers {
+    fn buffers(&self, stream: &Stream) -> RoutingBuffers<'static> {
         RoutingBuffers::new(stream, self.tokens(), self.top_k, self.num_experts).unwrap()
     }
 }

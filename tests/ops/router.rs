@@ -188,6 +188,7 @@ fn p_of(normalize: Normalize) -> Option<f64> {
     match normalize {
         Normalize::None => None,
         Normalize::P(p) => Some(p.into()),
+        _ => unreachable!("{normalize:?} is not among NORMS"),
     }
 }
 

@@ -46,7 +46,7 @@ pub struct State<A> {
     pub rope: RopeTable,
     pub cache: KvCache<A>,
     pub plan: moe::Plan<A>,
-    pub routing: RoutingBuffers,
+    pub routing: RoutingBuffers<'static>,
     pub workspace: Workspace<'static>,
     /// [layers][E], the tokens of prompts that each expert was given. A decoding step reads nothing back but
     /// its tokens.

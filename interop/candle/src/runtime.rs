@@ -20,7 +20,7 @@ pub struct Runtime {
 /// A stream, and memory for the largest batch so far.
 pub(crate) struct State {
     pub(crate) stream: Stream,
-    pub(crate) routing: Option<RoutingBuffers>,
+    pub(crate) routing: Option<RoutingBuffers<'static>>,
     pub(crate) workspace: Option<Workspace<'static>>,
 }
 
@@ -56,7 +56,7 @@ impl Runtime {
 pub(crate) struct Scratch<'a, A> {
     pub(crate) stream: &'a Stream,
     pub(crate) plan: Plan<A>,
-    pub(crate) routing: &'a mut RoutingBuffers,
+    pub(crate) routing: &'a mut RoutingBuffers<'static>,
     pub(crate) workspace: &'a mut Workspace<'static>,
 }
 
@@ -64,7 +64,7 @@ impl State {
     /// Scratch for a layer of this shape and that many tokens: what there is, or more.
     pub(crate) fn scratch<A: Float>(&mut self, shape: Shape, num_tokens: usize) -> std::result::Result<Scratch<'_, A>, dropless::Error> {
         let State { stream, routing, workspace } = self;
-        let fits = |buffers: &RoutingBuffers| {
+        let fits = |buffers: &RoutingBuffers<'_>| {
             buffers.max_tokens() >= num_tokens && (buffers.top_k(), buffers.num_experts()) == (shape.top_k, shape.num_experts)
         };
         let routing = match routing.take().filter(fits) {

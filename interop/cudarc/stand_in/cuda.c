@@ -185,6 +185,7 @@ Code cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) { *memory = mal
 Code cuMemFreeHost(void* memory) { free(memory); return OK; }
 
 Code cuStreamGetCtx(void* stream, void** context) { *context = &primary_context; return OK; }
+Code cuStreamGetId(void* stream, uint64_t* id) { *id = (uint64_t)stream; return OK; } /* no stream is freed */
 Code cuStreamCreate(void** stream, unsigned flags) {
   struct Stream* created = calloc(1, sizeof *created);
   LOCKED(created->next = streams->next; streams->next = created; *stream = created);

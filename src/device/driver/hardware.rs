@@ -142,6 +142,7 @@ functions! {
     host_alloc = "cuMemHostAlloc": fn(memory: *mut Pointer, bytes: usize, flags: c_uint);
     host_free = "cuMemFreeHost": fn(memory: Pointer);
     stream_context = "cuStreamGetCtx": fn(stream: Pointer, context: *mut Pointer);
+    stream_id = "cuStreamGetId": fn(stream: Pointer, id: *mut u64);
     stream_create = "cuStreamCreate": fn(stream: *mut Pointer, flags: c_uint);
     stream_destroy = "cuStreamDestroy_v2": fn(stream: Pointer);
     stream_synchronize = "cuStreamSynchronize": fn(stream: Pointer);
@@ -373,6 +374,13 @@ unsafe impl Driver for Hardware {
         // SAFETY: a stream, by the contract of `Stream::from_raw`; writes one handle.
         let context = created(|out| unsafe { self.functions.stream_context(pointer(stream), out) })?;
         Ok(context == primary)
+    }
+
+    fn stream_id(&self, stream: Handle) -> DriverResult<u64> {
+        let mut id = 0;
+        // SAFETY: a stream, as above; writes one integer.
+        unsafe { self.functions.stream_id(pointer(stream), &mut id) }?;
+        Ok(id)
     }
 
     fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {

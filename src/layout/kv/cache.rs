@@ -13,6 +13,7 @@ use crate::shape::{MAX_ROWS, checked_product, filled};
 
 /// The sizes of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KvShape {
     /// Hkv.
     pub num_kv_heads: usize,
@@ -33,6 +34,20 @@ impl KvShape {
     pub fn contiguous(heads: HeadLayout, num_sequences: usize, capacity_tokens: usize) -> KvShape {
         let (num_kv_heads, head_dim) = (heads.num_kv_heads(), heads.head_dim());
         KvShape { num_kv_heads, head_dim, page_tokens: capacity_tokens, num_pages: num_sequences, max_pages: 1, num_sequences }
+    }
+
+    /// With pages that the sequences share: `num_pages` of `page_tokens` tokens, of which one sequence may hold `max_pages`.
+    ///
+    /// ```
+    /// use dropless::{HeadLayout, layout::KvShape};
+    ///
+    /// let heads = HeadLayout::new(48, 8, 128)?;
+    /// let shape = KvShape::contiguous(heads, 32, 0).with_pages(16, 4096, 512); // 32 sequences of at most 8192 tokens
+    /// assert_eq!((shape.num_sequences, shape.page_tokens * shape.max_pages), (32, 8192));
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn with_pages(self, page_tokens: usize, num_pages: usize, max_pages: usize) -> KvShape {
+        KvShape { page_tokens, num_pages, max_pages, ..self }
     }
 
     /// The heads of the cache, for which the query heads do not matter.

@@ -9,6 +9,7 @@ pub const MAX_GROUPS: usize = 32;
 
 /// How the weights of a token's chosen experts are scaled.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Normalize {
     /// The scores as they are. Those of a softmax add up to less than 1, unless every expert is chosen.
     None,

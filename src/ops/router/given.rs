@@ -61,7 +61,7 @@ pub fn index<'a>(
     ids: Rows<'_, u32>,
     weights: Rows<'_, f32>,
     here: Here,
-    buffers: &'a mut RoutingBuffers,
+    buffers: &'a mut RoutingBuffers<'_>,
 ) -> Result<Routing<'a>, Error> {
     let want = [ids.rows(), buffers.top_k()];
     check_shape(Op::Router, "ids", "[T, k]", &want, &ids.dims())?;

@@ -283,6 +283,10 @@ unsafe impl Driver for Emulated {
     fn is_of_primary(&self, _: u32, stream: Handle) -> DriverResult<bool> {
         Ok(self.state().queue(stream)?.is_of_primary)
     }
+    fn stream_id(&self, stream: Handle) -> DriverResult<u64> {
+        self.state().queue(stream)?;
+        Ok(stream) // no handle is given twice
+    }
     fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
         Ok(self.state().queue(stream)?.capturing.is_some())
     }

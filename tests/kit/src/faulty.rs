@@ -101,6 +101,9 @@ unsafe impl Driver for Faulty {
     fn is_of_primary(&self, ordinal: u32, stream: Handle) -> DriverResult<bool> {
         self.call("is_of_primary", || self.inner.is_of_primary(ordinal, stream))
     }
+    fn stream_id(&self, stream: Handle) -> DriverResult<u64> {
+        self.call("stream_id", || self.inner.stream_id(stream))
+    }
     fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
         self.call("is_capturing", || self.inner.is_capturing(stream))
     }

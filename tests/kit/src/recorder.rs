@@ -48,6 +48,7 @@ pub struct Recorder {
     hook: Mutex<Option<Hook>>,
     foreign: Mutex<HashSet<Handle>>,
     capturing: Mutex<HashSet<Handle>>,
+    replaced: Mutex<Vec<Handle>>,
     current: Mutex<HashMap<ThreadId, Handle>>,
 }
 
@@ -101,6 +102,11 @@ impl Recorder {
         let stream = self.handle();
         self.foreign.lock().expect("no panic while recording").insert(stream);
         stream
+    }
+
+    /// Destroys a stream, of which work may be queued, and makes another, which is given the same handle.
+    pub fn replace_stream(&self, stream: Handle) {
+        self.replaced.lock().expect("no panic while recording").push(stream);
     }
 
     /// The context that is current on this thread; `None` before the first.
@@ -196,6 +202,10 @@ unsafe impl Driver for Recorder {
     }
     fn is_of_primary(&self, _: u32, stream: Handle) -> DriverResult<bool> {
         Ok(!self.foreign.lock().expect("no panic while recording").contains(&stream))
+    }
+    fn stream_id(&self, stream: Handle) -> DriverResult<u64> {
+        let replaced = self.replaced.lock().expect("no panic while recording").iter().filter(|other| **other == stream).count();
+        Ok(stream + ((replaced as u64) << 32))
     }
     fn is_capturing(&self, stream: Handle) -> DriverResult<bool> {
         Ok(self.capturing.lock().expect("no panic while recording").contains(&stream))
