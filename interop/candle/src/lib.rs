@@ -24,14 +24,15 @@ mod weights;
 
 use candle_core::{Module, Result, Tensor};
 use dropless::moe::Shape;
-use dropless::router::Normalize;
+use dropless::router::Choice;
 
 use self::op::Forward;
 pub use self::runtime::Runtime;
 pub use self::weights::Experts;
 
 /// `y[t] = sum_s weight[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, `e` running over the `top_k`
-/// experts of the largest router logits, weighed by the softmax of all logits, divided by the weights' sum.
+/// experts of the largest router logits, weighed by the softmax of all logits, divided by the weights' sum,
+/// or chosen and weighed as [`with_choice`](Moe::with_choice) says.
 ///
 /// Router logits are `f32` whatever the tensors are: a rounded score may choose another expert. For
 /// inference: no gradient flows back.
@@ -40,6 +41,7 @@ pub struct Moe {
     router: Tensor,
     experts: Experts,
     shape: Shape,
+    choice: Choice<'static>,
 }
 
 impl Moe {
@@ -57,12 +59,13 @@ impl Moe {
         if top_k == 0 || top_k > num_experts {
             candle_core::bail!("moe: `top_k` must be between 1 and {num_experts}, got {top_k}");
         }
-        Ok(Moe { runtime: runtime.clone(), router, experts, shape: Shape::new(d_model, d_ffn, num_experts, top_k) })
+        let (runtime, shape) = (runtime.clone(), Shape::new(d_model, d_ffn, num_experts, top_k));
+        Ok(Moe { runtime, router, experts, shape, choice: Choice::default() })
     }
 
-    /// How a token's weights are scaled; as in Mixtral, they add up to 1 unless told otherwise.
-    pub fn with_normalize(self, normalize: Normalize) -> Moe {
-        Moe { shape: self.shape.with_normalize(normalize), ..self }
+    /// How experts are chosen and weighed; as in Mixtral, unless told otherwise.
+    pub fn with_choice(self, choice: Choice<'static>) -> Moe {
+        Moe { choice, ..self }
     }
 
     /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type

@@ -40,7 +40,7 @@ impl Forward<'_> {
     }
 
     fn on_host<A: WithDType + Float>(&self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        let Moe { runtime, experts, shape, .. } = self.0;
+        let Moe { runtime, experts, shape, choice, .. } = self.0;
         let storages: Vec<_> = self.tensors().map(Tensor::storage_and_layout).collect();
         let rows = storages.iter().map(|(storage, layout)| weight_rows(storage, layout)).collect::<Result<Vec<_>>>()?;
         let x = part::<A>(x, layout)?;
@@ -52,7 +52,8 @@ impl Forward<'_> {
             let Scratch { stream, plan, routing, workspace } = state.scratch::<A>(*shape, num_tokens)?;
             let x = Rows::from_slice(x, num_tokens, shape.d_model)?;
             let mut y = RowsMut::from_slice(&mut y, num_tokens, shape.d_model)?;
-            moe::forward(stream, &plan, x, &experts.of_rows(shape, &rows)?, routing, workspace, &mut y).map(|_| ())
+            let weights = experts.of_rows(shape, &rows)?.with_choice(*choice);
+            moe::forward(stream, &plan, x, &weights, routing, workspace, &mut y).map(|_| ())
         };
         compute().map_err(Error::wrap)?;
         Ok(A::to_cpu_storage_owned(y))

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use common::{Loop, Weights, noise};
-use dropless::router::Normalize;
+use dropless::router::{Choice, Normalize};
 use dropless_candle::{Experts, Moe, Runtime};
 
 /// The largest difference, of the largest number.
@@ -96,7 +96,7 @@ fn weights_may_stay_as_softmax_gives_them() -> Result<()> {
     let weights = Weights::random([4, 16, 24], DType::F32)?;
     let x = tokens(&[3, 16], DType::F32)?;
     let [scaled, unscaled] = blocks(&weights, 1)?;
-    let unscaled = unscaled.with_normalize(Normalize::None);
+    let unscaled = unscaled.with_choice(Choice::default().with_normalize(Normalize::None));
     let logits = x.matmul(&weights.router.t()?)?;
     let best = candle_nn::ops::softmax_last_dim(&logits)?.max_keepdim(1)?;
     assert!(error(&unscaled.forward(&x)?, &scaled.forward(&x)?.broadcast_mul(&best)?)? < 1e-6);
