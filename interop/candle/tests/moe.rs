@@ -17,12 +17,12 @@ fn tokens(shape: &[usize], dtype: DType) -> Result<Tensor> {
     noise(99, shape, dtype)
 }
 
-/// Both forms of the weights.
+/// Both forms of the weights, where those lie.
 fn blocks(weights: &Weights, top_k: usize) -> Result<[Moe; 2]> {
     let Weights { router, gate, up, down } = weights;
     let (gate, up, down) = (gate.clone(), up.clone(), down.clone());
     let packed = Experts::Packed { gate_up: weights.gate_up()?, down: down.clone() };
-    let runtime = Runtime::new(&Device::Cpu)?;
+    let runtime = Runtime::new(router.device())?;
     let block = |experts| Moe::new(&runtime, router.clone(), experts, top_k);
     Ok([block(packed)?, block(Experts::Separate { gate, up, down })?])
 }
@@ -121,7 +121,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// candle's slices on candle's stream, against the CPU on the same numbers.
+/// candle's slices on candle's stream, against the CPU on the same numbers, and against candle's loop on the GPU.
 #[cfg(feature = "cuda")]
 #[test]
 fn the_block_computes_the_same_on_a_gpu() -> Result<()> {
@@ -132,21 +132,21 @@ fn the_block_computes_the_same_on_a_gpu() -> Result<()> {
             return Ok(());
         }
     };
-    let runtime = Runtime::new(&gpu)?;
     for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
         let weights = Weights::random([8, 256, 512], dtype)?;
-        let there = |tensor: &Tensor| tensor.to_device(&gpu);
-        let packed = Experts::Packed { gate_up: there(&weights.gate_up()?)?, down: there(&weights.down)? };
-        let separate = Experts::Separate { gate: there(&weights.gate)?, up: there(&weights.up)?, down: there(&weights.down)? };
-        for (experts, on_cpu) in [packed, separate].into_iter().zip(blocks(&weights, 2)?) {
-            let block = Moe::new(&runtime, there(&weights.router)?, experts, 2)?;
+        let there = weights.to_device(&gpu)?;
+        let theirs = Loop::new(&there.to_dtype(DType::F32)?, 2)?;
+        for (on_gpu, on_cpu) in blocks(&there, 2)?.into_iter().zip(blocks(&weights, 2)?) {
             for num_tokens in [1, 8, 65, 200] {
                 let x = tokens(&[num_tokens, 256], dtype)?;
+                let moved = x.to_device(&gpu)?;
                 // Work of candle's before and behind: nothing but the stream puts it in order.
-                let doubled = there(&x)?.affine(2.0, 0.0)?.affine(0.5, 0.0)?;
-                let y = block.forward(&doubled)?.affine(2.0, 0.0)?.affine(0.5, 0.0)?;
-                let error = error(&y.to_device(&Device::Cpu)?, &on_cpu.forward(&x)?)?;
-                assert!(error < tolerance, "{dtype:?}, T {num_tokens}: {error:e}");
+                let y = on_gpu.forward(&moved.affine(2.0, 0.0)?.affine(0.5, 0.0)?)?.affine(2.0, 0.0)?.affine(0.5, 0.0)?;
+                let y = y.to_device(&Device::Cpu)?;
+                let looped = theirs.forward(&moved.to_dtype(DType::F32)?)?.to_device(&Device::Cpu)?;
+                for (name, error) in [("the CPU", error(&y, &on_cpu.forward(&x)?)?), ("the loop", error(&y, &looped)?)] {
+                    assert!(error < tolerance, "{dtype:?}, T {num_tokens}, {name}: {error:e}");
+                }
             }
         }
     }

@@ -50,8 +50,17 @@ impl Weights {
 
     /// The same numbers as another type.
     pub fn to_dtype(&self, dtype: DType) -> Result<Weights> {
-        let [router, gate, up, down] = [&self.router, &self.gate, &self.up, &self.down].map(|weight| weight.to_dtype(dtype));
-        Ok(Weights { router: router?, gate: gate?, up: up?, down: down? })
+        self.each(|weight| weight.to_dtype(dtype))
+    }
+
+    /// The same numbers on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Weights> {
+        self.each(|weight| weight.to_device(device))
+    }
+
+    fn each(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Weights> {
+        let Weights { router, gate, up, down } = self;
+        Ok(Weights { router: change(router)?, gate: change(gate)?, up: change(up)?, down: change(down)? })
     }
 }
 
