@@ -44,7 +44,7 @@ fn table(device: &Device, shape: [usize; 3], budget: Duration) -> Result<()> {
     println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     let runtime = Runtime::new(device)?;
     for dtype in [DType::F32, DType::BF16] {
-        let weights = Weights::random(shape, dtype)?.to_device(device)?;
+        let weights = Weights::random(shape, dtype)?.each(|weight| weight.to_device(device))?;
         let Weights { router, gate, up, down } = &weights;
         let packed = Experts::Packed { gate_up: weights.gate_up()?, down: down.clone() };
         let separate = Experts::Separate { gate: gate.clone(), up: up.clone(), down: down.clone() };

@@ -28,7 +28,7 @@ impl Forward<'_> {
     }
 
     fn of_type<A: CudaDType + Float + DeviceRepr + ValidAsZeroBits>(&self, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-        let Moe { runtime, experts, shape, choice, .. } = self.0;
+        let Moe { runtime, shape, .. } = self.0;
         let storages: Vec<_> = self.tensors().map(Tensor::storage_and_layout).collect();
         let weights = storages.iter().map(|(storage, layout)| Weights::of(storage, layout)).collect::<Result<Vec<_>>>()?;
         let cuda = x.device.cuda_stream();
@@ -43,8 +43,7 @@ impl Forward<'_> {
                 let rows = weights.iter().map(|weights| weights.rows(scope)).collect::<std::result::Result<Vec<_>, _>>()?;
                 let x = scope.rows(&x, num_tokens, shape.d_model)?;
                 let mut y = scope.rows_mut(&mut y, num_tokens, shape.d_model)?;
-                let weights = experts.of_rows(shape, &rows)?.with_choice(*choice);
-                moe::forward(stream, &plan, x, &weights, routing, workspace, &mut y).map(|_| ())
+                moe::forward(stream, &plan, x, &self.weights(&rows)?, routing, workspace, &mut y).map(|_| ())
             })
         };
         compute().map_err(Error::wrap)?;

@@ -42,6 +42,8 @@ pub struct Moe {
     experts: Experts,
     shape: Shape,
     choice: Choice<'static>,
+    logit_bias: Option<Tensor>,
+    choice_bias: Option<Tensor>,
 }
 
 impl Moe {
@@ -60,12 +62,34 @@ impl Moe {
             candle_core::bail!("moe: `top_k` must be between 1 and {num_experts}, got {top_k}");
         }
         let (runtime, shape) = (runtime.clone(), Shape::new(d_model, d_ffn, num_experts, top_k));
-        Ok(Moe { runtime, router, experts, shape, choice: Choice::default() })
+        Ok(Moe { runtime, router, experts, shape, choice: Choice::default(), logit_bias: None, choice_bias: None })
     }
 
-    /// How experts are chosen and weighed; as in Mixtral, unless told otherwise.
+    /// How experts are chosen and weighed; as in Mixtral, unless told otherwise. Biases are tensors:
+    /// [`with_logit_bias`](Moe::with_logit_bias), [`with_choice_bias`](Moe::with_choice_bias).
     pub fn with_choice(self, choice: Choice<'static>) -> Moe {
         Moe { choice, ..self }
+    }
+
+    /// With a bias of the router's logits, `[E]` in `f32`, on the router's device.
+    ///
+    /// # Errors
+    ///
+    /// Another shape, type or device.
+    pub fn with_logit_bias(self, bias: Tensor) -> Result<Moe> {
+        weights::check_bias("logit_bias", &bias, &self.router)?;
+        Ok(Moe { logit_bias: Some(bias), ..self })
+    }
+
+    /// With a bias of the scores that chooses experts and does not weigh them, as DeepSeek-V3 has it; `[E]` in
+    /// `f32`, on the router's device.
+    ///
+    /// # Errors
+    ///
+    /// Another shape, type or device.
+    pub fn with_choice_bias(self, bias: Tensor) -> Result<Moe> {
+        weights::check_bias("choice_bias", &bias, &self.router)?;
+        Ok(Moe { choice_bias: Some(bias), ..self })
     }
 
     /// The block's output, shaped and typed as `x`, which is `[.., D]`. On the CPU `x` may be of another type

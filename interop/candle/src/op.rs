@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use dropless::router::Choice;
 use dropless::{Float, Rows, RowsMut, WeightRows, moe};
 use half::{bf16, f16};
 
@@ -34,13 +35,28 @@ impl CustomOp1 for Forward<'_> {
 }
 
 impl Forward<'_> {
-    /// The weights' tensors: the router, then those of the experts.
+    /// The weights' tensors: the router, those of the experts, then the biases that there are.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        [&self.0.router].into_iter().chain(self.0.experts.tensors())
+        let Moe { router, experts, logit_bias, choice_bias, .. } = self.0;
+        [router].into_iter().chain(experts.tensors()).chain(logit_bias).chain(choice_bias)
+    }
+
+    /// What dropless takes, of [`tensors`](Self::tensors), each as rows of its last dimension.
+    pub(crate) fn weights<'r>(&self, rows: &[WeightRows<'r>]) -> std::result::Result<moe::Weights<'r>, dropless::Error> {
+        let Moe { experts, shape, choice, logit_bias, choice_bias, .. } = self.0;
+        let (layer, biases) = rows.split_at(1 + experts.tensors().count());
+        let mut biases = biases.iter().map(|bias| match bias {
+            WeightRows::F32(bias) => *bias,
+            _ => unreachable!("a bias was checked to be f32"),
+        });
+        let mut choice: Choice<'r> = *choice;
+        choice.logit_bias = logit_bias.as_ref().and_then(|_| biases.next());
+        choice.choice_bias = choice_bias.as_ref().and_then(|_| biases.next());
+        Ok(experts.of_rows(shape, layer)?.with_choice(choice))
     }
 
     fn on_host<A: WithDType + Float>(&self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-        let Moe { runtime, experts, shape, choice, .. } = self.0;
+        let Moe { runtime, shape, .. } = self.0;
         let storages: Vec<_> = self.tensors().map(Tensor::storage_and_layout).collect();
         let rows = storages.iter().map(|(storage, layout)| weight_rows(storage, layout)).collect::<Result<Vec<_>>>()?;
         let x = part::<A>(x, layout)?;
@@ -52,8 +68,7 @@ impl Forward<'_> {
             let Scratch { stream, plan, routing, workspace } = state.scratch::<A>(*shape, num_tokens)?;
             let x = Rows::from_slice(x, num_tokens, shape.d_model)?;
             let mut y = RowsMut::from_slice(&mut y, num_tokens, shape.d_model)?;
-            let weights = experts.of_rows(shape, &rows)?.with_choice(*choice);
-            moe::forward(stream, &plan, x, &weights, routing, workspace, &mut y).map(|_| ())
+            moe::forward(stream, &plan, x, &self.weights(&rows)?, routing, workspace, &mut y).map(|_| ())
         };
         compute().map_err(Error::wrap)?;
         Ok(A::to_cpu_storage_owned(y))

@@ -26,6 +26,18 @@ pub enum Experts {
     },
 }
 
+/// A bias of each expert, beside the router's rows.
+pub(crate) fn check_bias(name: &str, bias: &Tensor, router: &Tensor) -> Result<()> {
+    let num_experts = router.dims2()?.0;
+    if bias.dims() != [num_experts] || bias.dtype() != DType::F32 {
+        bail!("moe: `{name}` must be [{num_experts}] in f32, got {:?} in {:?}", bias.dims(), bias.dtype());
+    }
+    if !bias.device().same_device(router.device()) {
+        bail!("moe: `{name}` lies on {:?}, `router` on {:?}", bias.device().location(), router.device().location());
+    }
+    Ok(())
+}
+
 impl Experts {
     /// Every tensor by its name.
     fn named(&self) -> Vec<(&'static str, &Tensor)> {
@@ -70,7 +82,7 @@ impl Experts {
         Ok([e, d, f])
     }
 
-    /// What dropless takes, of `router` and [`tensors`](Self::tensors), each as rows `[E * N, K]`.
+    /// What dropless takes, of the router and [`tensors`](Self::tensors), each as rows `[E * N, K]`.
     pub(crate) fn of_rows<'a>(&self, shape: &Shape, rows: &[WeightRows<'a>]) -> std::result::Result<moe::Weights<'a>, dropless::Error> {
         let stacks =
             rows[1..].iter().map(|rows| ExpertWeights::nk(*rows, shape.num_experts)).collect::<std::result::Result<Vec<_>, _>>()?;

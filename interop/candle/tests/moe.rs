@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use common::{Loop, Weights, noise};
-use dropless::router::{Choice, Normalize};
+use dropless::router::{Choice, Normalize, Score};
 use dropless_candle::{Experts, Moe, Runtime};
 
 /// The largest difference, of the largest number.
@@ -103,6 +103,31 @@ fn weights_may_stay_as_softmax_gives_them() -> Result<()> {
     Ok(())
 }
 
+/// A bias that outweighs every score has all tokens go to one expert, whose weight is 1.
+#[test]
+fn biases_choose() -> Result<()> {
+    let weights = Weights::random([4, 16, 24], DType::BF16)?;
+    let x = tokens(&[5, 16], DType::F32)?;
+    let one = |tensor: &Tensor| tensor.narrow(0, 2, 1)?.to_dtype(DType::F32);
+    let Weights { router, gate, up, down } = &weights;
+    let second = Loop::new(&Weights { router: one(router)?, gate: one(gate)?, up: one(up)?, down: one(down)? }, 1)?.forward(&x)?;
+    let bias = Tensor::new(&[9f32, 9.0, 0.0, 0.0, 99.0, 0.0], &Device::Cpu)?.narrow(0, 2, 4)?; // inside of a larger tensor
+    for block in blocks(&weights, 1)? {
+        assert!(error(&block.with_logit_bias(bias.clone())?.forward(&x)?, &second)? < 1e-6);
+    }
+    let other = Tensor::new(&[0f32, 0.0, 0.0, 999.0], &Device::Cpu)?;
+    for block in blocks(&weights, 1)? {
+        let both = block.with_choice(Choice::default().with_score(Score::Sigmoid)).with_logit_bias(other.clone())?;
+        assert!(error(&both.with_choice_bias(bias.clone())?.forward(&x)?, &second)? < 1e-6, "the scores are at most 1");
+    }
+    let [block, same] = blocks(&weights, 1)?;
+    let text = block.with_choice_bias(bias.narrow(0, 0, 3)?).err().unwrap().to_string();
+    assert!(text.contains("`choice_bias` must be [4] in f32, got [3] in F32"), "{text}");
+    let text = same.with_logit_bias(bias.to_dtype(DType::BF16)?).err().unwrap().to_string();
+    assert!(text.contains("`logit_bias` must be [4] in f32, got [4] in BF16"), "{text}");
+    Ok(())
+}
+
 #[test]
 fn what_does_not_fit_is_refused() -> Result<()> {
     let weights = Weights::random([4, 32, 48], DType::F32)?;
@@ -134,7 +159,7 @@ fn the_block_computes_the_same_on_a_gpu() -> Result<()> {
     };
     for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
         let weights = Weights::random([8, 256, 512], dtype)?;
-        let there = weights.to_device(&gpu)?;
+        let there = weights.each(|weight| weight.to_device(&gpu))?;
         let theirs = Loop::new(&there.to_dtype(DType::F32)?, 2)?;
         for (on_gpu, on_cpu) in blocks(&there, 2)?.into_iter().zip(blocks(&weights, 2)?) {
             for num_tokens in [1, 8, 65, 200] {
@@ -149,6 +174,13 @@ fn the_block_computes_the_same_on_a_gpu() -> Result<()> {
                 }
             }
         }
+        // A bias moves choices, there as here.
+        let bias = Tensor::new(&[0.5f32, 0.0, -0.5, 0.0, 0.25, 0.0, 0.0, 1.0], &Device::Cpu)?;
+        let ([on_gpu, _], [on_cpu, _]) = (blocks(&there, 2)?, blocks(&weights, 2)?);
+        let x = tokens(&[33, 256], dtype)?;
+        let y = on_gpu.with_logit_bias(bias.to_device(&gpu)?)?.forward(&x.to_device(&gpu)?)?.to_device(&Device::Cpu)?;
+        let error = error(&y, &on_cpu.with_logit_bias(bias)?.forward(&x)?)?;
+        assert!(error < tolerance, "{dtype:?} with a bias: {error:e}");
     }
     Ok(())
 }

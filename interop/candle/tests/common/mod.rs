@@ -53,12 +53,8 @@ impl Weights {
         self.each(|weight| weight.to_dtype(dtype))
     }
 
-    /// The same numbers on another device.
-    pub fn to_device(&self, device: &Device) -> Result<Weights> {
-        self.each(|weight| weight.to_device(device))
-    }
-
-    fn each(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Weights> {
+    /// Each of them changed, as to another type or device.
+    pub fn each(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Weights> {
         let Weights { router, gate, up, down } = self;
         Ok(Weights { router: change(router)?, gate: change(gate)?, up: change(up)?, down: change(down)? })
     }
