@@ -62,18 +62,18 @@ fn case<A: Float + Bits, W: Float>(c: &mut Criterion, stream: &Stream, num_token
         group.throughput(if few { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
         group.bench_function(cost.label(format!("{name} T={num_tokens} D={d} F={f}")), |b| b.iter(&mut *run));
     };
-    time("nt", cost(1), &mut || {
-        grouped_gemm::nt(stream, x_view, w1_view, experts_rows, &mut RowsMut::from_slice(&mut hidden, rows, f).unwrap()).unwrap();
-    });
+    let nt = |y: &mut [A]| grouped_gemm::nt(stream, x_view, w1_view, experts_rows, &mut RowsMut::from_slice(y, rows, f).unwrap()).unwrap();
+    let nn = |y: &mut [A]| grouped_gemm::nn(stream, h_view, w2_view, experts_rows, &mut RowsMut::from_slice(y, rows, d).unwrap()).unwrap();
+    nt(&mut hidden);
     verify(&hidden, &to_f64(&x), &owner, f, d, |e, j, k| f64::from(w1[(e * f + j) * d + k].to_f32()));
+    nn(&mut y);
+    verify(&y, &to_f64(&h), &owner, d, f, |e, j, k| f64::from(w2[(e * f + k) * d + j].to_f32()));
+    time("nt", cost(1), &mut || nt(&mut hidden));
     time("glu_nt", cost(2), &mut || {
         let h = &mut RowsMut::from_slice(&mut hidden, rows, f).unwrap();
         grouped_gemm::glu_nt(stream, x_view, w1_view, v1_view, experts_rows, h).unwrap();
     });
-    time("nn", cost(1), &mut || {
-        grouped_gemm::nn(stream, h_view, w2_view, experts_rows, &mut RowsMut::from_slice(&mut y, rows, d).unwrap()).unwrap();
-    });
-    verify(&y, &to_f64(&h), &owner, d, f, |e, j, k| f64::from(w2[(e * f + k) * d + j].to_f32()));
+    time("nn", cost(1), &mut || nn(&mut y));
     group.finish();
 }
 
