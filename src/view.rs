@@ -114,7 +114,7 @@ impl<'a, T: Element> Rows<'a, T> {
                 op: Op::View,
                 arg: "bytes",
                 need: "the alignment of its elements",
-                got: size_of::<T>() - before.len(),
+                got: bytes.as_ptr().addr() % align_of::<T>(),
             });
         }
         Self::from_slice(data, rows, cols)
@@ -270,6 +270,13 @@ impl<'a, T: Element> Rows<'a, T> {
         Rows { first: self.first.wrapping_add(elements), ..*self }
     }
 
+    /// Elements from one row to the next, as kernels and the driver are told. The stride of a single row says nothing; then it
+    /// is a multiple of 16 bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pitch(&self) -> usize {
+        if self.rows > 1 { self.stride } else { self.cols.next_multiple_of(16 / size_of::<T>()) }
+    }
+
     /// The address of the first element, a device's or the host's, as `from_raw` takes it: for an engine's own
     /// kernels. What those do with it is ordered by the caller alone.
     pub fn address(&self) -> u64 {
@@ -350,15 +357,11 @@ impl<'a, T: Element> RowsMut<'a, T> {
     /// # Ok::<(), dropless::Error>(())
     /// ```
     pub fn from_bytes(bytes: &'a mut [u8], rows: usize, cols: usize) -> Result<Self, Error> {
+        let misfit = bytes.as_ptr().addr() % align_of::<T>();
         // SAFETY: every bit pattern is a value of an `Element`, and the bytes of one are bytes.
         let (before, data, _) = unsafe { bytes.align_to_mut::<T>() };
         if !before.is_empty() {
-            return Err(Error::Layout {
-                op: Op::View,
-                arg: "bytes",
-                need: "the alignment of its elements",
-                got: size_of::<T>() - before.len(),
-            });
+            return Err(Error::Layout { op: Op::View, arg: "bytes", need: "the alignment of its elements", got: misfit });
         }
         Self::from_slice(data, rows, cols)
     }
@@ -604,6 +607,7 @@ mod tests {
             let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), 16) };
             RowsMut::<f32>::from_bytes(bytes, 2, 2).unwrap().host().row_mut(1).fill(1.5);
             assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[1..], 1, 3), Err(Error::Layout { got: 1, .. })));
+            assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[3..4], 1, 1), Err(Error::Layout { got: 3, .. })));
             assert!(matches!(RowsMut::<f32>::from_bytes(&mut bytes[..8], 1, 3), Err(Error::Capacity { need: 3, have: 2, .. })));
         }
         assert_eq!(words, [0, 0, 1.5f32.to_bits(), 1.5f32.to_bits()]);

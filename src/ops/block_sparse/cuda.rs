@@ -161,7 +161,7 @@ struct Operand {
 impl Operand {
     fn new<T: Element>(dense: &Dense<'_, T>) -> Operand {
         let rows = &dense.rows;
-        Operand { address: rows.address(), rows: rows.rows(), cols: rows.cols(), stride: rows.stride(), transposed: dense.transposed }
+        Operand { address: rows.address(), rows: rows.rows(), cols: rows.cols(), stride: rows.pitch(), transposed: dense.transposed }
     }
 
     fn of_blocks<T: Element>(s: &Sparse<'_, T>) -> Operand {

@@ -28,7 +28,7 @@ fn loads(x: &Operand) -> bool {
 
 /// What stores of 16 bytes ask of the result.
 fn stores<O: Float>(y: &RowsMut<'_, O>) -> bool {
-    y.address().is_multiple_of(16) && (y.stride() * size_of::<O>()).is_multiple_of(16)
+    y.address().is_multiple_of(16) && (y.as_rows().pitch() * size_of::<O>()).is_multiple_of(16)
 }
 
 fn has_tensor_cores<T: Float>() -> bool {
@@ -90,8 +90,7 @@ fn common<T: Float, O: Float>(
     y: &mut RowsMut<'_, O>,
 ) -> Result<BlockProductParams, Error> {
     let map = |x: &Operand| -> Result<TensorMap, Error> {
-        let stride = x.stride.max(x.cols); // of a single row it may be anything, but the driver wants one
-        let desc = TensorMapDesc::swizzled(T::DTYPE, x.address, [x.cols, x.rows], [1, stride], [BOX; 2]);
+        let desc = TensorMapDesc::swizzled(T::DTYPE, x.address, [x.cols, x.rows], [1, x.stride], [BOX; 2]);
         stream.cuda().tensor_map(Op::BlockSparse, &desc)
     };
     Ok(BlockProductParams {
@@ -101,7 +100,7 @@ fn common<T: Float, O: Float>(
         axis,
         k: 0,
         n: 0,
-        y_stride: y.stride() as i64,
+        y_stride: y.as_rows().pitch() as i64,
         is_sdd: 0,
         is_turned: 0,
         is_f32: u32::from(O::DTYPE == DType::F32),

@@ -23,17 +23,17 @@ pub(super) fn fits<A: Float, O: Float, const P: usize>(product: &Product<'_, A, 
         let (matrix, size) = (w.expert(0), w.dtype().size_bytes());
         let expert_bytes = w.expert_stride(Op::GroupedGemm, "w").map_or(-1, |elements| elements * size as i64);
         vectors(matrix.address(), matrix.stride(), size)
-            && u64::try_from(expert_bytes)
-                .is_ok_and(|bytes| bytes < MAX_STRIDE_BYTES && bytes.is_multiple_of(16) && (bytes > 0 || w.num_experts() == 1))
+            && u64::try_from(expert_bytes).is_ok_and(|bytes| bytes < MAX_STRIDE_BYTES && bytes.is_multiple_of(16) && bytes > 0)
     });
     let (k, n, widest) = (x.cols(), y.cols(), i32::MAX as usize - 2 * TILED_COLS as usize); // coordinates are 32 bits
+    let [x_stride, y_stride] = [x.pitch(), y.as_rows().pitch()];
     k > 0
         && k.is_multiple_of(8)
         && n.is_multiple_of(8)
-        && k.max(n).max(x.stride()) <= widest
+        && k.max(n).max(x_stride) <= widest
         && rows.rows().max(rows.input_rows()) <= i32::MAX as usize - 2 * TILED_ROWS as usize
-        && vectors(x.address(), x.stride(), size_of::<A>())
-        && vectors(y.address(), y.stride(), size_of::<O>())
+        && vectors(x.address(), x_stride, size_of::<A>())
+        && vectors(y.address(), y_stride, size_of::<O>())
         && weights_fit
 }
 
@@ -64,8 +64,8 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
         n: n as i64,
         k: x.cols() as i64,
         top_k: top_k as i64,
-        x_stride: x.stride() as i64,
-        y_stride: y.stride() as i64,
+        x_stride: x.pitch() as i64,
+        y_stride: y.as_rows().pitch() as i64,
         epilogue: epilogue::params::of(finish),
         unused: [0; 3],
     };
@@ -80,9 +80,9 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
     unsafe { cuda.launch_kernel(Op::GroupedGemm, kernel, grid, &params) }
 }
 
-/// Input rows: a box is the rows of a tile. The stride of a single row may be anything, but the driver wants one.
+/// Input rows: a box is the rows of a tile.
 fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
-    TensorMapDesc::swizzled(A::DTYPE, x.address(), [x.cols(), x.rows()], [1, x.stride().max(x.cols())], [TILED_DEPTH, rows])
+    TensorMapDesc::swizzled(A::DTYPE, x.address(), [x.cols(), x.rows()], [1, x.pitch()], [TILED_DEPTH, rows])
 }
 
 /// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's. A box is
