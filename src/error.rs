@@ -67,7 +67,7 @@ impl fmt::Display for Op {
     }
 }
 
-/// Where bytes live or work runs.
+/// Where bytes live or work runs. There is no third place, so a `match` needs no other arm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
     /// Host memory, computed on by the CPU backend.
@@ -95,9 +95,12 @@ pub enum Error {
     /// Alignment, stride or order in memory is not what the operation needs.
     #[allow(missing_docs)]
     Layout { op: Op, arg: &'static str, need: &'static str, got: usize },
-    /// A valid request that this device or build does not serve.
+    /// A valid request that this device or build does not serve. `what` names the argument, or the property that `got` is of.
     #[allow(missing_docs)]
-    Unsupported { op: Op, what: &'static str, got: Cow<'static, str>, supported: Cow<'static, str> },
+    Unsupported { op: Op, what: Cow<'static, str>, got: Cow<'static, str>, supported: Cow<'static, str> },
+    /// An argument is of another kind than the operation takes: the other weight order, another stream's memory.
+    #[allow(missing_docs)]
+    Mismatch { op: Op, arg: &'static str, need: Cow<'static, str>, got: &'static str },
     /// An index or count is outside its range.
     #[allow(missing_docs)]
     Index { op: Op, arg: &'static str, at: usize, got: u64, bound: u64 },
@@ -182,8 +185,7 @@ impl Error {
 
     /// True where this machine, this device or this build does not serve a valid request, so that an engine
     /// keeps its own way of computing it. As a [refusal](Error::is_refusal) it wrote nothing; where no device
-    /// could be opened, nothing was allocated or loaded there. Wrong arguments and failures are something
-    /// else.
+    /// could be opened, nothing was allocated or loaded there. False for wrong arguments and for failures.
     ///
     /// ```
     /// # #[cfg(feature = "cuda")] {
@@ -213,14 +215,28 @@ impl Error {
         matches!(self, Error::DeviceLost { .. })
     }
 
-    /// A valid request that is not served, and what would be. `what` names the argument or the property that `got` is of.
+    /// A valid request that is not served, and what would be.
     pub(crate) fn unsupported(
         op: Op,
-        what: &'static str,
+        what: impl Into<Cow<'static, str>>,
         got: impl Into<Cow<'static, str>>,
         supported: impl Into<Cow<'static, str>>,
     ) -> Error {
-        Error::Unsupported { op, what, got: got.into(), supported: supported.into() }
+        Error::Unsupported { op, what: what.into(), got: got.into(), supported: supported.into() }
+    }
+
+    /// The same of something unsupported, which is this argument's fault.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn about(self, arg: &'static str) -> Error {
+        match self {
+            Error::Unsupported { op, what, got, supported } => Error::unsupported(op, format!("for `{arg}`, {what}"), got, supported),
+            other => other,
+        }
+    }
+
+    /// An argument of another kind than the operation takes.
+    pub(crate) fn mismatch(op: Op, arg: &'static str, need: impl Into<Cow<'static, str>>, got: &'static str) -> Error {
+        Error::Mismatch { op, arg, need: need.into(), got }
     }
 
     /// A shape error for up to three dimensions; `want` names them, as in `"[R, F]"`.
@@ -243,9 +259,10 @@ impl fmt::Display for Error {
                 write!(f, "{op}: `{arg}` must be {want} = {want_dims:?}, got {got_dims:?}")
             }
             Error::Layout { op, arg, need, got } => write!(f, "{op}: `{arg}` must have {need}, got {got}"),
-            Error::Unsupported { op, what, ref got, ref supported } => {
+            Error::Unsupported { op, ref what, ref got, ref supported } => {
                 write!(f, "{op}: {what} {got} is not supported here; supported: {supported}")
             }
+            Error::Mismatch { op, arg, ref need, got } => write!(f, "{op}: `{arg}` must be {need}, got {got}"),
             Error::Index { op, arg, at, got, bound } => write!(f, "{op}: `{arg}[{at}]` is {got}, must be < {bound}"),
             Error::Decreases { op, arg, at, got, least } => {
                 write!(f, "{op}: `{arg}[{at}]` is {got}, must be at least {least}, as its predecessor")

@@ -1,8 +1,8 @@
 //! Mixture-of-experts inference kernels for NVIDIA Hopper (H100, H200), with a CPU backend that computes the same
 //! things anywhere.
 //!
-//! The crate holds exactly what a DBRX-class model needs between its token ids and its logits, and it is judged by running
-//! that model (`examples/dbrx.rs`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
+//! The crate holds what a mixture-of-experts model needs between its token ids and its logits, and it is judged by running
+//! DBRX and Mixtral (`examples/dbrx.rs`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
 //!
 //! ```
 //! use dropless::{Device, Rows, RowsMut, glu};
@@ -39,7 +39,7 @@
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
 //! | [`glu`] | `glu`, `gated` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax` | greedy choice | memory |
-//! | [`moe`] | `forward`, `route`, `experts`, `forward_routed` | the layer in one workspace, and its steps | compute, memory |
+//! | [`moe`] | `forward`; its steps `route`, `experts`, `shared`, `combine`, `combine_onto`; `forward_routed` | the layer in one workspace, and its steps | compute, memory |
 //!
 //! # Inside an engine
 //!
@@ -65,7 +65,7 @@
 //! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
 //! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
 //! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16.1 to 0.19) |
-//! | `text` | no | the DBRX example reads prompts as text |
+//! | `text` | no | the model example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
 //!

@@ -82,6 +82,7 @@ impl<A: Float> Plan<A> {
         if top_k == 0 {
             return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at least 1", got: 0.0 });
         }
+        checked_product(Op::Moe, "top_k", &[top_k], MAX_ROWS)?; // of no tokens, too
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
         let parts = [
@@ -111,7 +112,7 @@ impl<A: Float> Plan<A> {
     /// | H100, both products of DBRX's experts | 1.02 | | 1.00 |
     /// | CPU, two cores with AVX-512, bf16 weights, E = 8, k = 2 | 2.3 to 3.6 | 1.8 to 2.2 | 1.1 to 1.2 |
     ///
-    /// `8` is the class of decode steps: batches in which an expert owns more rows read its weights several times. On an H100 all classes
+    /// `8` is the class of decode steps, of at most 8 rows for each expert: larger batches are right in it, and read weights several times. On an H100 all classes
     /// gave the same bits; that is not promised.
     ///
     /// ```
@@ -200,9 +201,13 @@ impl<'a> Shared<'a> {
         Shared { gate: Some(gate.into()), ..self }
     }
 
-    /// Its halves as experts, of whom there is one.
+    /// Its halves as experts, of which there is one.
     fn halves(&self) -> Experts<'a> {
         Experts { hidden: self.hidden, down: self.down, down_bias: None, shared: None }
+    }
+
+    fn accesses(&self) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+        self.halves().halves_accesses(&SHARED).chain(self.gate.map(|gate| ("shared gate", gate.access())))
     }
 }
 
@@ -264,81 +269,96 @@ impl<'a> Experts<'a> {
         Experts { shared: Some(shared), ..self }
     }
 
-    /// Every matrix of the first half by its name.
-    fn first_half(&self) -> [Option<(&'static str, ExpertWeights<'a>)>; 2] {
-        match self.hidden {
-            Hidden::Gated { gate, up, .. } => [Some(("gate", gate)), Some(("up", up))],
-            Hidden::Plain { up, .. } => [None, Some(("up", up))],
-        }
+    /// The matrices of both halves, by their names.
+    fn matrices(&self, names: &Names) -> impl Iterator<Item = (&'static str, ExpertWeights<'a>)> + use<'a> {
+        let (gate, up) = match self.hidden {
+            Hidden::Gated { gate, up, .. } => (Some((names.gate, gate)), up),
+            Hidden::Plain { up, .. } => (None, up),
+        };
+        gate.into_iter().chain([(names.up, up), (names.down, self.down)])
     }
 
-    fn biases(&self) -> [Option<(&'static str, Bias<'a>)>; 3] {
-        let [gate, up] = match self.hidden {
-            Hidden::Gated { epilogue, .. } => [epilogue.gate_bias, epilogue.up_bias],
-            Hidden::Plain { epilogue, .. } => [None, epilogue.bias],
+    /// The biases that there are, by their names.
+    fn biases(&self, names: &Names) -> impl Iterator<Item = (&'static str, Bias<'a>)> + use<'a> {
+        let (gate, up) = match self.hidden {
+            Hidden::Gated { epilogue, .. } => (epilogue.gate_bias, epilogue.up_bias),
+            Hidden::Plain { epilogue, .. } => (None, epilogue.bias),
         };
-        [gate.map(|bias| ("gate_bias", bias)), up.map(|bias| ("up_bias", bias)), self.down_bias.map(|bias| ("down_bias", bias))]
+        let biases = [(names.gate_bias, gate), (names.up_bias, up), (names.down_bias, self.down_bias)];
+        biases.into_iter().filter_map(|(arg, bias)| Some((arg, bias?)))
     }
 
     /// Everything that the products would refuse.
     fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
-        self.check_halves::<A>(stream, shape, ["gate", "up", "down"])?;
+        self.check_halves::<A>(stream, shape, &ROUTED)?;
+        let width = |need| Err(Error::Value { op: Op::Moe, arg: "shared_d_ffn", need, got: shape.shared_d_ffn as f64 });
         let shared = match (self.shared, shape.shared_d_ffn) {
             (None, 0) => return Ok(()),
-            (None, _) => {
-                return Err(Error::unsupported(Op::Moe, "a shape with a shared expert, for", "experts without", "Experts::with_shared"));
-            }
-            (Some(_), 0) => return Err(Error::unsupported(Op::Moe, "a shared expert, for", "a shape without", "Shape::with_shared")),
+            (None, _) => return width("0 for experts without a shared one"),
+            (Some(_), 0) => return width("the width of the shared expert, at least 1"),
             (Some(shared), _) => shared,
         };
-        let names = ["shared gate_proj", "shared up", "shared down"];
-        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1), names)?;
+        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1), &SHARED)?;
         let Some(gate) = shared.gate else { return Ok(()) };
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
         kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
-        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, gate.dtype()));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, gate.dtype()).map_err(|error| error.about("shared gate")));
         Ok(())
     }
 
-    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, names: [&'static str; 3]) -> Result<(), Error> {
+    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, names: &Names) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, .. } = *shape;
-        for (arg, (_, w)) in names.into_iter().zip(self.first_half()).filter_map(|(arg, w)| Some((arg, w?))) {
-            check_shape(Op::Moe, arg, "[E, F, D]", &[num_experts, d_ffn, d_model], &[w.num_experts(), w.n(), w.k()])?;
+        for (arg, w) in self.matrices(names) {
+            let (want, [n, k]) = if arg == names.down { ("[E, D, F]", [d_model, d_ffn]) } else { ("[E, F, D]", [d_ffn, d_model]) };
+            check_shape(Op::Moe, arg, want, &[num_experts, n, k], &[w.num_experts(), w.n(), w.k()])?;
         }
-        check_shape(
-            Op::Moe,
-            "down",
-            "[E, D, F]",
-            &[num_experts, d_model, d_ffn],
-            &[self.down.num_experts(), self.down.n(), self.down.k()],
-        )?;
-        for (arg, bias) in self.biases().into_iter().flatten() {
-            let n = if arg == "down_bias" { d_model } else { d_ffn };
+        for (arg, bias) in self.biases(names) {
+            let n = if arg == names.down_bias { d_model } else { d_ffn };
             bias.check(Op::Moe, arg, [num_experts, n])?;
         }
         if let Hidden::Gated { gate, up, epilogue } = self.hidden {
             epilogue.glu.check(Op::Moe)?;
             if gate.order() != up.order() {
-                return Err(Error::unsupported(Op::Moe, "for `up`, weight order", up.order().name(), "that of `gate`"));
+                return Err(Error::mismatch(Op::Moe, names.up, "in the order of its gate", up.order().name()));
             }
         }
         if stream.place() != Place::Host {
-            let [gate, up] = self.first_half().map(|w| w.map(|(_, w)| w));
-            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, gate.into_iter().chain(up), self.biases())?;
-            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, [self.down], [None])?;
+            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, self.matrices(names), self.biases(names))?;
         }
         Ok(())
     }
 
-    fn accesses(&self) -> Box<dyn Iterator<Item = (&'static str, Access<'a>)> + 'a> {
-        let matrices = self.first_half().into_iter().flatten().chain([("down", self.down)]);
-        let matrices = matrices.flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
-        let own = matrices.chain(self.biases().into_iter().flatten().map(|(arg, bias)| (arg, bias.access())));
-        let gate = self.shared.and_then(|shared| shared.gate).map(|gate| ("shared gate", gate.access()));
-        let shared: Vec<_> = self.shared.map_or(Vec::new(), |shared| shared.halves().accesses().collect());
-        Box::new(own.chain(shared).chain(gate))
+    /// Everything that both halves read, by its name.
+    fn halves_accesses(&self, names: &Names) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+        let matrices = self.matrices(names).flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
+        matrices.chain(self.biases(names).map(|(arg, bias)| (arg, bias.access())))
+    }
+
+    /// The same, of the shared expert, too.
+    fn accesses(&self) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {
+        self.halves_accesses(&ROUTED).chain(self.shared.into_iter().flat_map(|shared| shared.accesses()))
     }
 }
+
+/// What the parts of an expert are called in messages.
+struct Names {
+    gate: &'static str,
+    up: &'static str,
+    down: &'static str,
+    gate_bias: &'static str,
+    up_bias: &'static str,
+    down_bias: &'static str,
+}
+
+const ROUTED: Names = Names { gate: "gate", up: "up", down: "down", gate_bias: "gate_bias", up_bias: "up_bias", down_bias: "down_bias" };
+const SHARED: Names = Names {
+    gate: "shared gate_proj",
+    up: "shared up",
+    down: "shared down",
+    gate_bias: "shared gate_bias",
+    up_bias: "shared up_bias",
+    down_bias: "shared down_bias",
+};
 
 /// The layer's weights, borrowed where they lie. Each matrix has a type of its own.
 #[derive(Clone, Copy)]
@@ -396,17 +416,19 @@ impl<'a> Weights<'a> {
 /// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded to the type of
 /// `x`; `y` is summed in `f32` in the order of the token's choices and rounded once.
 /// A token's bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on a GPU
-/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one. On a GPU the layer is 5 launches for
-/// `T <= 64`, 6 for `T <= 128` and 7 for more; none waits for the host. No token is dropped for any distribution over experts. `T = 0` is a
-/// no-op with an empty routing. A NaN in token `t` stays in row `t`.
+/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one. On a GPU the layer of up to 256 experts is
+/// 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a shared expert is two more, and one for its gate. None waits for the host. No token
+/// is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t` stays in row `t`.
 ///
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or
 /// `routing` holds, or a smaller workspace; [`Error::Value`] for a choice that [`router::route`] would
-/// refuse; [`Error::Unsupported`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`];
-/// on a GPU [`Error::Layout`] if a row of `x`, `y` or the router does not begin on 16 bytes,
-/// [`Error::Unsupported`] for weights of another type than `x`. Nothing is written.
+/// refuse, constants of a gate that are no numbers, and a shared expert where the plan has none, or the other
+/// way round; [`Error::Mismatch`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`];
+/// on a GPU [`Error::Layout`] if a row of `x`, `y`, the router or a shared gate does not begin on 16 bytes,
+/// [`Error::Unsupported`] for weights of another type than `x`, biases of neither that type nor `f32`, and
+/// experts whose matrices do not lie at one distance from each other. Nothing is written.
 pub fn forward<'r, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -427,9 +449,21 @@ pub fn forward<'r, A: Float>(
     arguments.extend(parts.accesses());
     arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
+    stream.rehearse(Op::Moe, || forward_admitted(stream, plan, x, weights, routing, workspace, y).map(drop))?;
+    forward_admitted(stream, plan, x, weights, routing, workspace, y)
+}
 
+fn forward_admitted<'r, A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    weights: &Weights<'_>,
+    routing: &'r mut RoutingBuffers<'_>,
+    workspace: &mut Workspace,
+    y: &mut RowsMut<'_, A>,
+) -> Result<Routing<'r>, Error> {
     let routing = route(stream, plan, x, weights.router, weights.choice, routing, workspace)?;
-    forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)?;
+    routed_admitted(stream, plan, x, &weights.experts, &routing, workspace, y)?;
     Ok(routing)
 }
 
@@ -489,8 +523,10 @@ pub fn experts<A: Float>(
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
     kernels_need!(stream, outputs.vectors(Op::Moe, "outputs"));
     admit_routed(stream, &x, &routed, routing, workspace, ("outputs", outputs.access()))?;
-    let mut parts = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, outputs)
+    let Parts { mut hidden, .. } = plan.carve_rows(workspace, x.rows())?;
+    let mut steps = || both_halves(stream, plan, x, experts, routing, &mut hidden, outputs);
+    stream.rehearse(Op::Moe, &mut steps)?;
+    steps()
 }
 
 /// The rows of a shared expert for every token, and their factors, in the workspace: what [`combine_onto`] adds.
@@ -499,7 +535,7 @@ pub fn experts<A: Float>(
 ///
 /// # Errors
 ///
-/// As [`forward`]; [`Error::Unsupported`] if there is no shared expert. Nothing is written.
+/// As [`forward`]; [`Error::Value`] if there is no shared expert. Nothing is written.
 pub fn shared<'w, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -510,8 +546,15 @@ pub fn shared<'w, A: Float>(
     plan.check_tokens(stream, &x, workspace)?;
     experts.check::<A>(stream, &plan.shape)?;
     let Some(shared) = experts.shared else {
-        return Err(Error::unsupported(Op::Moe, "for this step", "experts without a shared one", "Experts::with_shared"));
+        return Err(Error::Value { op: Op::Moe, arg: "shared_d_ffn", need: "at least 1 for this step", got: 0.0 });
     };
+    let mut arguments = vec![("x", x.access()), ("workspace", workspace.access())];
+    arguments.extend(shared.accesses());
+    stream.admit(Op::Moe, &arguments)?;
+    stream.rehearse(Op::Moe, || {
+        let parts = plan.carve_rows(workspace, x.rows())?;
+        shared_expert(stream, plan, x, &shared, parts.shared).map(drop)
+    })?;
     let parts = plan.carve_rows(workspace, x.rows())?;
     shared_expert(stream, plan, x, &shared, parts.shared)
 }
@@ -533,6 +576,19 @@ pub fn forward_routed<A: Float>(
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_output(stream, plan, x.rows(), y)?;
     admit_routed(stream, &x, experts, routing, workspace, ("y", y.access()))?;
+    stream.rehearse(Op::Moe, || routed_admitted(stream, plan, x, experts, routing, workspace, y))?;
+    routed_admitted(stream, plan, x, experts, routing, workspace, y)
+}
+
+fn routed_admitted<A: Float>(
+    stream: &Stream,
+    plan: &Plan<A>,
+    x: Rows<'_, A>,
+    experts: &Experts<'_>,
+    routing: &Routing<'_>,
+    workspace: &mut Workspace,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
     let mut parts = plan.carve_rows(workspace, x.rows())?;
     both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
     let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
@@ -665,7 +721,7 @@ impl<A: Float> Plan<A> {
         check_shape(Op::Moe, "routing", "[k, E]", &[top_k, num_experts], &[routing.top_k(), routing.num_experts()])?;
         choice.check(Op::Moe, num_experts, top_k)?;
         kernels_need!(stream, router.vectors(Op::Moe, "router"));
-        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, router.dtype()));
+        kernels_need!(stream, router::check_kernels::<A>(Op::Moe, router.dtype()).map_err(|error| error.about("router")));
         Ok(())
     }
 

@@ -7,7 +7,11 @@ use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::Arc;
 
 use dropless::device::driver::{Driver, DriverError, Handle};
-use dropless::{Buffer, Device, Error, Op, Place, Rows, RowsMut, Stream, TokenIds, embedding, glu};
+use dropless::moe::{self, Experts, Plan, Shape, Shared, Weights};
+use dropless::{
+    Buffer, Device, Error, ExpertRows, ExpertWeights, Op, Place, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds, Workspace,
+    embedding, glu, grouped_gemm, router,
+};
 use dropless_kit::compare::{relative_l2, same_bits};
 use dropless_kit::device::{cpu, emulated, write};
 use dropless_kit::faulty::Faulty;
@@ -194,6 +198,60 @@ fn rows<'a>(address: u64) -> Rows<'a, f32> {
 fn rows_mut<'a>(address: u64) -> RowsMut<'a, f32> {
     // SAFETY: as above; used by one operation at a time.
     unsafe { RowsMut::from_raw(Place::Cuda(0), address, 1, LEN, LEN).unwrap() }
+}
+
+/// A step of several launches is in an engine's graph as a whole, or is refused without a trace, whichever kernels are loaded.
+#[test]
+fn a_layer_is_captured_whole_or_not_at_all() {
+    const UNTOUCHED: u32 = 0x5a5a_5a5a;
+    let (d, f, e, tokens) = (8, 8, 2, 3);
+    let (w, x) = (normal::<f32>(1, 2 * e * d * f, 0.3), normal::<f32>(2, tokens * d, 1.0));
+    for loaded in 0..4 {
+        let (driver, own) = emulated();
+        let stream = driver.create_stream(0).unwrap();
+        let lent = lent(own.device(), stream);
+        let (w, x) = (Buffer::from_slice(&own, &w).unwrap(), Buffer::from_slice(&own, &x).unwrap());
+        let (rows, router) = (|rows| w.rows(rows, d).unwrap(), w.rows(e, d).unwrap());
+        let ([gate, up, down], one) = ([ExpertWeights::nk(rows(e * f), e).unwrap(); 3], ExpertWeights::nk(rows(f), 1).unwrap());
+        let shared = Shared::gated(one, one, one).with_gate(rows(1));
+        let weights = Weights::new(router, Experts::gated(gate, up, down).with_shared(shared));
+        let plan = Plan::<f32>::new(Shape::new(d, f, e, 1).with_shared(f), tokens).unwrap();
+        let words = plan.workspace_bytes() / 4;
+        let mut buffers = [(); 2].map(|()| RoutingBuffers::new(&own, tokens, 1, e).unwrap());
+        let [buffers, given] = &mut buffers;
+        let routing = Routing::from_host(&own, &[0, 1, 0], &[1.0; 3], given).unwrap();
+        let (mut y, mut scores) = (Buffer::<f32>::zeros(&own, tokens * d).unwrap(), Buffer::<f32>::zeros(&own, tokens * f).unwrap());
+        let x = x.rows(tokens, d).unwrap();
+        // Some of the images that the steps need.
+        match loaded {
+            0 => {}
+            1 => router::logits(&own, x, router, &mut scores.rows_mut(tokens, e).unwrap()).unwrap(),
+            2 => grouped_gemm::nt(&own, x, one, ExpertRows::dense(tokens).unwrap(), &mut scores.rows_mut(tokens, f).unwrap()).unwrap(),
+            _ => own.device().load_images().unwrap(),
+        }
+        for step in 0..3 {
+            let memory = Buffer::from_slice(&own, &vec![UNTOUCHED; words]).unwrap();
+            lent.join(&own).unwrap();
+            // SAFETY: nobody else uses the memory, which lives on until the graph has run.
+            let workspace = &mut unsafe { Workspace::from_raw(own.place(), memory.rows(1, words).unwrap().address(), 4 * words).unwrap() };
+            driver.begin_capture(stream).unwrap();
+            let y = &mut y.rows_mut(tokens, d).unwrap();
+            let result = match step {
+                0 => moe::forward(&lent, &plan, x, &weights, buffers, workspace, y).map(drop),
+                1 => moe::forward_routed(&lent, &plan, x, &weights.experts, &routing, workspace, y),
+                _ => moe::shared(&lent, &plan, x, &weights.experts, workspace).map(drop),
+            };
+            let graph = driver.end_capture(stream).unwrap();
+            driver.launch_graph(graph, stream).unwrap();
+            own.join(&lent).unwrap();
+            let touched = memory.to_vec(&own).unwrap().iter().any(|word| *word != UNTOUCHED);
+            assert_eq!(touched, loaded == 3, "step {step} with images {loaded}");
+            match result {
+                Ok(()) => assert_eq!(loaded, 3),
+                Err(error) => assert!(error.is_unsupported(), "{error}"),
+            }
+        }
+    }
 }
 
 /// An engine that captures its stream finds the operations in its graph, and nothing else: what lending needs

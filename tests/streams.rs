@@ -222,9 +222,9 @@ fn streams_and_buffers_stay_with_their_driver() {
     let (_, stranger, _) = two_streams();
     let same = Device::with_driver(driver, 0).unwrap().stream().unwrap();
     let mut buffer = Buffer::<f32>::zeros(&stream, 8).unwrap();
-    let text = "stream: `other` of another driver is not supported here; supported: what belongs to the stream's driver";
+    let text = "stream: `other` must be of the stream's driver, got one of another driver";
     assert_eq!(stranger.join(&stream).unwrap_err().to_string(), text);
-    let text = "buffer: self of another driver is not supported here; supported: what belongs to the stream's driver";
+    let text = "buffer: `self` must be of the stream's driver, got one of another driver";
     assert_eq!(buffer.copy_from_slice(&stranger, &[1.0]).unwrap_err().to_string(), text);
     // The same GPU, opened twice.
     same.join(&stream).unwrap();

@@ -141,6 +141,10 @@ impl CudaDevice {
         Ok(function)
     }
 
+    fn has_all_images(&self) -> bool {
+        lock(&self.images).len() == ALL.len()
+    }
+
     /// Loads every image that is not loaded yet.
     pub(crate) fn load_images(&self) -> Result<(), Error> {
         self.call(Op::Device, 0, |_| Ok(()))?; // not on a lost device
@@ -233,6 +237,8 @@ pub(crate) struct RawStream {
     capture: Mutex<Captured>,
     /// Kernels may be started before the one in front of them is done.
     is_programmatic: AtomicBool,
+    /// Launches are gone through, and nothing is launched.
+    is_rehearsal: AtomicBool,
     /// An engine's, which may capture it without our knowledge.
     is_lent: bool,
     /// What keeps the engine's stream alive. Dropped behind everything else.
@@ -256,6 +262,22 @@ struct Captured {
     by_us: bool,
     /// Memory whose owners went while a graph was recorded, by us or by an engine.
     to_free: Vec<u64>,
+}
+
+/// While it is there, the flag is set.
+struct Rehearsal<'a>(&'a AtomicBool);
+
+impl<'a> Rehearsal<'a> {
+    fn begin(flag: &'a AtomicBool) -> Rehearsal<'a> {
+        flag.store(true, Ordering::Relaxed);
+        Rehearsal(flag)
+    }
+}
+
+impl Drop for Rehearsal<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 /// The handle of a context's default stream, which nobody creates.
@@ -301,8 +323,8 @@ impl RawStream {
     }
 
     fn with(device: &Arc<CudaDevice>, handle: Handle, tools: Arc<Tools>, is_lent: bool) -> RawStream {
-        let (capture, is_programmatic, owner) = Default::default();
-        RawStream { device: device.clone(), handle, tools, capture, is_programmatic, is_lent, owner }
+        let (capture, is_programmatic, is_rehearsal, owner) = Default::default();
+        RawStream { device: device.clone(), handle, tools, capture, is_programmatic, is_rehearsal, is_lent, owner }
     }
 
     pub(super) fn is_lent(&self) -> bool {
@@ -405,6 +427,21 @@ impl RawStream {
         })
     }
 
+    /// Whether a kernel may be refused: there is one that is not loaded, and no image can be loaded now.
+    pub(super) fn may_refuse_kernels(&self, op: Op) -> bool {
+        !self.device.has_all_images() && self.outside_capture(op, "loading a kernel").is_err()
+    }
+
+    /// Calls `steps`, whose kernels are looked up and not launched.
+    pub(super) fn without_launching<R>(&self, steps: impl FnOnce() -> R) -> R {
+        let _until_the_end = Rehearsal::begin(&self.is_rehearsal);
+        steps()
+    }
+
+    pub(super) fn is_rehearsal(&self) -> bool {
+        self.is_rehearsal.load(Ordering::Relaxed) // of one thread at a time
+    }
+
     /// Queues copies from the host to device memory. The sources may be reused at once; nothing is waited for, unless very much is on
     /// its way already.
     ///
@@ -492,6 +529,9 @@ impl RawStream {
     ) -> Result<(), Error> {
         let may_load = || self.outside_capture(op, "loading a kernel");
         let function = self.device.function(op, image, entry, grid.shared_bytes, may_load)?;
+        if self.is_rehearsal() {
+            return Ok(());
+        }
         // SAFETY: `P` is a struct of `params.rs`, none of which has padding, so all of its bytes are initialised.
         let params = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast::<u8>(), size_of::<P>()) };
         let Grid { blocks, threads, shared_bytes, cluster } = grid;

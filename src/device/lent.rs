@@ -53,8 +53,9 @@ impl Stream {
     /// `cudaStream_t`; null is the default stream of the device's primary context, as `CU_STREAM_LEGACY` is.
     ///
     /// Everything that operations need besides their arguments is made here, the first time that a stream is
-    /// lent: 1 KiB of device memory, kept until the process ends, and 4 KiB of pinned memory. Later calls
-    /// with the same handle cost a look into a table, and give the same stream. Kernels are loaded when they
+    /// lent: 1 KiB of device memory and 4 KiB of pinned memory, kept until the process ends, so that an engine
+    /// should use its streams again rather than make new ones. Later calls with the same stream ask the driver
+    /// for its context and its id, look into a table, and give the same stream. Kernels are loaded when they
     /// are first used, or by [`Device::load_images`].
     ///
     /// An engine may be capturing the stream into a graph of its own, here and in later calls. Operations
@@ -143,8 +144,7 @@ impl Stream {
         }
         let mut stream = adopt(device, handle, Some(Box::new(owner)))?;
         if stream.timeline.taken.swap(true, Ordering::Acquire) {
-            let (got, supported) = ("that a Stream was made from already", "one at a time");
-            return Err(Error::unsupported(Op::Stream, "a stream", got, supported));
+            return Err(Error::mismatch(Op::Stream, "cuda", "a stream without a `Stream` of its own", "one that has it"));
         }
         stream.alone = Some(Alone(stream.timeline.clone()));
         Ok(stream)

@@ -212,13 +212,14 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] if the streams belong to different devices; [`Error::Unsupported`] within a capture; what the driver reports.
+    /// [`Error::Place`] or [`Error::Mismatch`] if the streams belong to different devices or drivers; [`Error::Unsupported`] within a capture;
+    /// what the driver reports.
     pub fn join(&self, other: &Stream) -> Result<(), Error> {
         if self.place() != other.place() {
             return Err(Error::Place { op: Op::Stream, arg: "other", want: self.place(), got: other.place() });
         }
         if self.device.driver_id() != other.device.driver_id() {
-            return Err(other_driver(Op::Stream, "`other`"));
+            return Err(other_driver(Op::Stream, "other"));
         }
         let upto = other.timeline.operations.load(Ordering::Acquire); // first: what comes while it waits is not waited for
         #[cfg(feature = "cuda")]
@@ -323,6 +324,10 @@ impl Stream {
         if want == Place::Host {
             return Ok(()); // program order
         }
+        #[cfg(feature = "cuda")]
+        if self.cuda().is_rehearsal() {
+            return Ok(()); // admitted as a whole, and in the order of one stream
+        }
         #[cfg(feature = "cudarc")]
         if self.alone.is_some() {
             self.cuda().outside_engines_capture(op)?;
@@ -352,6 +357,19 @@ impl Stream {
                 mark.record(&self.timeline, recording.as_ref(), now, *write);
             }
         }
+        Ok(())
+    }
+
+    /// Before an operation of several launches, all of whose arguments were admitted: refuses it now where one of its launches would be
+    /// refused, so that a graph under capture has all of them or none. `steps` are those launches; nothing is launched here.
+    pub(crate) fn rehearse(&self, op: Op, steps: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.timeline.cuda
+            && cuda.may_refuse_kernels(op)
+        {
+            return cuda.without_launching(steps);
+        }
+        let _ = (op, steps);
         Ok(())
     }
 
@@ -419,8 +437,8 @@ impl Stream {
 }
 
 /// The refusal of what belongs to another driver's device of the same number.
-fn other_driver(op: Op, what: &'static str) -> Error {
-    Error::unsupported(op, what, "of another driver", "what belongs to the stream's driver")
+fn other_driver(op: Op, arg: &'static str) -> Error {
+    Error::mismatch(op, arg, "of the stream's driver", "one of another driver")
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -48,9 +48,16 @@ impl Workspace<'static> {
     /// [`Error::TooLarge`], [`Error::OutOfMemory`]; [`Error::Unsupported`] within a
     /// [capture](Stream::capture).
     pub fn new(stream: &Stream, bytes: usize) -> Result<Workspace<'static>, Error> {
-        let mut words = Buffer::zeros(stream, bytes.div_ceil(size_of::<u32>()))?;
-        words.commit();
-        Ok(Workspace(Memory::Own(words)))
+        let Workspace(mut memory) = Workspace::uncommitted(stream, bytes)?;
+        if let Memory::Own(words) = &mut memory {
+            words.commit();
+        }
+        Ok(Workspace(memory))
+    }
+
+    /// The same of memory that a CPU provides when it is written.
+    pub(crate) fn uncommitted(stream: &Stream, bytes: usize) -> Result<Workspace<'static>, Error> {
+        Ok(Workspace(Memory::Own(Buffer::zeros(stream, bytes.div_ceil(size_of::<u32>()))?)))
     }
 }
 

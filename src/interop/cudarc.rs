@@ -47,8 +47,8 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Unsupported`] for another [`Device`]
-    /// than one from [`Device::cuda`], for a stream of which there is such a `Stream`, or that is per thread;
+    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Mismatch`] for another [`Device`]
+    /// than one from [`Device::cuda`], and for a stream of which there is such a `Stream`; [`Error::Unsupported`] for one that is per thread;
     /// [`Error::Context`] for one of another context than the device's primary one; [`Error::OutOfMemory`];
     /// what the driver reports.
     pub fn from_cudarc(device: &Device, cuda: &Arc<CudaStream>) -> Result<Stream, Error> {
@@ -57,8 +57,7 @@ impl Stream {
             return Err(Error::Place { op: Op::Stream, arg: "device", want: place, got: device.place() });
         }
         if device.driver_id() != Arc::as_ptr(&Hardware::shared()?).addr() {
-            let (got, supported) = ("of another driver", "one from Device::cuda");
-            return Err(Error::unsupported(Op::Stream, "a cudarc stream on a device", got, supported));
+            return Err(Error::mismatch(Op::Stream, "device", "one from Device::cuda", "one of another driver"));
         }
         cuda.context().bind_to_thread().map_err(report)?; // the default stream's handle does not say which context it is of
         // SAFETY: cudarc's value keeps the stream alive.
@@ -77,7 +76,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if this is not the stream `cuda`, or while it is captured; the error of `work`.
+    /// [`Error::Mismatch`] if this is not the stream `cuda`; [`Error::Unsupported`] while it is captured; the error of `work`.
     ///
     /// ```no_run
     /// use cudarc::driver::CudaContext;
@@ -113,8 +112,7 @@ impl Stream {
         work: impl for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> Result<R, E>,
     ) -> Result<R, E> {
         if self.as_raw() != Some(cuda.cu_stream().cast()) || self.place() != Place::Cuda(cuda.context().ordinal() as u32) {
-            let (got, supported) = ("another", "the one that this was made from");
-            return Err(Error::unsupported(Op::Stream, "the cudarc stream", got, supported).into());
+            return Err(Error::mismatch(Op::Stream, "cuda", "the stream that this one was made from", "another").into());
         }
         self.outside_capture(Op::Stream, "a cudarc scope")?;
         let loans = Loans { stream: self, of: RefCell::default() };
@@ -211,7 +209,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// # Errors
     ///
     /// [`Error::Capacity`] if there are fewer; [`Error::TooLarge`] beyond the address space;
-    /// [`Error::Unsupported`] for memory of another `CudaContext` than the stream's, and within a capture;
+    /// [`Error::Mismatch`] for memory of another `CudaContext` than the stream's; [`Error::Unsupported`] within a capture;
     /// [`Error::Driver`] for what cudarc's calls have reported since it was last asked.
     pub fn rows<T: Element, S: Source<T>>(&'scope self, slice: &'env S, rows: usize, cols: usize) -> Result<Rows<'scope, T>, Error> {
         self.rows_strided(slice, rows, cols, cols)
@@ -302,8 +300,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         if Arc::ptr_eq(context, self.cuda.context()) {
             return Ok(());
         }
-        let (got, supported) = ("another CudaContext", "the stream's");
-        Err(Error::unsupported(Op::View, "memory of", got, supported))
+        Err(Error::mismatch(Op::View, "slice", "of the stream's CudaContext", "one of another"))
     }
 
     /// Keeps a guard until the scope ends. Gives the mark of its memory, which counts as written here just

@@ -90,7 +90,7 @@ impl<'a, T: Element> TryFrom<ArrayViewMut2<'a, T>> for RowsMut<'a, T> {
 ///
 /// # Errors
 ///
-/// [`Error::Unsupported`] for the memory of a GPU.
+/// [`Error::Mismatch`] for the memory of a GPU.
 ///
 /// ```
 /// use dropless::Rows;
@@ -114,7 +114,7 @@ impl<'a, T: Element> TryFrom<Rows<'a, T>> for ArrayView2<'a, T> {
 ///
 /// # Errors
 ///
-/// [`Error::Unsupported`] for the memory of a GPU.
+/// [`Error::Mismatch`] for the memory of a GPU.
 impl<'a, T: Element> TryFrom<RowsMut<'a, T>> for ArrayViewMut2<'a, T> {
     type Error = Error;
 
@@ -128,7 +128,7 @@ impl<'a, T: Element> TryFrom<RowsMut<'a, T>> for ArrayViewMut2<'a, T> {
 /// The shape of an array on the host.
 fn shape(place: Place, [rows, cols]: [usize; 2], stride: usize) -> Result<StrideShape<Ix2>, Error> {
     if place != Place::Host {
-        return Err(Error::unsupported(Op::View, "an array of memory on", "cuda", "cpu"));
+        return Err(Error::mismatch(Op::View, "rows", "on the host", "rows on a GPU"));
     }
     // A single row may have a stride that says nothing.
     Ok((rows, cols).strides((if rows > 1 { stride } else { cols }, 1)))
@@ -202,6 +202,6 @@ mod tests {
         // SAFETY: nothing is read.
         let rows = unsafe { Rows::<f32>::from_raw(Place::Cuda(0), 256, 2, 2, 2).unwrap() };
         let text = ArrayView2::try_from(rows).err().unwrap().to_string();
-        assert_eq!(text, "view: an array of memory on cuda is not supported here; supported: cpu");
+        assert_eq!(text, "view: `rows` must be on the host, got rows on a GPU");
     }
 }

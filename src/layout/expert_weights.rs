@@ -16,6 +16,8 @@ use crate::shape::checked_bytes;
 use crate::weights::WeightRows;
 
 /// How one expert's matrix lies in memory.
+///
+/// There is no third order, so a `match` needs no other arm: packed and quantised weights are other types of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightOrder {
     /// Row `n` holds the K weights of output `n`: used transposed, `D = A * W^T` (`nt`). DBRX's `w1` and `v1`, all of Mixtral's.
@@ -108,7 +110,7 @@ impl<'a> ExpertWeights<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] without matrices; [`Error::Shape`] or [`Error::Unsupported`] if one has another shape or type than the first;
+    /// [`Error::Value`] without matrices; [`Error::Shape`] or [`Error::Mismatch`] if one has another shape or type than the first;
     /// [`Error::Layout`] if one has another row stride; [`Error::Place`] if they live on several devices.
     pub fn nk_each(matrices: &'a [WeightRows<'a>]) -> Result<Self, Error> {
         Self::each(matrices, WeightOrder::Nk)
@@ -133,8 +135,9 @@ impl<'a> ExpertWeights<'a> {
         Ok(Self::whole(source, num_experts, order, [rows, stacked.cols()]))
     }
 
-    /// `num_experts` matrices of memory that this crate does not own, `expert_stride` elements from the beginning of one to that of the next;
-    /// `first` is the first expert's, `[N, K]` or `[K, N]` as `order` says, as [`Rows::from_raw`](crate::Rows::from_raw) gives it.
+    /// `num_experts` matrices of memory that this crate does not own, `expert_stride` elements from the beginning of one to that of the next,
+    /// which may be less than a matrix, as where experts are columns of a wide one. `first` is the first expert's, `[N, K]` or `[K, N]` as
+    /// `order` says, as [`Rows::from_raw`](crate::Rows::from_raw) gives it.
     ///
     /// # Safety
     ///
@@ -142,8 +145,7 @@ impl<'a> ExpertWeights<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if `num_experts` is 0; [`Error::Layout`] if `expert_stride` is less than a matrix and there are several;
-    /// [`Error::TooLarge`] beyond the address space.
+    /// [`Error::Value`] if `num_experts` is 0; [`Error::TooLarge`] beyond the address space.
     pub unsafe fn from_raw(
         first: impl Into<WeightRows<'a>>,
         num_experts: usize,
@@ -155,9 +157,6 @@ impl<'a> ExpertWeights<'a> {
             return Err(Error::Value { op, arg: "num_experts", need: "at least 1", got: 0.0 });
         }
         let elements = if first.rows() == 0 { 0 } else { (first.rows() - 1) * first.stride() + first.cols() };
-        if num_experts > 1 && expert_stride < elements {
-            return Err(Error::Layout { op, arg: "expert_stride", need: "at least the elements of a matrix", got: expert_stride });
-        }
         checked_bytes(op, "bytes", &[num_experts, expert_stride.max(elements)], first.dtype().size_bytes())?;
         Ok(Self::whole(Source::Strided { first, stride: expert_stride }, num_experts, order, first.dims()))
     }
@@ -170,7 +169,7 @@ impl<'a> ExpertWeights<'a> {
         for matrix in matrices {
             check_shape(op, "matrices", "[rows, cols] of the first", &first.dims(), &matrix.dims())?;
             if matrix.dtype() != first.dtype() {
-                return Err(Error::unsupported(op, "among `matrices`, type", matrix.dtype().name(), first.dtype().name()));
+                return Err(Error::mismatch(op, "matrices", format!("of one type, {}", first.dtype().name()), matrix.dtype().name()));
             }
             if matrix.stride() != first.stride() {
                 return Err(Error::Layout { op, arg: "matrices", need: "one row stride", got: matrix.stride() });
@@ -289,19 +288,24 @@ impl<'a> ExpertWeights<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Layout`] if that differs, with the number of the first matrix that lies elsewhere.
+    /// [`Error::Unsupported`] if that differs, with the number of the first matrix that lies elsewhere.
     #[cfg(feature = "cuda")]
     pub(crate) fn expert_stride(&self, op: Op, arg: &'static str) -> Result<i64, Error> {
+        if self.num_experts == 1 {
+            let only = self.matrix(0); // there is no next, whatever the caller said
+            return Ok((only.rows() * only.stride()) as i64);
+        }
         let matrices = match self.source {
             Source::Strided { stride, .. } => return Ok(stride as i64),
-            Source::Each([only]) => return Ok((only.rows() * only.stride()) as i64),
             Source::Each(matrices) => matrices,
         };
         let step = |at: usize| matrices[at].address().wrapping_sub(matrices[at - 1].address()) as i64;
         let size = self.dtype().size_bytes() as i64;
         let uneven = (1..matrices.len()).find(|&at| step(at) != step(1) || step(at) % size != 0);
-        let need = "its experts' matrices at one distance from each other, as they are up to matrix";
-        uneven.map_or(Ok(step(1) / size), |got| Err(Error::Layout { op, arg, need, got }))
+        uneven.map_or(Ok(step(1) / size), |at| {
+            let what = format!("`{arg}` with another distance before");
+            Err(Error::unsupported(op, what, format!("matrix {at}"), "one distance from each expert's matrix to the next"))
+        })
     }
 }
 
@@ -362,7 +366,7 @@ mod tests {
         );
         assert_eq!(
             text(&[rows(0, 2, 3), Rows::from_slice(&halves, 2, 3).unwrap().into()]),
-            "expert_weights: among `matrices`, type bf16 is not supported here; supported: f32"
+            "expert_weights: `matrices` must be of one type, f32, got bf16"
         );
         let strided = Rows::from_slice_strided(&data, 2, 3, 4).unwrap().into();
         assert_eq!(text(&[rows(0, 2, 3), strided]), "expert_weights: `matrices` must have one row stride, got 4");
@@ -378,7 +382,8 @@ mod tests {
         assert_eq!(stride(&[rows(16), rows(8), rows(0)]), Ok(-8));
         assert_eq!(stride(&[rows(3)]), Ok(6));
         let refused = stride(&[rows(0), rows(8), rows(15)]).unwrap_err().to_string();
-        let want = "grouped_gemm: `w` must have its experts' matrices at one distance from each other, as they are up to matrix, got 2";
+        let want = "grouped_gemm: `w` with another distance before matrix 2 is not supported here; \
+                    supported: one distance from each expert's matrix to the next";
         assert_eq!(refused, want);
     }
 }

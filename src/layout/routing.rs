@@ -61,7 +61,7 @@ impl RoutingBuffers<'static> {
     /// As [`bytes`](RoutingBuffers::bytes); [`Error::OutOfMemory`]; [`Error::Unsupported`] within a [capture](Stream::capture).
     pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers<'static>, Error> {
         let bytes = RoutingBuffers::bytes(max_tokens, top_k, num_experts)?;
-        RoutingBuffers::within(Workspace::new(stream, bytes)?, max_tokens, top_k, num_experts)
+        RoutingBuffers::within(Workspace::uncommitted(stream, bytes)?, max_tokens, top_k, num_experts)
     }
 
     /// Bytes that these sizes take, for an engine's accounts and for [`within`](RoutingBuffers::within).
@@ -77,6 +77,7 @@ impl RoutingBuffers<'static> {
                 return Err(Error::Value { op: Op::Routing, arg, need: "at least 1", got: 0.0 });
             }
         }
+        checked_product(Op::Routing, "top_k", &[top_k], MAX_ROWS)?; // of no tokens, too
         let slots = checked_product(Op::Routing, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         // Of 32-bit elements all, whatever they count.
         Ok(4 * Workspace::bytes_for::<u32>(Op::Routing, slots, 1)? + Workspace::bytes_for::<u32>(Op::Routing, num_experts + 1, 1)?)
@@ -170,13 +171,14 @@ impl<'a> Routing<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the slices are not whole tokens or differ in length; [`Error::Index`] for an id that is neither below
+    /// [`Error::Value`] if the ids are not those of whole tokens; [`Error::Shape`] if there are not as many weights; [`Error::Index`] for an id that is neither below
     /// E nor [`NOWHERE`]; [`Error::Duplicate`] for an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
     pub fn from_host(stream: &Stream, ids: &[u32], weights: &[f32], buffers: &'a mut RoutingBuffers<'_>) -> Result<Routing<'a>, Error> {
         let (top_k, num_experts) = (buffers.top_k, buffers.num_experts);
         let num_tokens = ids.len() / top_k;
         if ids.len() != num_tokens * top_k {
-            return Err(Error::shape(Op::Routing, "ids", "[T, k]", &[num_tokens, top_k], &[num_tokens, ids.len() - num_tokens * top_k]));
+            let need = "a multiple of top_k";
+            return Err(Error::Value { op: Op::Routing, arg: "ids.len()", need, got: ids.len() as f64 });
         }
         if weights.len() != ids.len() {
             return Err(Error::shape(Op::Routing, "weights", "[T * k]", &[ids.len()], &[weights.len()]));
@@ -316,7 +318,7 @@ mod tests {
         assert_eq!(text(&[0, 1, 2, 2], &[0.5; 4]), "routing: `ids` names expert 2 twice for token 1");
         assert_eq!(text(&[0, 1], &[0.5; 4]), "routing: `weights` must be [T * k] = [2], got [4]");
         assert_eq!(text(&[0, 1, 0, 1, 0, 1], &[0.5; 6]), "routing: needs 3 tokens of routing buffers, has 2");
-        assert!(text(&[0, 1, 2], &[0.5; 3]).starts_with("routing: `ids` must be [T, k]"));
+        assert_eq!(text(&[0, 1, 2], &[0.5; 3]), "routing: `ids.len()` must be a multiple of top_k, got 3");
         assert_eq!(buffers.routing(2).unwrap().offsets().as_slice().unwrap(), [0; 4]);
     }
 
@@ -337,7 +339,7 @@ mod tests {
     #[test]
     fn impossible_choices_are_refused() {
         let stream = Device::cpu().stream().unwrap();
-        for (tokens, k, experts) in [(1, 0, 4), (1, 1, 1025), (1 << 31, 1, 4), (1, 1, 0), (1, 0, 0)] {
+        for (tokens, k, experts) in [(1, 0, 4), (1, 1, 1025), (1 << 31, 1, 4), (0, 1 << 31, 4), (1, 1, 0), (1, 0, 0)] {
             assert!(RoutingBuffers::new(&stream, tokens, k, experts).is_err(), "{tokens} {k} {experts}");
         }
     }

@@ -47,9 +47,9 @@ use crate::view::{Rows, RowsMut};
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights of the other order, and on a GPU for
-/// weights of another type than `x` or outputs that are neither of that type nor `f32`; [`Error::Place`], [`Error::NotJoined`].
-/// Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Mismatch`] for weights of the other order; [`Error::Place`], [`Error::NotJoined`];
+/// on a GPU [`Error::Unsupported`] for weights of another type than `x`, outputs that are neither of that type nor `f32`, and experts
+/// whose matrices do not lie at one distance from each other. Nothing is written.
 pub fn nt<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -57,7 +57,7 @@ pub fn nt<A: Float, O: Float>(
     rows: ExpertRows<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_order("w", &w, WeightOrder::Nk, "call `nn` or `linear` for the other")?;
+    check_order("w", &w, WeightOrder::Nk, "`nn` or `linear` take the other")?;
     linear(stream, x, w, rows, &Epilogue::default(), y)
 }
 
@@ -83,7 +83,7 @@ pub fn nn<A: Float, O: Float>(
     rows: ExpertRows<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    check_order("w", &w, WeightOrder::Kn, "call `nt` or `linear` for the other")?;
+    check_order("w", &w, WeightOrder::Kn, "`nt` or `linear` take the other")?;
     linear(stream, x, w, rows, &Epilogue::default(), y)
 }
 
@@ -119,7 +119,8 @@ pub fn nn<A: Float, O: Float>(
 ///
 /// # Errors
 ///
-/// As [`nt`]; [`Error::Shape`] for a bias of another shape. Nothing is written.
+/// As [`nt`], but weights may be of either order; [`Error::Shape`] for a bias of another shape; on a GPU [`Error::Unsupported`] for one that is
+/// neither `f32` nor of the type of `x`. Nothing is written.
 pub fn linear<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -156,8 +157,8 @@ pub fn glu_nt<A: Float>(
     rows: ExpertRows<'_>,
     h: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    check_order("w1", &w1, WeightOrder::Nk, "call `glu` for the other")?;
-    check_order("v1", &v1, WeightOrder::Nk, "call `glu` for the other")?;
+    check_order("w1", &w1, WeightOrder::Nk, "`glu` takes the other")?;
+    check_order("v1", &v1, WeightOrder::Nk, "`glu` takes the other")?;
     let product = Product { x, weights: [w1, v1], rows, finish: Finish::from(GluEpilogue::default()) };
     let biases = ["gate_bias", "up_bias"];
     product.check(["w1", "v1"], biases, "h", h)?;
@@ -180,8 +181,8 @@ pub fn glu_nt<A: Float>(
 ///
 /// # Errors
 ///
-/// As [`linear`]; [`Error::Unsupported`] for weights of two orders, and on a GPU of two types; [`Error::Value`] for constants of a gate that are no numbers.
-/// Nothing is written.
+/// As [`linear`]; [`Error::Mismatch`] for weights of two orders; [`Error::Value`] for constants of a gate that are no numbers; on a GPU
+/// [`Error::Unsupported`] for weights of two types. Nothing is written.
 pub fn glu<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -242,7 +243,7 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
         y: &mut RowsMut<'_, O>,
     ) -> Result<(), Error> {
         let run = dispatch!(stream, cpu::product, cuda::product);
-        kernels_need!(stream, cuda::check(&self, weight_args, y));
+        kernels_need!(stream, cuda::check(&self, weight_args, bias_args, y));
         let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", self.x.access()), (out_arg, y.access())];
         arguments.extend(self.rows.accesses(stream.place()));
         for (arg, w) in weight_args.into_iter().zip(&self.weights) {
@@ -256,13 +257,12 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
     }
 }
 
-/// What the kernels need of types and of the places of matrices, for a composition that wants to know before it begins. `biases` are those of
-/// `weights`, in any order.
+/// What the kernels need of types and of the places of matrices, for a composition that wants to know before it begins.
 pub(crate) fn check_kernels<'a>(
     op: Op,
     x: DType,
-    weights: impl IntoIterator<Item = ExpertWeights<'a>>,
-    biases: impl IntoIterator<Item = Option<(&'static str, crate::epilogue::Bias<'a>)>>,
+    weights: impl IntoIterator<Item = (&'static str, ExpertWeights<'a>)>,
+    biases: impl IntoIterator<Item = (&'static str, crate::epilogue::Bias<'a>)>,
 ) -> Result<(), Error> {
     #[cfg(feature = "cuda")]
     return cuda::check_types(op, x, weights, biases);
@@ -277,11 +277,5 @@ fn check_order(arg: &'static str, w: &ExpertWeights<'_>, want: WeightOrder, hint
     if w.order() == want {
         return Ok(());
     }
-    let what = match arg {
-        "w1" => "for `w1`, weight order",
-        "v1" => "for `v1`, weight order",
-        "up" => "for `up`, weight order",
-        _ => "for `w`, weight order",
-    };
-    Err(Error::unsupported(Op::GroupedGemm, what, w.order().name(), format!("{}; {hint}", want.name())))
+    Err(Error::mismatch(Op::GroupedGemm, arg, format!("in order {} ({hint})", want.name()), w.order().name()))
 }

@@ -250,8 +250,10 @@ fn matrices_apart_need_one_distance_on_a_gpu() {
             same_bits(&uneven[..n], &even[..n]);
             same_bits(&uneven[2 * n..], &even[2 * n..]);
         } else {
-            let text = "grouped_gemm: `w` must have its experts' matrices at one distance from each other, as they are up to matrix, got 2";
-            assert_eq!(result.unwrap_err().to_string(), text);
+            let refused = result.unwrap_err();
+            let text = "grouped_gemm: `w` with another distance before matrix 2 is not supported here; \
+                        supported: one distance from each expert's matrix to the next";
+            assert_eq!((refused.to_string().as_str(), refused.is_unsupported()), (text, true));
         }
     });
 }
@@ -268,7 +270,7 @@ fn refusals_name_what_is_wrong() {
         result.map_or_else(|error| error.to_string(), |()| "taken".into())
     };
     let none = GluEpilogue::default();
-    let text = "grouped_gemm: for `up`, weight order Kn is not supported here; supported: Nk; that of `gate`";
+    let text = "grouped_gemm: `up` must be in order Nk (that of `gate`), got Kn";
     assert_eq!(glu(nk, kn, none), text);
     let clamped = |alpha, limit, added| none.with_glu(Glu::Clamped { alpha, limit, added });
     assert_eq!(glu(nk, nk, clamped(f32::NAN, 1.0, 0.0)), "grouped_gemm: `alpha` must be finite, got NaN");

@@ -379,7 +379,7 @@ fn refusals_write_nothing() {
     let text = guard::refused::<f32>(&stream, 2, 4, |y| grouped_gemm::nt(&stream, view(3, 5), w(Nk, 2, 4, 5), rows(), y));
     assert_eq!(text, "grouped_gemm: `y` must be [R, N] = [3, 4], got [2, 4]");
     let text = guard::refused::<f32>(&stream, 3, 4, |y| grouped_gemm::nt(&stream, view(3, 5), w(Kn, 2, 4, 5), rows(), y));
-    assert_eq!(text, "grouped_gemm: for `w`, weight order Kn is not supported here; supported: Nk; call `nn` or `linear` for the other");
+    assert_eq!(text, "grouped_gemm: `w` must be in order Nk (`nn` or `linear` take the other), got Kn");
     let text =
         guard::refused::<f32>(&stream, 3, 4, |h| grouped_gemm::glu_nt(&stream, view(3, 5), w(Nk, 2, 4, 5), w(Nk, 2, 3, 5), rows(), h));
     assert_eq!(text, "grouped_gemm: `v1` must be [E, N, K] = [2, 4, 5], got [2, 3, 5]");

@@ -660,7 +660,7 @@ fn a_gpu_refuses_before_the_first_step() {
     let error = moe::forward(&stream, &plan, at(3, 0), &weights, &mut buffers, &mut workspace, &mut y).map(|_| ()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "moe: a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, bf16 x bf16 -> f32, f16 x f16 -> f32"
+        "moe: for `router`, a kernel for f32 x bf16 -> f32 is not supported here; supported: f32 x f32 -> f32, bf16 x bf16 -> f32, f16 x f16 -> f32"
     );
     assert_eq!(driver.launches().len(), before);
 }

@@ -231,7 +231,7 @@ fn what_would_not_be_in_order_is_refused() {
     let mut y = upload(&cuda, &[0.0f32; 16]);
     let stream = Stream::from_cudarc(&device, &cuda).unwrap();
     let second = Stream::from_cudarc(&device, &cuda).err();
-    assert_eq!(text(second), "stream: a stream that a Stream was made from already is not supported here; supported: one at a time");
+    assert_eq!(text(second), "stream: `cuda` must be a stream without a `Stream` of its own, got one that has it");
     let on_cpu = Stream::from_cudarc(&Device::cpu(), &cuda).err();
     assert_eq!(text(on_cpu), "stream: `device` lives on cpu, the stream runs on cuda:0");
 
@@ -243,7 +243,7 @@ fn what_would_not_be_in_order_is_refused() {
         let short = text(scope.rows(&slice, 3, 8).err());
         assert_eq!(short, "view: needs 24 elements, has 16");
         let another = text(scope.rows(&strange, 2, 8).err());
-        assert_eq!(another, "view: memory of another CudaContext is not supported here; supported: the stream's");
+        assert_eq!(another, "view: `slice` must be of the stream's CudaContext, got one of another");
         let unordered = scope.lend(&used_there).err();
         assert!(matches!(unordered, Some(Error::NotJoined { arg: "buffer", .. })), "{unordered:?}");
         let (x, mut y) = (scope.rows(&slice, 2, 8)?, scope.rows_mut(&mut y, 2, 8)?);
@@ -260,7 +260,7 @@ fn what_would_not_be_in_order_is_refused() {
     let early = lent.to_vec(&own).err();
     assert!(matches!(early, Some(Error::NotJoined { .. })), "joined before cudarc gave the buffer back: {early:?}");
     let wrong = stream.cudarc_scope(&others, |_| Ok::<(), Error>(())).err();
-    assert!(text(wrong).contains("the cudarc stream another is not supported here"));
+    assert!(text(wrong).contains("`cuda` must be the stream that this one was made from, got another"));
 
     drop(stream);
     let stream = Stream::from_cudarc(&device, &cuda).expect("the first is gone");

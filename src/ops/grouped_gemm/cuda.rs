@@ -151,13 +151,16 @@ pub fn forms() -> Vec<(&'static str, usize)> {
 pub(super) fn check<A: Float, O: Float, const P: usize>(
     product: &Product<'_, A, P>,
     weight_args: [&'static str; P],
+    bias_args: [&'static str; P],
     y: &RowsMut<'_, O>,
 ) -> Result<(), Error> {
     for (arg, w) in weight_args.into_iter().zip(&product.weights) {
         check_one_type(Op::GroupedGemm, "two types of weights,", product.weights[0].dtype(), w.dtype())?;
         w.expert_stride(Op::GroupedGemm, arg)?;
     }
-    product.finish.biases.iter().flatten().try_for_each(|bias| check_bias(Op::GroupedGemm, A::DTYPE, bias))?;
+    for (arg, bias) in bias_args.into_iter().zip(&product.finish.biases) {
+        bias.map_or(Ok(()), |bias| check_bias(Op::GroupedGemm, A::DTYPE, arg, &bias))?;
+    }
     choose(product, y).map(|_| ())
 }
 
@@ -165,23 +168,24 @@ pub(super) fn check<A: Float, O: Float, const P: usize>(
 pub(super) fn check_types<'a>(
     op: Op,
     x: DType,
-    weights: impl IntoIterator<Item = ExpertWeights<'a>>,
-    biases: impl IntoIterator<Item = Option<(&'static str, Bias<'a>)>>,
+    weights: impl IntoIterator<Item = (&'static str, ExpertWeights<'a>)>,
+    biases: impl IntoIterator<Item = (&'static str, Bias<'a>)>,
 ) -> Result<(), Error> {
-    for w in weights {
-        find(op, KERNELS, Key { order: w.order(), products: 1 }, Types { w: w.dtype(), ..Types::all(x) }, |_| true)?;
-        w.expert_stride(op, "weights")?;
+    for (arg, w) in weights {
+        find(op, KERNELS, Key { order: w.order(), products: 1 }, Types { w: w.dtype(), ..Types::all(x) }, |_| true)
+            .map_err(|error| error.about(arg))?;
+        w.expert_stride(op, arg)?;
     }
-    biases.into_iter().flatten().try_for_each(|(_, bias)| check_bias(op, x, &bias))
+    biases.into_iter().try_for_each(|(arg, bias)| check_bias(op, x, arg, &bias))
 }
 
 /// Kernels read biases of `f32` and of the type of `x`.
-fn check_bias(op: Op, x: DType, bias: &Bias<'_>) -> Result<(), Error> {
+fn check_bias(op: Op, x: DType, arg: &'static str, bias: &Bias<'_>) -> Result<(), Error> {
     if bias.dtype() == DType::F32 || bias.dtype() == x {
         return Ok(());
     }
     let supported = if x == DType::F32 { "f32".to_owned() } else { format!("{}, f32", x.name()) };
-    Err(Error::unsupported(op, "bias of type", bias.dtype().name(), supported))
+    Err(Error::unsupported(op, format!("`{arg}` of type"), bias.dtype().name(), supported))
 }
 
 /// Static shape, layout and the class of the call alone decide.

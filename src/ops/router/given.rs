@@ -53,7 +53,7 @@ impl Here {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if `ids` or `weights` are not `[T, k]`; [`Error::Value`] if the last expert's id would be [`NOWHERE`] or beyond;
+/// [`Error::Shape`] if `ids` or `weights` are not `[T, k]`; [`Error::TooLarge`] if the last expert's id would be [`NOWHERE`] or beyond;
 /// [`Error::Capacity`] if the buffers hold fewer than T tokens; [`Error::Place`],
 /// [`Error::NotJoined`]. Nothing is written.
 pub fn index<'a>(
@@ -66,9 +66,9 @@ pub fn index<'a>(
     let want = [ids.rows(), buffers.top_k()];
     check_shape(Op::Router, "ids", "[T, k]", &want, &ids.dims())?;
     check_shape(Op::Router, "weights", "[T, k]", &want, &weights.dims())?;
-    if u32::try_from(buffers.num_experts()).is_ok_and(|experts| here.first_expert > NOWHERE - experts) {
-        let got = f64::from(here.first_expert);
-        return Err(Error::Value { op: Op::Router, arg: "first_expert", need: "such that E ids follow below 2^32 - 1", got });
+    let (end, limit) = (u128::from(here.first_expert) + buffers.num_experts() as u128, u128::from(NOWHERE));
+    if end > limit {
+        return Err(Error::TooLarge { op: Op::Router, what: "first_expert + num_experts", got: end, limit });
     }
     let num_tokens = ids.rows();
     let parts = buffers.parts_mut(Op::Router, num_tokens)?;
