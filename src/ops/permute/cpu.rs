@@ -31,7 +31,7 @@ pub(super) fn combine<A: Float>(
 ) -> Result<(), Error> {
     let (x, weights) = (x.host(), routing.weights().host());
     let (rows, top_k) = (routing.slot_to_row().host().row(0), routing.top_k());
-    for_each_row(stream, y.host(), rows_per_task(x.cols() * top_k), |token, y| {
+    for_each_row(stream, y.host(), rows_per_task(x.cols().saturating_mul(top_k)), |token, y| {
         let (weights, rows) = (weights.row(token), &rows[token * top_k..][..top_k]);
         for (block, y) in y.chunks_mut(BLOCK).enumerate() {
             let sum = &mut [0f32; BLOCK][..y.len()];
