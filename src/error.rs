@@ -225,7 +225,7 @@ impl Error {
         Error::Unsupported { op, what: what.into(), got: got.into(), supported: supported.into() }
     }
 
-    /// The same of something unsupported, which is this argument's fault.
+    /// The same error with the name of the argument that it is about, if something is unsupported.
     #[cfg(feature = "cuda")]
     pub(crate) fn about(self, arg: &'static str) -> Error {
         match self {

@@ -112,8 +112,8 @@ impl<A: Float> Plan<A> {
     /// | H100, both products of DBRX's experts | 1.02 | | 1.00 |
     /// | CPU, two cores with AVX-512, bf16 weights, E = 8, k = 2 | 2.3 to 3.6 | 1.8 to 2.2 | 1.1 to 1.2 |
     ///
-    /// `8` is the class of decode steps, of at most 8 rows for each expert: larger batches are right in it, and read weights several times. On an H100 all classes
-    /// gave the same bits; that is not promised.
+    /// `8` is the class of decode steps, of at most 8 rows for each expert: larger batches are right in it, and read
+    /// weights several times. On an H100 all classes gave the same bits; that is not promised.
     ///
     /// ```
     /// use dropless::moe::{Plan, Shape};
@@ -449,22 +449,13 @@ pub fn forward<'r, A: Float>(
     arguments.extend(parts.accesses());
     arguments.push(("workspace", workspace.access()));
     stream.admit(Op::Moe, &arguments)?;
-    stream.rehearse(Op::Moe, || forward_admitted(stream, plan, x, weights, routing, workspace, y).map(drop))?;
-    forward_admitted(stream, plan, x, weights, routing, workspace, y)
-}
-
-fn forward_admitted<'r, A: Float>(
-    stream: &Stream,
-    plan: &Plan<A>,
-    x: Rows<'_, A>,
-    weights: &Weights<'_>,
-    routing: &'r mut RoutingBuffers<'_>,
-    workspace: &mut Workspace,
-    y: &mut RowsMut<'_, A>,
-) -> Result<Routing<'r>, Error> {
-    let routing = route(stream, plan, x, weights.router, weights.choice, routing, workspace)?;
-    routed_admitted(stream, plan, x, &weights.experts, &routing, workspace, y)?;
-    Ok(routing)
+    let mut steps = || {
+        let routing = route(stream, plan, x, weights.router, weights.choice, routing, workspace)?;
+        forward_routed(stream, plan, x, &weights.experts, &routing, workspace, y)
+    };
+    stream.rehearse(Op::Moe, &mut steps)?;
+    steps()?;
+    routing.routing(num_tokens)
 }
 
 /// The first step: scores each token's experts and chooses among them.
@@ -576,24 +567,15 @@ pub fn forward_routed<A: Float>(
     plan.check_routed(stream, &x, experts, routing, workspace)?;
     check_output(stream, plan, x.rows(), y)?;
     admit_routed(stream, &x, experts, routing, workspace, ("y", y.access()))?;
-    stream.rehearse(Op::Moe, || routed_admitted(stream, plan, x, experts, routing, workspace, y))?;
-    routed_admitted(stream, plan, x, experts, routing, workspace, y)
-}
-
-fn routed_admitted<A: Float>(
-    stream: &Stream,
-    plan: &Plan<A>,
-    x: Rows<'_, A>,
-    experts: &Experts<'_>,
-    routing: &Routing<'_>,
-    workspace: &mut Workspace,
-    y: &mut RowsMut<'_, A>,
-) -> Result<(), Error> {
-    let mut parts = plan.carve_rows(workspace, x.rows())?;
-    both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
-    let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
-    let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
-    permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
+    let mut steps = || {
+        let mut parts = plan.carve_rows(workspace, x.rows())?;
+        both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
+        let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
+        let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
+        permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
+    };
+    stream.rehearse(Op::Moe, &mut steps)?;
+    steps()
 }
 
 /// Every argument of the steps behind the routing, before the first of them writes.

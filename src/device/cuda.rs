@@ -427,9 +427,9 @@ impl RawStream {
         })
     }
 
-    /// Whether a kernel may be refused: there is one that is not loaded, and no image can be loaded now.
+    /// Whether a launch may be refused: there is a kernel that is not loaded, and no image can be loaded now.
     pub(super) fn may_refuse_kernels(&self, op: Op) -> bool {
-        !self.device.has_all_images() && self.outside_capture(op, "loading a kernel").is_err()
+        !self.is_rehearsal() && !self.device.has_all_images() && self.outside_capture(op, "loading a kernel").is_err()
     }
 
     /// Calls `steps`, whose kernels are looked up and not launched.

@@ -362,6 +362,7 @@ impl Stream {
 
     /// Before an operation of several launches, all of whose arguments were admitted: refuses it now where one of its launches would be
     /// refused, so that a graph under capture has all of them or none. `steps` are those launches; nothing is launched here.
+    /// Steps that are such operations themselves are gone through as parts of this one.
     pub(crate) fn rehearse(&self, op: Op, steps: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda
