@@ -254,6 +254,30 @@ fn a_layer_is_captured_whole_or_not_at_all() {
     }
 }
 
+/// Where some kernel that a layer does not need is not loaded, its steps are gone through, and each is launched once.
+#[test]
+fn a_layer_is_captured_once() {
+    let (driver, device, stream) = engine();
+    let (lent, (d, tokens)) = (lent(&device, stream), (8, 3));
+    let (w, x) = (Buffer::<f32>::zeros(&lent, d * d).unwrap(), Buffer::<f32>::zeros(&lent, tokens * d).unwrap());
+    let matrix = ExpertWeights::nk(w.rows(d, d).unwrap(), 1).unwrap();
+    let weights = Weights::new(w.rows(1, d).unwrap(), Experts::gated(matrix, matrix, matrix));
+    let plan = Plan::<f32>::new(Shape::new(d, d, 1, 1), tokens).unwrap();
+    let mut workspace = Workspace::new(&lent, plan.workspace_bytes()).unwrap();
+    let mut buffers = RoutingBuffers::new(&lent, tokens, 1, 1).unwrap();
+    let mut y = Buffer::<f32>::zeros(&lent, tokens * d).unwrap();
+    let launches = [false, true].map(|captured| {
+        if captured {
+            driver.begin_capture(stream).unwrap();
+        }
+        let (before, y) = (driver.launches().len(), &mut y.rows_mut(tokens, d).unwrap());
+        moe::forward(&lent, &plan, x.rows(tokens, d).unwrap(), &weights, &mut buffers, &mut workspace, y).unwrap();
+        driver.launches().len() - before
+    });
+    assert_eq!(launches, [5, 5]);
+    driver.end_capture(stream).unwrap();
+}
+
 /// An engine that captures its stream finds the operations in its graph, and nothing else: what lending needs
 /// is made outside. What a graph cannot hold is refused, and the capture goes on.
 #[test]
