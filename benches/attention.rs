@@ -10,11 +10,8 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{rounding, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
+use dropless_kit::oracle::attention as oracle;
 use dropless_kit::pages::Step;
-
-#[allow(dead_code)] // tests use all of it
-#[path = "../tests/oracle/attention.rs"]
-mod oracle;
 
 /// A sequence of `len` tokens, of which the step adds `new`; the queries of `new = 1` go to `decode`.
 fn case<A: Float + Bits>(c: &mut Criterion, len: usize, new: usize) {

@@ -9,10 +9,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
 use dropless_kit::fill::normal;
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/block_sparse.rs"]
-#[allow(dead_code)] // a bench uses a part of the oracle
-mod oracle;
+use dropless_kit::oracle::block_sparse as oracle;
 
 const EXPERTS: usize = 16;
 const TOP_K: usize = 4;

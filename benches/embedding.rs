@@ -5,9 +5,7 @@ use dropless::{Bf16, Buffer, Device, Float, Rows, RowsMut, TokenIds, embedding::
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::within;
 use dropless_kit::fill::{Random, normal, to_f64};
-
-#[path = "../tests/oracle/embedding.rs"]
-mod oracle;
+use dropless_kit::oracle::embedding as oracle;
 
 /// DBRX has 100,352; what is timed is T rows of it.
 const VOCABULARY: usize = 1024;

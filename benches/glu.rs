@@ -6,9 +6,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{rounding, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/glu.rs"]
-mod oracle;
+use dropless_kit::oracle::glu as oracle;
 
 fn case<T: Float + Bits>(c: &mut Criterion, rows: usize, d_ffn: usize) {
     let stream = Device::cpu().stream().unwrap();

@@ -372,8 +372,8 @@ impl Bench<'_> {
 
         let mut out = Buffer::<Bf16>::zeros(stream, rows * d_model)?;
         for (form, class) in grouped_gemm::forms() {
-            // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be compared, and at 1, for what a plan in
-            // one class costs.
+            // Forms for few rows up to 64 tokens, those for many beyond; both at 64, where they may be
+            // compared, and at 1, for what a plan in one class costs.
             let many = class == usize::MAX;
             if many != (tokens > 64) && ![1, 64].contains(&tokens) && !emulated {
                 continue;

@@ -8,10 +8,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/grouped_gemm.rs"]
-#[allow(dead_code)] // a bench uses a part of the oracle
-mod oracle;
+use dropless_kit::oracle::grouped_gemm as oracle;
 
 const EXPERTS: usize = 16;
 const TOP_K: usize = 4;

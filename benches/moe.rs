@@ -8,9 +8,7 @@ use dropless::{Bf16, Device, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::relative_l2;
 use dropless_kit::fill::{normal, to_f64};
-
-#[path = "../tests/oracle/moe.rs"]
-mod oracle;
+use dropless_kit::oracle::moe as oracle;
 
 fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, d_model: usize, d_ffn: usize) {
     let shape = Shape::new(d_model, d_ffn, 16, 4);

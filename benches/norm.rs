@@ -10,10 +10,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{rounding, same_bits, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/norm.rs"]
-#[allow(dead_code)] // the oracle of `rms_norm`
-mod oracle;
+use dropless_kit::oracle::norm as oracle;
 
 const EPS: f32 = 1e-5;
 

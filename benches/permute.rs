@@ -9,9 +9,7 @@ use dropless::{Bf16, Device, Float, Routing, RoutingBuffers, Rows, RowsMut};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
 use dropless_kit::fill::{Random, normal, to_f64};
-
-#[path = "../tests/oracle/permute.rs"]
-mod oracle;
+use dropless_kit::oracle::permute as oracle;
 
 const EXPERTS: usize = 16;
 const TOP_K: usize = 4;

@@ -10,9 +10,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{rounding, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/rope.rs"]
-mod oracle;
+use dropless_kit::oracle::rope as oracle;
 
 const THETA: f32 = 500_000.0;
 

@@ -10,10 +10,7 @@ use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
-
-#[path = "../tests/oracle/router.rs"]
-#[allow(dead_code)] // the tests use the rest
-mod oracle;
+use dropless_kit::oracle::router as oracle;
 
 const D_MODEL: usize = 6144;
 const EXPERTS: usize = 16;

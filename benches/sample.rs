@@ -6,9 +6,7 @@ use dropless::{Buffer, Device, Rows, sample::argmax};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::same_bits;
 use dropless_kit::fill::{normal, to_f64};
-
-#[path = "../tests/oracle/sample.rs"]
-mod oracle;
+use dropless_kit::oracle::sample as oracle;
 
 fn case(c: &mut Criterion, tokens: usize, vocabulary: usize) {
     let stream = Device::cpu().stream().unwrap();

@@ -145,8 +145,9 @@ impl Device {
         }
     }
 
-    /// Loads all kernels of a GPU now. Otherwise each image is loaded when one of its kernels is first used. The machine code that ships
-    /// is only copied; where the driver refuses it, the driver compiles the PTX behind it, which takes seconds. Does nothing on the CPU.
+    /// Loads all kernels of a GPU now. Otherwise each image is loaded when one of its kernels is first used.
+    /// The machine code that ships is only copied; where the driver refuses it, the driver compiles the PTX
+    /// behind it, which takes seconds. Does nothing on the CPU.
     ///
     /// # Errors
     ///
@@ -159,8 +160,9 @@ impl Device {
         }
     }
 
-    /// The files of the images that a GPU has loaded so far: `ptx/glu.sm_90a.cubin` is machine code that ships, `ptx/glu.sm_90a.ptx`
-    /// was compiled by the driver, because it refused the other. Empty on the CPU.
+    /// The files of the images that a GPU has loaded so far: `ptx/glu.sm_90a.cubin` is machine code that
+    /// ships, `ptx/glu.sm_90a.ptx` was compiled by the driver, because it refused the other. Empty on the
+    /// CPU.
     pub fn loaded_images(&self) -> Vec<&'static str> {
         match &self.0 {
             Backend::Cpu(_) => Vec::new(),

@@ -95,10 +95,12 @@ pub enum Error {
     /// Alignment, stride or order in memory is not what the operation needs.
     #[allow(missing_docs)]
     Layout { op: Op, arg: &'static str, need: &'static str, got: usize },
-    /// A valid request that this device or build does not serve. `what` names the argument, or the property that `got` is of.
+    /// A valid request that this device or build does not serve. `what` names the argument, or the property
+    /// that `got` is of.
     #[allow(missing_docs)]
     Unsupported { op: Op, what: Cow<'static, str>, got: Cow<'static, str>, supported: Cow<'static, str> },
-    /// An argument is of another kind than the operation takes: the other weight order, another stream's memory.
+    /// An argument is of another kind than the operation takes: the other weight order, another stream's
+    /// memory.
     #[allow(missing_docs)]
     Mismatch { op: Op, arg: &'static str, need: Cow<'static, str>, got: &'static str },
     /// An index or count is outside its range.

@@ -1,8 +1,9 @@
 //! Mixture-of-experts inference kernels for NVIDIA Hopper (H100, H200), with a CPU backend that computes the same
 //! things anywhere.
 //!
-//! The crate holds what a mixture-of-experts model needs between its token ids and its logits, and it is judged by running
-//! DBRX and Mixtral (`examples/dbrx.rs`). It is *dropless*: no token is ever dropped, whatever the distribution over experts.
+//! The crate holds what a mixture-of-experts model needs between its token ids and its logits, and it is
+//! judged by running DBRX and Mixtral (`examples/dbrx.rs`). It is *dropless*: it drops no token, for any
+//! distribution over experts.
 //!
 //! ```
 //! use dropless::{Device, Rows, RowsMut, glu};

@@ -7,11 +7,12 @@
 //!          -> permute::combine      [T, D]                 each token's rows, weighted, in the order of its choices          combine
 //! ```
 //!
-//! [`forward`] is all of it. An engine that routes elsewhere, or that exchanges rows between devices, calls the steps: [`route`], [`experts`],
-//! [`combine`], or [`forward_routed`], which is the last two; a shared expert's rows are a step of their own, [`shared`].
+//! [`forward`] is all of it. An engine that routes elsewhere, or that exchanges rows between devices, calls
+//! the steps: [`route`], [`experts`], [`combine`], or [`forward_routed`], which is the last two; a shared
+//! expert's rows are a step of their own, [`shared`].
 //!
 //! Source: Gale et al. 2022, "MegaBlocks"; `DbrxFFN.forward` in Hugging Face transformers.
-//! Oracle: `tests/oracle/moe.rs`. Bench: `benches/moe.rs`.
+//! Oracle: `tests/kit/src/oracle/moe.rs`. Bench: `benches/moe.rs`.
 
 use std::marker::PhantomData;
 
@@ -104,16 +105,16 @@ impl<A: Float> Plan<A> {
     /// The layer in one class for every batch size, as if an expert could own `max_rows` rows: a token's bits then depend on the token and the
     /// weights alone, and not on how many others there are.
     ///
-    /// Without it classes follow the batch (see [`forward`]). `usize::MAX` is the class of large batches, right for any batch. What it costs small
-    /// ones, as the time of a batch over that of its own class:
+    /// Without it classes follow the batch (see [`forward`]). `usize::MAX` is the class of large batches,
+    /// right for any batch. What it costs small ones, as the time of a batch over that of its own class:
     ///
     /// | | T = 1 | 8 | 64 |
     /// |---|--:|--:|--:|
     /// | H100, both products of DBRX's experts | 1.02 | | 1.00 |
     /// | CPU, two cores with AVX-512, bf16 weights, E = 8, k = 2 | 2.3 to 3.6 | 1.8 to 2.2 | 1.1 to 1.2 |
     ///
-    /// `8` is the class of decode steps, of at most 8 rows for each expert: larger batches are right in it, and read
-    /// weights several times. On an H100 all classes gave the same bits; that is not promised.
+    /// `8` is the class of decode steps, of at most 8 rows for each expert: larger batches are right in it,
+    /// and read weights several times. On an H100 all classes gave the same bits; that is not promised.
     ///
     /// ```
     /// use dropless::moe::{Plan, Shape};
@@ -154,15 +155,16 @@ impl<A: Float> Plan<A> {
 /// | Llama-4, `gate_up_proj [E, D, 2F]` | `kn(..)?.halves()?` | `kn`, `[E F, D]` |
 /// | gpt-oss as OpenAI stores it, `[E, 2F, D]` in turn | `nk(..)?.interleaved()?` | `nk`, `[E D, F]` |
 ///
-/// On a GPU the matrices of `nk_each` must lie at one distance from each other, and `kn` gates run in the plain kernel. gpt-oss as transformers
-/// holds it, `gate_up_proj [E, D, 2F]` in turn, is not served: its gate and up are every second element of a row.
+/// On a GPU the matrices of `nk_each` must lie at one distance from each other, and `kn` gates run in the
+/// plain kernel. gpt-oss as transformers holds it, `gate_up_proj [E, D, 2F]` in turn, is not served: its gate
+/// and up are every second element of a row.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Experts<'a> {
     /// What makes a token's row of F columns.
     pub hidden: Hidden<'a>,
-    /// Down, `[E, D, F]` in order [`Nk`](crate::layout::WeightOrder::Nk), as Mixtral's, or `[E, F, D]` in order
-    /// [`Kn`](crate::layout::WeightOrder::Kn), as DBRX's.
+    /// Down, `[E, D, F]` in order [`Nk`](crate::layout::WeightOrder::Nk), as Mixtral's, or `[E, F, D]` in
+    /// order [`Kn`](crate::layout::WeightOrder::Kn), as DBRX's.
     pub down: ExpertWeights<'a>,
     /// `[E, D]`, added to each output row.
     pub down_bias: Option<Bias<'a>>,
@@ -413,12 +415,13 @@ impl<'a> Weights<'a> {
 /// | `workspace` |                | scratch of at least [`Plan::workspace_bytes`]                    |
 /// | `y`         | `[T, D]`       | written in full; what it held before does not matter             |
 ///
-/// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded to the type of
-/// `x`; `y` is summed in `f32` in the order of the token's choices and rounded once.
-/// A token's bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on a GPU
-/// `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one. On a GPU the layer of up to 256 experts is
-/// 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a shared expert is two more, and one for its gate. None waits for the host. No token
-/// is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t` stays in row `t`.
+/// Router logits and weights are `f32`; the rows between the halves and each expert's output row are rounded
+/// to the type of `x`; `y` is summed in `f32` in the order of the token's choices and rounded once. A token's
+/// bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on
+/// a GPU `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one.
+/// On a GPU the layer of up to 256 experts is 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a
+/// shared expert is two more, and one for its gate. None waits for the host. No token is dropped for any
+/// distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t` stays in row `t`.
 ///
 /// # Errors
 ///
@@ -488,7 +491,8 @@ pub fn route<'r, 'w, 'c, A: Float>(
     router::route(stream, logits.as_rows(), choice, routing)
 }
 
-/// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`. A shared expert is left out: see [`shared`].
+/// Both halves of each token's experts: `outputs[r] = expert of row r (x[token of row r])`. A shared expert
+/// is left out: see [`shared`].
 ///
 /// | argument    | shape          | meaning                                                          |
 /// |-------------|----------------|------------------------------------------------------------------|
@@ -520,9 +524,11 @@ pub fn experts<A: Float>(
     steps()
 }
 
-/// The rows of a shared expert for every token, and their factors, in the workspace: what [`combine_onto`] adds.
+/// The rows of a shared expert for every token, and their factors, in the workspace: what [`combine_onto`]
+/// adds.
 ///
-/// Of experts that are spread over devices one device alone adds it. The workspace is in use as long as the result is.
+/// Of experts that are spread over devices one device alone adds it. The workspace is in use as long as the
+/// result is.
 ///
 /// # Errors
 ///
@@ -550,7 +556,8 @@ pub fn shared<'w, A: Float>(
     shared_expert(stream, plan, x, &shared, parts.shared)
 }
 
-/// [`experts`], [`shared`] where there is one, then [`combine`]: the layer for a routing that was decided elsewhere.
+/// [`experts`], [`shared`] where there is one, then [`combine`]: the layer for a routing that was decided
+/// elsewhere.
 ///
 /// # Errors
 ///
@@ -604,7 +611,8 @@ fn shared_expert<'p, A: Float>(
     let SharedParts { mut hidden, mut outputs, mut gate } = parts;
     let mut rows = ExpertRows::dense(x.rows())?;
     if stream.place() == Place::Host {
-        // In the class of the routed rows, so that a token's bits change with the batch where the layer says so and nowhere else.
+        // In the class of the routed rows, so that a token's bits change with the batch where the layer says
+        // so and nowhere else.
         let few = grouped_gemm::FEW_ROWS;
         let is_few = x.rows() * plan.shape.top_k <= few * plan.shape.num_experts;
         rows = rows.in_class(if is_few { few } else { usize::MAX });

@@ -10,11 +10,12 @@
 //! | `product.rs`, `gemm.rs` | the micro-kernel of matrix products: its arguments; itself, and packing |
 //! | `scratch.rs` | what each worker thread keeps |
 //!
-//! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names (`portable`, `avx2`,
-//! `avx512`; empty: the best). With a name that is unknown, or that this machine does not have, opening a
-//! stream on the CPU is an error.
+//! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names
+//! (`portable`, `avx2`, `avx512`; empty: the best). With a name that is unknown, or that this machine does
+//! not have, opening a stream on the CPU is an error.
 //!
-//! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its inputs alone.
+//! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its
+//! inputs alone.
 #![allow(unsafe_code)] // instructions, and scratch that begins on a cache line
 
 mod activation;

@@ -270,8 +270,8 @@ impl<'a, T: Element> Rows<'a, T> {
         Rows { first: self.first.wrapping_add(elements), ..*self }
     }
 
-    /// Elements from one row to the next, as kernels and the driver are told. The stride of a single row says nothing; then it
-    /// is a multiple of 16 bytes.
+    /// Elements from one row to the next, as kernels and the driver are told. The stride of a single row says
+    /// nothing; then it is a multiple of 16 bytes.
     #[cfg(feature = "cuda")]
     pub(crate) fn pitch(&self) -> usize {
         if self.rows > 1 { self.stride } else { self.cols.next_multiple_of(16 / size_of::<T>()) }

@@ -116,9 +116,12 @@ fn every_operation_has_its_files() {
     let root = dropless_kit::goldens::root();
     for (module, _) in sources() {
         let Some(op) = module.strip_prefix("ops/").filter(|rest| !rest.contains('/')) else { continue };
-        for file in
-            [format!("src/ops/{op}/cpu.rs"), format!("tests/oracle/{op}.rs"), format!("tests/ops/{op}.rs"), format!("benches/{op}.rs")]
-        {
+        for file in [
+            format!("src/ops/{op}/cpu.rs"),
+            format!("tests/kit/src/oracle/{op}.rs"),
+            format!("tests/ops/{op}.rs"),
+            format!("benches/{op}.rs"),
+        ] {
             assert!(root.join(&file).is_file(), "{op} has no {file}");
         }
     }

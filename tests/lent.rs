@@ -83,7 +83,8 @@ fn lending_asks_nothing_of_the_stream() {
     assert_eq!(driver.calls()[before..], [Call::FreePinned]);
 }
 
-/// A stream that has the handle of one that is gone counts in zeros of its own: work of the first may still be queued, and so may graphs.
+/// A stream that has the handle of one that is gone counts in zeros of its own: work of the first may still
+/// be queued, and so may graphs.
 #[test]
 fn a_handle_may_come_back() {
     let (driver, device, stream) = engine();
@@ -200,7 +201,8 @@ fn rows_mut<'a>(address: u64) -> RowsMut<'a, f32> {
     unsafe { RowsMut::from_raw(Place::Cuda(0), address, 1, LEN, LEN).unwrap() }
 }
 
-/// A step of several launches is in an engine's graph as a whole, or is refused without a trace, whichever kernels are loaded.
+/// A step of several launches is in an engine's graph as a whole, or is refused without a trace, whichever
+/// kernels are loaded.
 #[test]
 fn a_layer_is_captured_whole_or_not_at_all() {
     const UNTOUCHED: u32 = 0x5a5a_5a5a;
@@ -254,28 +256,36 @@ fn a_layer_is_captured_whole_or_not_at_all() {
     }
 }
 
-/// Where some kernel that a layer does not need is not loaded, its steps are gone through, and each is launched once.
+/// Where some kernel that a layer does not need is not loaded, its steps are gone through, and each is
+/// launched once.
 #[test]
 fn a_layer_is_captured_once() {
     let (driver, device, stream) = engine();
     let (lent, (d, tokens)) = (lent(&device, stream), (8, 3));
     let (w, x) = (Buffer::<f32>::zeros(&lent, d * d).unwrap(), Buffer::<f32>::zeros(&lent, tokens * d).unwrap());
     let matrix = ExpertWeights::nk(w.rows(d, d).unwrap(), 1).unwrap();
-    let weights = Weights::new(w.rows(1, d).unwrap(), Experts::gated(matrix, matrix, matrix));
-    let plan = Plan::<f32>::new(Shape::new(d, d, 1, 1), tokens).unwrap();
-    let mut workspace = Workspace::new(&lent, plan.workspace_bytes()).unwrap();
+    let experts = Experts::gated(matrix, matrix, matrix);
+    let shared = Shared::gated(matrix, matrix, matrix);
+    let gate = w.rows(1, d).unwrap();
     let mut buffers = RoutingBuffers::new(&lent, tokens, 1, 1).unwrap();
     let mut y = Buffer::<f32>::zeros(&lent, tokens * d).unwrap();
-    let launches = [false, true].map(|captured| {
-        if captured {
-            driver.begin_capture(stream).unwrap();
-        }
-        let (before, y) = (driver.launches().len(), &mut y.rows_mut(tokens, d).unwrap());
-        moe::forward(&lent, &plan, x.rows(tokens, d).unwrap(), &weights, &mut buffers, &mut workspace, y).unwrap();
-        driver.launches().len() - before
-    });
-    assert_eq!(launches, [5, 5]);
-    driver.end_capture(stream).unwrap();
+    // Logits, choice, two halves, sum; two halves of a shared expert; its gate.
+    for (experts, count) in [(experts, 5), (experts.with_shared(shared), 7), (experts.with_shared(shared.with_gate(gate)), 8)] {
+        let shape = Shape::new(d, d, 1, 1).with_shared(if count == 5 { 0 } else { d });
+        let plan = Plan::<f32>::new(shape, tokens).unwrap();
+        let mut workspace = Workspace::new(&lent, plan.workspace_bytes()).unwrap();
+        let launches = [false, true].map(|captured| {
+            if captured {
+                driver.begin_capture(stream).unwrap();
+            }
+            let (before, y) = (driver.launches().len(), &mut y.rows_mut(tokens, d).unwrap());
+            let (x, weights) = (x.rows(tokens, d).unwrap(), Weights::new(gate, experts));
+            moe::forward(&lent, &plan, x, &weights, &mut buffers, &mut workspace, y).unwrap();
+            driver.launches().len() - before
+        });
+        driver.end_capture(stream).unwrap();
+        assert_eq!(launches, [count; 2]);
+    }
 }
 
 /// An engine that captures its stream finds the operations in its graph, and nothing else: what lending needs

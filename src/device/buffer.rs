@@ -199,7 +199,8 @@ pub(crate) struct Upload<'a> {
 impl<'a> Upload<'a> {
     /// # Safety
     ///
-    /// `access` is of the memory at `target`, which has as many elements as there are values, borrowed exclusively for `'a`.
+    /// `access` is of the memory at `target`, which has as many elements as there are values, borrowed
+    /// exclusively for `'a`.
     pub(crate) unsafe fn new<T: Element>(access: Access<'a>, target: *mut T, values: &'a [T]) -> Upload<'a> {
         // SAFETY: elements are numbers without padding, so all of their bytes are initialised.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };

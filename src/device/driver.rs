@@ -231,7 +231,8 @@ pub unsafe trait Driver: Send + Sync {
 
     /// Whether a stream that this crate did not make is of the device's primary context.
     fn is_of_primary(&self, ordinal: u32, stream: Handle) -> DriverResult<bool>;
-    /// What tells a stream from every other that was or will be, also from one that is given the same handle once it is destroyed.
+    /// What tells a stream from every other that was or will be, also from one that is given the same handle
+    /// once it is destroyed.
     fn stream_id(&self, stream: Handle) -> DriverResult<u64>;
     /// Whether the stream's work is being recorded into a graph, by whomever.
     fn is_capturing(&self, stream: Handle) -> DriverResult<bool>;

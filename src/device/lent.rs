@@ -8,7 +8,8 @@
 //!
 //! `Stream`s of one stream share a [`Timeline`], so that a buffer which one has used needs no join on the
 //! other. It lives as long as a `Stream`, a `Graph` or a buffer that was made or used there. The driver's id
-//! tells streams apart: once a stream is destroyed, another may have its handle while its work is still queued.
+//! tells streams apart: once a stream is destroyed, another may have its handle while its work is still
+//! queued.
 #![allow(unsafe_code)] // constructors that trust a handle
 
 use std::any::Any;
@@ -53,10 +54,10 @@ impl Stream {
     /// `cudaStream_t`; null is the default stream of the device's primary context, as `CU_STREAM_LEGACY` is.
     ///
     /// Everything that operations need besides their arguments is made here, the first time that a stream is
-    /// lent: 1 KiB of device memory and 4 KiB of pinned memory, kept until the process ends, so that an engine
-    /// should use its streams again rather than make new ones. Later calls with the same stream ask the driver
-    /// for its context and its id, look into a table, and give the same stream. Kernels are loaded when they
-    /// are first used, or by [`Device::load_images`].
+    /// lent: 1 KiB of device memory and 4 KiB of pinned memory, kept until the process ends, so that an
+    /// engine should use its streams again rather than make new ones. Later calls with the same stream ask
+    /// the driver for its context and its id, look into a table, and give the same stream. Kernels are loaded
+    /// when they are first used, or by [`Device::load_images`].
     ///
     /// An engine may be capturing the stream into a graph of its own, here and in later calls. Operations
     /// then become a part of that graph. What a graph cannot hold is refused, and the capture goes on: a new

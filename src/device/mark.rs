@@ -4,7 +4,7 @@
 //! instead; before the first launch it has not happened, and what it would write is not there.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
 use super::Device;
 use super::graph::Recording;
@@ -38,10 +38,11 @@ pub(super) enum Conflict {
 }
 
 /// The last read or the last write on one stream, or in one graph.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // without CUDA nobody waits for the timeline
 struct Use {
     stream: u64,
-    timeline: Weak<Timeline>,
+    /// To wait for.
+    #[cfg(feature = "cuda")]
+    timeline: std::sync::Weak<Timeline>,
     /// The same, of a stream that an engine lends: nobody waits for its work when it is given back, so that
     /// it has to be at hand as long as the use matters.
     _kept: Option<Arc<Timeline>>,
@@ -166,8 +167,15 @@ impl Mark {
             Some(u) => u.when = when,
             None => {
                 let _kept = timeline.is_lent().then(|| timeline.clone());
-                let (stream, ended, timeline) = (timeline.id, timeline.ended().clone(), Arc::downgrade(timeline));
-                uses.push(Use { stream, timeline, _kept, ended, when, write });
+                uses.push(Use {
+                    stream: timeline.id,
+                    #[cfg(feature = "cuda")]
+                    timeline: Arc::downgrade(timeline),
+                    _kept,
+                    ended: timeline.ended().clone(),
+                    when,
+                    write,
+                });
             }
         }
     }

@@ -212,8 +212,8 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] or [`Error::Mismatch`] if the streams belong to different devices or drivers; [`Error::Unsupported`] within a capture;
-    /// what the driver reports.
+    /// [`Error::Place`] or [`Error::Mismatch`] if the streams belong to different devices or drivers;
+    /// [`Error::Unsupported`] within a capture; what the driver reports.
     pub fn join(&self, other: &Stream) -> Result<(), Error> {
         if self.place() != other.place() {
             return Err(Error::Place { op: Op::Stream, arg: "other", want: self.place(), got: other.place() });
@@ -360,9 +360,10 @@ impl Stream {
         Ok(())
     }
 
-    /// Before an operation of several launches, all of whose arguments were admitted: refuses it now where one of its launches would be
-    /// refused, so that a graph under capture has all of them or none. `steps` are those launches; nothing is launched here.
-    /// Steps that are such operations themselves are gone through as parts of this one.
+    /// Before an operation of several launches, all of whose arguments were admitted: refuses it now where
+    /// one of its launches would be refused, so that a graph under capture has all of them or none. `steps`
+    /// are those launches; nothing is launched here. Steps that are such operations themselves are gone
+    /// through as parts of this one.
     pub(crate) fn rehearse(&self, op: Op, steps: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.timeline.cuda

@@ -47,10 +47,10 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Mismatch`] for another [`Device`]
-    /// than one from [`Device::cuda`], and for a stream of which there is such a `Stream`; [`Error::Unsupported`] for one that is per thread;
-    /// [`Error::Context`] for one of another context than the device's primary one; [`Error::OutOfMemory`];
-    /// what the driver reports.
+    /// [`Error::Place`] if `device` is not the GPU of `cuda`; [`Error::Mismatch`] for another [`Device`] than
+    /// one from [`Device::cuda`], and for a stream of which there is such a `Stream`; [`Error::Unsupported`]
+    /// for one that is per thread; [`Error::Context`] for one of another context than the device's primary
+    /// one; [`Error::OutOfMemory`]; what the driver reports.
     pub fn from_cudarc(device: &Device, cuda: &Arc<CudaStream>) -> Result<Stream, Error> {
         let place = Place::Cuda(cuda.context().ordinal() as u32);
         if device.place() != place {
@@ -76,7 +76,8 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::Mismatch`] if this is not the stream `cuda`; [`Error::Unsupported`] while it is captured; the error of `work`.
+    /// [`Error::Mismatch`] if this is not the stream `cuda`; [`Error::Unsupported`] while it is captured; the
+    /// error of `work`.
     ///
     /// ```no_run
     /// use cudarc::driver::CudaContext;
@@ -209,8 +210,8 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// # Errors
     ///
     /// [`Error::Capacity`] if there are fewer; [`Error::TooLarge`] beyond the address space;
-    /// [`Error::Mismatch`] for memory of another `CudaContext` than the stream's; [`Error::Unsupported`] within a capture;
-    /// [`Error::Driver`] for what cudarc's calls have reported since it was last asked.
+    /// [`Error::Mismatch`] for memory of another `CudaContext` than the stream's; [`Error::Unsupported`]
+    /// within a capture; [`Error::Driver`] for what cudarc's calls have reported since it was last asked.
     pub fn rows<T: Element, S: Source<T>>(&'scope self, slice: &'env S, rows: usize, cols: usize) -> Result<Rows<'scope, T>, Error> {
         self.rows_strided(slice, rows, cols, cols)
     }

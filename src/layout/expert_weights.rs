@@ -17,7 +17,8 @@ use crate::weights::WeightRows;
 
 /// How one expert's matrix lies in memory.
 ///
-/// There is no third order, so a `match` needs no other arm: packed and quantised weights are other types of elements.
+/// There is no third order, so a `match` needs no other arm: packed and quantised weights are other types of
+/// elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightOrder {
     /// Row `n` holds the K weights of output `n`: used transposed, `D = A * W^T` (`nt`). DBRX's `w1` and `v1`, all of Mixtral's.
@@ -110,8 +111,9 @@ impl<'a> ExpertWeights<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] without matrices; [`Error::Shape`] or [`Error::Mismatch`] if one has another shape or type than the first;
-    /// [`Error::Layout`] if one has another row stride; [`Error::Place`] if they live on several devices.
+    /// [`Error::Value`] without matrices; [`Error::Shape`] or [`Error::Mismatch`] if one has another shape or
+    /// type than the first; [`Error::Layout`] if one has another row stride; [`Error::Place`] if they live on
+    /// several devices.
     pub fn nk_each(matrices: &'a [WeightRows<'a>]) -> Result<Self, Error> {
         Self::each(matrices, WeightOrder::Nk)
     }
@@ -135,9 +137,10 @@ impl<'a> ExpertWeights<'a> {
         Ok(Self::whole(source, num_experts, order, [rows, stacked.cols()]))
     }
 
-    /// `num_experts` matrices of memory that this crate does not own, `expert_stride` elements from the beginning of one to that of the next,
-    /// which may be less than a matrix, as where experts are columns of a wide one. `first` is the first expert's, `[N, K]` or `[K, N]` as
-    /// `order` says, as [`Rows::from_raw`](crate::Rows::from_raw) gives it.
+    /// `num_experts` matrices of memory that this crate does not own, `expert_stride` elements from the
+    /// beginning of one to that of the next, which may be less than a matrix, as where experts are columns of
+    /// a wide one. `first` is the first expert's, `[N, K]` or `[K, N]` as `order` says, as
+    /// [`Rows::from_raw`](crate::Rows::from_raw) gives it.
     ///
     /// # Safety
     ///
@@ -224,7 +227,7 @@ impl<'a> ExpertWeights<'a> {
     /// Outputs `skip`, `skip + step`, ... of those there are.
     fn part(self, skip: usize, step: usize, n: usize) -> Self {
         if n == 0 {
-            return ExpertWeights { outputs: Outputs { first: 0, step: 1, n }, ..self }; // of nothing, as often as one likes
+            return ExpertWeights { outputs: Outputs { first: 0, step: 1, n }, ..self }; // a part of no outputs; no step may overflow
         }
         let Outputs { first, step: before, .. } = self.outputs;
         ExpertWeights { outputs: Outputs { first: first + skip * before, step: step * before, n }, ..self }
@@ -292,7 +295,7 @@ impl<'a> ExpertWeights<'a> {
     #[cfg(feature = "cuda")]
     pub(crate) fn expert_stride(&self, op: Op, arg: &'static str) -> Result<i64, Error> {
         if self.num_experts == 1 {
-            let only = self.matrix(0); // there is no next, whatever the caller said
+            let only = self.matrix(0); // a single expert has no next one, so the caller's stride does not count
             return Ok((only.rows() * only.stride()) as i64);
         }
         let matrices = match self.source {

@@ -24,8 +24,8 @@ pub const MAX_EXPERTS: usize = 1024;
 /// The id of an expert that is not here, and the row of a slot that has none.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Memory for the routing of up to `max_tokens` tokens, written by `router::route`: its own ([`new`](RoutingBuffers::new)), or the caller's
-/// ([`within`](RoutingBuffers::within)).
+/// Memory for the routing of up to `max_tokens` tokens, written by `router::route`: its own
+/// ([`new`](RoutingBuffers::new)), or the caller's ([`within`](RoutingBuffers::within)).
 #[derive(Debug)]
 pub struct RoutingBuffers<'m> {
     max_tokens: usize,
@@ -58,7 +58,8 @@ impl RoutingParts<'_> {
 impl RoutingBuffers<'static> {
     /// # Errors
     ///
-    /// As [`bytes`](RoutingBuffers::bytes); [`Error::OutOfMemory`]; [`Error::Unsupported`] within a [capture](Stream::capture).
+    /// As [`bytes`](RoutingBuffers::bytes); [`Error::OutOfMemory`]; [`Error::Unsupported`] within a
+    /// [capture](Stream::capture).
     pub fn new(stream: &Stream, max_tokens: usize, top_k: usize, num_experts: usize) -> Result<RoutingBuffers<'static>, Error> {
         let bytes = RoutingBuffers::bytes(max_tokens, top_k, num_experts)?;
         RoutingBuffers::within(Workspace::uncommitted(stream, bytes)?, max_tokens, top_k, num_experts)
@@ -68,8 +69,8 @@ impl RoutingBuffers<'static> {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if `top_k` or `num_experts` is 0 (of experts that are elsewhere a token may choose more than there are here);
-    /// [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1 rows.
+    /// [`Error::Value`] if `top_k` or `num_experts` is 0 (of experts that are elsewhere a token may choose
+    /// more than there are here); [`Error::TooLarge`] beyond [`MAX_EXPERTS`] experts or 2^31 - 1 rows.
     pub fn bytes(max_tokens: usize, top_k: usize, num_experts: usize) -> Result<usize, Error> {
         checked_product(Op::Routing, "num_experts", &[num_experts], MAX_EXPERTS)?;
         for (arg, count) in [("num_experts", num_experts), ("top_k", top_k)] {
@@ -79,7 +80,7 @@ impl RoutingBuffers<'static> {
         }
         checked_product(Op::Routing, "top_k", &[top_k], MAX_ROWS)?; // of no tokens, too
         let slots = checked_product(Op::Routing, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
-        // Of 32-bit elements all, whatever they count.
+        // All five arrays have elements of 32 bits.
         Ok(4 * Workspace::bytes_for::<u32>(Op::Routing, slots, 1)? + Workspace::bytes_for::<u32>(Op::Routing, num_experts + 1, 1)?)
     }
 }
@@ -171,8 +172,9 @@ impl<'a> Routing<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if the ids are not those of whole tokens; [`Error::Shape`] if there are not as many weights; [`Error::Index`] for an id that is neither below
-    /// E nor [`NOWHERE`]; [`Error::Duplicate`] for an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
+    /// [`Error::Value`] if the ids are not those of whole tokens; [`Error::Shape`] if there are not as many
+    /// weights; [`Error::Index`] for an id that is neither below E nor [`NOWHERE`]; [`Error::Duplicate`] for
+    /// an expert named twice by one token; [`Error::Capacity`]. Nothing is written.
     pub fn from_host(stream: &Stream, ids: &[u32], weights: &[f32], buffers: &'a mut RoutingBuffers<'_>) -> Result<Routing<'a>, Error> {
         let (top_k, num_experts) = (buffers.top_k, buffers.num_experts);
         let num_tokens = ids.len() / top_k;

@@ -6,7 +6,7 @@
 //! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
 //! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face
 //! transformers; window, cap and sinks as in its Mistral, Gemma 2 and gpt-oss.
-//! Kernel: `cuda/attention.cu`. Oracle: `tests/oracle/attention.rs`. Bench: `benches/attention.rs`.
+//! Kernel: `cuda/attention.cu`. Oracle: `tests/kit/src/oracle/attention.rs`. Bench: `benches/attention.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

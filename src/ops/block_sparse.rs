@@ -18,7 +18,8 @@
 //! an ordinary matrix, which `glu` takes as it is.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 5.
-//! Kernels: `cuda/block_sparse.cu` on the tensor cores, `cuda/block_sparse_plain.cu` for what they do not serve. Oracle: `tests/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
+//! Kernels: `cuda/block_sparse.cu` on the tensor cores, `cuda/block_sparse_plain.cu` for what they do not serve.
+//! Oracle: `tests/kit/src/oracle/block_sparse.rs`. Bench: `benches/block_sparse.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -164,10 +165,10 @@ pub fn sdd<A: Float, B: Float, O: Float>(
 /// | `b`      | `[K, N]` | dense                                                   |
 /// | `y`      | `[M, N]` | written in full; what it held before does not matter    |
 ///
-/// Accumulated in `f32` over ascending `k`, rounded once to the type of `y`. Dtypes as [`sdd`]. A row without blocks gives zeros; rows (columns
-/// of a transposed result) behind the last that an expert owns stay as they are.
-/// What lies where there is no block is not read, nor is what a block stores beyond the rows and columns it stands for: a NaN
-/// there reaches nobody. A NaN in row `i` of `s` stays in row `i`.
+/// Accumulated in `f32` over ascending `k`, rounded once to the type of `y`. Dtypes as [`sdd`]. A row without
+/// blocks gives zeros; rows (columns of a transposed result) behind the last that an expert owns stay as they
+/// are. What lies where there is no block is not read, nor is what a block stores beyond the rows and columns
+/// it stands for: a NaN there reaches nobody. A NaN in row `i` of `s` stays in row `i`.
 ///
 /// The bits of a row depend on that row, its blocks' places and `b` alone. They may differ between instruction sets.
 ///

@@ -1,7 +1,7 @@
 //! Embedding: `y[t] = table[ids[t]]`, the first operation of a model.
 //!
 //! Source: `DbrxModel.forward` in Hugging Face transformers (`wte`); no scaling, no position embedding.
-//! Kernel: `cuda/embedding.cu`. Oracle: `tests/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
+//! Kernel: `cuda/embedding.cu`. Oracle: `tests/kit/src/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -1,7 +1,7 @@
 //! Gated linear unit: `y = silu(gate) * up`, or another gate: the activation between the two expert products.
 //!
 //! Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernel: `cuda/glu.cu`. Oracle: `tests/oracle/glu.rs`. Bench: `benches/glu.rs`.
+//! Kernel: `cuda/glu.cu`. Oracle: `tests/kit/src/oracle/glu.rs`. Bench: `benches/glu.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

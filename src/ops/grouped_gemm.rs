@@ -4,7 +4,8 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_plain.cu` for other types and shapes. Oracle: `tests/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_plain.cu` for other types and
+//! shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 pub(crate) use self::cpu::FEW_ROWS;
@@ -47,9 +48,10 @@ use crate::view::{Rows, RowsMut};
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Mismatch`] for weights of the other order; [`Error::Place`], [`Error::NotJoined`];
-/// on a GPU [`Error::Unsupported`] for weights of another type than `x`, outputs that are neither of that type nor `f32`, and experts
-/// whose matrices do not lie at one distance from each other. Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Mismatch`] for weights of the other order;
+/// [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for weights of another type than
+/// `x`, outputs that are neither of that type nor `f32`, and experts whose matrices do not lie at one
+/// distance from each other. Nothing is written.
 pub fn nt<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -119,8 +121,8 @@ pub fn nn<A: Float, O: Float>(
 ///
 /// # Errors
 ///
-/// As [`nt`], but weights may be of either order; [`Error::Shape`] for a bias of another shape; on a GPU [`Error::Unsupported`] for one that is
-/// neither `f32` nor of the type of `x`. Nothing is written.
+/// As [`nt`], but weights may be of either order; [`Error::Shape`] for a bias of another shape; on a GPU
+/// [`Error::Unsupported`] for one that is neither `f32` nor of the type of `x`. Nothing is written.
 pub fn linear<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -175,14 +177,16 @@ pub fn glu_nt<A: Float>(
 /// | `epilogue`   | biases `[E, N]`         | added to each sum in `f32`; then [`Glu`](crate::activation::Glu), SiLU by default  |
 /// | `h`          | `[R, N]`                | every row that an expert owns is written in full                                  |
 ///
-/// Everything stays in `f32` until the one rounding. On the tensor cores a bias or another gate than SiLU goes through shared memory once more,
-/// which costs nothing at up to 64 tokens of DBRX's shapes on an H100, 8 % of the first half at 512, and 9 to 18 % at 8192. With the default epilogue and weights in order [`Nk`](WeightOrder::Nk) the bits are those of
-/// [`glu_nt`]. On a GPU weights in order [`Kn`](WeightOrder::Kn) are multiplied by the plain kernel. Otherwise as [`linear`].
+/// Everything stays in `f32` until the one rounding. On the tensor cores a bias or another gate than SiLU
+/// goes through shared memory once more, which costs nothing at up to 64 tokens of DBRX's shapes on an H100,
+/// 8 % of the first half at 512, and 9 to 18 % at 8192. With the default epilogue and weights in order
+/// [`Nk`](WeightOrder::Nk) the bits are those of [`glu_nt`]. On a GPU weights in order
+/// [`Kn`](WeightOrder::Kn) are multiplied by the plain kernel. Otherwise as [`linear`].
 ///
 /// # Errors
 ///
-/// As [`linear`]; [`Error::Mismatch`] for weights of two orders; [`Error::Value`] for constants of a gate that are no numbers; on a GPU
-/// [`Error::Unsupported`] for weights of two types. Nothing is written.
+/// As [`linear`]; [`Error::Mismatch`] for weights of two orders; [`Error::Value`] for constants of a gate
+/// that are no numbers; on a GPU [`Error::Unsupported`] for weights of two types. Nothing is written.
 pub fn glu<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -257,7 +261,8 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
     }
 }
 
-/// What the kernels need of types and of the places of matrices, for a composition that wants to know before it begins.
+/// What the kernels need of types and of the places of matrices, for a composition that wants to know before
+/// it begins.
 pub(crate) fn check_kernels<'a>(
     op: Op,
     x: DType,

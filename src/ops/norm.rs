@@ -4,7 +4,7 @@
 //!
 //! Source: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 3 and 4; Zhang and Sennrich 2019, "Root Mean Square Layer
 //! Normalization", eq. 4; `DbrxNormAttentionNorm` in Hugging Face transformers, which has no bias.
-//! Kernel: `cuda/norm.cu`. Oracle: `tests/oracle/norm.rs`. Bench: `benches/norm.rs`.
+//! Kernel: `cuda/norm.cu`. Oracle: `tests/kit/src/oracle/norm.rs`. Bench: `benches/norm.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

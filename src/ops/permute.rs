@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 5.2 (padded gather and scatter; here without the padding).
-//! Kernel: `cuda/permute.cu`. Oracle: `tests/oracle/permute.rs`. Bench: `benches/permute.rs`.
+//! Kernel: `cuda/permute.cu`. Oracle: `tests/kit/src/oracle/permute.rs`. Bench: `benches/permute.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

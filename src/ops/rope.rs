@@ -3,7 +3,7 @@
 //!
 //! Source: Su et al. 2021, "RoFormer", eq. 34, whose pairs are interleaved; the half-split pairing of GPT-NeoX; `DbrxAttention.forward` in Hugging Face
 //! transformers, which clips before it rotates.
-//! Kernel: `cuda/rope.cu`. Oracle: `tests/oracle/rope.rs`. Bench: `benches/rope.rs`.
+//! Kernel: `cuda/rope.cu`. Oracle: `tests/kit/src/oracle/rope.rs`. Bench: `benches/rope.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -2,7 +2,7 @@
 //!
 //! Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 2-5 without noise; `DbrxRouter.forward` in
 //! Hugging Face transformers. What other families do is in [`Choice`], from their forward passes there.
-//! Kernel: `cuda/router.cu`. Oracle: `tests/oracle/router.rs`. Bench: `benches/router.rs`.
+//! Kernel: `cuda/router.cu`. Oracle: `tests/kit/src/oracle/router.rs`. Bench: `benches/router.rs`.
 
 mod choice;
 mod cpu;

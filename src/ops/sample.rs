@@ -1,7 +1,7 @@
 //! Sampling: `id[t] = argmax over v of logits[t, v]`, the greedy choice.
 //!
 //! Source: greedy decoding in Hugging Face transformers (`GenerationMixin`, `do_sample = False`).
-//! Kernel: `cuda/sample.cu`. Oracle: `tests/oracle/sample.rs`. Bench: `benches/sample.rs`.
+//! Kernel: `cuda/sample.cu`. Oracle: `tests/kit/src/oracle/sample.rs`. Bench: `benches/sample.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]

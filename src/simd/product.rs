@@ -1,4 +1,4 @@
-//! What the micro-kernel of matrix products is given: the one thing that an instruction set knows of `gemm`.
+//! The arguments of the micro-kernel of matrix products, which each instruction set implements.
 
 use super::ahead::Ahead;
 
@@ -6,7 +6,8 @@ use super::ahead::Ahead;
 pub(crate) const KC: usize = 256;
 /// Columns of a panel of packed weights.
 pub(crate) const NR: usize = 32;
-/// Elements from one row of widened input to the next. Not a power of two, lest the rows share a few sets of the cache.
+/// Elements from one row of widened input to the next. It is not a power of two, so that the rows do not fall
+/// into the same few sets of the cache.
 pub(crate) const A_STRIDE: usize = KC + 16;
 
 /// The arguments of `gemm::add_product`.

@@ -60,7 +60,8 @@ fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
     }
 }
 
-/// `Simd::transpose` by blocks of 32 bytes of each row: pairs of words, pairs of pairs, then halves of registers.
+/// `Simd::transpose` by blocks of 32 bytes of each row: pairs of words, pairs of pairs, then halves of
+/// registers.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn transpose<T: Float>(rows: &[&[T]; 8], columns: &mut [f32], stride: usize) -> usize {

@@ -1,4 +1,5 @@
-//! Layers and weights at their limits: what is refused before anything is written, and what lies in odd places.
+//! Layers and weights at their limits: what is refused before anything is written, and what lies in odd
+//! places.
 
 use std::sync::Arc;
 
@@ -15,7 +16,8 @@ use dropless_kit::device;
 use dropless_kit::fill::normal;
 use dropless_kit::recorder::Recorder;
 
-/// The stride of a single row, or to the next of a single expert, says nothing: the same kernel is launched, with the same tensor maps.
+/// The stride of a single row, or to the next of a single expert, says nothing: the same kernel is launched,
+/// with the same tensor maps.
 #[test]
 fn one_row_may_have_any_stride() {
     let driver = Arc::new(Recorder::default());
@@ -36,7 +38,7 @@ fn one_row_may_have_any_stride() {
     assert!(launches.iter().all(|launch| *launch == launches[0]), "{launches:#?}");
 }
 
-/// Halves of nothing are nothing, as often as one likes.
+/// Matrices without outputs can be split many times, and each part has no outputs.
 #[test]
 fn nothing_is_halved_again_and_again() {
     let data: [f32; 0] = [];
@@ -47,7 +49,8 @@ fn nothing_is_halved_again_and_again() {
     }
 }
 
-/// The second step of a layer of two experts on tokens that go to each in turn, with outputs that hold nines and lie as asked.
+/// The second step of a layer of two experts on tokens that go to each in turn, with outputs that hold nines
+/// and lie as asked.
 fn experts_into<'w>(
     stream: &Stream,
     tokens: usize,
@@ -70,7 +73,8 @@ fn experts_into<'w>(
     (result, y.to_vec(stream).unwrap())
 }
 
-/// Weights of another place, and outputs off 16 bytes: refused before rows are sorted into the outputs, which more than 64 tokens are.
+/// Weights of another place, and outputs off 16 bytes: refused before rows are sorted into the outputs, which
+/// more than 64 tokens are.
 #[test]
 fn experts_are_refused_before_they_write() {
     let host = normal::<Bf16>(1, 2 * 16 * 16, 0.3);
@@ -88,7 +92,8 @@ fn experts_are_refused_before_they_write() {
     });
 }
 
-/// A routing in memory of the caller's, where other things were before, is the routing in memory of its own; with a choice that is not here, too.
+/// A routing in memory of the caller's, where other things were before, is the routing in memory of its own;
+/// with a choice that is not here, too.
 #[test]
 fn routings_lie_in_memory_of_the_callers() {
     let (tokens, k, experts, d) = (33, 2, 5, 8);
@@ -150,7 +155,8 @@ fn a_shared_expert_has_no_class_of_its_own() {
     }
 }
 
-/// Matrices that are columns of one wide matrix, so that experts are nearer to each other than rows; backwards; and one matrix for all.
+/// Matrices that are columns of one wide matrix, so that experts are nearer to each other than rows;
+/// backwards; and one matrix for all.
 #[test]
 fn experts_lie_in_odd_places() {
     let (rows, cols) = (24usize, 16usize);
@@ -247,7 +253,8 @@ fn a_shared_expert_is_refused_before_it_is_computed() {
     });
 }
 
-/// A shared expert and a plan without, and the other way round, are wrong arguments, which no other device would take.
+/// A shared expert and a plan without, and the other way round, are wrong arguments, which no other device
+/// would take.
 #[test]
 fn a_shared_expert_has_a_width_in_the_plan() {
     let (stream, data) = (device::cpu(1), [0.5f32; 16]);

@@ -1,7 +1,6 @@
 //! Every operation against its oracle, on every device there is. One module per operation, by its stem.
 
-#[path = "../oracle/mod.rs"]
-mod oracle;
+use dropless_kit::oracle;
 
 mod attention;
 mod block_sparse;

@@ -81,8 +81,8 @@ impl Moe {
         Ok(Moe { logit_bias: Some(bias), ..self })
     }
 
-    /// With a bias of the scores that chooses experts and does not weigh them, as DeepSeek-V3 has it; `[E]` in
-    /// `f32`, on the router's device.
+    /// With a bias of the scores that chooses experts and does not weigh them, as DeepSeek-V3 has it; `[E]`
+    /// in `f32`, on the router's device.
     ///
     /// # Errors
     ///

@@ -146,7 +146,8 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// candle's slices on candle's stream, against the CPU on the same numbers, and against candle's loop on the GPU.
+/// candle's slices on candle's stream, against the CPU on the same numbers, and against candle's loop on the
+/// GPU.
 #[cfg(feature = "cuda")]
 #[test]
 fn the_block_computes_the_same_on_a_gpu() -> Result<()> {

@@ -36,7 +36,8 @@ impl KvShape {
         KvShape { num_kv_heads, head_dim, page_tokens: capacity_tokens, num_pages: num_sequences, max_pages: 1, num_sequences }
     }
 
-    /// With pages that the sequences share: `num_pages` of `page_tokens` tokens, of which one sequence may hold `max_pages`.
+    /// With pages that the sequences share: `num_pages` of `page_tokens` tokens, of which one sequence may
+    /// hold `max_pages`.
     ///
     /// ```
     /// use dropless::{HeadLayout, layout::KvShape};

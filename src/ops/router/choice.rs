@@ -13,8 +13,8 @@ pub const MAX_GROUPS: usize = 32;
 pub enum Normalize {
     /// The scores as they are. Those of a softmax add up to less than 1, unless every expert is chosen.
     None,
-    /// Divided by their p-norm `(sum w^p)^(1/p)`. With `P(1.0)`, as in DBRX, they add up to 1; of a softmax that is the same as a softmax
-    /// over the chosen experts alone.
+    /// Divided by their p-norm `(sum w^p)^(1/p)`. With `P(1.0)`, as in DBRX, they add up to 1; of a softmax
+    /// that is the same as a softmax over the chosen experts alone.
     P(f32),
 }
 
@@ -122,9 +122,9 @@ impl Groups {
 /// | DeepSeek-V3, GLM-4.5    | sigmoid               |            | yes         | by two best   | 1         | 1e-20   | 2.5    |
 /// | MiniMax-M2              | sigmoid               |            | yes         |               | 1         |         |        |
 ///
-/// Scores that are 0 in `f32`, as a sigmoid's below -103, have a norm of 0, and without an epsilon their weights are NaN.
-/// Scales are those of the published configurations. A bias of zeros is a choice bias all the same: it has
-/// scores compared, not logits.
+/// Scores that are 0 in `f32`, as a sigmoid's below -103, have a norm of 0, and without an epsilon their
+/// weights are NaN. Scales are those of the published configurations. A bias of zeros is a choice bias all
+/// the same: it has scores compared, not logits.
 ///
 /// ```
 /// use dropless::router::{Choice, GroupScore, Groups, Score, route};

@@ -114,9 +114,10 @@ fn softmax(z: &mut [f32]) {
     z.iter_mut().for_each(|power| *power /= sum);
 }
 
-/// The candidates of the largest keys, best first, the earlier one first among equals: insertion into a
-/// sorted list, which is distinct and in range whatever the keys are. There are at least as many candidates
-/// as ids.
+/// Writes the candidates of the largest keys, best first. Among equal keys the earlier candidate comes first.
+///
+/// Each candidate is inserted into a sorted list. So the ids are distinct and in range for any keys, NaN
+/// included. There must be at least as many candidates as ids.
 fn choose(keys: &[f32], candidates: impl Iterator<Item = usize>, ids: &mut [u32]) {
     let top_k = ids.len();
     for (seen, candidate) in candidates.enumerate() {

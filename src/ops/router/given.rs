@@ -29,9 +29,11 @@ impl Here {
 /// | `here`    |                | which ids are of the E experts of `buffers`; by default `0..E`                  |
 /// | `buffers` | k, E, `>= T`   | receive copies of both, and the maps                                          |
 ///
-/// Any id is taken. One that is not here (-1 of an engine's `i32`, an expert of another device) has no row: nothing is computed for it, and
-/// [`permute::combine`](crate::permute::combine) leaves it out. So the sums of all devices add up to the layer; a shared expert is added by one of them. If a token names an expert again, the first
-/// counts, and the others have no row. The ids that the routing shows are numbered as the experts here are, [`NOWHERE`] for all others.
+/// Any id is taken. One that is not here (-1 of an engine's `i32`, an expert of another device) has no row:
+/// nothing is computed for it, and [`permute::combine`](crate::permute::combine) leaves it out. So the sums
+/// of all devices add up to the layer; a shared expert is added by one of them. If a token names an expert
+/// again, the first counts, and the others have no row. The ids that the routing shows are numbered as the
+/// experts here are, [`NOWHERE`] for all others.
 ///
 /// A routing is replayed bit for bit from its [`expert_ids`](Routing::expert_ids) and [`weights`](Routing::weights). One launch on a GPU.
 ///
@@ -53,8 +55,8 @@ impl Here {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if `ids` or `weights` are not `[T, k]`; [`Error::TooLarge`] if the last expert's id would be [`NOWHERE`] or beyond;
-/// [`Error::Capacity`] if the buffers hold fewer than T tokens; [`Error::Place`],
+/// [`Error::Shape`] if `ids` or `weights` are not `[T, k]`; [`Error::TooLarge`] if the last expert's id would
+/// be [`NOWHERE`] or beyond; [`Error::Capacity`] if the buffers hold fewer than T tokens; [`Error::Place`],
 /// [`Error::NotJoined`]. Nothing is written.
 pub fn index<'a>(
     stream: &Stream,

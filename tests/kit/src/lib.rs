@@ -9,6 +9,7 @@
 //! | [`guard`] | inputs and outputs between canaries, poisoned twice |
 //! | [`compare`] | element-wise bounds, exact bits, relative L2; none of them passes on zeros |
 //! | [`goldens`] | other implementations' results |
+//! | [`oracle`] | what each operation should give, in f64 |
 //! | [`pages`] | a step over a key-value cache with scattered pages |
 //! | [`recorder`] | a driver that only records what it was asked |
 //! | [`mod@bench`] | verify, then time; FLOP and bytes by formula |
@@ -30,5 +31,6 @@ pub mod faulty;
 pub mod fill;
 pub mod goldens;
 pub mod guard;
+pub mod oracle;
 pub mod pages;
 pub mod recorder;

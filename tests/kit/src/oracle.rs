@@ -1,5 +1,4 @@
 //! What each operation should give, in f64 and plain loops, one line per equation. Never optimised.
-#![allow(dead_code)] // benches and tests each use a part
 
 pub mod activation;
 pub mod attention;

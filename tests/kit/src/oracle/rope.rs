@@ -1,6 +1,7 @@
 //! Oracle of `rope`.
 
-/// `cos(a)` and `sin(a)` for `a = p * theta^(-2j / rotary_dim)`; frequencies and angles in f32, as the table's documentation says.
+/// `cos(a)` and `sin(a)` for `a = p * theta^(-2j / rotary_dim)`; frequencies and angles in f32, as the
+/// table's documentation says.
 pub fn cos_sin(theta: f32, rotary_dim: usize, position: usize) -> (Vec<f64>, Vec<f64>) {
     let frequency = |j: usize| 1.0 / theta.powf((2 * j) as f32 / rotary_dim as f32);
     let angles = (0..rotary_dim / 2).map(|j| f64::from(position as f32 * frequency(j)));

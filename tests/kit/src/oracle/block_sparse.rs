@@ -11,8 +11,8 @@ pub fn transposed(x: &[f64], [rows, cols]: [usize; 2]) -> Vec<f64> {
     (0..rows * cols).map(|at| x[at % rows * cols + at / rows]).collect()
 }
 
-/// The rows sorted by expert, cut into blocks of at most `block`, none of which crosses from one expert to the next: where each
-/// begins, and the last one ends. Columns likewise.
+/// The rows sorted by expert, cut into blocks of at most `block`, none of which crosses from one expert to
+/// the next: where each begins, and the last one ends. Columns likewise.
 pub fn cut(sizes: &[usize], block: usize) -> Vec<usize> {
     let (mut starts, mut end) = (vec![0], 0);
     for size in sizes {

@@ -27,9 +27,10 @@ const SECOND_ORDER: f64 = 1.01;
 
 /// How far f32 arithmetic may be from [`layer_norm`] before the output is rounded.
 ///
-/// The mean of the row is off by up to `e = SUM * mean(|x|)`, which is large where the mean is. The deviations from it are
-/// exact to a rounding each, so their mean corrects it up to `r = SUM * mean(|deviation|)`, and `mean(|deviation|)` is at most
-/// `sigma + e`. The variance is `mean(deviation^2) - correction^2` with `|correction| <= e + r`.
+/// The mean of the row is off by up to `e = SUM * mean(|x|)`, which is large where the mean is. The
+/// deviations from it are exact to a rounding each, so their mean corrects it up to
+/// `r = SUM * mean(|deviation|)`, and `mean(|deviation|)` is at most `sigma + e`. The variance is
+/// `mean(deviation^2) - correction^2` with `|correction| <= e + r`.
 pub fn layer_norm_error(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     let row = |x: &[f64]| {
         let mean_of = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(*x)).sum::<f64>() / x.len() as f64;
@@ -51,8 +52,8 @@ pub fn layer_norm_error(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     x.chunks(weight.len().max(1)).flat_map(row).collect()
 }
 
-/// How far f32 arithmetic may be from [`rms_norm`] before the output is rounded: half the relative error of a sum of squares,
-/// then the quotient by `n`, adding eps, the root, the reciprocal and two products.
+/// How far f32 arithmetic may be from [`rms_norm`] before the output is rounded: half the relative error of a
+/// sum of squares, then the quotient by `n`, adding eps, the root, the reciprocal and two products.
 pub fn rms_norm_error(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     rms_norm(x, weight, eps).iter().map(|want| SECOND_ORDER * (SUM / 2.0 + 6.0 * U) * want.abs()).collect()
 }

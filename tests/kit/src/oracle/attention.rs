@@ -5,8 +5,8 @@ pub fn seen(position: usize, window: Option<usize>) -> Vec<usize> {
     (0..=position).filter(|i| window.is_none_or(|window| position - i < window)).collect()
 }
 
-/// `softmax(cap(scale * q . keys))` of one query over the keys it sees, with `cap(s) = softcap * tanh(s / softcap)` and the sink as one more
-/// score, whose weight is left out.
+/// `softmax(cap(scale * q . keys))` of one query over the keys it sees, with
+/// `cap(s) = softcap * tanh(s / softcap)` and the sink as one more score, whose weight is left out.
 pub fn weights(q: &[f64], keys: &[&[f64]], scale: f64, softcap: Option<f64>, sink: Option<f64>) -> Vec<f64> {
     let dot = |key: &&[f64]| q.iter().zip(*key).map(|(q, k)| q * k).sum::<f64>();
     let cap = |score: f64| softcap.map_or(score, |softcap| softcap * (score / softcap).tanh());

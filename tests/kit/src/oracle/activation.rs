@@ -7,7 +7,8 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// `erfc(z) = 2 / sqrt(pi) * integral from z of exp(-t^2)`: near 0 as `1 - erf`, erf by its Taylor series, else by its continued fraction.
+/// `erfc(z) = 2 / sqrt(pi) * integral from z of exp(-t^2)`: near 0 as `1 - erf`, erf by its Taylor series,
+/// else by its continued fraction.
 pub fn erfc(z: f64) -> f64 {
     if z < 0.0 {
         return 2.0 - erfc(-z);
@@ -25,6 +26,7 @@ pub fn erfc(z: f64) -> f64 {
     (-z * z).exp() / fraction / std::f64::consts::PI.sqrt()
 }
 
+/// `activation(x)` by its formula.
 pub fn activate(x: f64, activation: Activation) -> f64 {
     match activation {
         Activation::Identity => x,
@@ -36,6 +38,7 @@ pub fn activate(x: f64, activation: Activation) -> f64 {
     }
 }
 
+/// `glu(gate, up)` by its formula.
 pub fn glu(gate: f64, up: f64, glu: Glu) -> f64 {
     match glu {
         Glu::Silu => activate(gate, Activation::Silu) * up,

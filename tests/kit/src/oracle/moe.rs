@@ -2,8 +2,11 @@
 
 /// The layer's sizes.
 pub struct Shape {
+    /// D.
     pub d_model: usize,
+    /// F.
     pub d_ffn: usize,
+    /// k.
     pub top_k: usize,
 }
 

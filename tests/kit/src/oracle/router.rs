@@ -13,7 +13,8 @@ pub fn softmax(logits: &[f64]) -> Vec<f64> {
     logits.iter().map(|logit| (logit - max).exp() / sum).collect()
 }
 
-/// The experts of one token: all of them sorted by logit, NaN last, the lower index first among equals; the first `top_k`.
+/// The experts of one token: all of them sorted by logit, NaN last, the lower index first among equals; the
+/// first `top_k`.
 pub fn experts(logits: &[f64], top_k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let key = |e: &u32| (!logits[*e as usize].is_nan(), logits[*e as usize]);
@@ -40,22 +41,32 @@ pub fn by_expert(expert_ids: &[u32], num_experts: usize) -> (Vec<u32>, Vec<u32>)
 /// What becomes of biased logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Score {
+    /// Over all experts.
     Softmax,
+    /// `1 / (1 + e^-z)`.
     Sigmoid,
+    /// Over the chosen experts.
     SoftmaxOverChosen,
+    /// `sqrt(ln(1 + e^z))`.
     SqrtSoftplus,
 }
 
 /// A choice in plain numbers; a bias of no elements is none.
 #[derive(Clone, Debug)]
 pub struct Choice {
+    /// What a biased logit becomes.
     pub score: Score,
+    /// Added to the logits.
     pub logit_bias: Vec<f64>,
+    /// Added to the scores that choose.
     pub choice_bias: Vec<f64>,
     /// How many groups, how many of them are open, and whether a group's two best count.
     pub groups: Option<(usize, usize, bool)>,
+    /// The norm of the weights, or none.
     pub p: Option<f64>,
+    /// Added to the norm.
     pub epsilon: f64,
+    /// What each weight is multiplied by.
     pub scale: f64,
 }
 
