@@ -1,9 +1,9 @@
 // router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert;
-// route: choose and index at once, for few tokens
+// route: choose and index at once, for few tokens; count: rows of each expert, added up over steps
 //
 // Contract  src/ops/router.rs has checked shapes, dtypes, groups, E <= 256 for all but choose_wide, and that rows of x and weight begin on 16 bytes.
-// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index and route: one block, each warp a range of slots.
-// Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R. R = T * k.
+// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index, route, count: one block, each warp a range of slots.
+// Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R; count: 12 * E. R = T * k.
 // Order     every sum's order follows from D, E or k alone; index is a stable counting sort without atomics: same ids, same maps.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
@@ -378,4 +378,11 @@ extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route_any(
     choose_any<INDEX_WARPS, EXPERTS_PER_LANE>(p.choose);
     __syncthreads(); // every id is written
     index(p.index);
+}
+
+// ---- count
+
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_count(const __grid_constant__ CountParams p) {
+    await_previous_launch();
+    for (int64_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) p.counts[e] += p.offsets[e + 1] - p.offsets[e];
 }

@@ -17,10 +17,10 @@ use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
 use dropless::epilogue::GluEpilogue;
 use dropless::layout::KvShape;
-use dropless::router::{Choice, Here, Score, index, logits, route};
+use dropless::router::{Choice, Here, Score, count, index, logits, route};
 use dropless::{
     Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
-    Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, rope, sample,
+    Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, random, rope, sample,
 };
 use dropless_kit::compare::relative_l2;
 use dropless_kit::emulated::{Emulated, Options};
@@ -161,6 +161,13 @@ fn kernels(device: &Device) -> bool {
             all.extend(map.to_vec(stream)?.into_iter().map(f64::from));
         }
         Ok(all)
+    });
+    report.check("router_count", 0.0, |stream| {
+        let mut buffers = RoutingBuffers::new(stream, 3, 2, 5)?;
+        let routing = Routing::from_host(stream, &[3, 0, 4, 3, 0, 1], &[0.5; 6], &mut buffers)?;
+        let mut counts = Buffer::from_slice(stream, &[7u32; 5])?;
+        count(stream, &routing, &mut counts.rows_mut(1, 5)?)?;
+        Ok(counts.to_vec(stream)?.into_iter().map(f64::from).collect())
     });
     report.check("sample_argmax", 0.0, |stream| {
         let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
@@ -321,6 +328,11 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
     check("glu", &|stream| {
         let (gate, up, mut y) = (input(stream, 5, TOKENS, D, 1.0), input(stream, 6, TOKENS, D, 1.0), output(stream, TOKENS, D));
         glu::glu(stream, gate.view(), up.view(), &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
+    check("random_uniform", &|stream| {
+        let mut y = output(stream, TOKENS, D);
+        random::uniform(stream, 9, 1.0, 3, &mut y.view_mut())?;
         Ok(to_f64(&y.take(stream)))
     });
     check("router_logits", &|stream| {

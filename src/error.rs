@@ -32,6 +32,7 @@ pub enum Op {
     GroupedGemm,
     BlockSparse,
     Glu,
+    Random,
     Sample,
     Moe,
 }
@@ -61,6 +62,7 @@ impl fmt::Display for Op {
             Op::GroupedGemm => "grouped_gemm",
             Op::BlockSparse => "block_sparse",
             Op::Glu => "glu",
+            Op::Random => "random",
             Op::Sample => "sample",
             Op::Moe => "moe",
         })

@@ -35,6 +35,7 @@ pub mod glu;
 pub mod grouped_gemm;
 pub mod norm;
 pub mod permute;
+pub mod random;
 pub mod rope;
 pub mod router;
 pub mod sample;
@@ -54,6 +55,7 @@ pub fn kernels() -> Vec<crate::device::kernel::Kernel<()>> {
         .chain(rows(grouped_gemm::cuda::KERNELS))
         .chain(rows(norm::cuda::KERNELS))
         .chain(rows(permute::cuda::KERNELS))
+        .chain(rows(random::cuda::KERNELS))
         .chain(rows(rope::cuda::KERNELS))
         .chain(rows(router::cuda::KERNELS))
         .chain(rows(sample::cuda::KERNELS))

@@ -423,6 +423,31 @@ impl<'a, T: Element> RowsMut<'a, T> {
         Rows { first, rows, cols, stride, place, mark, _borrow: PhantomData }
     }
 
+    /// Overwrites all elements with `values`, row after row, in the stream's order. `values` may be reused at
+    /// once; see [`Buffer::copy_from_slice`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Layout`] if there are gaps between the rows; [`Error::Shape`] unless there are as many values
+    /// as elements; [`Error::Place`], [`Error::NotJoined`]; [`Error::OutOfMemory`]; [`Error::Unsupported`]
+    /// within a [capture](Stream::capture).
+    ///
+    /// ```
+    /// use dropless::{Buffer, Device};
+    ///
+    /// let stream = Device::cpu().stream()?;
+    /// let mut buffer = Buffer::<f32>::zeros(&stream, 6)?;
+    /// buffer.rows_mut(3, 2)?.row_range(1..2)?.copy_from_slice(&stream, &[1.0, 2.0])?;
+    /// assert_eq!(buffer.to_vec(&stream)?, [0.0, 0.0, 1.0, 2.0, 0.0, 0.0]);
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn copy_from_slice(&mut self, stream: &Stream, values: &[T]) -> Result<(), Error> {
+        if self.rows > 1 && self.stride != self.cols {
+            return Err(Error::Layout { op: Op::View, arg: "self", need: "no gaps between its rows", got: self.stride });
+        }
+        Upload::queue(stream, Op::View, &[("self", self.reborrow().upload(values)?)])
+    }
+
     /// A copy of `values` to the elements, which have no gaps between them, to be [queued](Upload::queue).
     pub(crate) fn upload(self, values: &'a [T]) -> Result<Upload<'a>, Error> {
         debug_assert!(self.rows <= 1 || self.stride == self.cols);
@@ -441,6 +466,12 @@ impl<'a, T: Element> RowsMut<'a, T> {
     pub fn reborrow(&mut self) -> RowsMut<'_, T> {
         let RowsMut { first, rows, cols, stride, place, mark, .. } = *self;
         RowsMut { first, rows, cols, stride, place, mark, _borrow: PhantomData }
+    }
+
+    /// The same elements as one row, where nothing lies between the rows.
+    pub(crate) fn joined(self) -> RowsMut<'a, T> {
+        let len = self.rows * self.cols; // of a packed matrix within the address space
+        if self.rows > 1 && self.stride == self.cols { RowsMut { rows: 1, cols: len, stride: len, ..self } } else { self }
     }
 
     /// The rows of `range`, as a view.
@@ -551,6 +582,17 @@ mod tests {
         assert_eq!(view.row_range(1..3).unwrap().to_vec(&stream).unwrap(), [4, 5, 8, 9]);
         let view = RowsMut::from_slice_strided(&mut data, 3, 2, 4).unwrap();
         assert_eq!(view.row_range(1..3).unwrap().as_rows().to_vec(&stream).unwrap(), [4, 5, 8, 9]);
+    }
+
+    #[test]
+    fn values_fill_a_view_without_gaps() {
+        let (stream, mut data) = (Device::cpu().stream().unwrap(), [9u32; 8]);
+        let mut view = RowsMut::from_slice_strided(&mut data, 2, 3, 4).unwrap();
+        assert!(matches!(view.copy_from_slice(&stream, &[1; 6]), Err(Error::Layout { got: 4, .. })));
+        let mut row = view.row_range(1..2).unwrap();
+        assert!(matches!(row.copy_from_slice(&stream, &[1; 4]), Err(Error::Shape { .. })));
+        row.copy_from_slice(&stream, &[1, 2, 3]).unwrap();
+        assert_eq!(data, [9, 9, 9, 9, 1, 2, 3, 9]);
     }
 
     #[test]

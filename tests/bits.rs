@@ -11,7 +11,7 @@ use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::router::Normalize;
 use dropless::{
     Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds,
-    Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, rope, router, sample,
+    Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample,
 };
 use dropless_kit::device;
 use dropless_kit::fill::{Random, normal};
@@ -222,6 +222,12 @@ fn sample_bits(run: &mut Run<'_>) {
     chosen.ids().to_vec(run.stream).unwrap().into_iter().for_each(|id| run.hash.word(id));
 }
 
+fn random_bits<T: Float + Bits>(run: &mut Run<'_>) {
+    for (first, rows, cols) in [(0, 3, 1000), (5, 7, 33)] {
+        run.output::<T>(rows, cols, |stream, y| random::uniform(stream, 7, 0.3, first, y).unwrap());
+    }
+}
+
 fn moe_bits<T: Float + Bits>(run: &mut Run<'_>) {
     let shape = Shape::new(72, 136, 4, 2);
     let Shape { d_model, d_ffn, num_experts, .. } = shape;
@@ -264,6 +270,7 @@ fn hashes(stream: &Stream) -> Vec<(&'static str, u64)> {
         ("block_sparse", &[sparse_bits::<f32>, sparse_bits::<Bf16>, sparse_bits::<F16>]),
         ("rope, attention", &[attention_bits::<f32>, attention_bits::<Bf16>, attention_bits::<F16>]),
         ("sample", &[sample_bits]),
+        ("random", &[random_bits::<f32>, random_bits::<Bf16>, random_bits::<F16>]),
         ("moe", &[moe_bits::<f32>, moe_bits::<Bf16>, moe_bits::<F16>]),
     ];
     let hash = |work: &[Work]| {
@@ -305,7 +312,7 @@ fn the_emulated_gpu_gives_the_bits_it_gave() {
     assert_eq!(driver.reports(), [""; 0]);
 }
 
-const CPU: [(&str, u64); 13] = [
+const CPU: [(&str, u64); 14] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0x3b45_ab8a_cc25_11be),
     ("glu", 0x5818_0ee3_1738_acd6),
@@ -318,12 +325,13 @@ const CPU: [(&str, u64); 13] = [
     ("block_sparse", 0x6e55_633a_6d36_cdb0),
     ("rope, attention", 0xad1e_dc65_b645_266f),
     ("sample", 0xb2ff_cc90_efcf_8398),
+    ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x05c0_b0a0_3b4e_f615),
 ];
 
 const MIXED: [(&str, u64); 1] = [("mixed", 0xa75f_23d9_de2e_ffbe)];
 
-const EMULATED: [(&str, u64); 13] = [
+const EMULATED: [(&str, u64); 14] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0xe623_4eaa_fc07_263d),
     ("glu", 0xe1b6_bd38_1430_ae92),
@@ -336,5 +344,6 @@ const EMULATED: [(&str, u64); 13] = [
     ("block_sparse", 0x6e55_633a_6d36_cdb0),
     ("rope, attention", 0xa0c2_68fd_2357_4e91),
     ("sample", 0xb2ff_cc90_efcf_8398),
+    ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x0a32_95f2_a024_e192),
 ];

@@ -12,8 +12,8 @@ use dropless::device::driver::DriverError;
 use dropless::layout::KvShape;
 use dropless::router::{Normalize, route};
 use dropless::{
-    Buffer, Device, Error, ExpertRows, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, Topology, embedding, glu, permute, rope,
-    sample,
+    Bf16, Buffer, Device, Error, ExpertRows, HeadLayout, KvCache, Op, RopeTable, RoutingBuffers, Stream, Topology, Workspace, attention,
+    embedding, glu, permute, rope, sample,
 };
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options};
@@ -548,4 +548,87 @@ fn a_refusal_has_launched_nothing() {
         let refused = result.is_err_and(|error| error.is_refusal());
         assert!(!refused || recorder.launches().is_empty(), "{:?} after {} launches", driver.failed(), recorder.launches().len());
     }
+}
+
+/// A step of one new token on a cache of bf16: rotate, append, attend.
+struct DecodeStep {
+    cache: KvCache<Bf16>,
+    table: RopeTable,
+    qkv: Buffer<Bf16>,
+    q: Buffer<Bf16>,
+    out: Buffer<Bf16>,
+    workspace: Workspace<'static>,
+}
+
+impl DecodeStep {
+    const HEADS: (usize, usize, usize) = (2, 1, 64);
+
+    /// Of a sequence of `len` tokens with room for `capacity`, and a workspace for sequences of `served`.
+    fn new(stream: &Stream, len: usize, capacity: usize, served: usize) -> DecodeStep {
+        let (h, kv, d) = Self::HEADS;
+        let heads = HeadLayout::new(h, kv, d).unwrap();
+        let bf16 = |seed, len| Buffer::from_slice(stream, &normal::<Bf16>(seed, len, 1.0)).unwrap();
+        let mut step = DecodeStep {
+            cache: KvCache::new(stream, 1, KvShape::contiguous(heads, 1, capacity)).unwrap(),
+            table: RopeTable::new(stream, 1e4, d, capacity).unwrap(),
+            qkv: bf16(7, len * heads.qkv_cols()),
+            q: bf16(8, len * heads.q_cols()),
+            out: bf16(9, heads.q_cols()),
+            workspace: Workspace::new(stream, attention::decode_workspace_bytes(heads, 1, served).unwrap()).unwrap(),
+        };
+        step.cache.append(stream, &[len]).unwrap();
+        step.rotate(stream, len).unwrap();
+        step
+    }
+
+    fn rotate(&mut self, stream: &Stream, tokens: usize) -> Result<(), Error> {
+        let (h, kv, d) = Self::HEADS;
+        let (heads, qkv) = (HeadLayout::new(h, kv, d)?, self.qkv.rows(tokens, (h + 2 * kv) * d)?);
+        let q = &mut self.q.rows_mut(tokens, h * d)?;
+        rope::clip_rotate_append(stream, qkv, heads, rope::Options::default(), &self.table, &mut self.cache.layer_mut(0)?, q)
+    }
+
+    fn attend(&mut self, stream: &Stream) -> Result<(), Error> {
+        let (h, kv, d) = Self::HEADS;
+        self.rotate(stream, 1)?;
+        let options = attention::Options::new(HeadLayout::new(h, kv, d)?);
+        let (q, out) = (self.q.rows(1, h * d)?, &mut self.out.rows_mut(1, h * d)?);
+        attention::decode(stream, q, options, &self.cache.layer(0)?, &mut self.workspace, out)
+    }
+
+    fn bits(&self, stream: &Stream) -> Vec<u16> {
+        self.out.to_vec(stream).unwrap().into_iter().map(|x| x.0).collect()
+    }
+}
+
+/// A graph that was captured while the sequence had one part of keys serves it when it has two, as long as the workspace has
+/// room for their results; then it refuses.
+#[test]
+fn a_graph_of_decode_serves_longer_sequences() {
+    let (driver, stream) = device::emulated();
+    let [mut direct, mut replayed] = [(); 2].map(|()| DecodeStep::new(&stream, 254, 800, 512));
+    direct.cache.append(&stream, &[1]).unwrap();
+    direct.attend(&stream).unwrap();
+    replayed.cache.append(&stream, &[1]).unwrap();
+    let graph = stream.capture(|| replayed.attend(&stream)).unwrap();
+    launch(&graph).unwrap();
+    assert_eq!(replayed.bits(&stream), direct.bits(&stream));
+    for new in [1, 1, 1, 100, 154] {
+        // Several tokens are appended outside the graph; each is attended to as the last one.
+        for step in [&mut direct, &mut replayed] {
+            if new > 1 {
+                step.cache.append(&stream, &[new - 1]).unwrap();
+                step.rotate(&stream, new - 1).unwrap();
+            }
+            step.cache.append(&stream, &[1]).unwrap();
+        }
+        direct.attend(&stream).unwrap();
+        launch(&graph).unwrap();
+        assert_eq!(replayed.bits(&stream), direct.bits(&stream), "{} tokens", replayed.cache.len(0));
+    }
+    assert_eq!(replayed.cache.len(0), 512);
+    replayed.cache.append(&stream, &[1]).unwrap();
+    let need = Error::Capacity { op: Op::Attention, what: "tokens of one sequence", need: 513, have: 512 };
+    assert_eq!(launch(&graph), Err(need));
+    silent(&driver);
 }

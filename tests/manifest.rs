@@ -228,3 +228,21 @@ fn weights_are_streamed() {
         assert_eq!(text.matches("L2::cache_hint").count(), 2, "{}", entry.name);
     }
 }
+
+/// The same of attention for few query tokens. In the code for 8 rows and in that for 32, a part's keys are four products of 64 keys along
+/// the head, each waited for when the next is on its way; the values of 64 keys are one batch, in a loop. One fence on each side of
+/// the count that blocks share.
+#[test]
+fn keys_and_values_are_streamed() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/attention_decode.sm_90a.ptx"));
+    let decode = entries(&manifest, &ptx);
+    assert_eq!(decode.len(), 12, "two types, three widths of a head, with a cap and without");
+    for (entry, text) in decode {
+        let d: u32 = entry.name.split('_').find_map(|word| word.parse().ok()).unwrap();
+        let products = 2 * (4 * d / 16 + 4 * d / 64);
+        assert_eq!([entry.field("hgmma"), entry.field("depbar")], [&products.to_string(), "12"], "{}", entry.name);
+        assert!(entry.field("tma").split(['/', ',']).all(|copy| copy == "4d"), "{}", entry.name);
+        assert_eq!(text.matches("fence.acq_rel.gpu").count(), 2, "{}", entry.name);
+        assert!(!text.contains("membar"), "{}", entry.name);
+    }
+}

@@ -207,9 +207,9 @@ fn every_field_arrives() {
     for machine in machines() {
         let echoed = each!(
             &machine,
-            EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams ArgmaxParams LogitsParams ChooseParams IndexParams
-            PageParams PoolParams RopeParams AttentionParams ProductParams GivenParams RouteParams AxisParams SddParams DsdParams ArrangeParams TiledProductParams
-            BlockProductParams
+            EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams ArgmaxParams UniformParams LogitsParams ChooseParams IndexParams
+            PageParams PoolParams RopeParams AttentionParams TiledAttentionParams ProductParams GivenParams RouteParams CountParams AxisParams SddParams DsdParams
+            ArrangeParams TiledProductParams BlockProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");
         for (name, fields) in echoed {

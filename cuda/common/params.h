@@ -131,6 +131,17 @@ struct ArgmaxParams {
     int64_t logits_stride;
 };
 
+struct UniformParams {
+    Out      y;     // [R, C]
+    uint64_t state; // of the sequence, which follows from the seed
+    uint64_t first; // the number of it that y begins with
+    int64_t  rows;
+    int64_t  cols;
+    int64_t  y_stride;
+    float    scale;
+    uint32_t unused;
+};
+
 // The router. Of the scores: tokens and experts of a block, and its warps. Of the choice: warps of a block, a token each. Of the maps: warps of
 // their one block. Experts: the most of the narrow forms, and of all.
 static const uint32_t ROUTER_LOGITS_TOKENS  = 4;
@@ -209,6 +220,12 @@ struct RouteParams {
     IndexParams  index;
 };
 
+struct CountParams {
+    InU32   offsets; // [E + 1]
+    OutU32  counts;  // [E], added to
+    int64_t num_experts;
+};
+
 // Which page holds which token: sequence b keeps position p in slot p % page_tokens of page block_table[b][p / page_tokens].
 struct PageParams {
     InU32   block_table;   // [B, max_pages]
@@ -273,6 +290,37 @@ struct AttentionParams {
     int64_t    window; // keys that a query sees, its own included
     float      scale;
     float      softcap; // infinity for none
+};
+
+// attention_prefill: rows of a tile (a query head of a token each) and threads of a block, by the width of a head; shared memory for any.
+static const uint32_t PREFILL_ROWS         = 128;
+static const uint32_t PREFILL_THREADS      = 384;
+static const uint32_t PREFILL_ROWS_64      = 192; // head_dim 64, scores without a cap
+static const uint32_t PREFILL_THREADS_64   = 512;
+static const uint32_t PREFILL_SHARED_BYTES = 214 << 10;
+
+// attention_decode: keys of a part, rows of an item by the width of a head, threads and shared memory of a block, and the most blocks, each
+// of which has a word to count in.
+static const uint32_t DECODE_PART_KEYS    = 256;
+static const uint32_t DECODE_ROWS         = 128; // head_dim 64 and 128
+static const uint32_t DECODE_ROWS_256     = 32;  // head_dim 256
+static const uint32_t DECODE_THREADS      = 160;
+static const uint32_t DECODE_SHARED_BYTES = 227 << 10;
+static const uint32_t DECODE_MOST_BLOCKS  = 256;
+
+// The tensor-core forms of attention, `attention_prefill` and `attention_decode`. Maps have the dimensions [d, tokens of a page, Hkv, pages];
+// a box is 64 of d for `box_keys` tokens of one page and head.
+struct TiledAttentionParams {
+    TensorMap       key_map;
+    TensorMap       value_map;
+    AttentionParams attention;
+    OutU32          taken;     // prefill: tiles that were taken; decode: [blocks] items that are done. Zeros before and after
+    OutF32          partials;  // decode: [T, max_parts, Hkv, group (d + 2)]: of each part sums, then maxima, then sums of exponentials
+    int64_t         max_parts; // of a sequence
+    int64_t         box_keys;
+    float           factor; // a weight is 2^(factor * score), where a cap makes of a score tanh(scale * score / softcap) / 2,
+    float           inner;  // which is 1 / 2 - 1 / (1 + 2^(inner * score))
+    int64_t         unused[6];
 };
 
 // The plain form of grouped_gemm: rows and columns of a tile, and the threads that compute it.

@@ -50,7 +50,9 @@ macro_rules! images {
 }
 
 images! {
-    ATTENTION = "attention";
+    ATTENTION_DECODE = "attention_decode";
+    ATTENTION_PLAIN = "attention_plain";
+    ATTENTION_PREFILL = "attention_prefill";
     BLOCK_SPARSE = "block_sparse";
     BLOCK_SPARSE_PLAIN = "block_sparse_plain";
     EMBEDDING = "embedding";
@@ -60,6 +62,7 @@ images! {
     GROUPED_GEMM_PLAIN = "grouped_gemm_plain";
     NORM = "norm";
     PERMUTE = "permute";
+    RANDOM = "random";
     ROPE = "rope";
     ROUTER = "router";
     SAMPLE = "sample";

@@ -223,6 +223,31 @@ const _: () = {
     ["Offset of field: ArgmaxParams::vocab"][::std::mem::offset_of!(ArgmaxParams, vocab) - 24usize];
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct UniformParams {
+    pub(crate) y: Out,
+    pub(crate) state: u64,
+    pub(crate) first: u64,
+    pub(crate) rows: i64,
+    pub(crate) cols: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) scale: f32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of UniformParams"][::std::mem::size_of::<UniformParams>() - 56usize];
+    ["Alignment of UniformParams"][::std::mem::align_of::<UniformParams>() - 8usize];
+    ["Offset of field: UniformParams::y"][::std::mem::offset_of!(UniformParams, y) - 0usize];
+    ["Offset of field: UniformParams::state"][::std::mem::offset_of!(UniformParams, state) - 8usize];
+    ["Offset of field: UniformParams::first"][::std::mem::offset_of!(UniformParams, first) - 16usize];
+    ["Offset of field: UniformParams::rows"][::std::mem::offset_of!(UniformParams, rows) - 24usize];
+    ["Offset of field: UniformParams::cols"][::std::mem::offset_of!(UniformParams, cols) - 32usize];
+    ["Offset of field: UniformParams::y_stride"][::std::mem::offset_of!(UniformParams, y_stride) - 40usize];
+    ["Offset of field: UniformParams::scale"][::std::mem::offset_of!(UniformParams, scale) - 48usize];
+    ["Offset of field: UniformParams::unused"][::std::mem::offset_of!(UniformParams, unused) - 52usize];
+};
 pub const ROUTER_LOGITS_TOKENS: u32 = 4;
 pub const ROUTER_LOGITS_EXPERTS: u32 = 8;
 pub const ROUTER_LOGITS_WARPS: u32 = 8;
@@ -373,6 +398,21 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct CountParams {
+    pub(crate) offsets: InU32,
+    pub(crate) counts: OutU32,
+    pub(crate) num_experts: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CountParams"][::std::mem::size_of::<CountParams>() - 24usize];
+    ["Alignment of CountParams"][::std::mem::align_of::<CountParams>() - 8usize];
+    ["Offset of field: CountParams::offsets"][::std::mem::offset_of!(CountParams, offsets) - 0usize];
+    ["Offset of field: CountParams::counts"][::std::mem::offset_of!(CountParams, counts) - 8usize];
+    ["Offset of field: CountParams::num_experts"][::std::mem::offset_of!(CountParams, num_experts) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct PageParams {
     pub(crate) block_table: InU32,
     pub(crate) seq_lens: InU32,
@@ -504,6 +544,47 @@ const _: () = {
     ["Offset of field: AttentionParams::window"][::std::mem::offset_of!(AttentionParams, window) - 216usize];
     ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 224usize];
     ["Offset of field: AttentionParams::softcap"][::std::mem::offset_of!(AttentionParams, softcap) - 228usize];
+};
+pub const PREFILL_ROWS: u32 = 128;
+pub const PREFILL_THREADS: u32 = 384;
+pub const PREFILL_ROWS_64: u32 = 192;
+pub const PREFILL_THREADS_64: u32 = 512;
+pub const PREFILL_SHARED_BYTES: u32 = 219136;
+pub const DECODE_PART_KEYS: u32 = 256;
+pub const DECODE_ROWS: u32 = 128;
+pub const DECODE_ROWS_256: u32 = 32;
+pub const DECODE_THREADS: u32 = 160;
+pub const DECODE_SHARED_BYTES: u32 = 232448;
+pub const DECODE_MOST_BLOCKS: u32 = 256;
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct TiledAttentionParams {
+    pub(crate) key_map: TensorMap,
+    pub(crate) value_map: TensorMap,
+    pub(crate) attention: AttentionParams,
+    pub(crate) taken: OutU32,
+    pub(crate) partials: OutF32,
+    pub(crate) max_parts: i64,
+    pub(crate) box_keys: i64,
+    pub(crate) factor: f32,
+    pub(crate) inner: f32,
+    pub(crate) unused: [i64; 6usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TiledAttentionParams"][::std::mem::size_of::<TiledAttentionParams>() - 576usize];
+    ["Alignment of TiledAttentionParams"][::std::mem::align_of::<TiledAttentionParams>() - 64usize];
+    ["Offset of field: TiledAttentionParams::key_map"][::std::mem::offset_of!(TiledAttentionParams, key_map) - 0usize];
+    ["Offset of field: TiledAttentionParams::value_map"][::std::mem::offset_of!(TiledAttentionParams, value_map) - 128usize];
+    ["Offset of field: TiledAttentionParams::attention"][::std::mem::offset_of!(TiledAttentionParams, attention) - 256usize];
+    ["Offset of field: TiledAttentionParams::taken"][::std::mem::offset_of!(TiledAttentionParams, taken) - 488usize];
+    ["Offset of field: TiledAttentionParams::partials"][::std::mem::offset_of!(TiledAttentionParams, partials) - 496usize];
+    ["Offset of field: TiledAttentionParams::max_parts"][::std::mem::offset_of!(TiledAttentionParams, max_parts) - 504usize];
+    ["Offset of field: TiledAttentionParams::box_keys"][::std::mem::offset_of!(TiledAttentionParams, box_keys) - 512usize];
+    ["Offset of field: TiledAttentionParams::factor"][::std::mem::offset_of!(TiledAttentionParams, factor) - 520usize];
+    ["Offset of field: TiledAttentionParams::inner"][::std::mem::offset_of!(TiledAttentionParams, inner) - 524usize];
+    ["Offset of field: TiledAttentionParams::unused"][::std::mem::offset_of!(TiledAttentionParams, unused) - 528usize];
 };
 pub const PLAIN_TILE: u32 = 32;
 pub const PLAIN_THREADS: u32 = 64;

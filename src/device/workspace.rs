@@ -120,6 +120,11 @@ impl<'a> Workspace<'a> {
         Ok(Workspace(Memory::Lent { place, first, bytes, _borrow: PhantomData }))
     }
 
+    /// Of that many bytes, what parts of a workspace can be carved from: whole steps of the alignment.
+    pub(crate) fn usable_bytes(bytes: usize) -> usize {
+        bytes / ALIGN_BYTES * ALIGN_BYTES
+    }
+
     /// Its size.
     pub fn bytes(&self) -> usize {
         match &self.0 {

@@ -6,7 +6,7 @@
 //! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
 //! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face
 //! transformers; window, cap and sinks as in its Mistral, Gemma 2 and gpt-oss.
-//! Kernel: `cuda/attention.cu`. Oracle: `tests/kit/src/oracle/attention.rs`. Bench: `benches/attention.rs`.
+//! Kernels: `cuda/attention_{prefill,decode,plain}.cu`. Oracle: `tests/kit/src/oracle/attention.rs`. Bench: `benches/attention.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -16,8 +16,8 @@ mod options;
 pub use self::options::Options;
 use crate::device::{Access, Stream, Workspace};
 use crate::dtype::Float;
-use crate::error::{Error, Op, check_shape};
-use crate::layout::{HeadLayout, KvLayer};
+use crate::error::{Error, Op, Place, check_shape};
+use crate::layout::{HeadLayout, KvLayer, KvPages};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
 
@@ -45,9 +45,15 @@ const SPLIT_KEYS: usize = 256;
 /// position 0 on. The bits of a token depend on its position, its query and the keys and values it sees: not on the rest of the batch,
 /// nor on how the step is cut, nor on where pages lie. Dtypes: `f32`, `bf16`, `f16`.
 ///
-/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. Slots of the cache beyond a sequence's length, or before all
-/// windows, are never read. A NaN in a key or value reaches the tokens that see it, no other one; a score of `-inf` has weight 0, and
-/// a token whose scores are all `-inf`, its sink included, or one of them `+inf`, is NaN.
+/// On a GPU the tensor cores serve `bf16` and `f16`, `d` = 64, 128 and 256, if the scale is positive, each head lies in one
+/// piece, pages are of a multiple of 8 tokens (or each sequence has one page), and addresses and strides are multiples of 16
+/// bytes. There weights are rounded to the type before they meet the values, their sum is not. Other calls are served by a plain
+/// kernel without tensor cores, which is slow for long sequences. Shape, layout and options alone decide.
+///
+/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. What slots of the cache beyond a sequence's length, or before
+/// all windows, hold does not matter. A NaN in a key or value reaches the tokens that see it, no other one; a score of `-inf` has
+/// weight 0, and a token whose scores are all `-inf`, its sink included, or one of them `+inf`, is NaN. On the tensor cores a
+/// value that is infinite or NaN may change how tokens of the same step that do not see it are rounded, nothing else of them.
 ///
 /// ```
 /// use dropless::attention::{self, Options};
@@ -87,19 +93,32 @@ pub fn prefill<A: Float>(
     kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
     admit(stream, q, &options, cache, out, None)?;
     run(stream, q, &options, cache, out)?;
-    compare_at_launch(stream, cache);
+    compare_at_launch(stream, cache, usize::MAX);
     Ok(())
 }
 
-/// Attention of a step with about one token for each sequence: the same function as [`prefill`], with the same arguments.
+/// Attention of a step with few tokens for each sequence, 1 to 16 or so: the same function as [`prefill`],
+/// with the same arguments.
 ///
-/// Each token's keys are cut into parts of 256, which different workers take; each part leaves its largest score, its sum of
-/// exponentials and its weighted values in the workspace, and the parts are combined in ascending order. So one long
-/// sequence occupies all workers, each key and value is read once for all query heads of its group, and the bits of a token
-/// depend on its query and what it sees, as in [`prefill`]; they need not be those of [`prefill`].
+/// Each token's keys are cut into parts of 256, which different workers take; each part leaves its largest
+/// score, its sum of exponentials and its weighted values in the workspace, and the parts are combined in
+/// ascending order. So one long sequence occupies all workers, each key and value is read once for all query
+/// heads of its group, and the bits of a token depend on its query and what it sees, as in [`prefill`]; they
+/// need not be those of [`prefill`].
 ///
-/// `workspace` has [`decode_workspace_bytes`] for the step's tokens and [`KvPages::max_len`](crate::layout::KvPages::max_len).
-/// More than one token of a sequence is correct too, but reads its keys once for each.
+/// A CPU takes one token at a time, and reads its keys for it. A GPU takes the tokens that a sequence has in
+/// the step together: on its tensor cores, each key and value that any of them sees is read once for 128
+/// rows, which are the query heads of the group of each token (32 rows where `head_dim` is 256). They serve
+/// the calls that they serve in [`prefill`]; others go to the kernel that takes each token and query head
+/// alone, without the workspace.
+///
+/// On the tensor cores a weight is rounded to the type before it meets its value: beyond the rounding of the
+/// result, a result is off by one such rounding of `sum_i w[i] * |V[i]|`. Where an infinity or a NaN among
+/// the values of a later token of the step meets an earlier one, which does not see it, that one is computed
+/// alone: it is right, but in the last bits it is as the other kernel computes it.
+///
+/// `workspace` has [`decode_workspace_bytes`] for the step's tokens and
+/// [`KvPages::max_len`](crate::layout::KvPages::max_len).
 ///
 /// # Errors
 ///
@@ -113,14 +132,34 @@ pub fn decode<A: Float>(
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     check(q, &options, cache, out)?;
-    let [rows, cols] = partial_dims(options.heads, q.rows(), cache.pages().max_len())?;
-    let mut partials = workspace.carve(Op::Attention).rows(rows, cols)?;
+    let parts = parts_of(stream, options.heads, q.rows(), cache.pages(), workspace);
+    let [rows, cols] = partial_dims(options.heads, q.rows(), parts * SPLIT_KEYS)?;
+    let mut partials = Partials { parts, rows: workspace.carve(Op::Attention).rows(rows, cols)? };
     let run = dispatch!(stream, cpu::decode, cuda::decode);
     kernels_need!(stream, cuda::check::<A>(options.heads, q.rows()));
-    admit(stream, q, &options, cache, out, Some(partials.access()))?;
-    run(stream, q, &options, cache, &mut partials, out)?;
-    compare_at_launch(stream, cache);
+    admit(stream, q, &options, cache, out, Some(partials.rows.access()))?;
+    let longest = run(stream, q, &options, cache, &mut partials, out)?;
+    compare_at_launch(stream, cache, longest);
     Ok(())
+}
+
+/// Where the parts of sequences leave their results: `parts` of each token and KV head.
+struct Partials<'a> {
+    parts: usize,
+    rows: RowsMut<'a, f32>,
+}
+
+/// Parts of each token and KV head that the workspace is laid out for: those of the step's longest sequence. A graph serves later steps,
+/// too, in which sequences are longer: then as many as there is room for, up to what the pages hold.
+fn parts_of(stream: &Stream, heads: HeadLayout, num_tokens: usize, pages: &KvPages<'_>, workspace: &Workspace<'_>) -> usize {
+    let needed = pages.max_len().div_ceil(SPLIT_KEYS);
+    if stream.place() == Place::Host {
+        return needed;
+    }
+    let rows = (num_tokens * heads.num_kv_heads()).max(1);
+    let row_bytes = heads.group() * (heads.head_dim() + 2) * size_of::<f32>();
+    let room = (Workspace::usable_bytes(workspace.bytes()) / row_bytes).min(MAX_ROWS) / rows;
+    needed.max(room.min(pages.longest().div_ceil(SPLIT_KEYS)))
 }
 
 fn admit<A: Float>(
@@ -142,12 +181,12 @@ fn admit<A: Float>(
     stream.admit(Op::Attention, &accesses[..count])
 }
 
-/// A graph serves steps with the number of tokens that it recorded. Lengths may differ: kernels read them on the device.
-fn compare_at_launch<A: Float>(stream: &Stream, cache: &KvLayer<'_, A>) {
-    cache.pages().compare_at_launch(stream, Op::Attention, "tokens of one sequence", usize::MAX);
+/// A graph serves steps with the number of tokens that it recorded. Lengths may differ, up to `longest`: kernels read them on the device.
+fn compare_at_launch<A: Float>(stream: &Stream, cache: &KvLayer<'_, A>, longest: usize) {
+    cache.pages().compare_at_launch(stream, Op::Attention, "tokens of one sequence", longest);
 }
 
-/// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most `max_len`.
+/// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most `max_len`, on any device.
 ///
 /// # Errors
 ///

@@ -5,11 +5,13 @@
 //! Kernel: `cuda/router.cu`. Oracle: `tests/kit/src/oracle/router.rs`. Bench: `benches/router.rs`.
 
 mod choice;
+mod count;
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
 mod given;
 
+pub use self::count::count;
 pub use self::given::{Here, index};
 
 pub use self::choice::{Choice, GroupScore, Groups, MAX_GROUPS, Normalize, Score};

@@ -2,7 +2,7 @@
 
 use dropless::attention::{Options, decode, decode_workspace_bytes, prefill};
 use dropless::layout::{KvLayer, KvLayout};
-use dropless::{Bf16, F16, Float, HeadLayout, Rows, Stream, Workspace};
+use dropless::{Bf16, DType, F16, Float, HeadLayout, Place, Rows, Stream, Workspace};
 use dropless_kit::compare::{rounding, same_bits, underflow, within};
 use dropless_kit::device;
 use dropless_kit::fill::{normal, to_f64};
@@ -21,32 +21,32 @@ fn head_rows<'a>(rows: &'a [f64], stride: usize, cols: std::ops::Range<usize>, w
 const ENTRIES: [Entry; 2] = [Entry::Prefill, Entry::Decode];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Entry {
+pub(crate) enum Entry {
     Prefill,
     Decode,
 }
 
 /// What `Options` has besides heads.
 #[derive(Clone, Debug)]
-struct Variant {
-    scale: f32,
-    window: Option<usize>,
-    softcap: Option<f32>,
-    sinks: Option<Vec<f32>>,
+pub(crate) struct Variant {
+    pub(crate) scale: f32,
+    pub(crate) window: Option<usize>,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) sinks: Option<Vec<f32>>,
 }
 
 /// A step's queries, and each sequence's keys and values from position 0 on, packed.
-struct Case<A> {
-    heads: HeadLayout,
-    sequences: Vec<(usize, usize)>, // tokens before the step, tokens of the step
-    q: Vec<A>,
-    keys: Vec<Vec<A>>,
-    values: Vec<Vec<A>>,
-    variant: Variant,
+pub(crate) struct Case<A> {
+    pub(crate) heads: HeadLayout,
+    pub(crate) sequences: Vec<(usize, usize)>, // tokens before the step, tokens of the step
+    pub(crate) q: Vec<A>,
+    pub(crate) keys: Vec<Vec<A>>,
+    pub(crate) values: Vec<Vec<A>>,
+    pub(crate) variant: Variant,
 }
 
 impl<A: Float + Bits> Case<A> {
-    fn normal(seed: u64, (h, kv, d): (usize, usize, usize), sequences: &[(usize, usize)], size: f64) -> Case<A> {
+    pub(crate) fn normal(seed: u64, (h, kv, d): (usize, usize, usize), sequences: &[(usize, usize)], size: f64) -> Case<A> {
         let heads = HeadLayout::new(h, kv, d).unwrap();
         let tokens: usize = sequences.iter().map(|(_, new)| new).sum();
         let fill = |seed: u64, scale: f64| -> Vec<Vec<A>> {
@@ -64,7 +64,7 @@ impl<A: Float + Bits> Case<A> {
     }
 
     /// The case with only one sequence's part.
-    fn only(&self, sequence: usize) -> Case<A> {
+    pub(crate) fn only(&self, sequence: usize) -> Case<A> {
         let before: usize = self.sequences[..sequence].iter().map(|(_, new)| new).sum();
         let rows = before * self.heads.q_cols()..(before + self.sequences[sequence].1) * self.heads.q_cols();
         Case {
@@ -78,7 +78,7 @@ impl<A: Float + Bits> Case<A> {
     }
 
     /// Runs on pages of `page_tokens` in the order of `seed`, among poison, with poison in the outputs and the workspace.
-    fn run(&self, stream: &Stream, entry: Entry, page_tokens: usize, seed: u64) -> Vec<A> {
+    pub(crate) fn run(&self, stream: &Stream, entry: Entry, page_tokens: usize, seed: u64) -> Vec<A> {
         let rows = KvLayout::token_major(page_tokens, self.heads);
         let gap = if seed > 0 { self.heads.kv_cols() } else { 0 };
         let step = Step::new(stream, &self.sequences, page_tokens, seed);
@@ -86,7 +86,7 @@ impl<A: Float + Bits> Case<A> {
     }
 
     /// Runs on pools that lie as said. What no token sees is not there: NaN, and no page.
-    fn run_in(&self, stream: &Stream, entry: Entry, step: Step, [key_layout, value_layout]: [KvLayout; 2]) -> Vec<A> {
+    pub(crate) fn run_in(&self, stream: &Stream, entry: Entry, step: Step, [key_layout, value_layout]: [KvLayout; 2]) -> Vec<A> {
         let step = if let Some(window) = self.variant.window { step.windowed(stream, window) } else { step };
         let (heads, q_cols, kv_cols, tokens) = (self.heads, self.heads.q_cols(), self.heads.kv_cols(), step.tokens().len());
         let pool = |parts: &[Vec<A>], layout: KvLayout| {
@@ -115,15 +115,27 @@ impl<A: Float + Bits> Case<A> {
         })
     }
 
-    /// What it should give, and how far off it may be.
+    /// What it should give on a stream, and how far off it may be.
     ///
+    /// The tensor cores take weights of the type: each is rounded once more, between 0 and 1 and with a largest one of 1, which
+    /// moves a sum by at most `rounding * sum w |v|`, and by half the smallest number of the type times `sum |v|`.
+    pub(crate) fn expected_on(&self, stream: &Stream) -> (Vec<f64>, Vec<f64>) {
+        let rounds_weights = A::DTYPE != DType::F32 && stream.place() != Place::Host;
+        self.expected_with(if rounds_weights { [rounding::<A>(), underflow::<A>()] } else { [0.0; 2] })
+    }
+
+    /// The same where weights are not rounded.
+    pub(crate) fn expected(&self) -> (Vec<f64>, Vec<f64>) {
+        self.expected_with([0.0; 2])
+    }
+
     /// With `u` for one rounding: a score is a sum of `d` products, whose error is bounded as any sum's, plus `u` for the scaled
     /// query. Its exponent is off by that, and by `u` times its distance from the maxima subtracted and divided out again on the
     /// way, at most twice the spread of the scores; the exponential itself, and each of the `keys / 32` times that the maximum
     /// may grow, by a few `u`. An exponent that is off by `e` makes a weight off by a factor `exp(e)`, numerator and denominator;
     /// the weighted sum is then a sum of as many products as there are keys. A cap never makes an error larger; its own is a few `u`
     /// of what it gives. A sink is one more score.
-    fn expected(&self) -> (Vec<f64>, Vec<f64>) {
+    fn expected_with(&self, of_weights: [f64; 2]) -> (Vec<f64>, Vec<f64>) {
         let (mut want, mut bound) = (Vec::new(), Vec::new());
         let (u, sum) = (2f64.powi(-24), |terms: usize| (terms as f64).sqrt() * 2f64.powi(-23));
         let (d, kv_cols, scale) = (self.heads.head_dim(), self.heads.kv_cols(), f64::from(self.variant.scale));
@@ -150,8 +162,9 @@ impl<A: Float + Bits> Case<A> {
                     let exponent = (sum(d) + u) * sizes + cap + 2.0 * u * spread + 4.0 * u * (steps + 1.0);
                     for (j, out) in out.into_iter().enumerate() {
                         let size: f64 = weights.iter().zip(&values).map(|(w, v)| w * v[j].abs()).sum();
+                        let rounded = of_weights[0] * size + of_weights[1] * values.iter().map(|v| v[j].abs()).sum::<f64>();
                         let factor = (2.0 * exponent).exp_m1() + 2.0 * sum(keys.len()) + 2.0 * u;
-                        bound.push(rounding::<A>() * out.abs() + underflow::<A>() + factor * size);
+                        bound.push(rounding::<A>() * out.abs() + underflow::<A>() + rounded + factor * size);
                         want.push(out);
                     }
                 }
@@ -176,10 +189,11 @@ fn against_oracle<A: Float + Bits>() {
 }
 
 fn agrees<A: Float + Bits>(case: &Case<A>, entry: Entry) {
-    let (want, bound) = case.expected();
+    let want = case.expected().0;
     let work = want.len() * case.sequences.iter().map(|(history, new)| history + new).max().unwrap_or(0);
     device::each_device(|stream| {
         if device::affords(work) {
+            let bound = case.expected_on(stream).1;
             within(&case.run(stream, entry, 16, 1), &want, case.heads.q_cols(), |i| bound[i]);
         }
     });
@@ -264,12 +278,15 @@ fn golden<A: Float + Bits>(file: &Goldens, case: &str) {
         variant: Variant { scale: (d as f32).sqrt().recip(), window: None, softcap: None, sinks: None },
     };
     let want = by_token(&file.f64(&name("out")), tokens, d);
-    let (oracle, bound) = case.expected();
+    let oracle = case.expected().0;
     // The oracle against the reference: both f64, apart from the scale, which is rounded to f32.
     within(&oracle.iter().map(|x| *x as f32).collect::<Vec<_>>(), &want, h * d, |i| 1e-6 * want[i].abs() + 1e-6);
     for entry in ENTRIES {
         for (page_tokens, seed) in [(256, 0), (4, 9)] {
-            device::each_device(|stream| within(&case.run(stream, entry, page_tokens, seed), &want, h * d, |i| bound[i]));
+            device::each_device(|stream| {
+                let bound = case.expected_on(stream).1;
+                within(&case.run(stream, entry, page_tokens, seed), &want, h * d, |i| bound[i]);
+            });
         }
     }
 }

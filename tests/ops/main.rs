@@ -3,6 +3,8 @@
 use dropless_kit::oracle;
 
 mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod block_sparse;
 mod block_sparse_tiles;
 mod embedding;
@@ -16,6 +18,7 @@ mod moe;
 mod norm;
 mod parallel;
 mod permute;
+mod random;
 mod rope;
 mod router;
 mod sample;

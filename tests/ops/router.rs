@@ -1,6 +1,7 @@
 //! `router` against its oracle, its goldens, and what it must refuse.
 
-use dropless::router::{Choice, GroupScore, Groups, Normalize, Score, logits, route};
+use dropless::layout::{MAX_EXPERTS, NOWHERE};
+use dropless::router::{Choice, GroupScore, Groups, Normalize, Score, count, logits, route};
 use dropless::{Bf16, F16, Float, Routing, RoutingBuffers, Rows, Stream};
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
@@ -369,6 +370,52 @@ fn route_refuses_with_numbers() {
         assert_eq!(text(view(3, 16), Normalize::P(p)), want);
     }
     assert_eq!(copy(&stream, route(&stream, view(2, 16), Normalize::None, &mut buffers).unwrap()), before);
+}
+
+// ---- count ----
+
+/// Counts of three steps onto what was there, of experts that are here; a count that passes 2^32 - 1 begins again at 0.
+#[test]
+fn counts_add_up_over_steps() {
+    device::each_device(|stream| {
+        for (tokens, top_k, experts) in [(1, 1, 1), (0, 2, 4), (9, 4, 16), (33, 8, 257), (5, 2, MAX_EXPERTS)] {
+            let before: Vec<u32> = (0..experts as u32).map(|e| if e == 0 { u32::MAX } else { e }).collect();
+            let mut counts = Guarded::with(stream, &before, 1, experts, 0);
+            let mut buffers = RoutingBuffers::new(stream, tokens, top_k, experts).unwrap();
+            let mut want = before;
+            for step in 0..3 {
+                let logits = normal::<f32>(step, tokens * experts, 1.0);
+                let logits = Guarded::with(stream, &logits, tokens, experts, 0);
+                let routing = route(stream, logits.view(), Normalize::None, &mut buffers).unwrap();
+                count(stream, &routing, &mut counts.view_mut()).unwrap();
+                let ids = routing.expert_ids().to_vec(stream).unwrap();
+                want.iter_mut().zip(oracle::router::counts(&ids, experts)).for_each(|(sum, more)| *sum = sum.wrapping_add(more));
+            }
+            assert_eq!(counts.take(stream), want, "{tokens} tokens, {top_k} of {experts}");
+        }
+    });
+}
+
+#[test]
+fn choices_of_experts_elsewhere_are_not_counted() {
+    device::each_device(|stream| {
+        let mut buffers = RoutingBuffers::new(stream, 2, 2, 3).unwrap();
+        let routing = Routing::from_host(stream, &[2, NOWHERE, NOWHERE, 2], &[0.5; 4], &mut buffers).unwrap();
+        let mut counts = Guarded::with(stream, &[5u32; 3], 1, 3, 0);
+        count(stream, &routing, &mut counts.view_mut()).unwrap();
+        assert_eq!(counts.take(stream), [5, 5, 7]);
+    });
+}
+
+#[test]
+fn count_refuses_and_writes_nothing() {
+    let stream = device::cpu(1);
+    let mut buffers = RoutingBuffers::new(&stream, 2, 1, 3).unwrap();
+    let routing = Routing::from_host(&stream, &[2, 0], &[0.5; 2], &mut buffers).unwrap();
+    for (rows, cols, got) in [(1, 2, "[1, 2]"), (1, 4, "[1, 4]"), (3, 1, "[3, 1]")] {
+        let text = guard::refused::<u32>(&stream, rows, cols, |counts| count(&stream, &routing, counts));
+        assert_eq!(text, format!("router: `counts` must be [1, E] = [1, 3], got {got}"));
+    }
 }
 
 // ---- choices ----

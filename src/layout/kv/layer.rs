@@ -169,6 +169,12 @@ impl<'a, T: Element> KvLayer<'a, T> {
         self.lie.layouts
     }
 
+    /// Hkv and d.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn heads(&self) -> [usize; 2] {
+        [self.lie.extents.num_kv_heads, self.lie.extents.head_dim]
+    }
+
     /// Refuses a layer of other heads.
     pub(crate) fn check_heads(&self, op: Op, heads: HeadLayout) -> Result<(), Error> {
         self.lie.check_heads(op, heads)

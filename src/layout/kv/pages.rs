@@ -156,6 +156,30 @@ impl<'a> KvPages<'a> {
         [("block_table", self.block_table.access()), ("seq_lens", self.seq_lens.access()), ("query_offsets", self.query_offsets.access())]
     }
 
+    /// Tokens of a page.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
+    /// Pages of a pool.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// How long a sequence may become: in a cache as long as its pages hold, in raw pages `max_len`.
+    pub(crate) fn longest(&self) -> usize {
+        let held = self.page_tokens.saturating_mul(self.block_table.cols());
+        if self.step.is_some() { held.max(self.max_len) } else { self.max_len }
+    }
+
+    /// Pages of a sequence at most.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn max_pages(&self) -> usize {
+        self.block_table.cols()
+    }
+
     /// As a kernel takes them.
     #[cfg(feature = "cuda")]
     pub(crate) fn params(&self) -> PageParams {

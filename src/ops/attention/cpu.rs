@@ -19,7 +19,7 @@
 
 use std::ops::Range;
 
-use super::{Options, SPLIT_KEYS};
+use super::{Options, Partials, SPLIT_KEYS};
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
@@ -73,13 +73,13 @@ pub(super) fn decode<A: Float>(
     q: Rows<'_, A>,
     options: &Options<'_>,
     cache: &KvLayer<'_, A>,
-    partials: &mut RowsMut<'_, f32>,
+    partials: &mut Partials<'_>,
     out: &mut RowsMut<'_, A>,
-) -> Result<(), Error> {
+) -> Result<usize, Error> {
     let (q, pools, pages, heads) = (q.host(), cache.host(), cache.pages().host(), options.heads);
     let (group, head_dim, num_kv_heads) = (heads.group(), heads.head_dim(), heads.num_kv_heads());
-    let splits = cache.pages().max_len().div_ceil(SPLIT_KEYS);
-    for_each_row(stream, partials.host(), 1, |part, partial| {
+    let splits = partials.parts;
+    for_each_row(stream, partials.rows.host(), 1, |part, partial| {
         let (token, split, kv_head) = (part / num_kv_heads / splits, part / num_kv_heads % splits, part % num_kv_heads);
         let (sequence, position) = pages.locate(token);
         let part_keys = options.oldest(position).max(split * SPLIT_KEYS)..(position + 1).min((split + 1) * SPLIT_KEYS);
@@ -95,7 +95,7 @@ pub(super) fn decode<A: Float>(
     });
 
     // One tile per token and query head.
-    let (partials, all_tokens) = (partials.as_rows().host(), [0, q.rows() as u32]);
+    let (partials, all_tokens) = (partials.rows.as_rows().host(), [0, q.rows() as u32]);
     let sinks = options.sinks.map(|sinks| sinks.host().row(0));
     let tiling = Tiling::new(&all_tokens, heads.q_cols(), 1, head_dim);
     out.host().for_each_tile(stream, &tiling, |mut tile| {
@@ -105,7 +105,7 @@ pub(super) fn decode<A: Float>(
         let partial = |split: usize| partials.row((token * splits + split) * num_kv_heads + head / group);
         combine(parts.map(partial), head % group, group, sinks.map(|sinks| sinks[head]), tile.row_mut(0));
     });
-    Ok(())
+    Ok(usize::MAX)
 }
 
 /// Adds up the parts of one query head, `row` of its group, in their order.

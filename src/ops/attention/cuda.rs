@@ -1,37 +1,107 @@
-//! CUDA launches of `attention`. Callers have checked shapes, the width of a head and the workspace.
-#![allow(unsafe_code)] // the launch
+//! CUDA backend of `attention`: the table of its kernels, and which of them takes which call. Callers have
+//! checked the shapes.
+//!
+//! | key | serves | file |
+//! |---|---|---|
+//! | `Prefill` | 16-bit types, head_dim 64, 128 and 256, pages of a multiple of 8 tokens or one page a sequence | `cuda/attention_prefill.cu` |
+//! | `Decode` | the same, with less than 2^31 / 5 partial results of a query head | `cuda/attention_decode.cu` |
+//! | `Plain` | everything else: any type, width, layout of the pools and scale | `cuda/attention_plain.cu` |
+//!
+//! Static shape, layout and options alone decide, so that a token's bits do not depend on the batch.
 
-use super::Options;
-use crate::device::kernel::{Kernel, Types, find};
-use crate::device::params::{ATTENTION_WARPS, AttentionParams};
+mod decode;
+mod plain;
+mod prefill;
+mod tiled;
+
+pub(super) use self::decode::decode;
+pub(super) use self::plain::check;
+use crate::device::kernel::{Kernel, Types};
+use crate::device::params::{DECODE_ROWS, DECODE_ROWS_256, DECODE_SHARED_BYTES, DECODE_THREADS};
+use crate::device::params::{PREFILL_ROWS, PREFILL_ROWS_64, PREFILL_SHARED_BYTES, PREFILL_THREADS, PREFILL_THREADS_64};
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
-use crate::error::{Error, Op};
-use crate::layout::{HeadLayout, KvLayer};
+use crate::error::Error;
+use crate::layout::KvLayer;
+use crate::ops::attention::Options;
 use crate::view::{Rows, RowsMut};
 
-pub static KERNELS: &[Kernel<()>] =
-    &[row("attention_f32", DType::F32), row("attention_bf16", DType::Bf16), row("attention_f16", DType::F16)];
-
-const fn row(entry: &'static str, dtype: DType) -> Kernel<()> {
-    Kernel { threads: 32 * ATTENTION_WARPS, ..Kernel::new(&image::ATTENTION, entry, (), Types::all(dtype)) }
+/// What a kernel of this table computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Both entries, a warp for each token and query head.
+    Plain,
+    /// Many queries at a time, on the tensor cores.
+    Prefill(Form),
+    /// Many keys at a time, on the tensor cores.
+    Decode(Form),
 }
 
-/// Dynamic shared memory that the plain kernel may ask for.
-const MAX_SHARED_BYTES: usize = 40 << 10;
-
-/// What its warps keep there: a query and a weighted sum of values each.
-fn shared_bytes(heads: HeadLayout) -> usize {
-    ATTENTION_WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
+/// What a tensor-core kernel was compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// The width of a head.
+    pub head_dim: usize,
+    /// Whether scores have a cap.
+    pub capped: bool,
 }
 
-/// What the kernel needs beyond the contract.
-pub(super) fn check<A: Float>(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
-    find(Op::Attention, KERNELS, (), Types::all(A::DTYPE), |_| true)?;
-    if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
-        return Err(Error::unsupported(Op::Attention, "head_dim", "beyond 1280", "up to 1280"));
+const BF16: Types = Types::all(DType::Bf16);
+const F16: Types = Types::all(DType::F16);
+
+/// The table.
+pub static KERNELS: &[Kernel<Key>] = &[
+    plain::row("attention_f32", DType::F32),
+    plain::row("attention_bf16", DType::Bf16),
+    plain::row("attention_f16", DType::F16),
+    prefill_row("attention_prefill_bf16_64", BF16, 64, false),
+    prefill_row("attention_prefill_bf16_128", BF16, 128, false),
+    prefill_row("attention_prefill_bf16_256", BF16, 256, false),
+    prefill_row("attention_prefill_bf16_64_capped", BF16, 64, true),
+    prefill_row("attention_prefill_bf16_128_capped", BF16, 128, true),
+    prefill_row("attention_prefill_bf16_256_capped", BF16, 256, true),
+    prefill_row("attention_prefill_f16_64", F16, 64, false),
+    prefill_row("attention_prefill_f16_128", F16, 128, false),
+    prefill_row("attention_prefill_f16_256", F16, 256, false),
+    prefill_row("attention_prefill_f16_64_capped", F16, 64, true),
+    prefill_row("attention_prefill_f16_128_capped", F16, 128, true),
+    prefill_row("attention_prefill_f16_256_capped", F16, 256, true),
+    decode_row("attention_decode_bf16_64", BF16, 64, false),
+    decode_row("attention_decode_bf16_128", BF16, 128, false),
+    decode_row("attention_decode_bf16_256", BF16, 256, false),
+    decode_row("attention_decode_bf16_64_capped", BF16, 64, true),
+    decode_row("attention_decode_bf16_128_capped", BF16, 128, true),
+    decode_row("attention_decode_bf16_256_capped", BF16, 256, true),
+    decode_row("attention_decode_f16_64", F16, 64, false),
+    decode_row("attention_decode_f16_128", F16, 128, false),
+    decode_row("attention_decode_f16_256", F16, 256, false),
+    decode_row("attention_decode_f16_64_capped", F16, 64, true),
+    decode_row("attention_decode_f16_128_capped", F16, 128, true),
+    decode_row("attention_decode_f16_256_capped", F16, 256, true),
+];
+
+const fn prefill_row(entry: &'static str, types: Types, head_dim: usize, capped: bool) -> Kernel<Key> {
+    let (rows, threads) = if head_dim == 64 && !capped { (PREFILL_ROWS_64, PREFILL_THREADS_64) } else { (PREFILL_ROWS, PREFILL_THREADS) };
+    Kernel {
+        form: "tiled",
+        tile: [rows, head_dim as u32],
+        threads,
+        shared_bytes: PREFILL_SHARED_BYTES,
+        needs_vectors: true,
+        ..Kernel::new(&image::ATTENTION_PREFILL, entry, Key::Prefill(Form { head_dim, capped }), types)
     }
-    Ok(())
+}
+
+const fn decode_row(entry: &'static str, types: Types, head_dim: usize, capped: bool) -> Kernel<Key> {
+    let rows = if head_dim == 256 { DECODE_ROWS_256 } else { DECODE_ROWS };
+    Kernel {
+        form: "tiled",
+        tile: [rows, head_dim as u32],
+        threads: DECODE_THREADS,
+        shared_bytes: DECODE_SHARED_BYTES,
+        needs_vectors: true,
+        ..Kernel::new(&image::ATTENTION_DECODE, entry, Key::Decode(Form { head_dim, capped }), types)
+    }
 }
 
 pub(super) fn prefill<A: Float>(
@@ -41,48 +111,12 @@ pub(super) fn prefill<A: Float>(
     cache: &KvLayer<'_, A>,
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (num_tokens, heads) = (q.rows(), options.heads);
-    if num_tokens == 0 {
+    if q.rows() == 0 {
         return Ok(());
     }
-    let [key_pool, value_pool] = cache.layouts().map(|layout| layout.params());
-    let params = AttentionParams {
-        q: q.address(),
-        keys: cache.keys().address(),
-        values: cache.values().address(),
-        sinks: options.sinks.map_or(0, |sinks| sinks.address()),
-        out: out.address(),
-        pages: cache.pages().params(),
-        key_pool,
-        value_pool,
-        num_tokens: num_tokens as i64,
-        num_heads: heads.num_heads() as i64,
-        group: heads.group() as i64,
-        head_dim: heads.head_dim() as i64,
-        q_stride: q.stride() as i64,
-        out_stride: out.stride() as i64,
-        window: options.window.map_or(i64::MAX, |window| i64::try_from(window).unwrap_or(i64::MAX)),
-        scale: options.scale,
-        softcap: options.softcap.unwrap_or(f32::INFINITY),
-    };
-    let kernel = find(Op::Attention, KERNELS, (), Types::all(A::DTYPE), |_| true)?;
-    let cuda = stream.cuda();
-    let mut grid = cuda.grid(num_tokens as u64 * heads.num_heads() as u64, ATTENTION_WARPS.into(), kernel.threads);
-    grid.shared_bytes = shared_bytes(heads) as u32;
-    // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, `sinks` a number per head, the
-    // pools every element that their layouts name for the pages; all are on this stream's device and stay valid until the work
-    // completes: buffers are freed in stream order, raw views, pools and pages promise it.
-    unsafe { cuda.launch_kernel(Op::Attention, kernel, grid, &params) }
-}
-
-/// The plain kernel takes a query's keys in one go, so that there are no parts to keep.
-pub(super) fn decode<A: Float>(
-    stream: &Stream,
-    q: Rows<'_, A>,
-    options: &Options<'_>,
-    cache: &KvLayer<'_, A>,
-    _partials: &mut RowsMut<'_, f32>,
-    out: &mut RowsMut<'_, A>,
-) -> Result<(), Error> {
-    prefill(stream, q, options, cache, out)
+    if tiled::fits(q, options, cache, out) {
+        prefill::launch(stream, q, options, cache, out)
+    } else {
+        plain::launch(stream, q, options, cache, out)
+    }
 }

@@ -53,7 +53,8 @@ impl<'a> Options<'a> {
     /// configurations of Mistral and gpt-oss says. FlashAttention counts the keys before the query's own: its
     /// `window_size = (window - 1, 0)`.
     ///
-    /// Keys, values and page numbers of positions that no query of the step sees are not read, so that an engine may give those pages away.
+    /// A page whose positions no query of the step sees is not read, nor is its number in the block table, so that an engine may
+    /// give such pages away.
     pub fn with_window(self, window: usize) -> Options<'a> {
         Options { window: Some(window), ..self }
     }

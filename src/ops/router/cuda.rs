@@ -8,6 +8,7 @@
 //! | `wide`  | every choice, up to 1024 experts                                       | two                                |
 #![allow(unsafe_code)] // the launches
 
+pub(super) mod count;
 pub(super) mod given;
 
 use super::{Choice, GroupScore, Normalize, Score};
@@ -38,6 +39,8 @@ pub enum Key {
     Given,
     /// Experts, weights and maps in one block.
     Route(Choices),
+    /// Rows of each expert, added up.
+    Count,
 }
 
 /// Which choices a kernel serves, and of how many experts.
@@ -69,6 +72,7 @@ pub static KERNELS: &[Kernel<Key>] = &[
     one_block("router_given", Key::Given, "plain"),
     one_block("router_route", Key::Route(Choices::Plain), "plain"),
     one_block("router_route_any", Key::Route(Choices::Any), "any"),
+    one_block("router_count", Key::Count, "plain"),
 ];
 
 const fn logits_of(entry: &'static str, dtype: DType) -> Kernel<Key> {

@@ -37,7 +37,26 @@ struct State {
     next: Handle,
     reports: Vec<String>,
     launches: Vec<(String, Stats)>,
+    calls: Calls,
+    before_launch: Option<Observer>,
     bulk_bytes: u64,
+}
+
+/// Is called before a kernel runs, within a graph, too: with its name, its parameters, and a function that
+/// reads device memory.
+pub type Observer = Box<dyn FnMut(&str, &[u8], &dyn Fn(u64, &mut [u8])) + Send>;
+
+/// How often the host did what takes its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// Waited for a stream, copies to the host included.
+    pub waits: usize,
+    /// Launched a kernel by itself.
+    pub launches: usize,
+    /// Began to record a graph.
+    pub captures: usize,
+    /// Launched a graph.
+    pub graphs: usize,
 }
 
 /// A stream.
@@ -91,6 +110,8 @@ impl Emulated {
             next: FIRST_HANDLE,
             reports: Vec::new(),
             launches: Vec::new(),
+            calls: Calls::default(),
+            before_launch: None,
             bulk_bytes: 0,
         }))
     }
@@ -113,6 +134,16 @@ impl Emulated {
     /// Every launch so far, by entry, with what it did.
     pub fn launches(&self) -> Vec<(String, Stats)> {
         self.state().launches.clone()
+    }
+
+    /// What the host did so far.
+    pub fn calls(&self) -> Calls {
+        self.state().calls
+    }
+
+    /// From now on `observer` sees every launch before it happens.
+    pub fn before_launch(&self, observer: Observer) {
+        self.state().before_launch = Some(observer);
     }
 
     /// Bytes that bulk copies have moved so far.
@@ -156,7 +187,10 @@ impl State {
     fn enqueue(&mut self, stream: Handle, work: Recorded) -> DriverResult<()> {
         match &mut self.queue(stream)?.capturing {
             Some(recorded) => recorded.push(work),
-            None => self.finish_copies().and_then(|()| self.run(&work))?,
+            None => {
+                self.calls.launches += usize::from(matches!(work, Recorded::Launch { .. }));
+                self.finish_copies().and_then(|()| self.run(&work))?;
+            }
         }
         Ok(())
     }
@@ -181,6 +215,10 @@ impl State {
             Recorded::Launch { kernel, grid, block, cluster, shared_bytes, params } => {
                 let kernel = self.kernels.get(*kernel).cloned().ok_or(INVALID_HANDLE)?;
                 let cluster = (*cluster != [1, 1, 1]).then_some(*cluster);
+                if let Some(observer) = &mut self.before_launch {
+                    let gpu = &self.gpu;
+                    observer(kernel.name(), params, &|address, bytes| gpu.read(address, bytes).expect("memory of the device"));
+                }
                 let launch = Launch { grid: *grid, block: *block, cluster, shared_bytes: *shared_bytes, params };
                 match self.gpu.launch(&kernel, &launch) {
                     Ok(stats) => {
@@ -253,6 +291,7 @@ unsafe impl Driver for Emulated {
     unsafe fn copy_to_host(&self, stream: Handle, target: *mut u8, address: u64, bytes: usize) -> DriverResult<()> {
         let mut state = self.state();
         state.not_capturing(stream)?;
+        state.calls.waits += 1;
         state.finish_copies()?;
         if bytes == 0 {
             return Ok(());
@@ -302,6 +341,7 @@ unsafe impl Driver for Emulated {
     fn synchronize(&self, stream: Handle) -> DriverResult<()> {
         let mut state = self.state();
         state.not_capturing(stream)?;
+        state.calls.waits += 1;
         state.finish_copies()
     }
     fn create_event(&self, _: u32, _: bool) -> DriverResult<Handle> {
@@ -335,6 +375,7 @@ unsafe impl Driver for Emulated {
         if stream == DEFAULT_STREAM {
             return Err(CAPTURE_UNSUPPORTED);
         }
+        state.calls.captures += 1;
         state.queue(stream)?.capturing = Some(Vec::new());
         Ok(())
     }
@@ -348,6 +389,7 @@ unsafe impl Driver for Emulated {
         let mut state = self.state();
         state.not_capturing(stream)?;
         let work = state.graphs.get((graph as usize).wrapping_sub(1)).cloned().ok_or(INVALID_HANDLE)?;
+        state.calls.graphs += 1;
         state.finish_copies()?;
         work.iter().try_for_each(|work| state.run(work))
     }

@@ -12,6 +12,11 @@ impl Random {
         Random(seed)
     }
 
+    /// The same generator from its `at`-th output on.
+    pub fn at(seed: u64, at: u64) -> Random {
+        Random(seed.wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    }
+
     /// 64 random bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -9,6 +9,7 @@ pub mod grouped_gemm;
 pub mod moe;
 pub mod norm;
 pub mod permute;
+pub mod random;
 pub mod rope;
 pub mod router;
 pub mod sample;

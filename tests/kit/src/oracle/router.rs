@@ -38,6 +38,11 @@ pub fn by_expert(expert_ids: &[u32], num_experts: usize) -> (Vec<u32>, Vec<u32>)
     (row_to_slot, offsets)
 }
 
+/// How many of the ids name each expert.
+pub fn counts(expert_ids: &[u32], num_experts: usize) -> Vec<u32> {
+    (0..num_experts).map(|e| expert_ids.iter().filter(|id| **id as usize == e).count() as u32).collect()
+}
+
 /// What becomes of biased logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Score {
