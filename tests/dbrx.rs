@@ -5,6 +5,8 @@
 
 #[path = "dbrx/devices.rs"]
 mod devices;
+#[path = "dbrx/emulated.rs"]
+mod emulated;
 #[path = "dbrx/fixture.rs"]
 mod fixture;
 #[allow(dead_code)] // what only the example's `main` calls

@@ -1,7 +1,7 @@
 //! What a run and a family know of each other: the matrices that a family has, the operations of a step, and
 //! the order in which a family's step uses them.
 
-use dropless::{ExpertWeights, WeightRows, moe};
+use dropless::{ExpertWeights, Stream, WeightRows, moe};
 
 use super::run::failure::Failure;
 
@@ -93,9 +93,34 @@ pub trait Decoder: Send {
 /// A model, or why its weights were refused.
 pub type Made<'w> = Result<Box<dyn Decoder + 'w>, Failure>;
 
+/// One layer of a model.
+pub trait Layer: Send {
+    /// Its equations.
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure>;
+}
+
+/// A layer, or why its weights were refused.
+pub type MadeLayer<'w> = Result<Box<dyn Layer + 'w>, Failure>;
+
+/// All layers of a model: the seam between a step and where a layer's weights are when it comes to them.
+pub trait Layers: Send {
+    /// The equations of all layers, one after the other.
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure>;
+}
+
+/// Layers whose weights stay where they are.
+impl Layers for Vec<Box<dyn Layer + '_>> {
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
+        self.iter().try_for_each(|layer| layer.step(s))
+    }
+}
+
 /// The operations of a step. They work on registers: for each token its residual `x`, its norm `n`, its
 /// queries, keys and values `q`, `k`, `v`, and its context `c`.
 pub trait Step {
+    /// Where the operations are queued.
+    fn stream(&self) -> &Stream;
+
     /// `x = table[ids]`.
     fn embed(&mut self, table: WeightRows<'_>) -> Result<(), Failure>;
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::{config, decoder, run};
 
 use self::config::Config;
-use self::decoder::{Made, Spec};
+use self::decoder::{Layers, Made, MadeLayer, Spec};
 use self::fields::Fields;
 use self::run::failure::{Failure, refuse_file};
 use self::run::input::brief;
@@ -34,10 +34,26 @@ pub struct Family {
     /// The field that says how many positions the model was made for.
     pub positions_field: &'static str,
     config: fn(&Fields<'_>) -> Result<Config, Failure>,
-    /// Every matrix of a model.
-    pub specs: fn(&Config) -> Vec<Spec>,
-    /// A model of weights that agree with `specs`.
-    pub decoder: for<'w> fn(&Config, &'w Matrices<'w>) -> Made<'w>,
+    /// The matrices that are of no layer.
+    pub outside: fn(&Config) -> Vec<Spec>,
+    /// Those of one layer, in every layer of the same shapes.
+    pub of_layer: fn(&Config, usize) -> Vec<Spec>,
+    /// A model of weights that agree with `outside`, and of layers.
+    pub decoder: for<'w> fn(&Config, &'w Matrices<'w>, Box<dyn Layers + 'w>) -> Made<'w>,
+    /// A layer of weights that agree with `of_layer`.
+    pub layer: for<'w> fn(&Config, usize, &'w Matrices<'w>) -> MadeLayer<'w>,
+}
+
+impl Family {
+    /// Every matrix of a model: those of no layer, then those of each layer.
+    pub fn specs(&self, config: &Config) -> Vec<Spec> {
+        self.first_specs(config, config.num_layers)
+    }
+
+    /// The same without those of the layers from `layers` on.
+    pub fn first_specs(&self, config: &Config, layers: usize) -> Vec<Spec> {
+        (self.outside)(config).into_iter().chain((0..layers).flat_map(|l| (self.of_layer)(config, l))).collect()
+    }
 }
 
 /// Reads and checks a configuration of any family.

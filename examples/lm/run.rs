@@ -24,7 +24,7 @@ pub mod input;
 pub mod json;
 mod memory;
 mod model;
-mod options;
+pub mod options;
 mod progress;
 mod prompt;
 mod random;
@@ -37,7 +37,7 @@ mod trace;
 pub mod weights;
 
 pub use self::report::Console;
-pub use self::setup::Open;
+pub use self::setup::{Open, open};
 
 /// Does what the process's command line says, on its terminal, and gives the exit code.
 pub fn run_process() -> u8 {
@@ -49,7 +49,7 @@ pub fn run_process() -> u8 {
 
 /// Does what the command line says, and gives the exit code. The first argument is the program's name.
 pub fn run(args: impl IntoIterator<Item = OsString>, console: &mut Console<'_>) -> u8 {
-    run_on(&setup::open, args, console)
+    run_on(&open, args, console)
 }
 
 /// The same on devices that `open` opens.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use dropless::{Device, Place};
+use dropless::Device;
 use dropless_kit::goldens;
 use serde_json::Value;
 
@@ -26,8 +26,8 @@ pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ran {
 /// Calls the example, whose `--device cuda` is this device.
 pub fn run_on(device: &Device, args: &[&str]) -> Ran {
     let mut out = Vec::new();
-    let open = |place: Place, _: Option<usize>| {
-        assert_eq!(place, device.place());
+    let open = |place: example::options::Where, _: Option<usize>| {
+        assert_eq!(place, example::options::Where::Cuda(0));
         Ok(device.clone())
     };
     let ran = run_into(&mut out, &[args, &["--device", "cuda"]].concat(), |args, console| example::run_on(&open, args, console));

@@ -33,7 +33,7 @@ const OF_LAYER: [&str; 16] = [
 ];
 
 /// The checkpoints there are, with the folder that holds their references: sharded ones have those of their whole twin.
-fn checkpoints() -> Vec<(String, String)> {
+pub fn checkpoints() -> Vec<(String, String)> {
     let folder = goldens::path("dbrx");
     let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -60,10 +60,16 @@ pub fn dump_by(run: impl FnOnce(&[&str]) -> Ran, name: &str, prompt: &[u32], arg
 /// The same of any folder.
 #[track_caller]
 pub fn dump_of(run: impl FnOnce(&[&str]) -> Ran, model: &Path, prompt: &[u32], args: &[&str]) -> Dump {
+    dump_from(run, "--model", model, prompt, args)
+}
+
+/// The same of whatever an argument names.
+#[track_caller]
+pub fn dump_from(run: impl FnOnce(&[&str]) -> Ran, source: &str, model: &Path, prompt: &[u32], args: &[&str]) -> Dump {
     let folder = Folder::new();
     let file = folder.file("dump.safetensors");
     let tokens: Vec<String> = prompt.iter().map(u32::to_string).collect();
-    let common = ["--model", model.to_str().unwrap(), "--tokens", &tokens.join(","), "--dump", file.to_str().unwrap()];
+    let common = [source, model.to_str().unwrap(), "--tokens", &tokens.join(","), "--dump", file.to_str().unwrap()];
     let ran = run(&[&common, args].concat());
     assert_eq!(ran.code, 0, "{}: {}{}", model.display(), ran.out, ran.err);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was left beside the dump");
@@ -218,13 +224,16 @@ fn the_default_run_reports_and_agrees() {
         (&figures["device"], &figures["dtypes"]["weights"], &figures["dtypes"]["activations"]),
         (&"cpu".into(), &"f32".into(), &"f32".into())
     );
-    for key in ["prefill_s", "decode_s", "load_s"] {
+    for key in ["prefill_s", "decode_s", "load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_per_user"] {
         assert!(figures[key].as_f64().unwrap() > 0.0, "{key}");
     }
+    assert!(figures["first_use_s"].is_null(), "a CPU has no first use");
     for key in ["peak_rss_bytes", "peak_anonymous_bytes"] {
         assert!(figures[key].is_null() || figures[key].as_u64().unwrap() > 0, "{key}");
     }
-    assert_eq!(figures.as_object().unwrap().len(), 9);
+    // Nothing is copied where the weights are used as they lie.
+    assert!(["upload", "streamed"].iter().all(|key| figures[*key].is_null()));
+    assert_eq!(figures.as_object().unwrap().len(), 15);
 }
 
 /// A configuration as newer releases save it describes the same model.

@@ -12,14 +12,23 @@ use serde_json::json;
 
 use super::Family;
 use super::config::Config;
-use super::decoder::{Decoder, Made, Spec, Step};
+use super::decoder::{Decoder, Layer, Layers, Made, MadeLayer, Spec, Step};
 use super::fields::{Fields, MAX_SIZE};
 use super::run::failure::{Failure, refuse_file};
 use super::run::json::Value;
 use super::run::weights::Matrices;
 
-pub const FAMILY: Family =
-    Family { title: "DBRX", model_type: "dbrx", architecture: "DbrxForCausalLM", positions_field: "max_seq_len", config, specs, decoder };
+pub const FAMILY: Family = Family {
+    title: "DBRX",
+    model_type: "dbrx",
+    architecture: "DbrxForCausalLM",
+    positions_field: "max_seq_len",
+    config,
+    outside: |config| outside(config).into(),
+    of_layer: |config, l| of_layer(config, l).into(),
+    decoder,
+    layer,
+};
 
 /// What LayerNorm adds to the variance: a constant of the model, not a field.
 const NORM_EPS: f32 = 1e-5;
@@ -70,10 +79,6 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     })
 }
 
-fn specs(config: &Config) -> Vec<Spec> {
-    outside(config).into_iter().chain((0..config.num_layers).flat_map(|l| layer(config, l))).collect()
-}
-
 /// Embedding, last norm, head.
 fn outside(config: &Config) -> [Spec; 3] {
     let Config { d_model: d, vocab, .. } = *config;
@@ -85,7 +90,7 @@ fn outside(config: &Config) -> [Spec; 3] {
 }
 
 /// A layer's norm, fused projection, projection; norm, router, gate, up, down.
-fn layer(config: &Config, l: usize) -> [Spec; 8] {
+fn of_layer(config: &Config, l: usize) -> [Spec; 8] {
     let Config { d_model: d, d_ffn: f, num_experts: e, heads, .. } = *config;
     let name = |tensor: &str| format!("transformer.blocks.{l}.{tensor}");
     [
@@ -103,12 +108,12 @@ fn layer(config: &Config, l: usize) -> [Spec; 8] {
 
 struct Dbrx<'w> {
     embedding: WeightRows<'w>, // [V, D]
-    layers: Vec<Layer<'w>>,
+    layers: Box<dyn Layers + 'w>,
     final_norm: WeightRows<'w>, // [1, D]
     head: ExpertWeights<'w>,    // [V, D]
 }
 
-struct Layer<'w> {
+struct DbrxLayer<'w> {
     norm_1: WeightRows<'w>,      // [1, D]
     wqkv: ExpertWeights<'w>,     // [(H + 2 Hkv) d, D]
     out_proj: ExpertWeights<'w>, // [D, H d]
@@ -116,38 +121,42 @@ struct Layer<'w> {
     moe: moe::Weights<'w>,       // gate w1, up v1, down w2: [E F, D]
 }
 
-fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
+fn layer<'w>(config: &Config, l: usize, weights: &'w Matrices<'w>) -> MadeLayer<'w> {
     let e = config.num_experts;
     let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
-    let layer = |l| {
-        let [norm_1, wqkv, out_proj, norm_2, router, w1, v1, w2] = weights.of(layer(config, l))?;
-        let experts = moe::Experts::gated(w1.experts_nk(e)?, v1.experts_nk(e)?, w2.experts_kn(e)?);
-        Ok(Layer {
-            norm_1: norm_1.rows(),
-            wqkv: wqkv.linear()?,
-            out_proj: out_proj.linear()?,
-            norm_2: norm_2.rows(),
-            moe: moe::Weights::new(router.rows(), experts).with_choice(normalize.into()),
-        })
-    };
-    let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;
+    let [norm_1, wqkv, out_proj, norm_2, router, w1, v1, w2] = weights.of(of_layer(config, l))?;
+    let experts = moe::Experts::gated(w1.experts_nk(e)?, v1.experts_nk(e)?, w2.experts_kn(e)?);
+    Ok(Box::new(DbrxLayer {
+        norm_1: norm_1.rows(),
+        wqkv: wqkv.linear()?,
+        out_proj: out_proj.linear()?,
+        norm_2: norm_2.rows(),
+        moe: moe::Weights::new(router.rows(), experts).with_choice(normalize.into()),
+    }))
+}
+
+fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>, layers: Box<dyn Layers + 'w>) -> Made<'w> {
     let [embedding, final_norm, head] = weights.of(outside(config))?;
     let (embedding, final_norm, head) = (embedding.rows(), final_norm.rows(), head.linear()?);
     Ok(Box::new(Dbrx { embedding, layers, final_norm, head }))
 }
 
+impl Layer for DbrxLayer<'_> {
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
+        s.layer_norm(self.norm_1)?; //          n = norm_1(x)
+        s.project(&[self.wqkv])?; //            q, k, v = n wqkv^T
+        s.attend()?; //                         c = attention(rotate(clip(q)), rotate(clip(k)), clip(v))
+        s.add_projected(self.out_proj)?; //     x = x + c out_proj^T
+        s.layer_norm(self.norm_2)?; //          n = norm_2(x)
+        s.add_experts(&self.moe) //             x = x + moe(n)
+    }
+}
+
 impl Decoder for Dbrx<'_> {
     fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
-        s.embed(self.embedding)?; //                x = embedding[ids]
-        for layer in &self.layers {
-            s.layer_norm(layer.norm_1)?; //         n = norm_1(x)
-            s.project(&[layer.wqkv])?; //           q, k, v = n wqkv^T
-            s.attend()?; //                         c = attention(rotate(clip(q)), rotate(clip(k)), clip(v))
-            s.add_projected(layer.out_proj)?; //    x = x + c out_proj^T
-            s.layer_norm(layer.norm_2)?; //         n = norm_2(x)
-            s.add_experts(&layer.moe)?; //          x = x + moe(n)
-        }
-        s.layer_norm(self.final_norm) //            n = final_norm(x), of which the head gives logits
+        s.embed(self.embedding)?; //            x = embedding[ids]
+        self.layers.step(s)?; //                x = layer(x), for each layer
+        s.layer_norm(self.final_norm) //        n = final_norm(x), of which the head gives logits
     }
 
     fn head(&self) -> ExpertWeights<'_> {

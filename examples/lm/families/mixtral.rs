@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::Family;
 use super::config::Config;
-use super::decoder::{Decoder, Made, Spec, Step};
+use super::decoder::{Decoder, Layer, Layers, Made, MadeLayer, Spec, Step};
 use super::fields::{Fields, MAX_SIZE};
 use super::run::failure::{Failure, refuse_file};
 use super::run::json::Value;
@@ -22,8 +22,10 @@ pub const FAMILY: Family = Family {
     architecture: "MixtralForCausalLM",
     positions_field: "max_position_embeddings",
     config,
-    specs,
+    outside: |config| outside(config).into(),
+    of_layer: |config, l| of_layer(config, l).into(),
     decoder,
+    layer,
 };
 
 fn config(top: &Fields<'_>) -> Result<Config, Failure> {
@@ -73,10 +75,6 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     })
 }
 
-fn specs(config: &Config) -> Vec<Spec> {
-    outside(config).into_iter().chain((0..config.num_layers).flat_map(|l| layer(config, l))).collect()
-}
-
 /// Embedding, last norm, head.
 fn outside(config: &Config) -> [Spec; 3] {
     let Config { d_model: d, vocab, .. } = *config;
@@ -88,7 +86,7 @@ fn outside(config: &Config) -> [Spec; 3] {
 }
 
 /// A layer's norm, query, key, value and output projections; norm, router, gate, up, down.
-fn layer(config: &Config, l: usize) -> [Spec; 10] {
+fn of_layer(config: &Config, l: usize) -> [Spec; 10] {
     let Config { d_model: d, d_ffn: f, num_experts, heads, .. } = *config;
     let name = |tensor: &str| format!("model.layers.{l}.{tensor}.weight");
     let of_expert = |e: usize, w: &str| name(&format!("block_sparse_moe.experts.{e}.{w}"));
@@ -109,12 +107,12 @@ fn layer(config: &Config, l: usize) -> [Spec; 10] {
 
 struct Mixtral<'w> {
     embedding: WeightRows<'w>, // [V, D]
-    layers: Vec<Layer<'w>>,
+    layers: Box<dyn Layers + 'w>,
     final_norm: WeightRows<'w>, // [1, D]
     head: ExpertWeights<'w>,    // [V, D]
 }
 
-struct Layer<'w> {
+struct MixtralLayer<'w> {
     norm_1: WeightRows<'w>,      // [1, D]
     qkv: [ExpertWeights<'w>; 3], // [H d, D], [Hkv d, D], [Hkv d, D]
     o_proj: ExpertWeights<'w>,   // [D, H d]
@@ -122,37 +120,41 @@ struct Layer<'w> {
     moe: moe::Weights<'w>,       // gate w1, up w3: E x [F, D]; down w2: E x [D, F]
 }
 
-fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>) -> Made<'w> {
+fn layer<'w>(config: &Config, l: usize, weights: &'w Matrices<'w>) -> MadeLayer<'w> {
     let e = config.num_experts;
-    let layer = |l| {
-        let [norm_1, q, k, v, o_proj, norm_2, gate, w1, w3, w2] = weights.of(layer(config, l))?;
-        let experts = moe::Experts::gated(w1.experts_nk(e)?, w3.experts_nk(e)?, w2.experts_nk(e)?);
-        Ok(Layer {
-            norm_1: norm_1.rows(),
-            qkv: [q.linear()?, k.linear()?, v.linear()?],
-            o_proj: o_proj.linear()?,
-            norm_2: norm_2.rows(),
-            moe: moe::Weights::new(gate.rows(), experts),
-        })
-    };
-    let layers = (0..config.num_layers).map(layer).collect::<Result<_, Failure>>()?;
+    let [norm_1, q, k, v, o_proj, norm_2, gate, w1, w3, w2] = weights.of(of_layer(config, l))?;
+    let experts = moe::Experts::gated(w1.experts_nk(e)?, w3.experts_nk(e)?, w2.experts_nk(e)?);
+    Ok(Box::new(MixtralLayer {
+        norm_1: norm_1.rows(),
+        qkv: [q.linear()?, k.linear()?, v.linear()?],
+        o_proj: o_proj.linear()?,
+        norm_2: norm_2.rows(),
+        moe: moe::Weights::new(gate.rows(), experts),
+    }))
+}
+
+fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>, layers: Box<dyn Layers + 'w>) -> Made<'w> {
     let [embedding, final_norm, head] = weights.of(outside(config))?;
     let (embedding, final_norm, head) = (embedding.rows(), final_norm.rows(), head.linear()?);
     Ok(Box::new(Mixtral { embedding, layers, final_norm, head }))
 }
 
+impl Layer for MixtralLayer<'_> {
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
+        s.rms_norm(self.norm_1)?; //            n = norm_1(x)
+        s.project(&self.qkv)?; //               q, k, v = n q_proj^T, n k_proj^T, n v_proj^T
+        s.attend()?; //                         c = attention(rotate(q), rotate(k), v)
+        s.add_projected(self.o_proj)?; //       x = x + c o_proj^T
+        s.rms_norm(self.norm_2)?; //            n = norm_2(x)
+        s.add_experts(&self.moe) //             x = x + moe(n)
+    }
+}
+
 impl Decoder for Mixtral<'_> {
     fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
-        s.embed(self.embedding)?; //                x = embedding[ids]
-        for layer in &self.layers {
-            s.rms_norm(layer.norm_1)?; //           n = norm_1(x)
-            s.project(&layer.qkv)?; //              q, k, v = n q_proj^T, n k_proj^T, n v_proj^T
-            s.attend()?; //                         c = attention(rotate(q), rotate(k), v)
-            s.add_projected(layer.o_proj)?; //      x = x + c o_proj^T
-            s.rms_norm(layer.norm_2)?; //           n = norm_2(x)
-            s.add_experts(&layer.moe)?; //          x = x + moe(n)
-        }
-        s.rms_norm(self.final_norm) //              n = final_norm(x), of which the head gives logits
+        s.embed(self.embedding)?; //            x = embedding[ids]
+        self.layers.step(s)?; //                x = layer(x), for each layer
+        s.rms_norm(self.final_norm) //          n = final_norm(x), of which the head gives logits
     }
 
     fn head(&self) -> ExpertWeights<'_> {

@@ -46,7 +46,7 @@ impl Checkpoint {
     /// Shapes and the one type of all tensors.
     fn check(&self, dir: &Path, config: &Config) -> Result<DType, Failure> {
         let mut first: Option<(String, DType)> = None;
-        for Spec { names, shape, .. } in (config.family.specs)(config) {
+        for Spec { names, shape, .. } in config.family.specs(config) {
             for name in names {
                 let dtype = self.check_tensor(dir, &name, &shape)?;
                 match &first {

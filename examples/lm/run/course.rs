@@ -1,29 +1,32 @@
 //! The course of a run: settle, print, load, compute, compare, sum up.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use dropless::{Bf16, DType, Float, Place};
+use dropless::{Bf16, DType, Float, Place, Stream};
 use serde_json::json;
 
 use super::check::Checks;
+use super::decoder::Spec;
 use super::failure::Failure;
-use super::generate::{Figures, decode, prefill};
-use super::memory::{AnonymousPeak, peak_rss_bytes};
+use super::generate::{Figures, decode, first_use, prefill};
+use super::memory::{AnonymousPeak, Streaming, peak_rss_bytes};
 use super::model::Model;
 use super::options::Options;
 use super::progress::Progress;
-use super::report::{Console, bars, bytes_text, rate_text, seconds_text};
+use super::report::{Console, bars, bytes_text, rate_only_text, rate_text, seconds_text};
 use super::setup::{Open, Setup, WeightSource};
 use super::text::Tokenizer;
-use super::trace::Trace;
-use super::weights::{self, Matrices, Tensors};
+use super::trace::{Detail, Trace};
+use super::weights::{self, Matrices, Tensors, Uploaded};
 
 /// Does what was asked for.
 pub fn run(open: &Open<'_>, options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
     let progress = Progress::new(console.progress);
     let setup = Setup::read(open, options, &progress)?;
     setup.print(console)?;
-    let course = Course { options, setup: &setup, progress };
+    let begin = Instant::now();
+    setup.device.load_images()?; // before anything is copied, since a driver may refuse them
+    let course = Course { options, setup: &setup, progress, images_loaded: begin.elapsed() };
     match setup.activations {
         DType::Bf16 => course.with_activations::<Bf16>(console),
         _ => course.with_activations::<f32>(console),
@@ -35,53 +38,83 @@ struct Course<'a> {
     options: &'a Options,
     setup: &'a Setup,
     progress: Progress,
+    images_loaded: Duration,
 }
 
-impl Course<'_> {
+/// How long it took until everything was in place, and what of it was copied to a GPU.
+struct Load {
+    seconds: f64,
+    uploaded: Option<Uploaded>,
+}
+
+impl<'a> Course<'a> {
+    /// The weights where the stream's operations use them; on a GPU those of a checkpoint are copies.
+    fn load(&self, stream: &Stream, specs: &[Spec]) -> Result<(Box<dyn Tensors + 'a>, Option<Uploaded>), Failure> {
+        let Setup { weights, threads, available, .. } = self.setup;
+        match weights {
+            WeightSource::Random(dtype) => Ok((weights::seeded(stream, *dtype, specs, &self.progress)?, None)),
+            WeightSource::Mapped(checkpoint) if stream.place() == Place::Host => {
+                // A checkpoint larger than memory is read as it is used.
+                if available.is_none_or(|available| checkpoint.len_bytes() <= available) {
+                    checkpoint.read_ahead(&self.progress);
+                }
+                Ok((Box::new(checkpoint), None))
+            }
+            WeightSource::Mapped(checkpoint) => {
+                let (copies, uploaded) = weights::upload(stream, checkpoint, checkpoint.dtype(), specs, *threads, &self.progress)?;
+                Ok((copies, Some(uploaded)))
+            }
+        }
+    }
+
+    /// The layers that are streamed, where not all of them are on the GPU.
+    fn streamed(&self) -> Option<weights::Source<'a>> {
+        match (&self.setup.weights, self.setup.streaming) {
+            (WeightSource::Mapped(checkpoint), Some(streaming)) => {
+                Some(weights::Source { tensors: checkpoint, dtype: checkpoint.dtype(), streaming, threads: self.setup.threads })
+            }
+            _ => None,
+        }
+    }
+
     fn with_activations<A: Float>(self, console: &mut Console<'_>) -> Result<(), Failure> {
         let Setup { config, device, sizes, .. } = self.setup;
-        let dtype = self.setup.weights.dtype();
         let anonymous = AnonymousPeak::watch();
         let begin = Instant::now();
         let stream = device.stream()?;
-        let (random, copied);
-        let mut tensors: &dyn Tensors = match &self.setup.weights {
-            WeightSource::Mapped(checkpoint) => {
-                // A checkpoint larger than memory is read as it is used.
-                if self.setup.available.is_none_or(|available| checkpoint.len_bytes() <= available) {
-                    checkpoint.read_ahead(&self.progress);
-                }
-                checkpoint
-            }
-            WeightSource::Random(_) => {
-                random = weights::seeded(dtype, config, self.setup.threads, &self.progress)?;
-                &*random
-            }
-        };
-        if stream.place() != Place::Host {
-            copied = weights::on_device(&stream, tensors, dtype, config, &self.progress)?;
-            tensors = &*copied;
+        let streaming = self.setup.streaming;
+        let specs = config.family.first_specs(config, streaming.map_or(config.num_layers, |streaming| streaming.resident));
+        let (tensors, uploaded) = self.load(&stream, &specs)?;
+        let matrices = Matrices::new(&*tensors, &specs)?;
+        let layers = weights::layers(&stream, config, &matrices, self.streamed())?;
+        let decoder = (config.family.decoder)(config, &matrices, layers)?;
+        let mut model = Model::<A>::new(stream, config, decoder, sizes, streaming.is_some())?;
+        let load = Load { seconds: begin.elapsed().as_secs_f64(), uploaded };
+        if let (Some(streaming), Some(uploaded)) = (&streaming, &load.uploaded) {
+            console.item("a step", uploaded.expected_text(streaming.step_bytes()))?;
         }
-        let matrices = Matrices::new(tensors, config)?;
-        let mut model = Model::<A>::new(stream, config, (config.family.decoder)(config, &matrices)?, sizes)?;
-        let load_s = begin.elapsed().as_secs_f64();
 
-        let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures::default());
+        let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures { sequences: sizes.batch, ..Figures::default() });
         for (number, job) in self.setup.jobs.iter().enumerate() {
             let shown = number == 0 && self.options.check.is_none();
             let prompts: Vec<Vec<u32>> = (0..sizes.batch).map(|sequence| job.prompt.of(sequence)).collect();
             let mut trace = Trace::new(job.detail, job.generate > 0);
+            // A run that shows its layers is not one to be timed; what streamed layers take is their copies.
+            if device.place() != Place::Host && number == 0 && job.detail < Detail::Layers && streaming.is_none() {
+                let first_steps = first_use(&mut model, &prompts, self.setup.chunk, job.generate > 1)?;
+                figures.first_use = Some(self.images_loaded + first_steps);
+            }
             let mut next = prefill(&mut model, &prompts, self.setup.chunk, &mut trace, &self.progress, &mut figures)?;
             let mut stream = TokenStream::begin(self.setup, shown && job.generate > 0)?;
             if shown {
-                self.print_experts(model.expert_tokens(), sizes.batch * job.prompt.len(), console)?;
+                self.print_experts(&model.expert_tokens()?, sizes.batch * job.prompt.len(), console)?;
             }
             let mut tokens = Vec::with_capacity(job.generate);
             for left in (0..job.generate).rev() {
                 tokens.push(next[0]);
                 stream.token(&tokens, console)?;
                 if left > 0 {
-                    decode(&mut model, &mut next, &mut trace, &mut figures)?;
+                    next = decode(&mut model, &mut trace, &mut figures)?;
                 }
             }
             stream.end(console)?;
@@ -96,7 +129,7 @@ impl Course<'_> {
             model.clear()?;
         }
         let judged = if self.setup.jobs.iter().any(|job| job.reference.is_some()) { checks.print(console) } else { Ok(()) };
-        self.print_figures(&figures, load_s, anonymous.finish(), console)?;
+        self.print_figures(&figures, &load, anonymous.finish(), console)?;
         judged
     }
 
@@ -111,33 +144,47 @@ impl Course<'_> {
         Ok(())
     }
 
-    fn print_figures(&self, figures: &Figures, load_s: f64, anonymous: Option<u64>, console: &mut Console<'_>) -> Result<(), Failure> {
+    fn print_figures(&self, figures: &Figures, load: &Load, anonymous: Option<u64>, console: &mut Console<'_>) -> Result<(), Failure> {
         let Figures { prefill_tokens, decode_tokens, .. } = *figures;
         let (weights, activations) = (self.setup.weights.dtype(), self.setup.activations);
         let (prefill_s, decode_s) = (figures.prefill.as_secs_f64(), figures.decode.as_secs_f64());
         let peak = peak_rss_bytes();
         console.heading("Figures")?;
-        console.item("load", seconds_text(load_s))?;
+        console.item("load", seconds_text(load.seconds))?;
+        if let Some(uploaded) = &load.uploaded {
+            console.item("upload", uploaded.text())?;
+        }
+        if let Some(first_use) = figures.first_use {
+            console.item("first use", seconds_text(first_use.as_secs_f64()))?;
+        }
         console.item("prefill", rate_text(prefill_tokens, prefill_s))?;
         if decode_tokens > 0 {
-            console.item("decode", rate_text(decode_tokens, decode_s))?;
+            let each = figures.decode_rate_of_one().filter(|_| figures.sequences > 1);
+            let each = each.map_or(String::new(), |rate| format!(", {} for each of {} users", rate_only_text(rate), figures.sequences));
+            console.item("decode", rate_text(decode_tokens, decode_s) + &each)?;
         }
         if let (Some(peak), Some(anonymous)) = (peak, anonymous) {
             console.item("peak memory", format!("{}, of which anonymous {}", bytes_text(peak), bytes_text(anonymous)))?;
         }
         if self.options.json {
-            let figures = [
+            let fields = [
                 ("prefill_tokens", json!(prefill_tokens)),
                 ("prefill_s", json!(prefill_s)),
                 ("decode_tokens", json!(decode_tokens)),
                 ("decode_s", json!(decode_s)),
-                ("load_s", json!(load_s)),
+                ("load_s", json!(load.seconds)),
+                ("upload", json!(load.uploaded.as_ref().map(Uploaded::json))),
+                ("streamed", json!(self.setup.streaming.as_ref().map(Streaming::json))),
                 ("peak_rss_bytes", json!(peak)),
                 ("peak_anonymous_bytes", json!(anonymous)),
-                ("device", json!(self.setup.device.place().to_string())),
+                ("device", json!(self.setup.place)),
                 ("dtypes", json!({ "weights": weights.name(), "activations": activations.name() })),
+                ("prefill_tokens_per_s", json!(figures.prefill_rate())),
+                ("decode_tokens_per_s", json!(figures.decode_rate())),
+                ("decode_tokens_per_s_per_user", json!(figures.decode_rate_of_one())),
+                ("first_use_s", json!(figures.first_use.map(|time| time.as_secs_f64()))),
             ];
-            let fields: Vec<String> = figures.iter().map(|(name, value)| format!("\"{name}\": {value}")).collect();
+            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("\"{name}\": {value}")).collect();
             console.line(format!("\n{{{}}}", fields.join(", ")))?;
         }
         Ok(())

@@ -1,11 +1,12 @@
-//! The course of one prompt: prefill in chunks, then one token after the other.
+//! The course of one prompt: prefill in chunks, then one token after the other; and what happens once before.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use dropless::Float;
 
 use super::failure::Failure;
-use super::model::{Model, Phase};
+use super::model::Model;
 use super::progress::Progress;
 use super::trace::{Detail, Trace};
 
@@ -16,9 +17,55 @@ pub struct Figures {
     pub prefill: Duration,
     pub decode_tokens: usize,
     pub decode: Duration,
+    /// Sequences that are decoded side by side.
+    pub sequences: usize,
+    /// What a GPU does once, before the clocks start: images are loaded, steps run for the first time.
+    pub first_use: Option<Duration>,
 }
 
-/// Feeds prompts of one length, one for each sequence, at most `chunk` tokens a step. Gives each sequence's next token.
+impl Figures {
+    pub fn prefill_rate(&self) -> Option<f64> {
+        rate(self.prefill_tokens, self.prefill)
+    }
+
+    /// Tokens a second of all sequences together.
+    pub fn decode_rate(&self) -> Option<f64> {
+        rate(self.decode_tokens, self.decode)
+    }
+
+    /// The same of one sequence, as its user sees it.
+    pub fn decode_rate_of_one(&self) -> Option<f64> {
+        Some(self.decode_rate()? / self.sequences as f64)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> Option<f64> {
+    (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
+}
+
+/// Does what a GPU does once: a step of each size that these prompts take runs for the first time, and, if
+/// tokens are `decoded` at all, that step is captured and launched. Of the results nothing stays.
+pub fn first_use<A: Float>(model: &mut Model<'_, A>, prompts: &[Vec<u32>], chunk: usize, decoded: bool) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    let (ids, chunk, mut trace) = (prompts.concat(), chunk.max(1), Trace::new(Detail::LastLogits, false));
+    let mut sizes = vec![ids.len() % chunk, ids.len().min(chunk)];
+    sizes.dedup();
+    for size in sizes.into_iter().filter(|size| *size > 0) {
+        model.clear()?;
+        model.prefill(&ids[..size], &new_tokens(prompts, 0..size), &mut trace)?;
+        model.ends_prompt(0, size - 1)?;
+    }
+    model.choose()?;
+    if decoded {
+        model.decode(&mut trace)?;
+    }
+    model.next()?; // waits for all of it
+    model.clear()?;
+    Ok(begin.elapsed())
+}
+
+/// Feeds prompts of one length, one for each sequence, at most `chunk` tokens a step. Gives each sequence's
+/// next token.
 pub fn prefill<A: Float>(
     model: &mut Model<'_, A>,
     prompts: &[Vec<u32>],
@@ -31,46 +78,52 @@ pub fn prefill<A: Float>(
     let ids = prompts.concat();
     let bar = progress.count("prefill", ids.len() as u64, ids.len() > chunk);
     let begin = Instant::now();
-    let mut next = Vec::with_capacity(prompts.len());
     for (step, ids) in ids.chunks(chunk.max(1)).enumerate() {
         let (start, end) = (step * chunk, step * chunk + ids.len());
-        // The sequences lie one behind the other; a step may end in the middle of one.
-        let new_tokens: Vec<usize> = (0..prompts.len()).map(|b| overlap(start..end, b * length..(b + 1) * length)).collect();
-        model.device().run(|| model.step(ids, &new_tokens, Phase::Prefill, trace))?;
+        let new_tokens = new_tokens(prompts, start..end);
+        model.device().run(|| model.prefill(ids, &new_tokens, trace))?;
         if trace.detail() > Detail::LastLogits && new_tokens[0] > 0 {
-            let (stream, logits) = model.logits(0..new_tokens[0])?;
+            let (stream, logits) = model.prompt_logits(0..new_tokens[0])?;
             trace.logits(stream, logits)?;
         }
-        for last in (0..prompts.len()).map(|b| (b + 1) * length - 1).filter(|last| (start..end).contains(last)) {
-            let (stream, logits) = model.logits(last - start..last - start + 1)?;
-            if next.is_empty() {
-                trace.step_logits(stream, logits)?;
-            }
-            next.push(model.best(1)?[0]);
+        let last = |sequence: usize| (sequence + 1) * length - 1;
+        for sequence in (0..prompts.len()).filter(|sequence| (start..end).contains(&last(*sequence))) {
+            model.ends_prompt(sequence, last(sequence) - start)?;
         }
         bar.inc(ids.len() as u64);
     }
+    model.choose()?;
+    let next = model.next()?.into_owned();
     figures.prefill += begin.elapsed();
     figures.prefill_tokens += ids.len();
+    let (stream, logits) = model.next_logits()?;
+    trace.step_logits(stream, logits)?;
     Ok(next)
 }
 
-/// Feeds each sequence its next token, which is then replaced by the one after it.
-pub fn decode<A: Float>(model: &mut Model<'_, A>, next: &mut [u32], trace: &mut Trace, figures: &mut Figures) -> Result<(), Failure> {
+/// Feeds each sequence its next token, and gives the one after it.
+pub fn decode<A: Float>(model: &mut Model<'_, A>, trace: &mut Trace, figures: &mut Figures) -> Result<Vec<u32>, Failure> {
     let begin = Instant::now();
-    let batch = next.len();
-    model.device().run(|| {
-        model.step(next, &vec![1; batch], Phase::Decode, trace)?;
-        let (stream, logits) = model.logits(0..batch)?;
-        trace.step_logits(stream, logits.row_range(0..1)?)?;
-        next.copy_from_slice(&model.best(batch)?);
-        Ok::<(), Failure>(())
+    let next = model.device().run(|| {
+        model.decode(trace)?;
+        Ok::<_, Failure>(model.next()?.into_owned())
     })?;
     figures.decode += begin.elapsed();
-    figures.decode_tokens += batch;
-    Ok(())
+    figures.decode_tokens += next.len();
+    let (stream, logits) = model.next_logits()?;
+    trace.step_logits(stream, logits)?;
+    Ok(next)
 }
 
-fn overlap(a: std::ops::Range<usize>, b: std::ops::Range<usize>) -> usize {
-    a.end.min(b.end).saturating_sub(a.start.max(b.start))
+/// How many tokens of a step each sequence has, if the prompts lie one behind the other, and the step takes
+/// `range` of them, which may end in the middle of one.
+fn new_tokens(prompts: &[Vec<u32>], range: Range<usize>) -> Vec<usize> {
+    let overlap = |begin: usize, end: usize| range.end.min(end).saturating_sub(range.start.max(begin));
+    let mut end = 0;
+    let of = |prompt: &Vec<u32>| {
+        let begin = end;
+        end += prompt.len();
+        overlap(begin, end)
+    };
+    prompts.iter().map(of).collect()
 }

@@ -7,6 +7,8 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use super::config::Config;
 use super::failure::{Failure, refuse};
 use super::report::bytes_text;
@@ -87,7 +89,7 @@ impl Need {
         };
         match available {
             Some(available) if total > available => refuse(format!(
-                "memory: the run needs {} ({}), {} are available; try a smaller --context, --batch or --chunk, or fewer --layers",
+                "memory: the run needs {} ({}), {} are available; {TRY}",
                 bytes_text(total),
                 need.parts_text(),
                 bytes_text(available)
@@ -96,6 +98,67 @@ impl Need {
         }
     }
 }
+
+/// Bytes of a checkpoint's parts: what is of no layer, and each of its layers.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    pub outside: u64,
+    pub layer: u64,
+    pub layers: usize,
+}
+
+/// How layers take turns with a GPU's memory, where not all of them fit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Streaming {
+    /// The first layers stay there.
+    pub resident: usize,
+    /// All others are copied in every step, each to one of [`SLOTS`](Streaming::SLOTS).
+    pub streamed: usize,
+    pub layer_bytes: u64,
+}
+
+impl Streaming {
+    /// Layers that there is room for besides the resident ones: one that is computed and one that arrives.
+    pub const SLOTS: usize = 2;
+
+    /// For the figures that are read by a program.
+    pub fn json(&self) -> Value {
+        json!({ "resident_layers": self.resident, "streamed_layers": self.streamed, "step_bytes": self.step_bytes() })
+    }
+
+    /// Bytes that every step copies.
+    pub fn step_bytes(&self) -> u64 {
+        self.streamed as u64 * self.layer_bytes
+    }
+}
+
+/// What a run needs, of which as many layers as possible stay on the GPU if it is one that can stream the
+/// others (`share`). `spare` bytes are left to whatever else takes memory there.
+pub fn settle(need: Option<Need>, available: Option<u64>, share: Option<Share>, spare: u64) -> Result<(Need, Option<Streaming>), Failure> {
+    let (Err(refusal), Some(need), Some(available), Some(share)) = (Need::check(need, available), need, available, share) else {
+        return Ok((Need::check(need, available)?, None));
+    };
+    let with = |layers: usize| Need { weights: share.outside + layers as u64 * share.layer, ..need };
+    let (least, layers) = (with(Streaming::SLOTS), share.layers);
+    let Some(least_bytes) = least.total().filter(|_| layers > Streaming::SLOTS) else { return Err(refusal) };
+    if least_bytes > available {
+        return refuse(format!(
+            "memory: the run needs {} ({}), or {} ({}) with its layers streamed, {} are available; {TRY}",
+            bytes_text(need.total().unwrap_or(u64::MAX)),
+            need.parts_text(),
+            bytes_text(least_bytes),
+            least.parts_text(),
+            bytes_text(available)
+        ));
+    }
+    let more = (available - least_bytes).saturating_sub(spare) / share.layer.max(1);
+    let resident = (more as usize).min(layers - Streaming::SLOTS - 1);
+    let streaming = Streaming { resident, streamed: layers - resident, layer_bytes: share.layer };
+    Ok((with(resident + Streaming::SLOTS), Some(streaming)))
+}
+
+/// What may help where memory is short.
+const TRY: &str = "try a smaller --context, --batch or --chunk, or fewer --layers";
 
 /// Columns of all activation buffers together: residual, norm, output, queries, context; the fused projection.
 pub fn activation_columns(config: &Config) -> usize {
@@ -339,5 +402,28 @@ mod tests {
         assert_eq!(product(&[1 << 40, 1 << 40]), None);
         let need = Need { weights: 1 << 63, kv_cache: 1 << 63, workspace: 0, logits: 0, dump: 0 };
         assert!(need.total().is_none() && Need::check(Some(need), None).is_err());
+    }
+
+    /// As many layers stay as fit beside the two that take turns; where all fit, nothing is streamed.
+    #[test]
+    fn layers_share_what_there_is() {
+        let share = Share { outside: 100, layer: 1000, layers: 6 };
+        let need = Need { weights: 6100, kv_cache: 30, workspace: 20, logits: 10, dump: 0 };
+        let settled = |available, spare| settle(Some(need), Some(available), Some(share), spare);
+        let plan = |available, spare| settled(available, spare).unwrap().1.map(|plan| (plan.resident, plan.streamed, plan.step_bytes()));
+        assert_eq!(
+            [6160, 6159, 5160, 5159].map(|bytes| plan(bytes, 0)),
+            [None, Some((3, 3, 3000)), Some((3, 3, 3000)), Some((2, 4, 4000))]
+        );
+        assert_eq!([2160, 3159, 3160].map(|bytes| plan(bytes, 0)), [Some((0, 6, 6000)), Some((0, 6, 6000)), Some((1, 5, 5000))]);
+        assert_eq!([6160, 4160, 2160].map(|bytes| plan(bytes, 500)), [None, Some((1, 5, 5000)), Some((0, 6, 6000))]);
+        assert_eq!(settled(3160, 0).unwrap().0, Need { weights: 3100, ..need });
+        let text = settled(2159, 0).unwrap_err().text().unwrap();
+        let (all, least) = ("6.02 KiB (weights 5.96 KiB, ", "2.11 KiB (weights 2.05 KiB, ");
+        assert!([all, least, "with its layers streamed, 2.11 KiB are available"].iter().all(|part| text.contains(part)), "{text}");
+        // Two layers are what the slots hold; and what is no checkpoint on a GPU is not streamed.
+        let of = |share| settle(Some(need), Some(6000), share, 0).unwrap_err().text().unwrap();
+        assert!([Some(Share { layers: 2, ..share }), None].into_iter().all(|share| !of(share).contains("streamed")));
+        assert_eq!(settle(Some(need), None, Some(share), 0).unwrap().1, None);
     }
 }

@@ -1,18 +1,23 @@
 //! A model on a device, with everything that its steps need: allocated once, for the largest step.
+//!
+//! The tokens that are chosen stay on the device, where the next step looks them up. On a GPU the step that
+//! decodes is captured once, as a graph, and launched for every token: what changes from token to token lies
+//! in memory that is written before, the ids by the step itself, the lengths by the cache.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
+use dropless::device::Graph;
 use dropless::layout::KvShape;
-use dropless::{Buffer, Device, Element, Error, ExpertRows, Float, KvCache, RopeTable, RoutingBuffers, Rows, RowsMut};
-use dropless::{Stream, TokenIds, Workspace, attention, grouped_gemm, moe, sample};
+use dropless::{Buffer, Device, Element, Error, ExpertRows, ExpertWeights, Float, KvCache, Place, RopeTable, RoutingBuffers, Rows};
+use dropless::{RowsMut, Stream, TokenIds, Workspace, attention, grouped_gemm, moe, sample};
 
 use super::config::Config;
 use super::decoder::Decoder;
 use super::failure::Failure;
 use super::memory::Sizes;
 use super::step::Running;
-use super::trace::{Trace, host};
+use super::trace::{Detail, Trace, host};
 
 /// How the attention of a step is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +30,17 @@ pub enum Phase {
 
 /// A model of any family, with activations of type `A`.
 pub struct Model<'w, A> {
+    /// Of a decoding step, on a GPU: all sequences of a run decode side by side, so that one graph serves all
+    /// of its steps. The first field, so that it goes before the memory that it uses.
+    graph: Option<Graph>,
+    /// Whether steps that decode are graphs.
+    by_graph: bool,
     decoder: Box<dyn Decoder + 'w>,
     config: Config,
     stream: Stream,
-    ids: Buffer<u32>, // [T]
+    ids: Buffer<u32>, // [T], tokens of prompts
     state: State<A>,
-    logits: Matrix<f32>, // [rows, V]
-    best: Buffer<u32>,   // [rows]
+    next: Buffer<u32>, // [B], each sequence's next token
     step_tokens: usize,
 }
 
@@ -48,9 +57,11 @@ pub struct State<A> {
     pub plan: moe::Plan<A>,
     pub routing: RoutingBuffers<'static>,
     pub workspace: Workspace<'static>,
-    /// [layers][E], the tokens of prompts that each expert was given. A decoding step reads nothing back but
-    /// its tokens.
-    pub expert_tokens: Vec<Vec<u64>>,
+    /// [layers, E], the tokens of prompts that each expert was given: added up where they are, and read once.
+    pub expert_tokens: Buffer<u32>,
+    /// [B, V], which choose each sequence's next token; behind them those of a prompt's tokens, where they
+    /// are kept.
+    logits: Matrix<f32>,
 }
 
 /// A buffer for the largest step, of which a step uses the first rows.
@@ -78,8 +89,9 @@ impl<T: Element> Matrix<T> {
 }
 
 impl<'w, A: Float> Model<'w, A> {
-    /// Allocates for steps of `sizes`, whose memory need was checked.
-    pub fn new(stream: Stream, config: &Config, decoder: Box<dyn Decoder + 'w>, sizes: &Sizes) -> Result<Self, Failure> {
+    /// Allocates for steps of `sizes`, whose memory need was checked. A step that copies weights from the host
+    /// cannot be a graph.
+    pub fn new(stream: Stream, config: &Config, decoder: Box<dyn Decoder + 'w>, sizes: &Sizes, is_streamed: bool) -> Result<Self, Failure> {
         let Config { d_model, vocab, num_experts, top_k, num_layers, heads, .. } = *config;
         let Sizes { batch, context, step_tokens, logits_rows, .. } = *sizes;
         let floats = |cols| Matrix::new(&stream, step_tokens, cols);
@@ -95,43 +107,84 @@ impl<'w, A: Float> Model<'w, A> {
             q: floats(heads.q_cols())?,
             context: floats(heads.q_cols())?,
             out: floats(d_model)?,
-            expert_tokens: vec![vec![0; num_experts]; num_layers],
-        };
-        Ok(Model {
-            state,
-            ids: Buffer::zeros(&stream, step_tokens)?,
+            expert_tokens: Buffer::zeros(&stream, num_layers * num_experts)?,
             logits: Matrix::new(&stream, logits_rows, vocab)?,
-            best: Buffer::zeros(&stream, logits_rows)?,
-            step_tokens: 0,
-            config: config.clone(),
-            decoder,
-            stream,
-        })
+        };
+        let (ids, next) = (Buffer::zeros(&stream, step_tokens)?, Buffer::zeros(&stream, batch)?);
+        stream.synchronize()?; // weights that are copied to a GPU are on their way until now
+        let by_graph = stream.place() != Place::Host && !is_streamed;
+        Ok(Model { graph: None, by_graph, decoder, config: config.clone(), stream, ids, state, next, step_tokens: 0 })
     }
 
-    /// Feeds `new_tokens[b]` tokens to sequence `b`; `ids` holds them all, sequence after sequence.
-    pub fn step(&mut self, ids: &[u32], new_tokens: &[usize], phase: Phase, trace: &mut Trace) -> Result<(), Failure> {
+    /// Feeds `new_tokens[b]` tokens of prompts to sequence `b`; `ids` holds them all, sequence after
+    /// sequence.
+    pub fn prefill(&mut self, ids: &[u32], new_tokens: &[usize], trace: &mut Trace) -> Result<(), Failure> {
         let Model { decoder, config, stream, state, .. } = self;
         state.cache.append(stream, new_tokens)?;
-        trace.begin(phase, new_tokens[0], state.cache.len(0));
+        trace.begin(Phase::Prefill, new_tokens[0], state.cache.len(0));
         let ids = TokenIds::from_host(stream, ids, config.vocab, &mut self.ids)?;
         self.step_tokens = ids.len();
-        decoder.step(&mut Running::new(config, stream, phase, ids, state, trace)?)
+        decoder.step(&mut Running::new(config, stream, Phase::Prefill, ids, state, trace)?)
     }
 
-    /// The logits of some tokens of the last step, `[rows, V]`, and the stream that computes them.
-    pub fn logits(&mut self, rows: Range<usize>) -> Result<(&Stream, Rows<'_, f32>), Failure> {
-        let count = rows.len();
-        let tokens = self.state.normed.rows(self.step_tokens)?.row_range(rows)?;
-        let all = ExpertRows::dense(count)?;
-        grouped_gemm::nt(&self.stream, tokens, self.decoder.head(), all, &mut self.logits.rows_mut(count)?)?;
-        Ok((&self.stream, self.logits.rows(count)?))
+    /// The logits of some tokens of the last step of prompts, `[rows, V]`, and the stream that computes them.
+    pub fn prompt_logits(&mut self, rows: Range<usize>) -> Result<(&Stream, Rows<'_, f32>), Failure> {
+        let kept = self.next.len()..self.next.len() + rows.len();
+        let (stream, state) = (&self.stream, &mut self.state);
+        state.head(stream, self.decoder.head(), self.step_tokens, rows, kept.clone())?;
+        Ok((stream, state.logits.rows(kept.end)?.row_range(kept)?))
     }
 
-    /// The likeliest next token after each of the first `rows` rows that [`Model::logits`] gave last.
-    pub fn best(&mut self, rows: usize) -> Result<Cow<'_, [u32]>, Failure> {
-        let best = sample::argmax(&self.stream, self.logits.rows(rows)?, &mut self.best)?;
-        host(&self.stream, best.ids())
+    /// Has token `row` of the last step of prompts decide what comes next in a sequence.
+    pub fn ends_prompt(&mut self, sequence: usize, row: usize) -> Result<(), Failure> {
+        let (stream, head) = (&self.stream, self.decoder.head());
+        self.state.head(stream, head, self.step_tokens, row..row + 1, sequence..sequence + 1)
+    }
+
+    /// Chooses each sequence's next token.
+    pub fn choose(&mut self) -> Result<(), Failure> {
+        sample::argmax(&self.stream, self.state.logits.rows(self.next.len())?, &mut self.next)?;
+        Ok(())
+    }
+
+    /// Feeds each sequence the token that was chosen for it, and chooses the next one. The host waits for
+    /// nothing.
+    pub fn decode(&mut self, trace: &mut Trace) -> Result<(), Failure> {
+        let by_graph = self.by_graph && trace.detail() < Detail::Layers;
+        let Model { graph, decoder, config, stream, state, next, .. } = self;
+        state.cache.append(stream, &vec![1; next.len()])?;
+        trace.begin(Phase::Decode, 1, state.cache.len(0));
+        let mut work = || state.decode(stream, &**decoder, config, next, trace);
+        if !by_graph {
+            return work();
+        }
+        let graph = match graph {
+            Some(graph) => graph,
+            None => {
+                let mut captured = Ok(());
+                let new = stream.capture(|| {
+                    captured = work();
+                    Ok(())
+                });
+                captured?;
+                graph.insert(new?)
+            }
+        };
+        // SAFETY: the graph uses the buffers of this model and the weights that it borrows: all of them are
+        // there, used on this stream alone, and by one thread, since `self` is borrowed exclusively. No
+        // routing and no ids outlive the step that made them.
+        unsafe { graph.launch()? };
+        Ok(())
+    }
+
+    /// The logits that chose the first sequence's next token, `[1, V]`, and the stream that computes them.
+    pub fn next_logits(&self) -> Result<(&Stream, Rows<'_, f32>), Failure> {
+        Ok((&self.stream, self.state.logits.rows(1)?))
+    }
+
+    /// Each sequence's next token, for which the host waits.
+    pub fn next(&self) -> Result<Cow<'_, [u32]>, Failure> {
+        host(&self.stream, self.next.rows(1, self.next.len())?)
     }
 
     /// Where it runs.
@@ -144,8 +197,7 @@ impl<'w, A: Float> Model<'w, A> {
         let State { cache, expert_tokens, .. } = &mut self.state;
         // The last first, so that pages are handed out again in the order of the sequences.
         (0..cache.shape().num_sequences).rev().try_for_each(|sequence| cache.clear(&self.stream, sequence))?;
-        expert_tokens.iter_mut().for_each(|tokens| tokens.fill(0));
-        Ok(())
+        Ok(expert_tokens.copy_from_slice(&self.stream, &vec![0; expert_tokens.len()])?)
     }
 
     /// Keeps the first sequence's keys and values, `len` tokens of them.
@@ -155,9 +207,47 @@ impl<'w, A: Float> Model<'w, A> {
         (0..num_layers).try_for_each(|layer| trace.cache(&self.stream, layer, &cache(layer)?, heads, len))
     }
 
-    /// How many tokens of prompts each expert of each layer was given.
-    pub fn expert_tokens(&self) -> &[Vec<u64>] {
-        &self.state.expert_tokens
+    /// How many tokens of prompts each expert of each layer was given, `[layers][E]`. The host waits for
+    /// them.
+    pub fn expert_tokens(&self) -> Result<Vec<Vec<u64>>, Failure> {
+        let counts = self.state.expert_tokens.to_vec(&self.stream)?;
+        let of_layer = |counts: &[u32]| counts.iter().map(|count| u64::from(*count)).collect();
+        Ok(counts.chunks(self.config.num_experts).map(of_layer).collect())
+    }
+}
+
+impl<A: Float> State<A> {
+    /// Computes the logits of the step's tokens `rows` into rows of the logits. The step has `step_tokens`.
+    fn head(
+        &mut self,
+        stream: &Stream,
+        head: ExpertWeights<'_>,
+        step_tokens: usize,
+        rows: Range<usize>,
+        into: Range<usize>,
+    ) -> Result<(), Failure> {
+        let (tokens, all) = (self.normed.rows(step_tokens)?.row_range(rows)?, ExpertRows::dense(into.len())?);
+        let logits = &mut self.logits.rows_mut(into.end)?.row_range(into)?;
+        Ok(grouped_gemm::nt(stream, tokens, head, all, logits)?)
+    }
+
+    /// The launches of a decoding step, from the ids to the ids.
+    fn decode(
+        &mut self,
+        stream: &Stream,
+        decoder: &dyn Decoder,
+        config: &Config,
+        next: &mut Buffer<u32>,
+        trace: &mut Trace,
+    ) -> Result<(), Failure> {
+        let batch = next.len();
+        let ids = next.rows(1, batch)?;
+        // SAFETY: zeros at first, and whatever `argmax` chose among V columns since.
+        let ids = unsafe { TokenIds::from_raw(ids, config.vocab)? };
+        decoder.step(&mut Running::new(config, stream, Phase::Decode, ids, self, trace)?)?;
+        self.head(stream, decoder.head(), batch, 0..batch, 0..batch)?;
+        sample::argmax(stream, self.logits.rows(batch)?, next)?;
+        Ok(())
     }
 }
 

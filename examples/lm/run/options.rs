@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
-use dropless::{DType, Place};
+use dropless::DType;
 
 /// What a run was asked for.
 #[derive(Clone, Debug)]
@@ -14,7 +14,8 @@ pub struct Options {
     pub source: Source,
     pub prompt: Prompt,
     pub generate: Option<usize>,
-    pub device: Place,
+    /// None: a GPU where there is one that the kernels run on, else the CPU.
+    pub device: Option<Where>,
     pub activations: Option<DType>,
     pub layers: Option<usize>,
     pub context: Option<usize>,
@@ -26,6 +27,16 @@ pub struct Options {
     pub dump_layers: bool,
     pub check: Option<PathBuf>,
     pub json: bool,
+}
+
+/// Where a run takes place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Where {
+    Cpu,
+    /// The GPU of this number.
+    Cuda(u32),
+    /// The PTX emulator, which runs the kernels on any machine.
+    Emulated,
 }
 
 /// Where the weights come from.
@@ -53,6 +64,10 @@ pub enum Prompt {
 
 /// More threads than machines have: tens of thousands would take minutes to start and to stop.
 const MAX_THREADS: u64 = 1024;
+
+const DEVICE_HELP: &str = "\
+Where to run: the CPU, a GPU by its number, or the PTX emulator, which is slow and needs no GPU; auto is a GPU where a usable one is, \
+else the CPU [default: cpu]";
 
 const AFTER_HELP: &str = "\
 Without --model, --random or --check, a small checkpoint of the repository runs and is compared with reference results.
@@ -88,11 +103,7 @@ fn command() -> Command {
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
-            Arg::new("device")
-                .long("device")
-                .value_name("cpu|cuda[:N]")
-                .value_parser(place)
-                .help("Where to run: the CPU, or a GPU by its number [default: cpu]"),
+            Arg::new("device").long("device").value_name("cpu|cuda[:N]|emulated|auto").value_parser(place).help(DEVICE_HELP),
             word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
             within("threads", 1..=MAX_THREADS).help("Worker threads of the CPU [default: all]"),
             Arg::new("memory-limit")
@@ -128,7 +139,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
             _ => path("tokens-file").map(Prompt::File).or(number("random-tokens").map(Prompt::Random)).unwrap_or(Prompt::Default),
         },
         generate: number("generate"),
-        device: matches.get_one::<Place>("device").copied().unwrap_or(Place::Host),
+        device: matches.get_one::<Option<Where>>("device").copied().unwrap_or(Some(Where::Cpu)),
         activations: dtype(&matches, "activations"),
         layers: number("layers"),
         context: number("context"),
@@ -143,14 +154,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
     })
 }
 
-/// `auto` and `cpu`, `cuda`, `cuda:3`.
-fn place(text: &str) -> Result<Place, String> {
+/// `auto`, `cpu`, `cuda`, `cuda:3`, `emulated`.
+fn place(text: &str) -> Result<Option<Where>, String> {
     let number = match text {
-        "auto" | "cpu" => return Ok(Place::Host),
+        "auto" => return Ok(None),
+        "cpu" => return Ok(Some(Where::Cpu)),
+        "emulated" => return Ok(Some(Where::Emulated)),
         "cuda" => Some(0),
         _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
     };
-    number.map(Place::Cuda).ok_or_else(|| "must be cpu, cuda or cuda:N".into())
+    number.map(|number| Some(Where::Cuda(number))).ok_or_else(|| "must be cpu, cuda, cuda:N, emulated or auto".into())
 }
 
 fn dtype(matches: &ArgMatches, name: &str) -> Option<DType> {

@@ -8,18 +8,12 @@ pub struct Random {
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Random {
-    /// A sequence that follows from `seed`.
-    pub fn new(seed: u64) -> Random {
-        Random { state: seed }
-    }
-
-    /// The same sequence from its `at`-th number on.
+    /// The sequence that follows from `seed`, from its `at`-th number on.
     pub fn at(seed: u64, at: u64) -> Random {
         Random { state: seed.wrapping_add(at.wrapping_mul(STEP)) }
     }
 
     /// 64 random bits.
-    #[inline]
     pub fn bits(&mut self) -> u64 {
         self.state = self.state.wrapping_add(STEP);
         let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -30,12 +24,5 @@ impl Random {
     /// Below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.bits()) * u128::from(bound)) >> 64) as u64
-    }
-
-    /// Four numbers uniform in [-1, 1), of 16 bits each.
-    #[inline]
-    pub fn signed(&mut self) -> [f32; 4] {
-        let bits = self.bits();
-        [0, 16, 32, 48].map(|shift| f32::from((bits >> shift) as i16) / 32768.0)
     }
 }

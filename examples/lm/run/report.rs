@@ -156,10 +156,15 @@ pub fn seconds_text(seconds: f64) -> String {
     }
 }
 
+/// `10000 tokens/s`.
+pub fn rate_only_text(tokens_per_s: f64) -> String {
+    format!("{} tokens/s", three(tokens_per_s))
+}
+
 /// `12 tokens in 1.20 ms, 10000 tokens/s`.
 pub fn rate_text(tokens: usize, seconds: f64) -> String {
     let plural = if tokens == 1 { "" } else { "s" };
-    let rate = if seconds > 0.0 { format!(", {} tokens/s", three(tokens as f64 / seconds)) } else { String::new() };
+    let rate = if seconds > 0.0 { format!(", {}", rate_only_text(tokens as f64 / seconds)) } else { String::new() };
     format!("{tokens} token{plural} in {}{rate}", seconds_text(seconds))
 }
 

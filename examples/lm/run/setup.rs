@@ -10,30 +10,56 @@ use super::config::Config;
 use super::failure::{Failure, refuse, refuse_file};
 use super::families;
 use super::input::printable;
-use super::memory::{self, Need, Sizes};
+use super::memory::{self, Need, Share, Sizes, Streaming};
 use super::model;
-use super::options::{Options, Prompt, Source};
+use super::options::{Options, Prompt, Source, Where};
 use super::progress::Progress;
 use super::prompt::{self, Ids};
 use super::reference::{Case, Reference};
 use super::report::{Console, Table, bytes_text, count_text};
 use super::trace::{self, Detail};
+use super::weights;
 
 /// Opens a device, the CPU with that many threads or with all.
-pub type Open<'a> = dyn Fn(Place, Option<usize>) -> Result<Device, Error> + 'a;
+pub type Open<'a> = dyn Fn(Where, Option<usize>) -> Result<Device, Error> + 'a;
 
 /// Opens one of this machine's.
-pub fn open(place: Place, threads: Option<usize>) -> Result<Device, Error> {
+pub fn open(place: Where, threads: Option<usize>) -> Result<Device, Error> {
     match place {
-        Place::Host => threads.map_or_else(|| Ok(Device::cpu()), Device::cpu_with_threads),
+        Where::Cpu => threads.map_or_else(|| Ok(Device::cpu()), Device::cpu_with_threads),
         #[cfg(feature = "cuda")]
-        Place::Cuda(ordinal) => {
-            let device = Device::cuda(ordinal)?;
-            device.load_images()?; // here rather than within the first step, which is timed
-            Ok(device)
+        Where::Cuda(ordinal) => Device::cuda(ordinal),
+        #[cfg(feature = "cuda")]
+        Where::Emulated => {
+            use dropless_kit::emulated::{Emulated, Options};
+            Device::with_driver(std::sync::Arc::new(Emulated::new(Options::default())), 0)
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(Error::NoDriver { searched: &["nothing: built without the feature `cuda`"] }),
+        Where::Cuda(_) | Where::Emulated => Err(Error::NoDriver { searched: &["nothing: built without the feature `cuda`"] }),
+    }
+}
+
+/// Opens the device of a run. Where a GPU would have been taken and none can be, says why.
+fn chosen(open: &Open<'_>, options: &Options) -> Result<(Device, Option<Error>), Error> {
+    match options.device {
+        Some(place) => Ok((open(place, options.threads)?, None)),
+        None => match any_gpu(open) {
+            Ok(device) => Ok((device, None)),
+            Err(why) => Ok((open(Where::Cpu, options.threads)?, Some(why))),
+        },
+    }
+}
+
+/// The first GPU that the kernels are built for. Without one, the error of the first GPU, or that there is
+/// none.
+fn any_gpu(open: &Open<'_>) -> Result<Device, Error> {
+    let (mut ordinal, mut another) = (0, None);
+    loop {
+        match open(Where::Cuda(ordinal), None) {
+            Err(error @ Error::Arch { .. }) => another = another.or(Some(error)),
+            opened => return opened.map_err(|error| another.unwrap_or(error)),
+        }
+        ordinal += 1;
     }
 }
 
@@ -49,6 +75,10 @@ pub struct Setup {
     pub folder: Option<PathBuf>,
     pub jobs: Vec<Job>,
     pub device: Device,
+    /// Its name in the report: `cpu`, `cuda:0`, `emulated cuda:0`.
+    pub place: String,
+    /// Why it is not the GPU that would have been taken.
+    no_gpu: Option<Error>,
     /// Threads of the host.
     pub threads: usize,
     pub activations: DType,
@@ -56,8 +86,14 @@ pub struct Setup {
     pub chunk: usize,
     pub need: Need,
     pub available: Option<u64>,
+    /// Where not all layers fit on the GPU: which ones are copied there in every step.
+    pub streaming: Option<Streaming>,
     label: String,
 }
+
+/// Of the memory that is free on a GPU, what streamed layers leave to allocations that take more than they
+/// ask for.
+const SPARE_BYTES: u64 = 1 << 30;
 
 /// Where the weights are.
 pub enum WeightSource {
@@ -86,10 +122,12 @@ pub struct Job {
 impl Setup {
     /// Settles a run. Nothing is allocated that grows with the model.
     pub fn read(open: &Open<'_>, options: &Options, progress: &Progress) -> Result<Setup, Failure> {
-        if options.device != Place::Host && options.threads.is_some() {
-            return refuse(format!("--threads is for the CPU, not for {}", options.device));
+        let (device, no_gpu) = chosen(open, options)?;
+        let emulated = if options.device == Some(Where::Emulated) { "emulated " } else { "" };
+        let place = format!("{emulated}{}", device.place());
+        if device.place() != Place::Host && options.threads.is_some() {
+            return refuse(format!("--threads is for the CPU, not for {place}"));
         }
-        let device = open(options.device, options.threads)?;
         let (config_file, folder, label) = match &options.source {
             Source::Default => {
                 let folder = default_folder();
@@ -150,7 +188,7 @@ impl Setup {
             context,
             prompt: longest,
             step_tokens,
-            logits_rows: if all_logits { step_tokens } else { options.batch },
+            logits_rows: options.batch + if all_logits { step_tokens } else { 0 },
             activation_bytes: activations.size_bytes(),
         };
         let dump = jobs
@@ -177,9 +215,31 @@ impl Setup {
             None if on_gpu => device.free_bytes()?,
             None => memory::available_bytes(),
         };
-        let need = Need::check(need, available)?;
+        let share = match &weights {
+            WeightSource::Mapped(checkpoint) if on_gpu => Some(share(&config, checkpoint.dtype())),
+            _ => None,
+        };
+        let spare = if options.memory_limit.is_some() { 0 } else { SPARE_BYTES };
+        let (need, streaming) = memory::settle(need, available, share, spare)?;
         let threads = if on_gpu { Device::cpu().threads() } else { device.threads() };
-        Ok(Setup { config, weights, folder, jobs, device, threads, activations, sizes, chunk: options.chunk, need, available, label })
+        let chunk = options.chunk;
+        Ok(Setup {
+            config,
+            weights,
+            folder,
+            jobs,
+            device,
+            place,
+            no_gpu,
+            threads,
+            activations,
+            sizes,
+            chunk,
+            need,
+            available,
+            streaming,
+            label,
+        })
     }
 
     /// The table of parameters, how the run is set up, and the memory it needs.
@@ -214,7 +274,7 @@ impl Setup {
         let place = match (self.device.place(), self.threads) {
             (Place::Host, 1) => "cpu with 1 thread".to_owned(),
             (Place::Host, threads) => format!("cpu with {threads} threads"),
-            (place, _) => place.to_string(),
+            _ => self.place.clone(),
         };
         let kind = if matches!(self.weights, WeightSource::Mapped(_)) { "mapped" } else { "random" };
         let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
@@ -227,10 +287,24 @@ impl Setup {
                 self.sizes.context
             ),
         )?;
+        if let Some(why) = &self.no_gpu {
+            console.item("auto", format!("on the CPU, as no GPU can be used: {why}"))?;
+        }
         let total = self.need.total().unwrap_or(u64::MAX);
         let available = self.available.map_or(String::new(), |bytes| format!("; {} available", bytes_text(bytes)));
-        console.item("memory", format!("{} needed: {}{available}", bytes_text(total), self.need.parts_text()))
+        console.item("memory", format!("{} needed: {}{available}", bytes_text(total), self.need.parts_text()))?;
+        let Some(streaming) = &self.streaming else { return Ok(()) };
+        let Streaming { resident, streamed, .. } = *streaming;
+        let step = bytes_text(streaming.step_bytes());
+        console.item("streamed", format!("{streamed} of {layers} layers, {resident} stay on the GPU: {step} to copy in every step"))
     }
+}
+
+/// How the bytes of a checkpoint are shared out.
+fn share(config: &Config, dtype: DType) -> Share {
+    let bytes = |specs: &[_]| weights::bytes_of(specs, dtype);
+    let outside = bytes(&config.family.first_specs(config, 0));
+    Share { outside, layer: bytes(&(config.family.of_layer)(config, 0)), layers: config.num_layers }
 }
 
 /// The checkpoint of a run without arguments, in the repository.

@@ -4,13 +4,13 @@
 //! over the residual. Every result is shown to the trace as soon as it is there.
 
 use dropless::{ExpertRows, ExpertWeights, Float, Stream, TokenIds, WeightRows};
-use dropless::{attention, embedding, grouped_gemm, moe, norm, rope};
+use dropless::{attention, embedding, grouped_gemm, moe, norm, rope, router};
 
 use super::config::Config;
 use super::decoder::Step;
 use super::failure::Failure;
 use super::model::{Matrix, Phase, State};
-use super::trace::{Seen, Trace, host};
+use super::trace::{Seen, Trace};
 
 /// A step that is under way.
 pub struct Running<'s, A> {
@@ -91,6 +91,10 @@ impl<'s, A: Float> Running<'s, A> {
 }
 
 impl<A: Float> Step for Running<'_, A> {
+    fn stream(&self) -> &Stream {
+        self.stream
+    }
+
     fn embed(&mut self, table: WeightRows<'_>) -> Result<(), Failure> {
         embedding::lookup(self.stream, self.ids, table, &mut self.state.x.rows_mut(self.ids.len())?)?;
         self.see("embed", |state| &state.x)
@@ -142,15 +146,14 @@ impl<A: Float> Step for Running<'_, A> {
 
     fn add_experts(&mut self, weights: &moe::Weights<'_>) -> Result<(), Failure> {
         let (t, stream) = (self.ids.len(), self.stream);
+        let Config { num_layers, num_experts, .. } = *self.config;
         let State { normed, out, plan, routing, workspace, expert_tokens, .. } = &mut *self.state;
         let (x, y) = (normed.rows(t)?, &mut out.rows_mut(t)?);
         let routing = moe::forward(stream, plan, x, weights, routing, workspace, y)?;
         self.trace.see(stream, self.layer, Seen::Routed { x, router: weights.router, routing: &routing })?;
         if let (Phase::Prefill, Some(layer)) = (self.phase, self.layer) {
-            let offsets = host(stream, routing.offsets())?;
-            for (tokens, rows) in expert_tokens[layer].iter_mut().zip(offsets.windows(2)) {
-                *tokens += u64::from(rows[1] - rows[0]);
-            }
+            let counts = expert_tokens.rows_mut(num_layers, num_experts)?;
+            router::count(stream, &routing, &mut counts.row_range(layer..layer + 1)?)?;
         }
         self.added = Some(Added::Experts);
         self.see("ffn_out", |state| &state.out)

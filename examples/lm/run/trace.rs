@@ -21,7 +21,7 @@ pub enum Detail {
     LastLogits,
     /// The logits of all tokens of the prompt, and of every generated one.
     Logits,
-    /// And every intermediate result of the prompt, and the final cache.
+    /// And every intermediate result of the prompt, and the final cache. No step is a graph then.
     Layers,
 }
 

@@ -10,15 +10,18 @@ use super::decoder::{Matrix, Spec};
 use super::failure::{Failure, refuse};
 use super::progress::Progress;
 
-mod device;
+mod buffers;
 mod seeded;
+mod streamed;
+mod upload;
 
-pub use self::device::on_device;
 pub use self::seeded::seeded;
+pub use self::streamed::{Source, layers};
+pub use self::upload::{Uploaded, upload};
 
-/// All matrices of a model, somewhere.
-pub trait Tensors {
-    /// The tensors of the matrix that is the `index`-th of the family's, in the order of their names.
+/// Matrices of a model, somewhere.
+pub trait Tensors: Sync {
+    /// The tensors of the matrix that is the `index`-th of the list, in the order of their names.
     fn parts(&self, index: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure>;
 }
 
@@ -26,11 +29,10 @@ pub trait Tensors {
 pub struct Matrices<'a>(BTreeMap<String, Vec<WeightRows<'a>>>);
 
 impl<'a> Matrices<'a> {
-    /// Those of a configuration.
-    pub fn new(tensors: &'a dyn Tensors, config: &Config) -> Result<Matrices<'a>, Failure> {
-        let views = |(index, spec): (usize, Spec)| Ok((spec.names[0].clone(), tensors.parts(index, &spec)?));
-        let specs = (config.family.specs)(config);
-        Ok(Matrices(specs.into_iter().enumerate().map(views).collect::<Result<_, Failure>>()?))
+    /// Those of a list.
+    pub fn new(tensors: &'a dyn Tensors, specs: &[Spec]) -> Result<Matrices<'a>, Failure> {
+        let views = |(index, spec): (usize, &Spec)| Ok((spec.names[0].clone(), tensors.parts(index, spec)?));
+        Ok(Matrices(specs.iter().enumerate().map(views).collect::<Result<_, Failure>>()?))
     }
 
     /// Some matrices.
@@ -53,6 +55,18 @@ impl Tensors for Checkpoint {
     }
 }
 
+/// Bytes of some matrices of that type.
+pub fn bytes_of(specs: &[Spec], dtype: DType) -> u64 {
+    let elements = |spec: &Spec| spec.stacked_dims().iter().map(|size| *size as u64).product::<u64>();
+    specs.iter().map(elements).sum::<u64>().saturating_mul(dtype.size_bytes() as u64)
+}
+
+impl<T: Tensors> Tensors for &T {
+    fn parts(&self, index: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure> {
+        (**self).parts(index, spec)
+    }
+}
+
 fn not_weights<T>(dtype: DType) -> Result<T, Failure> {
     refuse(format!("weights of type {} are not supported", dtype.name()))
 }
@@ -70,9 +84,9 @@ mod tests {
             let folder = Path::new("tests/data").join(model);
             let config = super::super::families::read_config(&folder.join("config.json")).unwrap();
             let checkpoint = Checkpoint::open(&folder, &config, &Progress::new(false)).unwrap();
-            let matrices = Matrices::new(&checkpoint, &config).unwrap();
+            let matrices = Matrices::new(&checkpoint, &config.family.specs(&config)).unwrap();
             let mut elements = 0;
-            for spec in (config.family.specs)(&config) {
+            for spec in config.family.specs(&config) {
                 let [Matrix(parts)] = matrices.of([spec.clone()]).unwrap();
                 assert_eq!(parts.len(), spec.names.len());
                 for (name, part) in spec.names.iter().zip(parts) {

@@ -1,0 +1,109 @@
+//! Layers of a model that a GPU cannot hold as a whole: the first ones stay there, the others are copied in
+//! every step.
+//!
+//! There is room for two of the others. While the step is in one layer, threads copy the next one to where
+//! the one before lay, as soon as the GPU has done with that.
+
+use std::cell::RefCell;
+
+use dropless::{Bf16, DType, F16, Stream};
+use indicatif::ProgressBar;
+
+use super::super::decoder::{Layer, Layers, Step};
+use super::super::memory::Streaming;
+use super::buffers::{Buffers, Weight};
+use super::upload::{From, Uploader, pieces};
+use super::{Config, Failure, Matrices, Spec, Tensors, not_weights};
+
+/// The layers that are streamed: from where, and how.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// On the host.
+    pub tensors: &'a dyn Tensors,
+    pub dtype: DType,
+    pub streaming: Streaming,
+    pub threads: usize,
+}
+
+/// All layers of a model. `resident` are the matrices of those that are not streamed.
+pub fn layers<'w>(
+    stream: &Stream,
+    config: &'w Config,
+    resident: &'w Matrices<'w>,
+    source: Option<Source<'w>>,
+) -> Result<Box<dyn Layers + 'w>, Failure> {
+    let count = source.map_or(config.num_layers, |source| source.streaming.resident);
+    let resident: Vec<Box<dyn Layer + 'w>> = (0..count).map(|l| (config.family.layer)(config, l, resident)).collect::<Result<_, _>>()?;
+    let Some(source) = source else { return Ok(Box::new(resident)) };
+    Ok(match source.dtype {
+        DType::F32 => Box::new(Streamed::<f32>::new(stream, config, resident, source)?),
+        DType::Bf16 => Box::new(Streamed::<Bf16>::new(stream, config, resident, source)?),
+        DType::F16 => Box::new(Streamed::<F16>::new(stream, config, resident, source)?),
+        other => return not_weights(other),
+    })
+}
+
+struct Streamed<'w, W> {
+    config: &'w Config,
+    resident: Vec<Box<dyn Layer + 'w>>,
+    host: &'w dyn Tensors,
+    moving: RefCell<Moving<W>>,
+}
+
+/// Dropped in this order: nothing is on its way any more when memory is freed.
+struct Moving<W> {
+    uploader: Uploader,
+    slots: [Buffers<W>; Streaming::SLOTS],
+}
+
+impl<'w, W: Weight> Streamed<'w, W> {
+    fn new(stream: &Stream, config: &'w Config, resident: Vec<Box<dyn Layer + 'w>>, source: Source<'w>) -> Result<Self, Failure> {
+        let specs = (config.family.of_layer)(config, 0);
+        let slots = [Buffers::zeros(stream, &specs)?, Buffers::zeros(stream, &specs)?];
+        let moving = RefCell::new(Moving { uploader: Uploader::new(stream, source.threads)?, slots });
+        Ok(Streamed { config, resident, host: source.tensors, moving })
+    }
+
+    fn specs(&self, layer: usize) -> Vec<Spec> {
+        (self.config.family.of_layer)(self.config, layer)
+    }
+
+    /// Copies the weights of `layer` to `slot`, and calls `work` meanwhile. What the step did so far may read
+    /// the slot; what it does afterwards finds the weights there.
+    fn fetch_while(
+        &self,
+        uploader: &mut Uploader,
+        (layer, slot): (usize, &mut Buffers<W>),
+        s: &mut dyn Step,
+        work: impl FnOnce(&mut dyn Step) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let specs = self.specs(layer);
+        let from = From { tensors: self.host, specs: &specs };
+        uploader.come_behind(s.stream())?;
+        uploader.copy_while(pieces(slot, from)?, &ProgressBar::hidden(), || work(s))?;
+        uploader.come_before(s.stream())
+    }
+
+    /// The step of `layer`, whose weights are in `slot`.
+    fn layer(&self, layer: usize, slot: &Buffers<W>, s: &mut dyn Step) -> Result<(), Failure> {
+        let matrices = Matrices::new(slot, &self.specs(layer))?;
+        (self.config.family.layer)(self.config, layer, &matrices)?.step(s)
+    }
+}
+
+impl<W: Weight> Layers for Streamed<'_, W> {
+    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
+        let Moving { uploader, slots: [one, other] } = &mut *self.moving.borrow_mut();
+        let (mut here, mut next) = (one, other);
+        let (first, count) = (self.resident.len(), self.config.num_layers);
+        self.fetch_while(uploader, (first, next), s, |s| self.resident.step(s))?;
+        for layer in first..count {
+            std::mem::swap(&mut here, &mut next);
+            match layer + 1 {
+                last if last == count => self.layer(layer, here, s)?,
+                following => self.fetch_while(uploader, (following, next), s, |s| self.layer(layer, here, s))?,
+            }
+        }
+        Ok(())
+    }
+}
