@@ -5,9 +5,11 @@
     benches/gpu.sh --rehearse [FOLDER]   every step on the emulator and on stand-ins, without a GPU
 
 Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another
-step; what fails is said, and the next step runs. The whole takes at most --seconds (420): a step that would
-take longer is cut short or left out, and the summary says so. After each step FOLDER holds all results so far:
-logs.tar.gz, dropless.jsonl, torch.jsonl, table.md, summary.txt, ncu.ncu-rep.
+step; what fails is said, and the next step runs. The whole takes at most --seconds (420), and each part of it
+its share (`PARTS`) and what the parts before have left: a step that would take longer is cut short or left
+out, and the summary says so. After each step FOLDER holds all results so far: logs.tar.gz, dropless.jsonl
+and torch.jsonl (the products and the layer, ours and PyTorch's), attention.jsonl and torch_attention.jsonl,
+dbrx.jsonl (the model's steps), table.md, summary.txt, ncu.ncu-rep, ncu_attention.ncu-rep.
 
 DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu,
 example/NAME, as benches/pack.sh packs them. Without it cargo builds them first, which does not count. Ends with 1
@@ -16,6 +18,7 @@ if anything failed.
 
 import argparse
 import concurrent.futures
+import contextlib
 import ctypes
 import datetime
 import importlib.util
@@ -32,9 +35,13 @@ import tempfile
 import threading
 import time
 
+import model_steps
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUMMARY_LINES = 40
 RESERVE = 10  # seconds kept for saving and for a process that must be killed
+# The parts in their order, and their shares of the time in seconds out of 410.
+PARTS = {"tests": 120, "attention": 80, "products": 85, "model": 85, "profiles": 40}
 
 
 class Run:
@@ -44,6 +51,7 @@ class Run:
         self.out, self.logs, self.kill_after = out, work / "logs", kill_after
         self.start, self.seconds = time.monotonic(), seconds
         self.steps, self.lock = [], threading.Lock()
+        self.until, self.shared, self.times = seconds - RESERVE, 0, []
         self.patience = 1
         self.logs.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
@@ -51,19 +59,38 @@ class Run:
     def spent(self):
         return time.monotonic() - self.start
 
+    def left(self):
+        """Seconds until the part must be over."""
+        return self.until - self.spent()
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """A part of the run. Its steps end when its share of the time is used up, and what was left before it."""
+        self.shared += PARTS[name]
+        self.until, begin = self.shared / sum(PARTS.values()) * (self.seconds - RESERVE), self.spent()
+        has = self.until - begin
+        print(f"{begin:5.0f} s  -- {name}: has {has:.0f} s, until {self.until:.0f} s", flush=True)
+        try:
+            yield
+        except Exception as error:  # costs no other part
+            self.note(name, f"FAILED ({error!r})", 0)
+        self.times.append(f"{name} {self.spent() - begin:.0f} of {has:.0f} s")
+
     def note(self, name, verdict, took, telling="", details=()):
         with self.lock:
             self.steps.append((name, verdict, telling, list(details)))
             print(f"{self.spent():5.0f} s  {name}: {verdict} ({took:.0f} s) {telling}", flush=True)
             self.save()
 
-    def step(self, name, command, limit=60, keep=()):
-        """Runs a command within its limit and the run's; `keep` are files of its own that go to the folder."""
-        left = self.seconds - RESERVE - self.spent()
+    def step(self, name, command, limit=60, keep=(), judge=lambda log: None):
+        """Runs a command within its limit and its part's; True if all is well. `keep` are files of its own that
+        go to the folder. `judge` may say what is wrong with the log of a command that ended well."""
+        left = self.left()
         limit *= self.patience
         limit, cut = min(limit, left), limit > left
         if limit < 1:
-            return self.note(name, "skipped", 0, "no time is left")
+            self.note(name, "skipped", 0, "no time is left")
+            return False
         log, begin = self.logs / f"{name}.log", time.monotonic()
         with open(log, "wb") as file:
             bounded = ["timeout", "-k", str(self.kill_after), f"{limit:.1f}", *map(str, command)]
@@ -73,11 +100,14 @@ class Run:
                 code = process.wait(limit + self.kill_after + 2)
             except subprocess.TimeoutExpired:  # not even killed: a call into the driver that does not return
                 code = 137
-        killed = f"FAILED (stopped after {limit:.0f} s{', the run is over' if cut else ''})"
+        killed = f"FAILED (stopped after {limit:.0f} s{', its part is over' if cut else ''})"
         verdict = "ok" if code == 0 else killed if code in (124, 137, -signal.SIGKILL) else f"FAILED ({code})"
+        wrong = judge(log) if code == 0 else None
+        verdict = f"FAILED ({wrong})" if wrong else verdict
         for path in filter(pathlib.Path.exists, keep):
             shutil.copy(path, self.out)
         self.note(name, verdict, time.monotonic() - begin, *telling(log, code != 0))
+        return verdict == "ok"
 
     def together(self, steps, workers):
         """Steps side by side: (name, command, limit)."""
@@ -102,11 +132,11 @@ class Run:
             if verdict == "ok":
                 group = name.split("-")[0]
                 fine[group] = fine.get(group, 0) + 1
-            if verdict != "ok" or name in ("card", "xid") and text:
+            if verdict != "ok" or name in ("card", "xid", "model-plan") and text:
                 lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
         names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
         verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
-        return [verdict, f"ok: {names}", *lines]
+        return [verdict, f"ok: {names}", *filter(None, [f"time: {', '.join(self.times)}" if self.times else ""]), *lines]
 
 
 def telling(log, failed):
@@ -149,15 +179,42 @@ class Executables:
         return self.folder / kind / name if self.folder else self.found[kind, name]
 
     def tests_of(self, run, name):
-        """The names of a binary's tests; none, and a step that failed, where it cannot list them."""
-        run.step(f"list-{name}", [self("test", name), "--list"], 20)
-        lines = (run.logs / f"list-{name}.log").read_text(errors="replace").splitlines()
+        """The names of a binary's tests; none, and a step that failed or was left out, where it cannot list them."""
+        listed = run.step(f"list-{name}", [self("test", name), "--list"], 20)
+        lines = (run.logs / f"list-{name}.log").read_text(errors="replace").splitlines() if listed else []
         return [line.removesuffix(": test") for line in lines if line.endswith(": test")]
 
 
 def steps(run, exe, rehearse):
     """All steps, correctness before speed."""
-    bench, example = exe("bench", "gpu"), lambda name: exe("example", name)
+    with run.part("tests"):
+        tests(run, exe, rehearse)
+    records = Records(run.logs.parent, run.logs)
+    with run.part("attention"):
+        attention(run, exe, rehearse, records)
+    with run.part("products"):
+        products(run, exe, rehearse, records)
+    with run.part("model"):
+        model(run, exe, rehearse, records)
+    with run.part("profiles"):
+        profiles(run, exe, rehearse, records)
+
+
+class Records:
+    """The files that figures go to."""
+
+    def __init__(self, work, logs):
+        self.ours, self.peers, self.again = work / "dropless.jsonl", work / "torch.jsonl", logs / "again.jsonl"
+        self.attention, self.attention_peers = work / "attention.jsonl", work / "torch_attention.jsonl"
+        self.attention_again = logs / "attention_again.jsonl"
+        self.model = work / "dbrx.jsonl"
+
+    def all(self):
+        return [self.ours, self.peers, self.again, self.attention, self.attention_peers, self.attention_again, self.model]
+
+
+def tests(run, exe, rehearse):
+    example = lambda name: exe("example", name)
     workers = 2 if rehearse else 6
 
     def test(name, *arguments):
@@ -170,12 +227,11 @@ def steps(run, exe, rehearse):
     run.step("params", test("params", "every_field_arrives"), 30)
 
     families = [name for name in exe.tests_of(run, "instructions") if not name.startswith("a_")]
-    doctor = [example("doctor"), *(["--emulated"] if rehearse else [])]
     each = [(f"instructions-{name}", test("instructions", "--exact", name), 30) for name in families]
-    run.together([("doctor", doctor, 90), *each], workers)
+    run.together([("doctor", doctor(exe, rehearse), 90), *each], workers)
 
     listed = [name for name in exe.tests_of(run, "ops") if "::" in name]
-    tensor_cores_first = lambda name: (not re.search("tiles|moe|grouped", name), name)
+    tensor_cores_first = lambda name: (not re.search("tiles|moe|grouped|attention", name), name)
     modules = sorted({name.split("::")[0] for name in listed}, key=tensor_cores_first)
     pick = {module: next(name for name in listed if name.startswith(f"{module}::")) for module in modules}
     chosen = {module: ["--exact", pick[module]] if rehearse else [f"{module}::"] for module in modules}
@@ -186,38 +242,106 @@ def steps(run, exe, rehearse):
     run.step("dbrx", test("dbrx", "devices::what_a_gpu" if rehearse else "devices::"), 60)
     run.step("generate", [example("dbrx"), "--device", "cpu" if rehearse else "cuda:0"], 30)
 
-    work = run.logs.parent
-    ours, peers, again = work / "dropless.jsonl", work / "torch.jsonl", run.logs / "again.jsonl"
+
+def doctor(exe, rehearse):
+    return [exe("example", "doctor"), *(["--emulated"] if rehearse else [])]
+
+
+def peer(run, name, script, record, limit, rehearse):
+    """A script that measures PyTorch, where there is one."""
+    if not importlib.util.find_spec("torch"):
+        return run.note(name, "skipped", 0, "this Python has no torch")
+    command = [sys.executable, f"benches/peers/{script}", "--out", record, *(["--rehearse"] if rehearse else [])]
+    run.step(name, command, limit, keep=[record])
+
+
+def some_attention(rehearse):
+    """Cases that are measured again, and profiled."""
+    names = ["1 x 40 of 40", "3 x 1 of 70"] if rehearse else ["1 x 4096 of 4096", "32 x 1 of 4096"]
+    return ["--attention", *(word for name in names for word in ("--case", name))]
+
+
+def attention(run, exe, rehearse, records):
+    """Attention, ours and PyTorch's, case by case."""
     emulated = ["--emulated"] if rehearse else []
-    run.step("bench", [bench, "--out", ours, *emulated], 100, keep=[ours])
-    if importlib.util.find_spec("torch"):
-        script = [sys.executable, "benches/peers/gpu_moe.py", "--out", peers]
-        run.step("peer", [*script, *(["--rehearse"] if rehearse else [])], 80, keep=[peers])
-    else:
-        run.note("peer", "skipped", 0, "this Python has no torch")
-    run.step("again", [bench, "--tokens", "8192,8,1", "--out", again, *emulated], 40)
+    command = [exe("bench", "gpu"), "--attention", "--out", records.attention, *emulated]
+    run.step("attention", command, 60, keep=[records.attention])
+    peer(run, "attention-peer", "gpu_attention.py", records.attention_peers, 60, rehearse)
+    again = [exe("bench", "gpu"), *some_attention(rehearse), "--out", records.attention_again, *emulated]
+    run.step("attention-again", again, 30)
 
-    profile, kernels = work / "ncu.ncu-rep", "regex:glu_nt_bf16_256x2|nn_bf16_256x2|glu_nt_bf16_few8"
-    if shutil.which("ncu"):
-        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", kernels]
-        ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", profile.with_suffix("")]
-        run.step("ncu", [*ncu, bench, "--tokens", "8192,8", "--what", "gather,glu_nt_of_sorted,nn", *emulated], 60, keep=[profile])
-        run.step("ncu-details", ["ncu", "--import", profile, "--page", "details"], 20)
-    if shutil.which("compute-sanitizer"):
-        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-        run.step("sanitizer", [*sanitizer, *doctor], 90)
-    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)  # in the summary, if there is any
 
+def products(run, exe, rehearse, records):
+    """The products and the layer, ours and PyTorch's, and some of ours again."""
+    bench, emulated = exe("bench", "gpu"), ["--emulated"] if rehearse else []
+    run.step("bench", [bench, "--out", records.ours, *emulated], 100, keep=[records.ours])
+    peer(run, "peer", "gpu_moe.py", records.peers, 80, rehearse)
+    run.step("again", [bench, "--tokens", "8192,8,1", "--out", records.again, *emulated], 40)
+
+
+def model(run, exe, rehearse, records):
+    """Steps of DBRX with random weights, in as many layers as fit."""
+    if rehearse and "emulated" not in output_of([exe("example", "dbrx"), "--help"]):
+        return run.note("model-plan", "skipped", 0, "this tree's dbrx has no --device emulated")
+    steps = model_steps.REHEARSED if rehearse else model_steps.STEPS
+    device = "emulated" if rehearse else "cuda:0"
+    config = model_steps.Config(ROOT / (model_steps.SMALL if rehearse else model_steps.DBRX))
+    lines = []
+
+    def one(step, layers, limit):
+        """Runs a step and keeps its line; gives its figures, or none."""
+        command = [exe("example", "dbrx"), "--device", device, "--random", config.path, *step.options(layers)]
+        judge = lambda log: step.wrong(model_steps.figures(log.read_text(errors="replace")))
+        fine = run.step(f"model-{step.name}", command, limit, judge=judge)
+        log = run.logs / f"model-{step.name}.log"
+        figures = model_steps.figures(log.read_text(errors="replace")) if fine else None
+        if figures and step is not model_steps.PROBE:
+            lines.append(step.line(config, layers, figures))
+            records.model.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            shutil.copy(records.model, run.out)
+        return figures
+
+    begin = time.monotonic()
+    probed = one(model_steps.PROBE, 1, 40)
+    if not probed:
+        return run.note("model-plan", "skipped", 0, "not even one layer runs")
+    plan = model_steps.Plan(config, steps, probed, time.monotonic() - begin)
+    layers, why = plan.layers(run.left())
+    run.note("model-plan", "ok", 0, why)
+    for step in steps:
+        one(step, layers, 60)
+
+
+def profiles(run, exe, rehearse, records):
+    """Profiles of some launches, a check of every access, and the table."""
+    bench, emulated, work = exe("bench", "gpu"), ["--emulated"] if rehearse else [], run.logs.parent
     table = run.out / "table.md"
     make = 'table=$1; shift; "$@" >"$table"'
-    run.step("table", ["sh", "-c", make, "-", table, sys.executable, "benches/peers/gpu_table.py", ours, peers, again], 10)
+    command = ["sh", "-c", make, "-", table, sys.executable, "benches/peers/gpu_table.py", *records.all()]
+    run.step("table", command, 10, judge=lambda _: None if table.stat().st_size else "it is empty")
+
+    def profile(name, kernels, arguments, limit):
+        to = work / f"{name}.ncu-rep"
+        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", f"regex:{kernels}"]
+        ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", to.with_suffix("")]
+        run.step(name.replace("_", "-"), [*ncu, bench, *arguments, *emulated], limit, keep=[to])
+        run.step(f"{name.replace('_', '-')}-details", ["ncu", "--import", to, "--page", "details"], 20)
+
+    if shutil.which("ncu"):
+        profile("ncu_attention", "attention_prefill|attention_decode", some_attention(rehearse), 40)
+        kernels = "glu_nt_bf16_256x2|nn_bf16_256x2|glu_nt_bf16_few8"
+        profile("ncu", kernels, ["--tokens", "8192,8", "--what", "gather,glu_nt_of_sorted,nn"], 60)
+    if shutil.which("compute-sanitizer"):
+        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        run.step("sanitizer", [*sanitizer, *doctor(exe, rehearse)], 90)
+    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)  # in the summary, if there is any
 
 
 ALL = set(
-    "card params list doctor instructions ops hardware dbrx generate bench peer again ncu sanitizer xid table".split()
+    "card params list doctor instructions ops hardware dbrx generate attention bench peer again model ncu sanitizer xid table".split()
 )
 STAND_INS = {
-    "nvidia-smi": "echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0",
+    "nvidia-smi": 'case "$*" in *memory.free*) echo 80000 ;; *) echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0 ;; esac',
     "ncu": 'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2.ncu-rep"; shift; done',
     "compute-sanitizer": "echo a stand-in",
 }
@@ -233,27 +357,48 @@ def rehearse(run, exe, stand_ins):
     run.step("planted-hang", ["sh", "-c", "trap '' TERM; sleep 60 & wait; sleep 60"], 1)
     hung = run.spent() - begin
     run.step("planted-failure", ["sh", "-c", "echo error: on purpose; exit 3"])
-    run.seconds, seconds = 0, run.seconds
+    run.until, until = 0, run.until
     run.step("planted-late", ["true"])
-    run.seconds = seconds
+    run.until = until
+    run.step("planted-wrong", ["true"], judge=lambda log: "nothing in it")
     planted = [verdict for _, verdict, *_ in run.steps]
     # What follows is judged alone.
     run.steps, run.patience = [], 3  # the machine may have other work
     steps(run, exe, True)
     run.save()
-    promised = ["logs.tar.gz", "dropless.jsonl", "table.md", "summary.txt", "ncu.ncu-rep"]
-    promised += ["torch.jsonl"] if importlib.util.find_spec("torch") else []
+    promised = ["logs.tar.gz", "dropless.jsonl", "attention.jsonl", "table.md", "summary.txt", "ncu.ncu-rep", "ncu_attention.ncu-rep"]
+    promised += ["torch.jsonl", "torch_attention.jsonl"] if importlib.util.find_spec("torch") else []
+    promised += ["dbrx.jsonl"] if ("model-plan", "ok") in [step[:2] for step in run.steps] else []
     present = sorted(path.name for path in run.out.iterdir())
-    empty = [name for name in present if name != "ncu.ncu-rep" and not (run.out / name).stat().st_size]
+    empty = [name for name in present if not name.endswith(".ncu-rep") and not (run.out / name).stat().st_size]
     missing = sorted(ALL - {name.split("-")[0] for name, *_ in run.steps})
+    incomplete = incomplete_attention(run.out)
     expected = {
-        f"the planted steps: {planted}": planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped"],
+        f"the planted steps: {planted}": planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped", "FAILED (nothing in it)"],
         f"the step that hangs took {hung:.0f} s": hung < 10,
         f"the folder holds {present}, should hold {sorted(promised)}": present == sorted(promised),
         f"empty files: {empty}": not empty,
         f"no step of {missing}": not missing,
+        f"the time shared out is {run.shared} s": run.shared == sum(PARTS.values()),
+        f"figures of attention that are missing: {incomplete}": not incomplete,
     }
     return [text for text, holds in expected.items() if not holds]
+
+
+def incomplete_attention(out):
+    """Cases of the file that have no figure or, where the peer has a record, none of the peer's beside it."""
+    lines = (ROOT / "benches/gpu/attention_cases.txt").read_text().splitlines()
+    numbers = [line.split()[1:] for line in lines if line.startswith("rehearsal ")]
+    name = lambda h, kv, d, batch, history, new: f"{h}/{kv} x {d}, {batch} x {new} of {int(history) + int(new)}"
+    wanted = {(f"attention_{function}", name(*rest)) for function, *rest in numbers}
+    missing = []
+    for record in filter(pathlib.Path.exists, [out / "attention.jsonl", out / "torch_attention.jsonl"]):
+        figures = [figure for figure in map(json.loads, record.read_text().splitlines()) if "us" in figure]
+        missing += sorted(wanted - {(figure["what"], figure.get("case")) for figure in figures})
+    if (out / "torch_attention.jsonl").exists():
+        rows = [line.split(" | ") for line in (out / "table.md").read_text().splitlines() if line.startswith("| attention_")]
+        missing += [row[:3] for row in rows if row[-2] == "-"]
+    return missing
 
 
 def driver_is_there():

@@ -52,17 +52,33 @@ class Record:
         if self.file:
             print(line, file=self.file, flush=True)
 
-    def figure(self, what, form, tokens, call, device, flop=0.0, bytes_moved=0.0):
-        """Times what `call` makes: a function of its own, so that what fails while it is made is told, too."""
+    def figure(self, what, form, tokens, call, device, flop=0.0, bytes_moved=0.0, calls=1, **more):
+        """Times what `call` makes: a function of its own, so that what fails while it is made is told, too. Where
+        it holds several `calls`, the figure is of one of them. True if there is a figure; a peer that refuses
+        (`Refused`) has not failed."""
+        which = dict(what=what, form=form, tokens=tokens, **more)
         try:
-            median, least, greatest = timed(call(), device)
+            times = [us / calls for us in timed(call(), device)]
+        except Refused as refusal:
+            self.write(**which, refused=first_line(refusal))
+            return False
         except Exception as error:
             self.failed = True
-            self.write(what=what, form=form, tokens=tokens, error=str(error).splitlines()[0] if str(error) else repr(error))
-            return
-        us = dict(us=round(median, 1), us_min=round(least, 1), us_max=round(greatest, 1))
+            self.write(**which, error=first_line(error))
+            return False
+        median = times[0]
+        us = dict(zip(("us", "us_min", "us_max"), (round(time, 1) for time in times)))
         rates = dict(tflops=round(flop / median / 1e6, 6), gb_s=round(bytes_moved / median / 1e3, 6))
-        self.write(what=what, form=form, tokens=tokens, **us, **rates)
+        self.write(**which, **us, **rates)
+        return True
+
+
+class Refused(Exception):
+    """The peer does not serve a call, as a user would be told."""
+
+
+def first_line(error):
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def ceilings(record, device):
