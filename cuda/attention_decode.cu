@@ -7,7 +7,8 @@
 // Work      a block per SM takes its share of all items (common/decode_items.cuh): 256 keys of a sequence and
 //           KV head, for up to ROWS rows, which are the query heads of the group of the step's tokens. Warp 4
 //           loads stages of 64 keys, then of their values, by TMA; warps 0 to 3 multiply. Each part leaves
-//           sums, maximum and sum of exponentials for each row; who finishes a sequence and KV head merges.
+//           sums, maximum and sum of exponentials for each row; the block that completes a sequence and KV
+//           head merges them.
 // Cost      bound by memory: each key and value that a row sees is loaded once, in boxes, 4 * d bytes, by
 //           each group of ROWS rows. About 176 KB are in flight per SM. Per part and row 4 * d + 8 bytes of
 //           partial results, written and read, mostly in the L2 cache.
@@ -39,16 +40,17 @@ static_assert(THREADS == WARPGROUP + 32, "params.h");
 // A sequence and KV head whose parts are done, or some of them.
 struct Head {
     uint32_t first_token, tokens, length, kv_head;
-    uint32_t done, items, counter; // items that this block has done, and all; the word where blocks add them up
+    uint32_t done, items; // items that this block has done, and all
+    uint32_t counter;     // the word where blocks add them up
 };
 
 template <int ROWS> struct Small {
     float    largest[4][MANY], sums[4][MANY]; // by warp and row: over the keys that the warp has of each 64
     int64_t  partial_at[ROWS];                // by row: where its partial result of part 0 begins
     uint32_t position[ROWS];
-    Head     open[2]; // those that other blocks have items of,
-    uint32_t opened;  // so many,
-    uint32_t is_last[2]; // and whether this block has done the last of these
+    Head     open[2];    // the heads of which other blocks have items, too
+    uint32_t opened;     // the number of those
+    uint32_t is_last[2]; // whether this block has done the last item of each
 };
 
 template <typename T_, int D_, bool CAPPED_> struct Form {
@@ -84,7 +86,7 @@ template <typename F> struct Block {
         return (token * p.max_parts + part) * part_stride + int64_t(kv_head) * head_stride;
     }
     // What a score is multiplied by so that its exponential is a power of 2.
-    __device__ __forceinline__ float exponent_scale() const { return F::CAPPED ? 1.0f : p.attention.scale * 1.44269504f; }
+    __device__ __forceinline__ float exponent_scale() const { return p.factor; }
 };
 
 __device__ __forceinline__ void consumers_meet() { barrier_among<1, WARPGROUP>(); }
@@ -235,12 +237,11 @@ __device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem&
     enum : int { C = N / 4 };
     Small<F::ROWS>& small = block.small();
     const float     k = block.exponent_scale();
-    if (F::CAPPED) { // cap * tanh(scale * S / cap) = cap - 2 cap / (1 + e^(2 scale S / cap)), here in powers of 2
-        const float cap = block.p.attention.softcap * 1.44269504f, inner = 2.0f * block.p.attention.scale * 1.44269504f / block.p.attention.softcap;
+    if (F::CAPPED) { // tanh(scale * S / cap) / 2 = 1 / 2 - 1 / (1 + e^(2 scale S / cap)); the rest of the cap is in k
 #pragma unroll
         for (uint32_t b = 0; b < PART_BLOCKS; b++)
 #pragma unroll
-            for (int i = 0; i < N / 2; i++) s[b][i] = cap - 2.0f * cap * reciprocal(1.0f + exp2_approx(inner * s[b][i]));
+            for (int i = 0; i < N / 2; i++) s[b][i] = 0.5f - reciprocal(1.0f + exp2_approx(block.p.inner * s[b][i]));
     }
     if (item.is_masked) {
         const int own = 16 * warp() + lane() / 4, first_key = int(item.part * PART_KEYS) + own;
@@ -390,7 +391,7 @@ template <typename F> __device__ __forceinline__ void merge(const Block<F>& bloc
         const uint32_t token = row / group, of_group = row % group, q_head = head.kv_head * group + of_group;
         const uint32_t begin = step.oldest(token, window) / PART_KEYS, end = step.position(token) / PART_KEYS + 1; // parts
         const float*   partials = block.p.partials + block.partial_at(head.first_token + token, 0, head.kv_head);
-        const float    sink = p.sinks ? p.sinks[q_head] * 1.44269504f : -infinity();
+        const float    sink = p.sinks ? p.sinks[q_head] * LOG2_E : -infinity();
 
         // A lane holds maximum and sum of a part, of 32 at a time.
         const float* const maxima = partials + group * F::D + of_group;

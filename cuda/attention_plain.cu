@@ -1,8 +1,12 @@
-// attention, the plain form: out[t, h, :] = softmax(cap(q[t, h, :] . keys * scale)) . values, over the token's own position and those before it
+// attention, the plain form: out[t, h, :] = softmax(cap(q[t, h, :] . keys * scale)) . values, over the
+// token's own position and those before it
 //
-// Contract  src/ops/attention.rs has checked shapes; the pages come from a KvCache, or from a caller who vouches for them; nothing is re-checked here.
-// Work      any head_dim, type and layout of the pools: a warp a (token, head). Others go to attention_prefill.cu and attention_decode.cu.
-// Cost      2 * len * d * sizeof(T) bytes of cache and 4 * len * d FLOP per token and head; keys are read row-wise by lanes, so L1 bound.
+// Contract  src/ops/attention.rs has checked shapes; the pages come from a KvCache, or from a caller who
+//           vouches for them; nothing is re-checked here.
+// Work      any head_dim, type and layout of the pools: a warp a (token, head). Others go to
+//           attention_prefill.cu and attention_decode.cu.
+// Cost      2 * len * d * sizeof(T) bytes of cache and 4 * len * d FLOP per token and head; keys are read
+//           row-wise by lanes, so L1 bound.
 // Order     as common/attention_row.cuh says: a row's bits depend on its own sequence alone.
 #include "common/attention_row.cuh"
 #include "common/ptx/launch.cuh"

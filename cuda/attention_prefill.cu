@@ -1,21 +1,27 @@
-// attention on the tensor cores, many queries at a time: out[t, h, :] = softmax(cap(q[t, h, :] . keys * scale)) . values
+// attention on the tensor cores, many queries at a time: out[t, h, :] = softmax(cap(q[t, h, :] . keys *
+// scale)) . values
 //
-// Contract  src/ops/attention/cuda/tiled.rs takes this form for bf16 and f16, heads of 64, 128 or 256, a positive scale, pages of a multiple of 8
-//           tokens (or one a sequence) and rows on 16 bytes; other calls go to attention_plain.cu. Pages come from a KvCache, or from a caller
-//           who vouches for them.
-// Work      a block per SM takes tile after tile, always the heaviest that no block has taken (common/prefill_tiles.cuh). A tile is 64 rows for
-//           each consumer warpgroup (three for heads of 64 without a cap, else two), all of one sequence and KV head. A row is a token and a query head, so
-//           that the group's heads share the keys and values that are loaded.
-//           Warp 0 loads blocks of keys and values by TMA, boxes of up to a block from one page each. Warps 1 and 2 load the queries. Warp 3
-//           finds the next tile once all have begun the last one. Each consumer multiplies its 64 rows.
-// Loop      blocks of keys from the last to the first. A consumer issues the scores of one block and the product of weights and values of the
-//           block before; the softmax of the former runs beside the latter. Consumers take turns in issuing, so that the softmax of one runs
-//           beside the products of another. Weights go from accumulators to the next product through registers.
-// Cost      4 * d FLOP per row and key on the tensor cores, one ex2 per row and key; per tile 4 * d bytes per key from the L2 cache.
-// Order     f32; blocks of keys begin at multiples of their length, descending; weights are rounded to the type, their sums are not. A row's
-//           bits depend on its own sequence up to its position alone.
-// NaN       zero times a value that is no number is NaN, so that a product would carry it to rows that do not see it. Slots that no token of
-//           the step sees are cleared before they are multiplied. Rows that still end in a NaN are computed again by attend_row.
+// Contract  src/ops/attention/cuda/tiled.rs takes this form for bf16 and f16, heads of 64, 128 or 256, a
+//           positive scale, pages of a multiple of 8 tokens (or one a sequence) and rows on 16 bytes; other
+//           calls go to attention_plain.cu. Pages come from a KvCache, or from a caller who vouches for them.
+// Work      a block per SM takes tile after tile, always the heaviest that no block has taken
+//           (common/prefill_tiles.cuh). A tile is 64 rows for each consumer warpgroup (three for heads of 64
+//           without a cap, else two), all of one sequence and KV head. A row is a token and a query head, so
+//           that the group's heads share the keys and values that are loaded. Warp 0 loads blocks of keys and
+//           values by TMA, boxes of up to a block from one page each. Warps 1 and 2 load the queries. Warp 3
+//           finds the next tile once every warp has taken the current one. Each consumer multiplies its 64
+//           rows.
+// Loop      blocks of keys from the last to the first. A consumer issues the scores of one block and the
+//           product of weights and values of the block before; the softmax of the former runs beside the
+//           latter. Consumers take turns in issuing, so that the softmax of one runs beside the products of
+//           another. Weights go from accumulators to the next product through registers.
+// Cost      4 * d FLOP per row and key on the tensor cores, one ex2 per row and key; per tile 4 * d bytes per
+//           key from the L2 cache.
+// Order     f32; blocks of keys begin at multiples of their length, descending; weights are rounded to the
+//           type, their sums are not. A row's bits depend on its own sequence up to its position alone.
+// NaN       zero times NaN or infinity is NaN, so a product would spread such a value to rows that do not see
+//           it. Slots that no token of the step sees are therefore cleared before they are multiplied. Rows
+//           that still result in NaN are computed again by attend_row.
 #include "common/activation.cuh"
 #include "common/attention_row.cuh"
 #include "common/prefill_tiles.cuh"
@@ -31,16 +37,16 @@ enum : int { QUERY_WARPS = 2 };       // that load queries
 enum : int { FIRST_TURN = 1 };        // the named barrier of the first consumer's turn
 enum : uint32_t { NO_TILE = ~0u };    // instead of a sequence
 enum : int { TILE_WORDS = 8 };
-#define LOG2_E 1.44269504f
 
 template <typename T_, int DIM_, bool CAPPED_> struct Form {
     using T = T_;
     enum : bool { CAPPED = CAPPED_ };
     enum : int { DIM = DIM_, PANELS = DIM / 64, KEYS = DIM == 256 ? 64 : 128, STAGES = DIM == 64 ? 8 : 4 };
-    // Three consumers have 160 registers each, which a cap needs more than.
+    // Three consumers have 160 registers each. A cap needs more, and has two.
     enum : int { CONSUMERS = DIM == 64 && !CAPPED ? 3 : 2, ROWS = CONSUMERS * HALF, THREADS = (1 + CONSUMERS) * WARPGROUP };
-    enum : int { PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232 }; // of 128 or 168 at launch
-    // Panels are 64 columns wide. A warp's slab holds a panel of its 16 rows on their way out, or what attend_row needs.
+    enum : int { PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232 };
+    // Panels are 64 columns wide. A warp's slab holds a panel of its 16 rows on their way out, or what
+    // attend_row needs.
     enum : int { QUERY_PANEL = ROWS * PITCH, BLOCK_PANEL = KEYS * PITCH, BLOCK_BYTES = PANELS * BLOCK_PANEL };
     enum : int { ROW_BYTES = 8 * DIM + 32 * 12, SLAB_BYTES = ROW_BYTES > 16 * PITCH ? ROW_BYTES : 16 * PITCH };
     using Blocks = Ring<STAGES, 1>;
@@ -60,7 +66,8 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
     uint32_t                    shared;
     Once                        queries, tiles;
     Blocks                      blocks; // of keys and of values, in the order of their use
-    uint32_t                    landed, landings = 0; // a barrier for values of which some are cleared before consumers see them
+    // A barrier for values of which some are cleared before consumers see them, and how often it was used.
+    uint32_t                    landed, landings = 0;
 
     __device__ __forceinline__ Form(const TiledAttentionParams& p, uint32_t shared)
         : p(p), shared(shared), queries{shared + BARRIERS_AT}, tiles{queries.barriers + Once::BYTES},
@@ -96,7 +103,8 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
         return tile.sequence != NO_TILE;
     }
 
-    __device__ __forceinline__ int window() const { return int(min(p.attention.window, int64_t(1) << 30)); } // no position is beyond that
+    // No position is beyond 2^30.
+    __device__ __forceinline__ int window() const { return int(min(p.attention.window, int64_t(1) << 30)); }
     __device__ __forceinline__ int oldest(int position) const { return max(0, position + 1 - window()); }
 };
 
@@ -115,9 +123,9 @@ template <typename F> __device__ __forceinline__ void clear_rows(uint32_t block,
         for (int panel = 0; panel < F::PANELS; panel++) clear_shared_16(block + panel * F::BLOCK_PANEL + i * 16);
 }
 
-// Loads a block of keys or values. Positions before `from` and from `to` on are not of the step: boxes of such positions alone are not loaded,
-// since their pages may not exist. Nothing that was not loaded is left as it was: of keys whole boxes are cleared, whose scores are hidden
-// anyhow; of values every such position.
+// Loads a block of keys or values. No token of the step sees positions before `from`, or from `to` on. A box
+// that holds only such positions is not loaded, since its page may not exist. What is not loaded is cleared:
+// of keys whole boxes, because other scores are hidden later; of values every such position.
 template <typename F> __device__ __forceinline__ void load_block(F& f, const PrefillTile& tile, bool is_values, int block, int from, int to) {
     const PageParams& pages = f.p.attention.pages;
     const int         first = block * F::KEYS, box_keys = int(f.p.box_keys), box = int(lane()) * box_keys, key = first + box;
@@ -166,8 +174,9 @@ template <typename F> __device__ __forceinline__ void load_blocks(F f) {
     }
 }
 
-// Warp 3. The first tile is numbered as the block; each further one is the next that no block has taken, counted in global memory. There are as
-// many counts as tiles, so the block that gets the last number is the last to count: it sets the counter to zero.
+// Warp 3. A block's first tile has the block's number. Each further one is the next that no block has taken,
+// counted in global memory. There are as many counts as tiles, so the block that gets the last number is the
+// last to count: it sets the counter to zero.
 template <typename F> __device__ __forceinline__ void find_tiles(F f) {
     PrefillTiles<F::ROWS, F::KEYS> finder(f.p.attention);
     uint32_t                       number = blockIdx.x;
@@ -206,7 +215,7 @@ template <typename F> __device__ __forceinline__ void load_queries(F f) {
 // What a thread holds of its two rows, lane / 4 of the warp's 16 and the one eight below.
 struct RowPair {
     int   position[2];        // the last key that the rows see
-    float largest[2], sum[2]; // of scores so far; of weights, this thread's share of them
+    float largest[2], sum[2]; // the largest score so far; the sum of this thread's weights
 };
 
 // Scores of a block, as one batch that is left in flight.
@@ -248,7 +257,8 @@ template <typename F> __device__ __forceinline__ void hide(float (&score)[F::KEY
     }
 }
 
-// Scores become weights, 2^(score * factor - largest); `rescale` is what is left of the weights so far under the new maximum.
+// Scores become weights, 2^(score * factor - largest). `rescale` is the factor for earlier weights under the
+// new maximum.
 template <typename F>
 __device__ __forceinline__ void soften(float (&score)[F::KEYS / 2], RowPair& rows, float (&rescale)[2], float factor) {
 #pragma unroll
@@ -258,7 +268,8 @@ __device__ __forceinline__ void soften(float (&score)[F::KEYS / 2], RowPair& row
         for (int i = 2 * row; i < F::KEYS / 2; i += 4) largest = fmaxf(largest, fmaxf(score[i], score[i + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
-        const float shift = largest == -infinity() ? 0.0f : largest * factor; // so far nothing was seen: no weight, not NaN
+        // As long as nothing is seen there is no weight, not NaN.
+        const float shift = largest == -infinity() ? 0.0f : largest * factor;
         rescale[row] = exp2_approx(rows.largest[row] * factor - shift);
         float sum = 0.0f;
 #pragma unroll
@@ -283,7 +294,8 @@ template <typename F> __device__ __forceinline__ void pack_weights(uint32_t (&we
     for (int i = 0; i < F::KEYS / 4; i++) weights[i] = pack<typename F::T>(weight[2 * i], weight[2 * i + 1]);
 }
 
-// Stores a warp's 16 rows, the first of them row `first` of the sequence. Staging lets eight threads write 128 bytes of one row.
+// Stores a warp's 16 rows, the first of them row `first` of the sequence. Staging lets eight threads write
+// 128 bytes of one row.
 template <typename F>
 __device__ __forceinline__ void store_rows(const F& f, const PrefillTile& tile, uint32_t first, uint32_t slab, const float (&out)[F::DIM / 2]) {
     using T = typename F::T;
@@ -313,7 +325,8 @@ __device__ __forceinline__ void store_rows(const F& f, const PrefillTile& tile, 
     }
 }
 
-// Divides by the sums of weights and stores. Rows with a NaN are computed again, since it may be the NaN of a value that they do not see.
+// Divides by the sums of weights and stores. Rows with a NaN are computed again, since it may be the NaN of a
+// value that they do not see.
 template <typename F>
 __device__ __forceinline__ void finish(const F& f, const PrefillTile& tile, uint32_t warp, RowPair& rows, float (&out)[F::DIM / 2]) {
     const AttentionParams& p = f.p.attention;
@@ -377,7 +390,8 @@ template <typename F> __device__ __forceinline__ void consume(F f) {
             soften<F>(score, rows, rescale, f.p.factor);
         };
 
-        // Zeros that the first products overwrite or add to. Without them ptxas 12.4 serialises every wgmma (C7515).
+        // Zeros that the first products overwrite or add to. Without them ptxas 12.4 serialises every wgmma
+        // (C7515).
         float    score[F::KEYS / 2] = {}, out[F::DIM / 2] = {}, rescale[2];
         uint32_t weights[F::KEYS / 4];
         f.queries.wait_full();

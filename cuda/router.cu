@@ -1,10 +1,15 @@
-// router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights; index: slots sorted by expert;
-// route: choose and index at once, for few tokens; count: rows of each expert, added up over steps
+// router: logits[t, e] = x[t, :] . weight[e, :]; choose: the top_k experts of each token and their weights;
+// index: slots sorted by expert; route: choose and index at once, for few tokens; count: rows of each expert,
+// added up over steps
 //
-// Contract  src/ops/router.rs has checked shapes, dtypes, groups, E <= 256 for all but choose_wide, and that rows of x and weight begin on 16 bytes.
-// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index, route, count: one block, each warp a range of slots.
-// Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16 * R; count: 12 * E. R = T * k.
-// Order     every sum's order follows from D, E or k alone; index is a stable counting sort without atomics: same ids, same maps.
+// Contract  src/ops/router.rs has checked shapes, dtypes, groups, E <= 256 for all but choose_wide, and that
+//           rows of x and weight begin on 16 bytes.
+// Work      logits: a block takes 4 tokens x 8 experts, its warps share D; choose: a warp a token; index,
+//           route, count: one block, each warp a range of slots.
+// Cost      logits: (T + E) * D * sizeof(T) + 4 * T * E bytes of memory; choose: 4 * T * E + 8 * R; index: 16
+//           * R; count: 12 * E. R = T * k.
+// Order     every sum's order follows from D, E or k alone; index is a stable counting sort without atomics:
+//           same ids, same maps.
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
 #include "common/ptx/launch.cuh"

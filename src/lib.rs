@@ -1,5 +1,5 @@
-//! Mixture-of-experts inference kernels for NVIDIA Hopper (H100, H200), with a CPU backend that computes the same
-//! things anywhere.
+//! Mixture-of-experts inference kernels for NVIDIA Hopper (H100, H200), with a CPU backend that computes the
+//! same things anywhere.
 //!
 //! The crate holds what a mixture-of-experts model needs between its token ids and its logits, and it is
 //! judged by running DBRX and Mixtral (`examples/dbrx.rs`). It is *dropless*: it drops no token, for any
@@ -18,11 +18,14 @@
 //!
 //! # How it is made
 //!
-//! * **A view knows where its bytes live, and an operation runs where its views live.** There is no `cpu::` or `cuda::` in a
-//!   caller's code; a stream and views of different devices are refused with an error that names both.
-//! * **The contract is checked once, above both backends.** `ops/<op>.rs` states shapes, types, numerics, edge cases and
-//!   errors, checks them and dispatches. A refused call has launched nothing and written nothing.
-//! * **The driver is a seam.** The CUDA side is written against a small trait, so that it runs on a machine without a GPU.
+//! * **A view knows where its bytes live, and an operation runs where its views live.** There is no `cpu::`
+//!   or `cuda::` in a caller's code; a stream and views of different devices are refused with an error that
+//!   names both.
+//! * **The contract is checked once, above both backends.** `ops/<op>.rs` states shapes, types, numerics,
+//!   edge cases and errors, checks them and dispatches. A refused call has launched nothing and written
+//!   nothing.
+//! * **The driver is a seam.** The CUDA side is written against a small trait, so that it runs on a machine
+//!   without a GPU.
 //!
 //! # Operations
 //!
@@ -40,20 +43,21 @@
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
 //! | [`glu`] | `glu`, `gated` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax` | greedy choice | memory |
-//! | [`random`] | `uniform` | numbers of a seed, for weights that nobody has trained | memory |
+//! | [`random`] | `uniform` | numbers of a seed, for untrained weights | memory |
 //! | [`moe`] | `forward`; its steps `route`, `experts`, `shared`, `combine`, `combine_onto`; `forward_routed` | the layer in one workspace, and its steps | compute, memory |
 //!
 //! # Inside an engine
 //!
-//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and others, and keeps
-//! its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
+//! An engine lends its streams and memory by raw handles, [`Stream::from_raw`], [`Rows::from_raw`] and
+//! others, and keeps its own kernels where [`Error::is_unsupported`]. [`interop`] says what it vouches for.
 //!
 //! # Promises
 //!
 //! * **Deterministic.** Same inputs, same bits, whatever the number of threads.
-//! * **Batch-invariant.** A row's bits depend on the row, the weights and the documented class of the batch size; never on its
-//!   position or on its neighbours.
-//! * **No hidden work.** Operations do not allocate device memory, do not wait for the device and read nothing back.
+//! * **Batch-invariant.** A row's bits depend on the row, the weights and the documented class of the batch
+//!   size; never on its position or on its neighbours.
+//! * **No hidden work.** Operations do not allocate device memory, do not wait for the device and read
+//!   nothing back.
 //! * **No panic on input.** Bad arguments give an [`Error`] that names operation, argument, wanted and got.
 //! * A NaN in one token may make that token's outputs NaN; it changes no other token's bits and no address.
 //!
@@ -71,15 +75,17 @@
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
 //!
-//! The ranges of `cudarc` and `ndarray` let cargo choose the newest version, even where a program uses an older one, and then types differ:
-//! `cargo update -p cudarc@0.19.10 --precise 0.17.8` makes them one. How cudarc finds CUDA, and which version's types it has, are features
-//! of its own that the program chooses (as `dynamic-loading`, `cuda-12040`); this crate turns none of them on.
+//! The ranges of `cudarc` and `ndarray` let cargo choose the newest version, even where a program uses an
+//! older one, and then types differ: `cargo update -p cudarc@0.19.10 --precise 0.17.8` makes them one. How
+//! cudarc finds CUDA, and which version's types it has, are features of its own that the program chooses (as
+//! `dynamic-loading`, `cuda-12040`); this crate turns none of them on.
 //!
 //! # Rounding
 //!
-//! Sums are taken in `f32`. With 16-bit activations these are rounded to the activation type: norm outputs, the clipped qkv,
-//! rotated queries and keys, attention outputs, projections, the residual, the activation of the experts, each expert's output row.
-//! These stay `f32`: router logits and weights, softmax, the RoPE tables, the final logits.
+//! Sums are taken in `f32`. With 16-bit activations these are rounded to the activation type: norm outputs,
+//! the clipped qkv, rotated queries and keys, attention outputs, projections, the residual, the activation of
+//! the experts, each expert's output row. These stay `f32`: router logits and weights, softmax, the RoPE
+//! tables, the final logits.
 #![deny(missing_docs, unsafe_code, unsafe_op_in_unsafe_fn)]
 
 pub mod activation;

@@ -601,8 +601,8 @@ impl DecodeStep {
     }
 }
 
-/// A graph that was captured while the sequence had one part of keys serves it when it has two, as long as the workspace has
-/// room for their results; then it refuses.
+/// A graph that was captured while the sequence had one part of keys serves it when it has two, as long as
+/// the workspace has room for their results; then it refuses.
 #[test]
 fn a_graph_of_decode_serves_longer_sequences() {
     let (driver, stream) = device::emulated();

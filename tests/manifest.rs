@@ -229,9 +229,9 @@ fn weights_are_streamed() {
     }
 }
 
-/// The same of attention for few query tokens. In the code for 8 rows and in that for 32, a part's keys are four products of 64 keys along
-/// the head, each waited for when the next is on its way; the values of 64 keys are one batch, in a loop. One fence on each side of
-/// the count that blocks share.
+/// The same of attention for few query tokens. In the code for 8 rows and in that for 32, a part's keys are
+/// four products of 64 keys along the head, each waited for when the next is on its way; the values of 64
+/// keys are one batch, in a loop. One fence on each side of the count that blocks share.
 #[test]
 fn keys_and_values_are_streamed() {
     let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/attention_decode.sm_90a.ptx"));

@@ -2,6 +2,8 @@
 #pragma once
 #include "dtype.cuh"
 
+#define LOG2_E 1.44269504f
+
 // Both within 2^-22 of the exact value; subnormal numbers are zero.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
@@ -15,7 +17,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 struct Fast {
-    static __device__ __forceinline__ float exp(float x) { return exp2_approx(x * 1.44269504f); }
+    static __device__ __forceinline__ float exp(float x) { return exp2_approx(x * LOG2_E); }
     static __device__ __forceinline__ float over(float x, float y) { return x * reciprocal(y); }
 };
 struct Precise {

@@ -1,13 +1,16 @@
-// Attention of one token and query head by one warp, the plain way: any head_dim, any layout of the pools.
+// Attention of one token and query head by one warp, without tensor cores: any head_dim, any layout of the
+// pools.
 //
-// 32 keys at a time, a key a lane for the scores, an element a lane for the values. A lane never multiplies by a value that the token does not see.
-// Order: f32, keys ascending in blocks of 32 from position 0 with a running maximum.
+// 32 keys at a time, a key a lane for the scores, an element a lane for the values. A lane never multiplies
+// by a value that the token does not see. Order: f32, keys ascending in blocks of 32 from position 0 with a
+// running maximum.
 #pragma once
 #include "dtype.cuh"
 #include "pages.cuh"
 #include "reduce.cuh"
 
-// Shared memory of a warp: the query, its weighted sum of values; and for each of 32 keys where its value is and how much it weighs.
+// Shared memory of a warp: the query, its weighted sum of values; and for each of 32 keys where its value is
+// and how much it weighs.
 struct RowScratch {
     float*   query;
     float*   sum_of_values;

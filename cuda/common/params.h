@@ -292,15 +292,16 @@ struct AttentionParams {
     float      softcap; // infinity for none
 };
 
-// attention_prefill: rows of a tile (a query head of a token each) and threads of a block, by the width of a head; shared memory for any.
+// attention_prefill: rows of a tile (a query head of a token each) and threads of a block, by the width of a
+// head; shared memory for any.
 static const uint32_t PREFILL_ROWS         = 128;
 static const uint32_t PREFILL_THREADS      = 384;
 static const uint32_t PREFILL_ROWS_64      = 192; // head_dim 64, scores without a cap
 static const uint32_t PREFILL_THREADS_64   = 512;
 static const uint32_t PREFILL_SHARED_BYTES = 214 << 10;
 
-// attention_decode: keys of a part, rows of an item by the width of a head, threads and shared memory of a block, and the most blocks, each
-// of which has a word to count in.
+// attention_decode: keys of a part, rows of an item by the width of a head, threads and shared memory of a
+// block, and the most blocks, each of which has a word to count in.
 static const uint32_t DECODE_PART_KEYS    = 256;
 static const uint32_t DECODE_ROWS         = 128; // head_dim 64 and 128
 static const uint32_t DECODE_ROWS_256     = 32;  // head_dim 256
@@ -308,18 +309,22 @@ static const uint32_t DECODE_THREADS      = 160;
 static const uint32_t DECODE_SHARED_BYTES = 227 << 10;
 static const uint32_t DECODE_MOST_BLOCKS  = 256;
 
-// The tensor-core forms of attention, `attention_prefill` and `attention_decode`. Maps have the dimensions [d, tokens of a page, Hkv, pages];
-// a box is 64 of d for `box_keys` tokens of one page and head.
+// The tensor-core forms of attention, `attention_prefill` and `attention_decode`. Maps have the dimensions
+// [d, tokens of a page, Hkv, pages]; a box is 64 of d for `box_keys` tokens of one page and head.
 struct TiledAttentionParams {
     TensorMap       key_map;
     TensorMap       value_map;
     AttentionParams attention;
-    OutU32          taken;     // prefill: tiles that were taken; decode: [blocks] items that are done. Zeros before and after
-    OutF32          partials;  // decode: [T, max_parts, Hkv, group (d + 2)]: of each part sums, then maxima, then sums of exponentials
+    // Zeros before and after. Prefill: the number of tiles that were taken; decode: [blocks], items that are done.
+    OutU32          taken;
+    // Decode: [T, max_parts, Hkv, group (d + 2)], of each part the sums, the maxima and the sums of exponentials.
+    OutF32          partials;
     int64_t         max_parts; // of a sequence
     int64_t         box_keys;
-    float           factor; // a weight is 2^(factor * score), where a cap makes of a score tanh(scale * score / softcap) / 2,
-    float           inner;  // which is 1 / 2 - 1 / (1 + 2^(inner * score))
+    // A weight is 2^(factor * score). With a cap the score is tanh(scale * score / softcap) / 2, computed as
+    // 1 / 2 - 1 / (1 + 2^(inner * score)).
+    float           factor;
+    float           inner;
     int64_t         unused[6];
 };
 

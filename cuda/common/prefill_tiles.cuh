@@ -1,29 +1,33 @@
-// Which query rows of which sequence a block takes next, heaviest first, found on the device: the host never knows how long sequences are.
+// Which query rows of which sequence a block takes next, heaviest first. Computed on the device: the host
+// does not know the lengths.
 #pragma once
 #include "pages.cuh"
 #include "reduce.cuh"
 
-// ROWS query rows of one sequence and KV head at most. A row is a token and a query head of the KV head's group, token after token.
+// ROWS query rows of one sequence and KV head at most. A row is a token and a query head of the KV head's
+// group, token after token.
 struct PrefillTile {
     uint32_t sequence;
     uint32_t kv_head;
-    uint32_t row;     // its first, of the sequence's
-    uint32_t rows;    // of the sequence
-    uint32_t token;   // the sequence's first, of the step's
+    uint32_t row;     // the first row, counted within the sequence
+    uint32_t rows;    // all rows of the sequence
+    uint32_t token;   // the sequence's first token, counted within the step
     uint32_t history; // tokens of the sequence before the step
 };
 
 // Walks the tiles by their index, which must not decrease. By a whole warp.
 //
-// A tile is as heavy as the blocks of KEYS keys that end with its last row's. The walk goes down from the most blocks; at each level it goes
-// through the sequences, 32 at a time, a lane each; of a sequence it takes a KV head's tiles one after the other, so that blocks at work
-// together share keys and values. Tiles of a sequence grow heavier with their number, so those of a level follow from a division. Levels
-// without tiles are skipped. A walk costs about one step of the warp for each level and 32 sequences.
-// 32 bits: the host has refused more rows.
+// A tile's weight is the number of blocks of KEYS keys up to its last row's position. The walk goes from the
+// heaviest weight, or level, down. At each level it goes through the sequences, 32 at a time, one per lane.
+// Of a sequence it takes the tiles of one KV head after the other, so that blocks at work together share keys
+// and values. Later tiles of a sequence are heavier, so a division gives those of a level. Levels without
+// tiles are skipped. A walk costs about one step of the warp per level and 32 sequences. 32 bits: the host
+// has refused more rows.
 template <uint32_t ROWS, uint32_t KEYS> struct PrefillTiles {
     const PageParams& pages;
     const uint32_t    group, num_kv_heads;
-    uint32_t          level, next_level = 0; // blocks of the tiles that are looked at, and of the heaviest that come later
+    // Blocks of the tiles that are looked at, and of the heaviest that come later.
+    uint32_t          level, next_level = 0;
     uint32_t          chunk = 0;             // the first sequence of those that are looked at
     uint32_t          first = 0;             // the index of their first tile
 
@@ -36,7 +40,7 @@ template <uint32_t ROWS, uint32_t KEYS> struct PrefillTiles {
         level = __reduce_max_sync(FULL_WARP, level);
     }
 
-    // False behind the last tile; then `first` is the number of all.
+    // False behind the last tile; then `first` is the total number of tiles.
     __device__ __forceinline__ bool next(uint32_t index, PrefillTile& tile) {
         while (level > 0) {
             const Sequence s = sequence(chunk + lane());

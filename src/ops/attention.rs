@@ -1,12 +1,14 @@
-//! Causal attention with grouped heads over a key-value cache: `softmax(scale * q K^T) V`, keys up to the query's own position.
+//! Causal attention with grouped heads over a key-value cache: `softmax(scale * q K^T) V`, keys up to the
+//! query's own position.
 //!
-//! Two entries with one meaning: [`prefill`] shares each block of keys among many queries, [`decode`] shares one query's keys
-//! among many workers. Neither ever holds a `T x T` matrix.
+//! Two entries with one meaning: [`prefill`] shares each block of keys among many queries, [`decode`] shares
+//! one query's keys among many workers. Neither ever holds a `T x T` matrix.
 //!
-//! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax over blocks is that of
-//! Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; `DbrxAttention.forward` in Hugging Face
-//! transformers; window, cap and sinks as in its Mistral, Gemma 2 and gpt-oss.
-//! Kernels: `cuda/attention_{prefill,decode,plain}.cu`. Oracle: `tests/kit/src/oracle/attention.rs`. Bench: `benches/attention.rs`.
+//! Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA"; the softmax
+//! over blocks is that of Milakov and Gimelshein 2018, "Online normalizer calculation for softmax";
+//! `DbrxAttention.forward` in Hugging Face transformers; window, cap and sinks as in its Mistral, Gemma 2 and
+//! gpt-oss. Kernels: `cuda/attention_{prefill,decode,plain}.cu`. Oracle: `tests/kit/src/oracle/attention.rs`.
+//! Bench: `benches/attention.rs`.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -26,7 +28,8 @@ const SPLIT_KEYS: usize = 256;
 
 /// Attention of a step's tokens, any number of them for each sequence.
 ///
-/// The token at position `p` of its sequence sees the keys at positions `0..=p`; for each query head `h`, with `s = h / group`,
+/// The token at position `p` of its sequence sees the keys at positions `0..=p`; for each query head `h`,
+/// with `s = h / group`,
 ///
 /// ```text
 /// out[h] = sum_i w[i] * V[i, s]     w = softmax over i of scale * (q[h] . K[i, s])     i = 0..=p
@@ -41,19 +44,28 @@ const SPLIT_KEYS: usize = 256;
 /// | `cache`   |            | one layer, which already holds the keys and values of the step's tokens        |
 /// | `out`     | `[T, H d]` | written in full; what it held before does not matter                           |
 ///
-/// Scores, softmax (largest score subtracted) and sums in `f32`, rounded once to the type; keys in blocks of fixed length from
-/// position 0 on. The bits of a token depend on its position, its query and the keys and values it sees: not on the rest of the batch,
-/// nor on how the step is cut, nor on where pages lie. Dtypes: `f32`, `bf16`, `f16`.
+/// Scores, softmax (largest score subtracted) and sums in `f32`, rounded once to the type; keys in blocks of
+/// fixed length from position 0 on. The bits of a token depend on its position, its query and the keys and
+/// values it sees: not on the rest of the batch, nor on how the step is cut, nor on where pages lie. Dtypes:
+/// `f32`, `bf16`, `f16`.
 ///
-/// On a GPU the tensor cores serve `bf16` and `f16`, `d` = 64, 128 and 256, if the scale is positive, each head lies in one
-/// piece, pages are of a multiple of 8 tokens (or each sequence has one page), and addresses and strides are multiples of 16
-/// bytes. There weights are rounded to the type before they meet the values, their sum is not. Other calls are served by a plain
-/// kernel without tensor cores, which is slow for long sequences. Shape, layout and options alone decide.
+/// On a GPU the tensor cores serve a call if
 ///
-/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. What slots of the cache beyond a sequence's length, or before
-/// all windows, hold does not matter. A NaN in a key or value reaches the tokens that see it, no other one; a score of `-inf` has
-/// weight 0, and a token whose scores are all `-inf`, its sink included, or one of them `+inf`, is NaN. On the tensor cores a
-/// value that is infinite or NaN may change how tokens of the same step that do not see it are rounded, nothing else of them.
+/// * the type is `bf16` or `f16`, and `d` is 64, 128 or 256;
+/// * the scale is positive;
+/// * each head lies in one piece, and addresses and strides are multiples of 16 bytes;
+/// * pages have a multiple of 8 tokens, or each sequence has one page;
+/// * `T H` and the longest sequence are below 2^30.
+///
+/// A plain kernel without tensor cores, slow for long sequences, serves the others. The choice depends on
+/// types, shapes, layouts and options only. On the tensor cores softmax weights are rounded to the type
+/// before they are multiplied by the values; the sum of the weights stays in `f32`.
+///
+/// `T = 0` is a no-op, and sequences may have 0 tokens in the step. The contents of slots beyond a sequence's
+/// length, or before all windows, do not matter. A NaN in a key or value reaches the tokens that see it, no
+/// other one; a score of `-inf` has weight 0, and a token whose scores are all `-inf`, its sink included, or
+/// one of them `+inf`, is NaN. On the tensor cores a value that is infinite or NaN may change the last bits
+/// of tokens of the same step that do not see it.
 ///
 /// ```
 /// use dropless::attention::{self, Options};
@@ -78,9 +90,9 @@ const SPLIT_KEYS: usize = 256;
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes disagree with the heads, or with the cache's step; [`Error::Value`] if the scale is not finite, the window 0
-/// or the cap not positive; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing
-/// is written.
+/// [`Error::Shape`] if the shapes disagree with the heads, or with the cache's step; [`Error::Value`] if the
+/// scale is not finite, the window 0 or the cap not positive; [`Error::Place`], [`Error::NotJoined`]; on a
+/// GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing is written.
 pub fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
@@ -97,32 +109,33 @@ pub fn prefill<A: Float>(
     Ok(())
 }
 
-/// Attention of a step with few tokens for each sequence, 1 to 16 or so: the same function as [`prefill`],
-/// with the same arguments.
+/// Attention of a step with few tokens per sequence, 1 to 16: the same function as [`prefill`], with the same
+/// arguments. More tokens are correct, too, but [`prefill`] is faster then.
 ///
-/// Each token's keys are cut into parts of 256, which different workers take; each part leaves its largest
-/// score, its sum of exponentials and its weighted values in the workspace, and the parts are combined in
-/// ascending order. So one long sequence occupies all workers, each key and value is read once for all query
-/// heads of its group, and the bits of a token depend on its query and what it sees, as in [`prefill`]; they
-/// need not be those of [`prefill`].
+/// Each token's keys are cut into parts of 256, which different workers take. Each part leaves its largest
+/// score, its sum of exponentials and its weighted values in the workspace. The parts are combined in
+/// ascending order. So one long sequence occupies all workers, and each key and value is read once for all
+/// query heads of its group. The bits of a token depend on its query and what it sees, as in [`prefill`];
+/// they need not be those of [`prefill`].
 ///
-/// A CPU takes one token at a time, and reads its keys for it. A GPU takes the tokens that a sequence has in
-/// the step together: on its tensor cores, each key and value that any of them sees is read once for 128
-/// rows, which are the query heads of the group of each token (32 rows where `head_dim` is 256). They serve
-/// the calls that they serve in [`prefill`]; others go to the kernel that takes each token and query head
-/// alone, without the workspace.
+/// The CPU handles one token at a time and reads that token's keys again. A GPU handles the tokens of a
+/// sequence together: its tensor cores read each key and value once per 128 rows (32 where `head_dim` is
+/// 256), where a row is one query head of one token. They serve the calls that they serve in [`prefill`], as
+/// long as the parts of all query heads are fewer than 2^31 / 5. Other calls go to the plain kernel, which
+/// does not use the workspace.
 ///
-/// On the tensor cores a weight is rounded to the type before it meets its value: beyond the rounding of the
-/// result, a result is off by one such rounding of `sum_i w[i] * |V[i]|`. Where an infinity or a NaN among
-/// the values of a later token of the step meets an earlier one, which does not see it, that one is computed
-/// alone: it is right, but in the last bits it is as the other kernel computes it.
+/// On the tensor cores softmax weights are rounded to the type before they are multiplied by the values: a
+/// result is off by at most one such rounding of `sum_i w[i] * |V[i]|` beyond its own rounding. If the values
+/// of a later token of the step hold an infinity or a NaN, an earlier token that does not see them is
+/// computed again by the plain method: it is right, but its last bits may differ.
 ///
 /// `workspace` has [`decode_workspace_bytes`] for the step's tokens and
 /// [`KvPages::max_len`](crate::layout::KvPages::max_len).
 ///
 /// # Errors
 ///
-/// As [`prefill`]; [`Error::Capacity`] if the workspace is too small; [`Error::TooLarge`]. Nothing is written.
+/// As [`prefill`]; [`Error::Capacity`] if the workspace is too small; [`Error::TooLarge`]. Nothing is
+/// written.
 pub fn decode<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
@@ -149,8 +162,9 @@ struct Partials<'a> {
     rows: RowsMut<'a, f32>,
 }
 
-/// Parts of each token and KV head that the workspace is laid out for: those of the step's longest sequence. A graph serves later steps,
-/// too, in which sequences are longer: then as many as there is room for, up to what the pages hold.
+/// Parts of each token and KV head that the workspace is laid out for: at least those of the step's longest
+/// sequence. A graph also serves later steps, in which sequences are longer, so a GPU's layout takes as many
+/// parts as the workspace holds, up to what the pages hold.
 fn parts_of(stream: &Stream, heads: HeadLayout, num_tokens: usize, pages: &KvPages<'_>, workspace: &Workspace<'_>) -> usize {
     let needed = pages.max_len().div_ceil(SPLIT_KEYS);
     if stream.place() == Place::Host {
@@ -181,12 +195,14 @@ fn admit<A: Float>(
     stream.admit(Op::Attention, &accesses[..count])
 }
 
-/// A graph serves steps with the number of tokens that it recorded. Lengths may differ, up to `longest`: kernels read them on the device.
+/// A graph serves steps with the number of tokens that it recorded. Lengths may differ, up to `longest`:
+/// kernels read them on the device.
 fn compare_at_launch<A: Float>(stream: &Stream, cache: &KvLayer<'_, A>, longest: usize) {
     cache.pages().compare_at_launch(stream, Op::Attention, "tokens of one sequence", longest);
 }
 
-/// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most `max_len`, on any device.
+/// What [`decode`] needs for `num_tokens` tokens (one for each sequence: B) whose sequences hold at most
+/// `max_len`, on any device.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
-//! Random numbers: `y[i] = u(first + i)`, uniform in `[-scale, scale)`, for weights that nobody has trained.
+//! Random numbers: `y[i] = u(first + i)`, uniform in `[-scale, scale)`, for untrained weights.
 //!
 //! Source: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, "Fast Splittable Pseudorandom Number Generators"),
-//! entered at any place, since its state is a counter.
+//! which can start anywhere, because its state is a counter.
 //! Kernel: `cuda/random.cu`. Oracle: `tests/kit/src/oracle/random.rs`. Bench: `benches/random.rs`.
 
 mod cpu;
@@ -29,7 +29,7 @@ struct Sequence {
 /// | argument | shape    | meaning                                                    |
 /// |----------|----------|------------------------------------------------------------|
 /// | `seed`   |          | says which sequence                                        |
-/// | `scale`  |          | numbers lie in `[-scale, scale)`; their variance is `scale^2 / 3` |
+/// | `scale`  |          | numbers lie in `[-scale, scale)`; variance `scale^2 / 3` |
 /// | `first`  |          | the number that `y` begins with                            |
 /// | `y`      | `[R, C]` | written in full: `y[r, c] = u(first + r * C + c)`          |
 ///

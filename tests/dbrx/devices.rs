@@ -69,7 +69,7 @@ fn a_run_says_where_it_ran() {
     let args = ["--model", model.to_str().unwrap(), "--layers", "1", "--tokens", "1", "--generate", "1", "--json"];
     let Ran { code, out, err } = run_on(stream.device(), &args);
     assert_eq!((code, err.as_str()), (0, ""));
-    assert!(out.contains("cuda:0; weights f32 (mapped), activations f32;") && out.contains("\"device\": \"cuda:0\""), "{out}");
+    assert!(out.contains("cuda:0; weights f32 (copied), activations f32;") && out.contains("\"device\": \"cuda:0\""), "{out}");
     // The weights are on the device, too, so they are needed there.
     assert!(out.contains(" needed: weights ") && out.contains(" available"), "{out}");
     // And it is said how fast they came there.
@@ -118,7 +118,7 @@ fn an_emulated_run_says_so() {
     let args = [&["--model", model.to_str().unwrap(), "--tokens", "1", "--json"], &emulated[..]].concat();
     let Ran { code, out, err } = run(&args);
     assert_eq!((code, err.as_str()), (0, ""));
-    let said = ["  run           emulated cuda:0; weights f32 (mapped)", "\"device\": \"emulated cuda:0\""];
+    let said = ["  run           emulated cuda:0; weights f32 (copied)", "\"device\": \"emulated cuda:0\""];
     assert!(said.iter().all(|said| out.contains(said)), "{out}");
     let ran = run(&[&args[..], &["--threads", "2"]].concat());
     assert_eq!((ran.code, ran.err.as_str()), (2, "refused: --threads is for the CPU, not for emulated cuda:0\n"));
@@ -189,7 +189,7 @@ fn streamed_layers_change_no_bit() {
             };
             let streamed = dump_of(run, folder.path(), &PROMPT, &[&args[..], &["--memory-limit", &limit]].concat());
             assert_eq!(streamed, whole, "{name}, {resident} layers resident");
-            let plan = format!("  streamed      {} of 6 layers, {resident} stay on the GPU: ", 6 - resident);
+            let plan = format!("  streamed      {} of 6 layers are copied in every step (", 6 - resident);
             assert!(out.contains(&plan) && out.contains(" expected: "), "{out}");
             let json: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
             let want =
@@ -214,7 +214,14 @@ fn streamed_layers_are_joined() {
     let limit = (outside + 3 * layer + layer / 2).to_string();
     let args = ["--model", folder.path().to_str().unwrap(), "--tokens", "1", "--generate", "1", "--memory-limit", &limit];
     let ran = run_on(&device, &args);
-    assert!(ran.code == 0 && ran.out.contains("  streamed      5 of 6 layers, 1 stay on the GPU: "), "{}{}", ran.out, ran.err);
+    assert!(
+        ran.code == 0
+            && ran.out.contains("  streamed      5 of 6 layers are copied in every step (")
+            && ran.out.contains("); 1 stays on the GPU"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
     let streams = Device::cpu().threads().min(8);
     let waits = driver.calls().iter().filter(|call| **call == Call::Wait).count();
     assert_eq!(waits, (1 + 5) * 2 * streams);

@@ -149,9 +149,9 @@ fn first_use_leaves_nothing_behind() {
     }
 }
 
-/// Heads of 64 and 128 in bf16 attend on the tensor cores, prompts and tokens alike: against the CPU with the same weights and f32
-/// activations, within the limit that the example has for logits in bf16. All experts serve each token, so that
-/// no rounding chooses others.
+/// Heads of 64 and 128 in bf16 attend on the tensor cores, prompts and tokens alike: against the CPU with the
+/// same weights and f32 activations, within the limit that the example has for logits in bf16. All experts
+/// serve each token, so that no rounding chooses others.
 #[test]
 fn wide_heads_attend_on_the_tensor_cores() {
     if device::hardware_only() {

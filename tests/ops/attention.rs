@@ -117,8 +117,9 @@ impl<A: Float + Bits> Case<A> {
 
     /// What it should give on a stream, and how far off it may be.
     ///
-    /// The tensor cores take weights of the type: each is rounded once more, between 0 and 1 and with a largest one of 1, which
-    /// moves a sum by at most `rounding * sum w |v|`, and by half the smallest number of the type times `sum |v|`.
+    /// The tensor cores take weights of the type: each is rounded once more, between 0 and 1 and with a
+    /// largest one of 1, which moves a sum by at most `rounding * sum w |v|`, and by half the smallest number
+    /// of the type times `sum |v|`.
     pub(crate) fn expected_on(&self, stream: &Stream) -> (Vec<f64>, Vec<f64>) {
         let rounds_weights = A::DTYPE != DType::F32 && stream.place() != Place::Host;
         self.expected_with(if rounds_weights { [rounding::<A>(), underflow::<A>()] } else { [0.0; 2] })

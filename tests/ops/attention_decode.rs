@@ -65,8 +65,8 @@ fn one_token_each_f16() {
     one_token::<F16>(&[128, 64, 256]);
 }
 
-/// Groups of 1, 6, 12 and 200 query heads, 2, 5 and 16 tokens: few rows, several chunks of them, more than one
-/// item has room for.
+/// Groups of 1, 6, 12 and 200 query heads, 2, 5 and 16 tokens: few rows, several chunks of them, more than
+/// one item has room for.
 #[test]
 fn several_tokens_each() {
     agrees(1, &Case::<Bf16>::normal(61, (2, 2, 64), &[(0, 2), (254, 2), (599, 1), (3, 0), (10, 16)], 1.5), &[8, 64]);

@@ -1,4 +1,5 @@
-//! `attention::prefill` on the tensor cores: shapes at the edges of its tiles, against the oracle of `attention`.
+//! `attention::prefill` on the tensor cores: shapes at the edges of its tiles, against the oracle of
+//! `attention`.
 
 use dropless::layout::KvLayout;
 use dropless::{Bf16, F16, Float, Stream};
@@ -61,7 +62,8 @@ fn widths_f16() {
     widths::<F16>();
 }
 
-/// Blocks of keys that end before, at and behind a row's last key; tiles of one row, of all rows and of one more.
+/// Blocks of keys that end before, at and behind a row's last key; tiles of one row, of all rows and of one
+/// more.
 #[test]
 fn edges_of_blocks_and_tiles() {
     let sequences = [(126, 1), (127, 1), (128, 1), (0, 128), (0, 129), (255, 2), (200, 64), (383, 65)];
@@ -76,7 +78,8 @@ fn edges_of_blocks_and_tiles() {
     }
 }
 
-/// More sequences than a warp has lanes, of all lengths, most without tokens: the heaviest tiles come first, each once.
+/// More sequences than a warp has lanes, of all lengths, most without tokens: the heaviest tiles come first,
+/// each once.
 #[test]
 fn many_sequences() {
     let sequences: Vec<(usize, usize)> = (0..70).map(|b| (b * 37 % 290, [0, 1, 0, 0, 3, 0, 7][b % 7])).collect();
@@ -122,7 +125,8 @@ fn pages_do_not_matter() {
     });
 }
 
-/// Several sequences and more tiles than blocks, in every schedule; the count of taken tiles is zero again behind a launch.
+/// Several sequences and more tiles than blocks, in every schedule; the count of taken tiles is zero again
+/// behind a launch.
 #[test]
 fn every_schedule() {
     let case = Case::<Bf16>::normal(71, (12, 4, 64), &[(0, 70), (150, 3), (140, 66)], 1.0);
@@ -159,8 +163,9 @@ fn a_token_depends_on_what_it_sees_alone() {
     });
 }
 
-/// A NaN or an infinity in a token's key and value reaches that token and later ones, in the heads of its group, as far as they see it. Others
-/// stay right, though not to the bit where the tensor core has met such a value.
+/// A NaN or an infinity in a token's key and value reaches that token and later ones, in the heads of its
+/// group, as far as they see it. Others stay right, though not to the bit where the tensor core has met such
+/// a value.
 #[test]
 fn the_future_is_not_seen() {
     for window in [None, Some(6), Some(17)] {

@@ -374,7 +374,8 @@ fn route_refuses_with_numbers() {
 
 // ---- count ----
 
-/// Counts of three steps onto what was there, of experts that are here; a count that passes 2^32 - 1 begins again at 0.
+/// Counts of three steps onto what was there, of experts that are here; a count that passes 2^32 - 1 begins
+/// again at 0.
 #[test]
 fn counts_add_up_over_steps() {
     device::each_device(|stream| {

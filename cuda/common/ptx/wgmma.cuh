@@ -74,8 +74,9 @@ WGMMA(64, 32, "32", "33", "34", "%35, %36")
 WGMMA(128, 64, "64", "65", "66", "%67, %68")
 WGMMA(256, 128, "128", "129", "130", "%131, %132")
 
-// The same with the left operand in registers: thread 32 w + 4 g + t holds of a[i], two elements of k each, row 16 w + g + 8 (i % 2), k from
-// 8 (i / 2) + 2 t on. That is how 16 columns of accumulators lie once neighbours are packed.
+// The same with the left operand in registers: thread 32 w + 4 g + t holds of a[i], two elements of k each,
+// row 16 w + g + 8 (i % 2), k from 8 (i / 2) + 2 t on. That is how 16 columns of accumulators lie once
+// neighbours are packed.
 #define WGMMA_FROM_REGISTERS_AS(TYPE, N, COUNT, A0, A1, A2, A3, B, FROM, TRANS)                                                                     \
     asm volatile("{\n"                                                                                                                             \
                  ".reg .pred accumulate;\n"                                                                                                        \

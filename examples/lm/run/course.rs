@@ -91,7 +91,7 @@ impl<'a> Course<'a> {
         let mut model = Model::<A>::new(stream, config, decoder, sizes, streaming.is_some())?;
         let load = Load { seconds: begin.elapsed().as_secs_f64(), uploaded };
         if let (Some(streaming), Some(uploaded)) = (&streaming, &load.uploaded) {
-            console.item("a step", uploaded.expected_text(streaming.step_bytes()))?;
+            console.item("copies", uploaded.expected_text(streaming.step_bytes()))?;
         }
 
         let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures { sequences: sizes.batch, ..Figures::default() });
@@ -100,9 +100,11 @@ impl<'a> Course<'a> {
             let prompts: Vec<Vec<u32>> = (0..sizes.batch).map(|sequence| job.prompt.of(sequence)).collect();
             let mut trace = Trace::new(job.detail, job.generate > 0);
             // A run that shows its layers is not one to be timed; what streamed layers take is their copies.
-            if device.place() != Place::Host && number == 0 && job.detail < Detail::Layers && streaming.is_none() {
-                let first_steps = first_use(&mut model, &prompts, self.setup.chunk, job.generate > 1)?;
-                figures.first_use = Some(self.images_loaded + first_steps);
+            if device.place() != Place::Host && number == 0 {
+                let warms_up = job.detail < Detail::Layers && streaming.is_none();
+                let steps = if warms_up { first_use(&mut model, &prompts, self.setup.chunk, job.generate > 1)? } else { Duration::ZERO };
+                figures.first_use = Some(self.images_loaded + steps);
+                figures.is_warm = warms_up;
             }
             let mut next = prefill(&mut model, &prompts, self.setup.chunk, &mut trace, &self.progress, &mut figures)?;
             let mut stream = TokenStream::begin(self.setup, shown && job.generate > 0)?;
@@ -155,7 +157,8 @@ impl<'a> Course<'a> {
             console.item("upload", uploaded.text())?;
         }
         if let Some(first_use) = figures.first_use {
-            console.item("first use", seconds_text(first_use.as_secs_f64()))?;
+            let what = if figures.is_warm { "" } else { ", images alone: the steps below include their first use" };
+            console.item("first use", format!("{}{what}", seconds_text(first_use.as_secs_f64())))?;
         }
         console.item("prefill", rate_text(prefill_tokens, prefill_s))?;
         if decode_tokens > 0 {

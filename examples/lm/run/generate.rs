@@ -21,6 +21,8 @@ pub struct Figures {
     pub sequences: usize,
     /// What a GPU does once, before the clocks start: images are loaded, steps run for the first time.
     pub first_use: Option<Duration>,
+    /// Steps have run before the clocks start.
+    pub is_warm: bool,
 }
 
 impl Figures {

@@ -31,7 +31,7 @@ pub enum Phase {
 /// A model of any family, with activations of type `A`.
 pub struct Model<'w, A> {
     /// Of a decoding step, on a GPU: all sequences of a run decode side by side, so that one graph serves all
-    /// of its steps. The first field, so that it goes before the memory that it uses.
+    /// of its steps. The first field, so that it is dropped before the memory that it uses.
     graph: Option<Graph>,
     /// Whether steps that decode are graphs.
     by_graph: bool,
@@ -89,8 +89,8 @@ impl<T: Element> Matrix<T> {
 }
 
 impl<'w, A: Float> Model<'w, A> {
-    /// Allocates for steps of `sizes`, whose memory need was checked. A step that copies weights from the host
-    /// cannot be a graph.
+    /// Allocates for steps of `sizes`, whose memory need was checked. A step that copies weights from the
+    /// host cannot be a graph.
     pub fn new(stream: Stream, config: &Config, decoder: Box<dyn Decoder + 'w>, sizes: &Sizes, is_streamed: bool) -> Result<Self, Failure> {
         let Config { d_model, vocab, num_experts, top_k, num_layers, heads, .. } = *config;
         let Sizes { batch, context, step_tokens, logits_rows, .. } = *sizes;

@@ -14,7 +14,7 @@ pub struct Options {
     pub source: Source,
     pub prompt: Prompt,
     pub generate: Option<usize>,
-    /// None: a GPU where there is one that the kernels run on, else the CPU.
+    /// None: `auto`.
     pub device: Option<Where>,
     pub activations: Option<DType>,
     pub layers: Option<usize>,

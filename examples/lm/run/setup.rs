@@ -276,7 +276,11 @@ impl Setup {
             (Place::Host, threads) => format!("cpu with {threads} threads"),
             _ => self.place.clone(),
         };
-        let kind = if matches!(self.weights, WeightSource::Mapped(_)) { "mapped" } else { "random" };
+        let kind = match &self.weights {
+            WeightSource::Random(_) => "random",
+            WeightSource::Mapped(_) if self.device.place() == Place::Host => "mapped",
+            WeightSource::Mapped(_) => "copied",
+        };
         let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
         console.item(
             "run",
@@ -288,6 +292,8 @@ impl Setup {
             ),
         )?;
         if let Some(why) = &self.no_gpu {
+            let why = why.to_string();
+            let why = why.split("; the CPU device").next().unwrap_or_default(); // which is what runs
             console.item("auto", format!("on the CPU, as no GPU can be used: {why}"))?;
         }
         let total = self.need.total().unwrap_or(u64::MAX);
@@ -296,7 +302,12 @@ impl Setup {
         let Some(streaming) = &self.streaming else { return Ok(()) };
         let Streaming { resident, streamed, .. } = *streaming;
         let step = bytes_text(streaming.step_bytes());
-        console.item("streamed", format!("{streamed} of {layers} layers, {resident} stay on the GPU: {step} to copy in every step"))
+        let stay = match resident {
+            0 => "none stays".to_owned(),
+            1 => "1 stays".to_owned(),
+            more => format!("{more} stay"),
+        };
+        console.item("streamed", format!("{streamed} of {layers} layers are copied in every step ({step}); {stay} on the GPU"))
     }
 }
 

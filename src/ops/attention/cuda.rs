@@ -7,7 +7,7 @@
 //! | `Decode` | the same, with less than 2^31 / 5 partial results of a query head | `cuda/attention_decode.cu` |
 //! | `Plain` | everything else: any type, width, layout of the pools and scale | `cuda/attention_plain.cu` |
 //!
-//! Static shape, layout and options alone decide, so that a token's bits do not depend on the batch.
+//! Types, shapes, layouts and options decide; of the batch only sizes beyond 2^30 do.
 
 mod decode;
 mod plain;

@@ -49,12 +49,12 @@ impl<'a> Options<'a> {
         Options { scale, ..self }
     }
 
-    /// A query at position `p` sees the key at position `i` if `0 <= p - i < window`, as `sliding_window` in Hugging Face's
-    /// configurations of Mistral and gpt-oss says. FlashAttention counts the keys before the query's own: its
-    /// `window_size = (window - 1, 0)`.
+    /// A query at position `p` sees the key at position `i` if `0 <= p - i < window`, as `sliding_window` in
+    /// Hugging Face's configurations of Mistral and gpt-oss says. FlashAttention counts the keys before the
+    /// query's own: its `window_size = (window - 1, 0)`.
     ///
-    /// A page whose positions no query of the step sees is not read, nor is its number in the block table, so that an engine may
-    /// give such pages away.
+    /// A page whose positions no query of the step sees is not read, nor is its number in the block table, so
+    /// that an engine may give such pages away.
     pub fn with_window(self, window: usize) -> Options<'a> {
         Options { window: Some(window), ..self }
     }

@@ -1,4 +1,4 @@
-//! How many rows each expert was given, added up over steps where the routings are. Contract and CPU backend.
+//! Rows per expert, accumulated across steps on the device of the routings. Contract and CPU backend.
 
 use crate::device::Stream;
 use crate::error::{Error, Op, check_shape};
@@ -12,8 +12,8 @@ use crate::view::{Rows, RowsMut};
 /// | `routing` | E experts    | from `route`, `index`, or [`Routing::from_host`]            |
 /// | `counts`  | `[1, E]` u32 | added to; begins with what it held, and wraps beyond 2^32 - 1 |
 ///
-/// The host reads the counts once, at the end of a run, where reading the offsets of every step would make it
-/// wait for each. A choice of an expert that is not here has no row and is not counted. One launch on a GPU.
+/// The host reads the counts once, at the end of a run, instead of waiting in every step to read offsets. A
+/// choice of an expert that this device does not hold has no row and is not counted. One launch on a GPU.
 ///
 /// ```
 /// use dropless::{Device, Routing, RoutingBuffers, RowsMut, router};

@@ -1,8 +1,8 @@
 //! Layers of a model that a GPU cannot hold as a whole: the first ones stay there, the others are copied in
 //! every step.
 //!
-//! There is room for two of the others. While the step is in one layer, threads copy the next one to where
-//! the one before lay, as soon as the GPU has done with that.
+//! There is room for two of the others. While the step computes one layer, threads copy the next one to the
+//! other slot, once the GPU no longer needs the layer that was there.
 
 use std::cell::RefCell;
 
@@ -79,9 +79,9 @@ impl<'w, W: Weight> Streamed<'w, W> {
     ) -> Result<(), Failure> {
         let specs = self.specs(layer);
         let from = From { tensors: self.host, specs: &specs };
-        uploader.come_behind(s.stream())?;
+        uploader.wait_for(s.stream())?;
         uploader.copy_while(pieces(slot, from)?, &ProgressBar::hidden(), || work(s))?;
-        uploader.come_before(s.stream())
+        uploader.be_waited_for_by(s.stream())
     }
 
     /// The step of `layer`, whose weights are in `slot`.

@@ -30,16 +30,20 @@ pub struct Uploaded {
 }
 
 impl Uploaded {
-    /// In units of 10^9 bytes a second, where that can be said.
+    /// In units of 10^9 bytes a second; none where nothing was copied.
     pub fn gb_per_s(&self) -> Option<f64> {
         (self.bytes > 0 && self.seconds > 0.0).then(|| self.bytes as f64 / self.seconds / 1e9)
     }
 
-    /// How long a step takes at least that copies so many bytes at this rate.
+    /// Minimum time of a step that copies `bytes` at this rate.
     pub fn expected_text(&self, bytes: u64) -> String {
         match self.gb_per_s() {
             Some(rate) => {
-                format!("{} expected: {} at {rate:.3} GB/s, as measured", seconds_text(bytes as f64 / rate / 1e9), bytes_text(bytes))
+                format!(
+                    "{} a step expected: {} at {rate:.3} GB/s, the rate of the upload",
+                    seconds_text(bytes as f64 / rate / 1e9),
+                    bytes_text(bytes)
+                )
             }
             None => "expected time unknown, since no upload was long enough to be timed".into(),
         }
@@ -104,9 +108,9 @@ pub fn uploaded<W: Weight>(
     let bar = progress.bytes("to the GPU", bytes);
     let mut buffers = Buffers::<W>::zeros(stream, from.specs)?;
     let mut uploader = Uploader::new(stream, threads)?;
-    uploader.come_behind(stream)?;
+    uploader.wait_for(stream)?;
     uploader.copy_while(pieces(&mut buffers, from)?, &bar, || Ok(()))?;
-    uploader.come_before(stream)?;
+    uploader.be_waited_for_by(stream)?;
     let threads = uploader.streams.len();
     drop(uploader); // waits for its streams, and gives their pinned memory back
     stream.synchronize()?;
@@ -169,13 +173,13 @@ impl Uploader {
         Ok(Uploader { streams: streams.collect::<Result<_, _>>()? })
     }
 
-    /// Later copies come behind what `stream` was given so far.
-    pub fn come_behind(&self, stream: &Stream) -> Result<(), Failure> {
+    /// Later copies wait for what `stream` was given so far.
+    pub fn wait_for(&self, stream: &Stream) -> Result<(), Failure> {
         Ok(self.streams.iter().try_for_each(|own| own.join(stream))?)
     }
 
-    /// What `stream` is given from now on comes behind all copies.
-    pub fn come_before(&self, stream: &Stream) -> Result<(), Failure> {
+    /// What `stream` is given from now on waits for all copies.
+    pub fn be_waited_for_by(&self, stream: &Stream) -> Result<(), Failure> {
         Ok(self.streams.iter().try_for_each(|own| stream.join(own))?)
     }
 
@@ -264,13 +268,13 @@ mod tests {
         let (begin, mut during) = (driver.calls().len(), Vec::new());
         let mut pieces = Vec::new();
         cut(&mut buffer, &[&values, &values], &mut pieces).unwrap();
-        uploader.come_behind(&stream).unwrap();
+        uploader.wait_for(&stream).unwrap();
         let work = || {
             during = driver.calls();
             Ok(())
         };
         uploader.copy_while(pieces, &ProgressBar::hidden(), work).unwrap();
-        uploader.come_before(&stream).unwrap();
+        uploader.be_waited_for_by(&stream).unwrap();
         let calls = driver.calls().split_off(begin);
         let places =
             |wanted: fn(&Call) -> bool| calls.iter().enumerate().filter(|(_, call)| wanted(call)).map(|(at, _)| at).collect::<Vec<_>>();
@@ -291,7 +295,7 @@ mod tests {
     fn rates_are_said_where_they_are_known() {
         let uploaded = Uploaded { bytes: 3 << 30, seconds: 0.25, threads: 8 };
         assert_eq!(uploaded.text(), "3.00 GiB in 250 ms by 8 threads, 12.885 GB/s");
-        assert_eq!(uploaded.expected_text(6 << 30), "500 ms expected: 6.00 GiB at 12.885 GB/s, as measured");
+        assert_eq!(uploaded.expected_text(6 << 30), "500 ms a step expected: 6.00 GiB at 12.885 GB/s, the rate of the upload");
         let none = Uploaded { seconds: 0.0, threads: 1, ..uploaded };
         assert_eq!(none.text(), "3.00 GiB in 0.00 us by 1 thread");
         assert_eq!(none.expected_text(1), "expected time unknown, since no upload was long enough to be timed");

@@ -45,9 +45,10 @@ pub(super) fn launch<A: Float>(
     let cuda = stream.cuda();
     let mut grid = cuda.grid(num_tokens as u64 * heads.num_heads() as u64, ATTENTION_WARPS.into(), kernel.threads);
     grid.shared_bytes = shared_bytes(heads) as u32;
-    // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, `sinks` a number per head, the
-    // pools every element that their layouts name for the pages; all are on this stream's device and stay valid until the work
-    // completes: buffers are freed in stream order, raw views, pools and pages promise it.
+    // SAFETY: `AttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, `sinks`
+    // a number per head, the pools every element that their layouts name for the pages; all are on this
+    // stream's device and stay valid until the work completes: buffers are freed in stream order, raw views,
+    // pools and pages promise it.
     unsafe { cuda.launch_kernel(Op::Attention, kernel, grid, &params) }
 }
 

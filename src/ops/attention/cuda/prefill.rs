@@ -33,8 +33,9 @@ pub(super) fn launch<A: Float>(
     let tiles = (rows / u64::from(kernel.tile[0]) + pages.num_sequences().min(q.rows()) as u64) * heads.num_kv_heads() as u64;
     let blocks = tiles.min(cuda.attributes().sm_count.into()) as u32;
     let grid = Grid { blocks: [blocks, 1, 1], threads: kernel.threads, shared_bytes: kernel.shared_bytes, cluster: 1 };
-    // SAFETY: `TiledAttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens, `sinks` a number per head, the
-    // pools every element that their layouts name for the pages; all are on this stream's device and stay valid until the work
-    // completes: buffers are freed in stream order, raw views, pools and pages promise it.
+    // SAFETY: `TiledAttentionParams` is the struct of these entries; `q` and `out` hold the step's tokens,
+    // `sinks` a number per head, the pools every element that their layouts name for the pages; all are on
+    // this stream's device and stay valid until the work completes: buffers are freed in stream order, raw
+    // views, pools and pages promise it.
     unsafe { cuda.launch_kernel(Op::Attention, kernel, grid, &params) }
 }
