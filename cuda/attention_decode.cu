@@ -149,9 +149,9 @@ template <typename F> __device__ __forceinline__ void load_rows(const Block<F>& 
     consumers_meet();
 }
 
-// Zeros for what lies in a part's stages, the first of which is the ring's, but is seen by no row: whatever a
-// page holds there, or shared memory held before. Times a weight of 0 it might be NaN. A fence and a barrier
-// must follow.
+// Clears the keys and values in a part's stages that no row sees, because 0 times what a page or shared
+// memory happens to hold there might be NaN. The part's first stage is the ring's current one. A fence and a
+// barrier must follow.
 template <typename F> __device__ __forceinline__ void clear_edges(const Block<F>& block, const DecodeItem& item, typename F::Stages ring) {
     for (uint32_t b = item.first_block(); b < item.end_block(); b++, ring.advance()) {
         const int begin = int(item.begin) - int(b * BLOCK_KEYS), end = int(item.end) - int(b * BLOCK_KEYS);
@@ -202,9 +202,9 @@ __device__ __forceinline__ void multiply_keys(const Block<F>& block, const Decod
     ring.advance();
 }
 
-// Over the eight lanes that hold the same columns, in pairs: each step halves the columns of a lane, while
-// there are several. What is left in v[0] is the column that `folded_row` names. A column's order does not
-// depend on their number.
+// Reduces over the eight lanes that hold the same columns. Each step exchanges values between pairs of lanes
+// and halves the columns of a lane, as long as it has several. At the end v[0] holds the column that
+// `folded_row` names. The order of additions does not depend on the number of columns.
 template <int C, typename Both> __device__ __forceinline__ void fold(float (&v)[C], Both both) {
     int left = C;
 #pragma unroll
@@ -473,6 +473,7 @@ template <typename F> __device__ __forceinline__ void consume(const Block<F>& bl
             if (is_fresh || items.part == 0) load_rows<F>(block, items, item);
             is_fresh = false;
             if (item.is_empty()) {
+                // no row sees the part: there is nothing to compute, but the item counts as done
             } else if (item.rows <= FEW) {
                 attend<F, FEW>(block, items, item, 0, true, ring);
             } else {

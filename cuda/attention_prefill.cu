@@ -269,8 +269,9 @@ __device__ __forceinline__ void soften(float (&score)[F::KEYS / 2], RowPair& row
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
         // As long as nothing is seen there is no weight, not NaN.
-        const float shift = largest == -infinity() ? 0.0f : largest * factor;
-        rescale[row] = exp2_approx(rows.largest[row] * factor - shift);
+        const float shift = largest == -infinity() ? 0.0f : __fmul_rn(largest, factor);
+        // The last shift as it was rounded then, so that nothing is rescaled where the maximum has not grown.
+        rescale[row] = exp2_approx(__fmul_rn(rows.largest[row], factor) - shift);
         float sum = 0.0f;
 #pragma unroll
         for (int i = 2 * row; i < F::KEYS / 2; i += 4) {

@@ -1,16 +1,14 @@
-// Which work a block of attention_decode takes, found on the device: the host does not know how long the
-// sequences are.
+// Which work a block of attention_decode takes. Computed on the device: the host does not know the lengths.
 //
 // A row is a query head of a token of the step; the rows of a sequence and KV head go token by token. An item
 // is a part, PART_KEYS keys from a multiple of that on, of one sequence and KV head, for up to ROWS rows. All
 // items lie in one list, by sequence, KV head, group of rows and part. Parts that no row sees are not in it,
 // nor are sequences without a token in the step.
 //
-// An item counts as many units as the part has blocks of BLOCK_KEYS keys that some row of the sequence sees,
-// and one more for what every item costs. Each block of the grid has an equal share of all units, and takes
-// the items that begin there. So a long sequence beside many short ones keeps all blocks equally busy. A
-// share is contiguous: only its first and its last pair of sequence and KV head may have items in other
-// shares.
+// An item costs one unit per block of BLOCK_KEYS keys of the part that some row of the sequence sees, plus
+// one for overhead. Each block of the grid has an equal share of all units, and takes the items that begin
+// there. So a long sequence beside many short ones keeps all blocks equally busy. A share is contiguous: only
+// its first and its last pair of sequence and KV head may have items in other shares.
 #pragma once
 #include "params.h"
 #include "reduce.cuh"
@@ -20,9 +18,9 @@ enum : uint32_t { PART_UNITS = PART_BLOCKS + 1 }; // of a part that is seen in f
 
 // A sequence in this step.
 struct DecodeStep {
-    uint32_t first_token; // of the step's
-    uint32_t tokens;
-    uint32_t length;
+    uint32_t first_token; // the sequence's first token, counted within the step
+    uint32_t tokens;      // of the sequence in the step
+    uint32_t length;      // of the sequence, those tokens included
 
     __device__ __forceinline__ uint32_t position(uint32_t token) const { return length - tokens + token; }
     // The first position that a token sees.
@@ -35,9 +33,9 @@ struct DecodeStep {
 // How a sequence lies in the list.
 struct DecodeExtent {
     uint32_t first_part, parts;
-    uint32_t first_units; // of its first part,
-    uint32_t row_units;   // of all its parts,
-    uint32_t row_groups;  // for each of these
+    uint32_t first_units; // units of the first part
+    uint32_t row_units;   // units of all parts of one group of rows
+    uint32_t row_groups;  // groups of up to ROWS rows of one KV head
 
     __device__ __forceinline__ DecodeExtent() {}
     __device__ __forceinline__ DecodeExtent(const DecodeStep& step, uint32_t window, uint32_t group, uint32_t rows) {

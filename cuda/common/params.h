@@ -315,9 +315,11 @@ struct TiledAttentionParams {
     TensorMap       key_map;
     TensorMap       value_map;
     AttentionParams attention;
-    // Zeros before and after. Prefill: the number of tiles that were taken; decode: [blocks], items that are done.
+    // Zeros before and after. Prefill: the number of tiles that were taken. Decode: [blocks], items that are
+    // done.
     OutU32          taken;
-    // Decode: [T, max_parts, Hkv, group (d + 2)], of each part the sums, the maxima and the sums of exponentials.
+    // Decode: [T, max_parts, Hkv, group (d + 2)], of each part the sums, the maxima and the sums of
+    // exponentials.
     OutF32          partials;
     int64_t         max_parts; // of a sequence
     int64_t         box_keys;

@@ -52,7 +52,7 @@ const SPLIT_KEYS: usize = 256;
 /// On a GPU the tensor cores serve a call if
 ///
 /// * the type is `bf16` or `f16`, and `d` is 64, 128 or 256;
-/// * the scale is positive;
+/// * the scale is positive, and a cap is at most 1024;
 /// * each head lies in one piece, and addresses and strides are multiples of 16 bytes;
 /// * pages have a multiple of 8 tokens, or each sequence has one page;
 /// * `T H` and the longest sequence are below 2^30.

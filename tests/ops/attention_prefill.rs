@@ -192,6 +192,38 @@ fn the_future_is_not_seen() {
     }
 }
 
+/// A cap far above all scores changes nothing that rounding does not.
+#[test]
+fn a_cap_far_above_all_scores() {
+    let case = Case::<Bf16>::normal(75, (2, 1, 64), &[(20, 4), (0, 1)], 1.5);
+    for cap in [30.0, 1024.0, 1e6, f32::MAX] {
+        let capped = with(&case, |v| v.softcap = Some(cap));
+        device::some_device(0, |stream| {
+            for entry in [Entry::Prefill, Entry::Decode] {
+                let (want, bound) = capped.expected_on(stream);
+                within(&capped.run(stream, entry, 16, 1), &want, capped.heads.q_cols(), |i| bound[i]);
+            }
+        });
+    }
+}
+
+/// A block of keys whose largest score is that of the blocks before leaves their weights as they are: as many
+/// values of 1 as of -1, under equal scores, are nothing. The scores are large, so that the last bit of their
+/// exponents would show.
+#[test]
+fn a_maximum_that_stays_rescales_nothing() {
+    let mut case = Case::<F16>::normal(76, (1, 1, 64), &[(2047, 1)], 1.0);
+    case.q.fill(F16::from_f32(3.7));
+    case.keys[0].fill(F16::from_f32(3.3));
+    case.values[0][..1024 * 64].fill(F16::from_f32(1.0));
+    case.values[0][1024 * 64..].fill(F16::from_f32(-1.0));
+    case.variant.scale = 1.0;
+    device::some_device(0, |stream| {
+        let got = run(stream, &case, 64, 1);
+        assert!(got.iter().all(|x| x.to_f32() == 0.0), "{}", got[0].to_f32());
+    });
+}
+
 /// A value in which some numbers are infinite gives infinities to those that see it, as the oracle's sums do.
 #[test]
 fn infinite_values_are_summed() {
@@ -223,6 +255,7 @@ fn who_takes_what() {
         assert_eq!(last(&bf16, 16, same), format!("attention_prefill_bf16_{d}"));
         assert_eq!(last(&with(&bf16, |v| v.softcap = Some(3.0)), 16, same), format!("attention_prefill_bf16_{d}_capped"));
         assert_eq!(last(&Case::<F16>::normal(80, (2, 1, d), &two, 1.0), 16, same), format!("attention_prefill_f16_{d}"));
+        assert_eq!(last(&with(&bf16, |v| v.softcap = Some(1025.0)), 16, same), "attention_bf16");
         assert_eq!(last(&Case::<f32>::normal(80, (2, 1, d), &two, 1.0), 16, same), "attention_f32");
         assert_eq!(last(&with(&bf16, |v| v.scale = -0.1), 16, same), "attention_bf16");
         assert_eq!(last(&bf16, 12, same), "attention_prefill_bf16_".to_owned() + &d.to_string(), "one page a sequence");

@@ -1,8 +1,8 @@
 //! A model on a device, with everything that its steps need: allocated once, for the largest step.
 //!
 //! The tokens that are chosen stay on the device, where the next step looks them up. On a GPU the step that
-//! decodes is captured once, as a graph, and launched for every token: what changes from token to token lies
-//! in memory that is written before, the ids by the step itself, the lengths by the cache.
+//! decodes is captured once, as a graph, and launched for every token. What changes from token to token lies
+//! in memory: the step itself writes the ids, and the cache writes the lengths before each launch.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -135,7 +135,7 @@ impl<'w, A: Float> Model<'w, A> {
         Ok((stream, state.logits.rows(kept.end)?.row_range(kept)?))
     }
 
-    /// Has token `row` of the last step of prompts decide what comes next in a sequence.
+    /// Uses the logits of token `row` of the last prefill step to choose a sequence's next token.
     pub fn ends_prompt(&mut self, sequence: usize, row: usize) -> Result<(), Failure> {
         let (stream, head) = (&self.stream, self.decoder.head());
         self.state.head(stream, head, self.step_tokens, row..row + 1, sequence..sequence + 1)

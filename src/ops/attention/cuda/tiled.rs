@@ -16,6 +16,9 @@ use crate::view::{Rows, RowsMut};
 const BOX_COLS: u32 = 64;
 /// Tokens of the smallest box: what the swizzle repeats after.
 const MIN_BOX_KEYS: usize = 8;
+/// The largest cap of the tensor-core forms. They take the difference of numbers as large as the cap, which
+/// is off by up to 2^-20 of it: at this cap as much as the types round a weight.
+const MOST_CAP: f32 = 1024.0;
 
 /// Whether the tensor cores serve a call. Static shape, layout and options alone decide.
 pub(super) fn fits<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &KvLayer<'_, A>, out: &mut RowsMut<'_, A>) -> bool {
@@ -26,6 +29,7 @@ pub(super) fn fits<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &KvLa
     A::DTYPE != DType::F32
         && matches!(heads.head_dim(), 64 | 128 | 256)
         && options.scale > 0.0 // the largest product of a row is then its largest score
+        && options.softcap.is_none_or(|cap| cap <= MOST_CAP)
         && box_keys(cache, 256).is_some()
         && pools.into_iter().all(|(address, layout)| vectors(address, 0) && strides(cache, layout).is_some())
         && vectors(q.address(), q.pitch())
