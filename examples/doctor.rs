@@ -19,8 +19,8 @@ use dropless::epilogue::GluEpilogue;
 use dropless::layout::KvShape;
 use dropless::router::{Choice, Here, Score, count, index, logits, route};
 use dropless::{
-    Bf16, Buffer, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream, TokenIds,
-    Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, random, rope, sample,
+    Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream,
+    TokenIds, Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, random, rope, sample,
 };
 use dropless_kit::compare::relative_l2;
 use dropless_kit::emulated::{Emulated, Options};
@@ -391,9 +391,15 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok([ids, stored.to_vec(), to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
         })
     });
-    for head_dim in [16, 6] {
-        let name = if head_dim == 16 { "rope, attention" } else { "rope_single, attention" };
-        check(name, &|stream| {
+    // Heads of 64, 128 and 256 attend on the tensor cores in 16-bit types.
+    let tiled = if T::DTYPE == DType::F32 { &[][..] } else { &[64, 128, 256] };
+    let plain = [(16, None, "rope, attention".to_owned()), (6, None, "rope_single, attention".to_owned())];
+    let tiled = tiled.iter().flat_map(|head_dim| {
+        let name = format!("attention_{{prefill, decode}}_{head_dim}");
+        [(*head_dim, None, name.clone()), (*head_dim, Some(2.0), name + "_capped")]
+    });
+    for (head_dim, softcap, name) in plain.into_iter().chain(tiled) {
+        check(&name, &|stream| {
             let heads = HeadLayout::new(4, 2, head_dim)?;
             let table = RopeTable::new(stream, 1e4, head_dim, 8)?;
             let mut cache = KvCache::<T>::new(stream, 1, KvShape::contiguous(heads, 2, 4))?;
@@ -403,6 +409,7 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             let clip = rope::Options::default().with_clip(Some(1.5));
             rope::clip_rotate_append(stream, qkv.view(), heads, clip, &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
             let options = attention::Options::new(heads).with_scale(0.25);
+            let options = softcap.map_or(options, |cap| options.with_softcap(cap));
             prefill(stream, q.view(), options, &cache.layer(0)?, &mut out.view_mut())?;
             let mut workspace = Workspace::new(stream, decode_workspace_bytes(heads, TOKENS, 4)?)?;
             decode(stream, q.view(), options, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;

@@ -324,7 +324,7 @@ fn a_refused_image_names_itself() {
     assert!(error.is_refusal() && recorder.launches().len() == before && device.loaded_images().is_empty());
     assert_eq!(
         device.load_images().unwrap_err().to_string(),
-        "the driver refused ptx/attention_plain.sm_90a.ptx: CUDA 222 (NAME); ptxas application ptx input, line 1; fatal"
+        "the driver refused ptx/attention_decode.sm_90a.ptx: CUDA 222 (NAME); ptxas application ptx input, line 1; fatal"
     );
     recorder.refuse_images(None, None);
     argmax_on(&stream).unwrap();
