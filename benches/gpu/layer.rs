@@ -206,7 +206,7 @@ impl Bench<'_> {
                     })
                 })
             });
-            // All forms multiply the same rows, whatever this one has left.
+            // All forms multiply the same rows, also if this one has fewer left.
             let h_host = glus.get_or_insert_with(|| normal(7, rows * d_ffn, 1.0));
             record.figure(&at("nn", form, 1.0), || {
                 h.copy_from_slice(stream, h_host)?;

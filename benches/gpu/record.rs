@@ -111,7 +111,7 @@ impl Record {
 
     /// Measures the most that the card does; what comes behind is told as a share of it.
     pub fn ceiling(&mut self, at: &At<'_>, measured: impl FnOnce() -> Result<Figure, Failure>) {
-        let what = std::mem::take(&mut self.what); // ceilings are measured whatever was asked for
+        let what = std::mem::take(&mut self.what); // ceilings are measured in any case
         if let Some(us) = self.figure(at, measured) {
             let [tflops, gb_s] = at.rates(us);
             self.ceilings = [self.ceilings[0].max(tflops), self.ceilings[1].max(gb_s)];

@@ -63,7 +63,7 @@ pub fn dump_of(run: impl FnOnce(&[&str]) -> Ran, model: &Path, prompt: &[u32], a
     dump_from(run, "--model", model, prompt, args)
 }
 
-/// The same of whatever an argument names.
+/// The same of what an argument names.
 #[track_caller]
 pub fn dump_from(run: impl FnOnce(&[&str]) -> Ran, source: &str, model: &Path, prompt: &[u32], args: &[&str]) -> Dump {
     let folder = Folder::new();

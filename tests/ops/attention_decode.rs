@@ -279,7 +279,7 @@ fn scores_of_minus_infinity() {
 }
 
 /// Each key and value that some token sees is loaded once, in boxes of as many tokens as a page has, at most
-/// 64: whatever the group, with one token as with several. A head of 256 elements has room for 32 rows, so
+/// 64: in a group of any size, with one token as with several. A head of 256 elements has room for 32 rows, so
 /// that twice as many load twice.
 #[test]
 fn every_byte_is_loaded_once() {

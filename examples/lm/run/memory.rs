@@ -133,7 +133,7 @@ impl Streaming {
 }
 
 /// What a run needs, of which as many layers as possible stay on the GPU if it is one that can stream the
-/// others (`share`). `spare` bytes are left to whatever else takes memory there.
+/// others (`share`). `spare` bytes are left for other users of the memory there.
 pub fn settle(need: Option<Need>, available: Option<u64>, share: Option<Share>, spare: u64) -> Result<(Need, Option<Streaming>), Failure> {
     let (Err(refusal), Some(need), Some(available), Some(share)) = (Need::check(need, available), need, available, share) else {
         return Ok((Need::check(need, available)?, None));

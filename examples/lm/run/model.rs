@@ -242,7 +242,7 @@ impl<A: Float> State<A> {
     ) -> Result<(), Failure> {
         let batch = next.len();
         let ids = next.rows(1, batch)?;
-        // SAFETY: zeros at first, and whatever `argmax` chose among V columns since.
+        // SAFETY: zeros at first, and then what `argmax` chose among V columns.
         let ids = unsafe { TokenIds::from_raw(ids, config.vocab)? };
         decoder.step(&mut Running::new(config, stream, Phase::Decode, ids, self, trace)?)?;
         self.head(stream, decoder.head(), batch, 0..batch, 0..batch)?;

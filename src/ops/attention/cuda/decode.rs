@@ -38,7 +38,7 @@ pub(in super::super) fn decode<A: Float>(
     Ok(usize::MAX)
 }
 
-/// More than the units of work that the kernel counts in 32 bits, whatever the lengths are: five at most for
+/// An upper bound, for any lengths, of the units of work that the kernel counts in 32 bits: five at most for
 /// each part of a row.
 fn units<A: Float>(q: Rows<'_, A>, options: &Options<'_>, parts: usize) -> u64 {
     (q.rows() * options.heads.num_heads()) as u64 * parts as u64 * 5 // `fits` has bounded each factor

@@ -23,7 +23,7 @@ fn shared_bytes(heads: HeadLayout) -> usize {
     ATTENTION_WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
 }
 
-/// What the kernels need beyond the contract. Whatever this one serves not, no other does.
+/// What the kernels need beyond the contract. This kernel serves all that the others serve, and more.
 pub(in super::super) fn check<A: Float>(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
     find(Op::Attention, KERNELS, Key::Plain, Types::all(A::DTYPE), |_| true)?;
     if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
