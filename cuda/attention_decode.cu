@@ -21,6 +21,7 @@
 //     P = 2^(k * S - m)      rounded to the type, back to shared memory turned, as [rows, keys]
 //     O = V^T * P^T          [d, rows]: V from shared memory as it lies
 #include "common/activation.cuh"
+#include "common/attention_entries.cuh"
 #include "common/attention_row.cuh"
 #include "common/decode_items.cuh"
 #include "common/dtype.cuh"
@@ -33,8 +34,8 @@
 
 enum : int { THREADS = DECODE_THREADS, PRODUCER = WARPGROUP / 32 }; // the warp
 enum : int { FEW = 8, MANY = 32 };                                  // rows that are multiplied at a time
-enum : int { PANEL_BYTES = BLOCK_KEYS * PITCH };                    // 64 elements of the head, of the keys of a stage
-enum : int { SMALL_BYTES = 3072 };                                  // what is not an operand
+enum : int { PANEL_BYTES = BLOCK_KEYS * PITCH }; // 64 elements of the head, of the keys of a stage
+enum : int { SMALL_BYTES = 3072 };               // what is not an operand
 static_assert(THREADS == WARPGROUP + 32, "params.h");
 
 // A sequence and KV head whose parts are done, or some of them.
@@ -60,7 +61,12 @@ template <typename T_, int D_, bool CAPPED_> struct Form {
     enum : int { STAGE_BYTES = PANELS * PANEL_BYTES, Q_PANEL = ROWS * PITCH, Q_BYTES = PANELS * Q_PANEL };
     enum : int { P_BYTES = PART_BLOCKS * MANY * PITCH };
     enum : int { STAGES = (DECODE_SHARED_BYTES - SMALL_BYTES - Q_BYTES - P_BYTES) / STAGE_BYTES };
-    enum : int { Q_AT = STAGES * STAGE_BYTES, P_AT = Q_AT + Q_BYTES, SMALL_AT = P_AT + P_BYTES, BARRIERS_AT = SMALL_AT + sizeof(Small<ROWS>) };
+    enum : int {
+        Q_AT = STAGES * STAGE_BYTES,
+        P_AT = Q_AT + Q_BYTES,
+        SMALL_AT = P_AT + P_BYTES,
+        BARRIERS_AT = SMALL_AT + sizeof(Small<ROWS>)
+    };
     using Stages = Ring<STAGES, 1>;
     using Items = DecodeItems<ROWS>;
     static_assert(BARRIERS_AT % 8 == 0 && BARRIERS_AT + Stages::BYTES <= DECODE_SHARED_BYTES, "params.h");
@@ -77,11 +83,17 @@ template <typename F> struct Block {
     uint32_t head_stride;
     int64_t  part_stride;
 
-    __device__ __forceinline__ Block(const TiledAttentionParams& p, uint32_t shared, unsigned char* dynamic, uint32_t group, uint32_t kv_heads)
-        : p(p), shared(shared), dynamic(dynamic), head_stride(group * (F::D + 2)), part_stride(int64_t(kv_heads) * head_stride) {}
+    __device__ __forceinline__ Block(const TiledAttentionParams& p, uint32_t shared, unsigned char* dynamic,
+                                     uint32_t group, uint32_t kv_heads)
+        : p(p), shared(shared), dynamic(dynamic), head_stride(group * (F::D + 2)),
+          part_stride(int64_t(kv_heads) * head_stride) {}
 
-    __device__ __forceinline__ Small<F::ROWS>& small() const { return *reinterpret_cast<Small<F::ROWS>*>(dynamic + F::SMALL_AT); }
-    __device__ __forceinline__ uint32_t stage(const typename F::Stages& ring) const { return shared + ring.stage * F::STAGE_BYTES; }
+    __device__ __forceinline__ Small<F::ROWS>& small() const {
+        return *reinterpret_cast<Small<F::ROWS>*>(dynamic + F::SMALL_AT);
+    }
+    __device__ __forceinline__ uint32_t stage(const typename F::Stages& ring) const {
+        return shared + ring.stage * F::STAGE_BYTES;
+    }
     __device__ __forceinline__ int64_t partial_at(int64_t token, uint32_t part, uint32_t kv_head) const {
         return (token * p.max_parts + part) * part_stride + int64_t(kv_head) * head_stride;
     }
@@ -93,8 +105,9 @@ __device__ __forceinline__ void consumers_meet() { barrier_among<1, WARPGROUP>()
 
 // The boxes of a part's keys, then of its values, that hold what some row sees. A lane looks up the page of
 // the box that eight of the part's keys lie in, and later issues a box of a stage, if there are that many.
-template <typename F>
-__device__ __forceinline__ void produce(const TiledAttentionParams& p, uint32_t shared, typename F::Items& items, typename F::Stages ring) {
+template <typename F> __device__ __forceinline__ void produce(const TiledAttentionParams& p, uint32_t shared,
+                                                              typename F::Items& items,
+                                                              typename F::Stages ring) {
     const uint32_t box_keys = uint32_t(p.box_keys), box = lane() / F::PANELS, panel = lane() % F::PANELS;
     const uint32_t to = panel * PANEL_BYTES + box * box_keys * PITCH;
     for (; items.found(); items.advance()) {
@@ -109,15 +122,16 @@ __device__ __forceinline__ void produce(const TiledAttentionParams& p, uint32_t 
         for (int values = 0; values < 2; values++) {
             for (uint32_t block = item.first_block(); block < item.end_block(); block++) {
                 const uint32_t from = (block * BLOCK_KEYS + box * box_keys) / 8 % 32;
-                const uint32_t page = __shfl_sync(FULL_WARP, own_page, from), token = __shfl_sync(FULL_WARP, own_token, from);
+                const uint32_t page = __shfl_sync(FULL_WARP, own_page, from),
+                               token = __shfl_sync(FULL_WARP, own_token, from);
                 const bool     loads = __shfl_sync(FULL_WARP, is_seen, from) && box * box_keys < BLOCK_KEYS;
                 const uint32_t bytes = __popc(__ballot_sync(FULL_WARP, loads)) * box_keys * PITCH;
                 ring.wait_empty();
                 if (lane() == 0) mbarrier_arrive_expect(ring.full(), bytes);
                 __syncwarp();
                 if (loads)
-                    tma_load_4d(shared + ring.stage * F::STAGE_BYTES + to, values ? p.value_map : p.key_map, panel * 64, token, item.kv_head, page,
-                                ring.full());
+                    tma_load_4d(shared + ring.stage * F::STAGE_BYTES + to, values ? p.value_map : p.key_map,
+                                panel * 64, token, item.kv_head, page, ring.full());
                 __syncwarp();
                 ring.advance();
             }
@@ -127,22 +141,29 @@ __device__ __forceinline__ void produce(const TiledAttentionParams& p, uint32_t 
 
 // The rows of an item, and where they belong. Those up to a multiple of what is multiplied at a time are
 // zeros.
-template <typename F> __device__ __forceinline__ void load_rows(const Block<F>& block, const typename F::Items& items, const DecodeItem& item) {
+template <typename F> __device__ __forceinline__ void load_rows(const Block<F>&          block,
+                                                                const typename F::Items& items,
+                                                                const DecodeItem&        item) {
     using T = typename F::T;
     const AttentionParams& p = block.p.attention;
-    const uint32_t         group = items.group, filled = item.rows <= FEW ? FEW : (item.rows + MANY - 1) / MANY * MANY;
-    consumers_meet(); // nobody needs the rows before any more
+    const uint32_t         group = items.group,
+                           filled = item.rows <= FEW ? FEW : (item.rows + MANY - 1) / MANY * MANY;
+    consumers_meet(); // the rows before are no longer read
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < filled * (F::D / 8); i += WARPGROUP) {
-        const uint32_t r = i / (F::D / 8), chunk = i % (F::D / 8), row = item.first_row + (r < item.rows ? r : 0);
-        const int64_t  token = items.step.first_token + row / group, head = item.kv_head * group + row % group;
-        const uint32_t to = block.shared + F::Q_AT + chunk / 8 * F::Q_PANEL + r * PITCH + (chunk % 8 ^ r % 8) * 16;
-        cp_async_16(to, static_cast<const T*>(p.q) + token * p.q_stride + head * F::D + chunk * 8, r < item.rows ? 16 : 0);
+        const uint32_t r = i / (F::D / 8), chunk = i % (F::D / 8),
+                       row = item.first_row + (r < item.rows ? r : 0);
+        const int64_t token = items.step.first_token + row / group, head = item.kv_head * group + row % group;
+        const uint32_t to =
+            block.shared + F::Q_AT + chunk / 8 * F::Q_PANEL + r * PITCH + (chunk % 8 ^ r % 8) * 16;
+        cp_async_16(to, static_cast<const T*>(p.q) + token * p.q_stride + head * F::D + chunk * 8,
+                    r < item.rows ? 16 : 0);
     }
     if (threadIdx.x < filled) {
         const uint32_t row = item.first_row + min(threadIdx.x, item.rows - 1), token = row / group;
         block.small().position[threadIdx.x] = items.step.position(token);
-        block.small().partial_at[threadIdx.x] = block.partial_at(items.step.first_token + token, 0, item.kv_head) + row % group * F::D;
+        block.small().partial_at[threadIdx.x] =
+            block.partial_at(items.step.first_token + token, 0, item.kv_head) + row % group * F::D;
     }
     cp_async_wait_all();
     fence_proxy_async();
@@ -152,7 +173,9 @@ template <typename F> __device__ __forceinline__ void load_rows(const Block<F>& 
 // Clears the keys and values in a part's stages that no row sees, because 0 times what a page or shared
 // memory happens to hold there might be NaN. The part's first stage is the ring's current one. A fence and a
 // barrier must follow.
-template <typename F> __device__ __forceinline__ void clear_edges(const Block<F>& block, const DecodeItem& item, typename F::Stages ring) {
+template <typename F> __device__ __forceinline__ void clear_edges(const Block<F>&    block,
+                                                                  const DecodeItem&  item,
+                                                                  typename F::Stages ring) {
     for (uint32_t b = item.first_block(); b < item.end_block(); b++, ring.advance()) {
         const int begin = int(item.begin) - int(b * BLOCK_KEYS), end = int(item.end) - int(b * BLOCK_KEYS);
         if (begin <= 0 && end >= int(BLOCK_KEYS)) continue;
@@ -168,9 +191,10 @@ template <typename F> __device__ __forceinline__ void clear_edges(const Block<F>
 // S of a part, for N rows from `first_row` of the item on. Blocks of keys that no row sees are not there;
 // another one's scores stand in for theirs, to be masked.
 template <typename F, int N>
-__device__ __forceinline__ void multiply_keys(const Block<F>& block, const DecodeItem& item, uint32_t first_row, bool is_last, typename F::Stages& ring,
+__device__ __forceinline__ void multiply_keys(const Block<F>& block, const DecodeItem& item,
+                                              uint32_t first_row, bool is_last, typename F::Stages& ring,
                                               float (&s)[PART_BLOCKS][N / 2]) {
-    const uint32_t      q = k_major(block.shared + F::Q_AT + first_row * PITCH);
+    const uint32_t     q = k_major(block.shared + F::Q_AT + first_row * PITCH);
     typename F::Stages read = ring; // the first stage whose products may be under way
     ring.wait_full();
 #pragma unroll
@@ -187,8 +211,9 @@ __device__ __forceinline__ void multiply_keys(const Block<F>& block, const Decod
         for (uint32_t panel = 0; panel < F::PANELS; panel++)
 #pragma unroll
             for (uint32_t step = 0; step < 4; step++)
-                wgmma<typename F::T, false, false>(s[b], keys + (panel * PANEL_BYTES >> 4) + step * K_MAJOR_STEP,
-                                                   q + (panel * F::Q_PANEL >> 4) + step * K_MAJOR_STEP, panel + step > 0);
+                wgmma<typename F::T, false, false>(
+                    s[b], keys + (panel * PANEL_BYTES >> 4) + step * K_MAJOR_STEP,
+                    q + (panel * F::Q_PANEL >> 4) + step * K_MAJOR_STEP, panel + step > 0);
         wgmma_commit();
         pin(s[b]);
         if (b > 0) wgmma_wait<1>();
@@ -233,15 +258,18 @@ template <int C> __device__ __forceinline__ bool is_folded_here() { return C == 
 // S becomes P, in shared memory, and in `small` the sums of its exponentials. Gives the maximum of row
 // threadIdx.x, if there is one. The caller must fence and meet before P is read.
 template <typename F, int N>
-__device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem& item, uint32_t first_row, uint32_t window, float (&s)[PART_BLOCKS][N / 2]) {
+__device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem& item, uint32_t first_row,
+                                        uint32_t window, float (&s)[PART_BLOCKS][N / 2]) {
     enum : int { C = N / 4 };
     Small<F::ROWS>& small = block.small();
     const float     k = block.exponent_scale();
-    if (F::CAPPED) { // tanh(scale * S / cap) / 2 = 1 / 2 - 1 / (1 + e^(2 scale S / cap)); the rest of the cap is in k
+    // tanh(scale * S / cap) / 2 = 1 / 2 - 1 / (1 + e^(2 scale S / cap)); the rest of the cap is in k.
+    if (F::CAPPED) {
 #pragma unroll
         for (uint32_t b = 0; b < PART_BLOCKS; b++)
 #pragma unroll
-            for (int i = 0; i < N / 2; i++) s[b][i] = 0.5f - reciprocal(1.0f + exp2_approx(block.p.inner * s[b][i]));
+            for (int i = 0; i < N / 2; i++)
+                s[b][i] = 0.5f - reciprocal(1.0f + exp2_approx(block.p.inner * s[b][i]));
     }
     if (item.is_masked) {
         const int own = 16 * warp() + lane() / 4, first_key = int(item.part * PART_KEYS) + own;
@@ -249,9 +277,11 @@ __device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem&
         for (uint32_t c = 0; c < C; c++) {
             const int position = int(small.position[first_row + row_of(c)]) - first_key;
 #pragma unroll
-            for (uint32_t i = 0; i < 2 * PART_BLOCKS; i++) { // keys at position are seen, and window - 1 before
+            for (uint32_t i = 0; i < 2 * PART_BLOCKS;
+                 i++) { // keys at position are seen, and window - 1 before
                 const int key = i / 2 * BLOCK_KEYS + i % 2 * 8;
-                if (key > position || key + int(window) <= position) s[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2] = -infinity();
+                if (key > position || key + int(window) <= position)
+                    s[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2] = -infinity();
             }
         }
     }
@@ -261,17 +291,21 @@ __device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem&
     for (uint32_t c = 0; c < C; c++) {
         largest[c] = s[0][c / 2 * 4 + c % 2];
 #pragma unroll
-        for (uint32_t i = 1; i < 2 * PART_BLOCKS; i++) largest[c] = fmaxf(largest[c], s[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2]);
+        for (uint32_t i = 1; i < 2 * PART_BLOCKS; i++)
+            largest[c] = fmaxf(largest[c], s[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2]);
     }
     fold(largest, [](float a, float b) { return fmaxf(a, b); });
     if (is_folded_here<C>()) small.largest[warp()][folded_row<C>()] = largest[0];
     consumers_meet();
     const auto largest_of = [&](uint32_t row) {
-        return fmaxf(fmaxf(small.largest[0][row], small.largest[1][row]), fmaxf(small.largest[2][row], small.largest[3][row])) * k;
+        return fmaxf(fmaxf(small.largest[0][row], small.largest[1][row]),
+                     fmaxf(small.largest[2][row], small.largest[3][row])) *
+               k;
     };
 #pragma unroll
     for (uint32_t c = 0; c < C; c++) {
-        const float scaled = largest_of(row_of(c)), shift = scaled == -infinity() ? 0.0f : scaled; // no score above -inf: no weight, not NaN
+        const float scaled = largest_of(row_of(c)),
+                    shift = scaled == -infinity() ? 0.0f : scaled; // no score above -inf: no weight, not NaN
         sum[c] = 0.0f;
 #pragma unroll
         for (uint32_t i = 0; i < 2 * PART_BLOCKS; i++) {
@@ -285,28 +319,31 @@ __device__ __forceinline__ float soften(const Block<F>& block, const DecodeItem&
 
     // Two matrices of 8 x 8, of 16 keys, for each eight rows; two of these pairs at a time. A panel has the
     // 64 keys of a block.
-    const uint32_t to = block.shared + F::P_AT + lane() % 8 * PITCH + ((2 * warp() + lane() / 8 % 2) ^ lane() % 8) * 16, pair = lane() / 16;
+    const uint32_t to = block.shared + F::P_AT + lane() % 8 * PITCH +
+                        ((2 * warp() + lane() / 8 % 2) ^ lane() % 8) * 16,
+                   pair = lane() / 16;
 #pragma unroll
     for (uint32_t i = 0; i < PART_BLOCKS * N / 16; i++) {
         const uint32_t b = N == 8 ? 2 * i : i / (N / 16), eight = N == 8 ? 0 : i % (N / 16) * 2;
         const float*   x = &s[b][4 * eight];
         const float*   y = N == 8 ? &s[b + 1][0] : x + 4;
         const uint32_t at = N == 8 ? (b + pair) * N * PITCH : b * N * PITCH + (eight + pair) * 8 * PITCH;
-        stmatrix_x4_turned(to + at, pack<typename F::T>(x[0], x[1]), pack<typename F::T>(x[2], x[3]), pack<typename F::T>(y[0], y[1]),
-                           pack<typename F::T>(y[2], y[3]));
+        stmatrix_x4_turned(to + at, pack<typename F::T>(x[0], x[1]), pack<typename F::T>(x[2], x[3]),
+                           pack<typename F::T>(y[0], y[1]), pack<typename F::T>(y[2], y[3]));
     }
     return threadIdx.x < N ? largest_of(threadIdx.x) : 0.0f;
 }
 
 // O of a part, for N rows.
 template <typename F, int N>
-__device__ __forceinline__ void multiply_values(const Block<F>& block, const DecodeItem& item, bool is_last, typename F::Stages& ring,
-                                                float (&o)[F::PANELS][N / 2]) {
+__device__ __forceinline__ void multiply_values(const Block<F>& block, const DecodeItem& item, bool is_last,
+                                                typename F::Stages& ring, float (&o)[F::PANELS][N / 2]) {
     typename F::Stages read = ring; // the stage whose products may be under way
     bool               accumulate = false;
     for (uint32_t b = item.first_block(); b < item.end_block(); b++) {
         ring.wait_full();
-        const uint32_t values = mn_major(block.stage(ring), BLOCK_KEYS), weights = k_major(block.shared + F::P_AT + b * N * PITCH);
+        const uint32_t values = mn_major(block.stage(ring), BLOCK_KEYS),
+                       weights = k_major(block.shared + F::P_AT + b * N * PITCH);
 #pragma unroll
         for (uint32_t panel = 0; panel < F::PANELS; panel++) pin(o[panel]);
         wgmma_fence();
@@ -315,8 +352,9 @@ __device__ __forceinline__ void multiply_values(const Block<F>& block, const Dec
         for (uint32_t step = 0; step < BLOCK_KEYS / 16; step++) {
 #pragma unroll
             for (uint32_t panel = 0; panel < F::PANELS; panel++)
-                wgmma<typename F::T, true, false>(o[panel], values + (panel * PANEL_BYTES >> 4) + step * MN_MAJOR_STEP, weights + step * K_MAJOR_STEP,
-                                                  accumulate);
+                wgmma<typename F::T, true, false>(o[panel],
+                                                  values + (panel * PANEL_BYTES >> 4) + step * MN_MAJOR_STEP,
+                                                  weights + step * K_MAJOR_STEP, accumulate);
             accumulate = true;
         }
         wgmma_commit();
@@ -335,8 +373,8 @@ __device__ __forceinline__ void multiply_values(const Block<F>& block, const Dec
 
 // The partial results of N rows: sums of the group's heads, then maxima, then sums of exponentials.
 template <typename F, int N>
-__device__ __forceinline__ void keep(const Block<F>& block, const DecodeItem& item, uint32_t first_row, uint32_t group, float largest,
-                                     const float (&o)[F::PANELS][N / 2]) {
+__device__ __forceinline__ void keep(const Block<F>& block, const DecodeItem& item, uint32_t first_row,
+                                     uint32_t group, float largest, const float (&o)[F::PANELS][N / 2]) {
     const Small<F::ROWS>& small = block.small();
     float* const          partials = block.p.partials + item.part * block.part_stride;
 #pragma unroll
@@ -345,19 +383,22 @@ __device__ __forceinline__ void keep(const Block<F>& block, const DecodeItem& it
         if (row >= item.rows) continue;
         float* const sums = partials + small.partial_at[row] + 16 * warp() + lane() / 4;
 #pragma unroll
-        for (uint32_t i = 0; i < 2 * F::PANELS; i++) sums[i / 2 * 64 + i % 2 * 8] = o[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2];
+        for (uint32_t i = 0; i < 2 * F::PANELS; i++)
+            sums[i / 2 * 64 + i % 2 * 8] = o[i / 2][c / 2 * 4 + i % 2 * 2 + c % 2];
     }
     const uint32_t i = threadIdx.x, row = first_row + i;
     if (i >= N || row >= item.rows) return;
     const uint32_t head = (item.first_row + row) % group;
     float* const   sums = partials + small.partial_at[row] - head * F::D;
     sums[group * F::D + head] = largest;
-    sums[group * (F::D + 1) + head] = ((small.sums[0][i] + small.sums[1][i]) + small.sums[2][i]) + small.sums[3][i];
+    sums[group * (F::D + 1) + head] =
+        ((small.sums[0][i] + small.sums[1][i]) + small.sums[2][i]) + small.sums[3][i];
 }
 
 // A part for N rows. The last to need its stages hands them back.
 template <typename F, int N>
-__device__ __forceinline__ void attend(const Block<F>& block, const typename F::Items& items, const DecodeItem& item, uint32_t first_row, bool is_last,
+__device__ __forceinline__ void attend(const Block<F>& block, const typename F::Items& items,
+                                       const DecodeItem& item, uint32_t first_row, bool is_last,
                                        typename F::Stages& ring) {
     const bool clears = item.has_edges() && first_row == 0;
     if (clears) {
@@ -379,30 +420,39 @@ __device__ __forceinline__ void attend(const Block<F>& block, const typename F::
 
 // The parts of one sequence and KV head, a warp a row. A row that has met a NaN is computed anew, by itself:
 // within an item a weight of 0 meets the values of later tokens, whose infinity or NaN is not this row's.
-template <typename F> __device__ __forceinline__ void merge(const Block<F>& block, const Head& head, uint32_t group, uint32_t window) {
+template <typename F> __device__ __forceinline__ void merge(const Block<F>& block, const Head& head,
+                                                            uint32_t group, uint32_t window) {
     using T = typename F::T;
     const AttentionParams& p = block.p.attention;
     const DecodeStep       step = {head.first_token, head.tokens, head.length};
-    float* const           room = reinterpret_cast<float*>(block.dynamic + F::P_AT) + warp() * (2 * F::D + 96);
-    const RowScratch       scratch = {room, room + F::D, reinterpret_cast<int64_t*>(room + 2 * F::D), room + 2 * F::D + 64};
+    float* const     room = reinterpret_cast<float*>(block.dynamic + F::P_AT) + warp() * (2 * F::D + 96);
+    const RowScratch scratch = {room, room + F::D, reinterpret_cast<int64_t*>(room + 2 * F::D),
+                                room + 2 * F::D + 64};
     static_assert(4 * (2 * F::D + 96) * sizeof(float) <= F::P_BYTES, "room for four warps");
     const int64_t stride = block.part_stride;
     for (uint32_t row = warp(); row < head.tokens * group; row += WARPGROUP / 32) {
         const uint32_t token = row / group, of_group = row % group, q_head = head.kv_head * group + of_group;
-        const uint32_t begin = step.oldest(token, window) / PART_KEYS, end = step.position(token) / PART_KEYS + 1; // parts
-        const float*   partials = block.p.partials + block.partial_at(head.first_token + token, 0, head.kv_head);
-        const float    sink = p.sinks ? p.sinks[q_head] * LOG2_E : -infinity();
+        const uint32_t begin = step.oldest(token, window) / PART_KEYS,
+                       end = step.position(token) / PART_KEYS + 1; // parts
+        const float*   partials =
+            block.p.partials + block.partial_at(head.first_token + token, 0, head.kv_head);
+        const float sink = p.sinks ? p.sinks[q_head] * LOG2_E : -infinity();
 
         // A lane holds maximum and sum of a part, of 32 at a time.
         const float* const maxima = partials + group * F::D + of_group;
-        const auto         largest_of = [&](uint32_t part) { return part < end ? maxima[part * stride] : -infinity(); };
-        const auto         sum_of = [&](uint32_t part) { return part < end ? maxima[part * stride + group] : 0.0f; };
-        float              own_largest = largest_of(begin + lane()), own_sum = sum_of(begin + lane()), largest = fmaxf(sink, own_largest);
-        for (uint32_t part = begin + 32 + lane(); part < end; part += 32) largest = fmaxf(largest, maxima[part * stride]);
+        const auto         largest_of = [&](uint32_t part) {
+            return part < end ? maxima[part * stride] : -infinity();
+        };
+        const auto sum_of = [&](uint32_t part) { return part < end ? maxima[part * stride + group] : 0.0f; };
+        float      own_largest = largest_of(begin + lane()), own_sum = sum_of(begin + lane()),
+                   largest = fmaxf(sink, own_largest);
+        for (uint32_t part = begin + 32 + lane(); part < end; part += 32)
+            largest = fmaxf(largest, maxima[part * stride]);
         largest = warp_max(largest);
-        const float shift = largest == -infinity() ? 0.0f : largest; // no score above -inf: no weight, not NaN
-        float       total = p.sinks ? exp2_approx(sink - shift) : 0.0f;
-        float2      sums[F::PANELS] = {};
+        const float shift =
+            largest == -infinity() ? 0.0f : largest; // no score above -inf: no weight, not NaN
+        float  total = p.sinks ? exp2_approx(sink - shift) : 0.0f;
+        float2 sums[F::PANELS] = {};
         for (uint32_t from = begin; from < end; from += 32) {
             if (from > begin) {
                 own_largest = largest_of(from + lane());
@@ -462,7 +512,8 @@ template <typename F> __device__ __forceinline__ void close(const Block<F>& bloc
 
 // The parts of the block's share; heads are merged as they become complete, first those that are this block's
 // alone.
-template <typename F> __device__ __forceinline__ void consume(const Block<F>& block, typename F::Items& items, typename F::Stages ring) {
+template <typename F> __device__ __forceinline__ void consume(const Block<F>& block, typename F::Items& items,
+                                                              typename F::Stages ring) {
     Small<F::ROWS>& small = block.small();
     uint32_t        done = 0, opened = 0, closed = 0;
     bool            is_fresh = true, is_over = false;
@@ -487,8 +538,15 @@ template <typename F> __device__ __forceinline__ void consume(const Block<F>& bl
             done++;
             const bool closes = items.ends_head() || items.is_last();
             if (closes) {
-                const uint32_t all = items.items_of_head(), counter = done < all ? items.first_block_of_head() : 0;
-                head = {items.step.first_token, items.step.tokens, items.step.length, item.kv_head, done, all, counter};
+                const uint32_t all = items.items_of_head(),
+                               counter = done < all ? items.first_block_of_head() : 0;
+                head = {items.step.first_token,
+                        items.step.tokens,
+                        items.step.length,
+                        item.kv_head,
+                        done,
+                        all,
+                        counter};
                 done = 0;
             }
             items.advance();
@@ -516,8 +574,8 @@ template <typename F> __device__ __forceinline__ void consume(const Block<F>& bl
 
 template <typename F> __device__ __forceinline__ void attention(const TiledAttentionParams& p) {
     extern __shared__ __align__(1024) unsigned char dynamic[];
-    const uint32_t           shared = shared_address(dynamic);
-    const typename F::Stages ring{shared + F::BARRIERS_AT};
+    const uint32_t                                  shared = shared_address(dynamic);
+    const typename F::Stages                        ring{shared + F::BARRIERS_AT};
     if (threadIdx.x == 0) {
         ring.init(1, WARPGROUP / 32);
         fence_mbarrier_init();
@@ -536,19 +594,9 @@ template <typename F> __device__ __forceinline__ void attention(const TiledAtten
     }
 }
 
-#define ENTRY(NAME, T, D, CAPPED)                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode_##NAME(const __grid_constant__ TiledAttentionParams p) {             \
-        attention<Form<T, D, CAPPED>>(p);                                                                                                           \
+#define ENTRY(NAME, T, D, CAPPED)                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                      \
+        attention_decode_##NAME(const __grid_constant__ TiledAttentionParams p) { \
+        attention<Form<T, D, CAPPED>>(p);                                         \
     }
-ENTRY(bf16_64, bf16, 64, false)
-ENTRY(bf16_128, bf16, 128, false)
-ENTRY(bf16_256, bf16, 256, false)
-ENTRY(bf16_64_capped, bf16, 64, true)
-ENTRY(bf16_128_capped, bf16, 128, true)
-ENTRY(bf16_256_capped, bf16, 256, true)
-ENTRY(f16_64, f16, 64, false)
-ENTRY(f16_128, f16, 128, false)
-ENTRY(f16_256, f16, 256, false)
-ENTRY(f16_64_capped, f16, 64, true)
-ENTRY(f16_128_capped, f16, 128, true)
-ENTRY(f16_256_capped, f16, 256, true)
+ATTENTION_ENTRIES

@@ -20,10 +20,20 @@ template <typename T> __device__ __forceinline__ void attention(const AttentionP
     __shared__ float        weights[WARPS][32];
     float* const            query = dynamic + warp() * 2 * p.head_dim;
     const RowScratch        scratch = {query, query + p.head_dim, value_at[warp()], weights[warp()]};
-    for (int64_t item = int64_t(blockIdx.x) * WARPS + warp(); item < p.num_tokens * p.num_heads; item += int64_t(gridDim.x) * WARPS)
+    for (int64_t item = int64_t(blockIdx.x) * WARPS + warp(); item < p.num_tokens * p.num_heads;
+         item += int64_t(gridDim.x) * WARPS)
         attend_row<T>(p, item / p.num_heads, item % p.num_heads, scratch);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_f32(const __grid_constant__ AttentionParams p) { attention<float>(p); }
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_bf16(const __grid_constant__ AttentionParams p) { attention<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_f16(const __grid_constant__ AttentionParams p) { attention<f16>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    attention_f32(const __grid_constant__ AttentionParams p) {
+    attention<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    attention_bf16(const __grid_constant__ AttentionParams p) {
+    attention<bf16>(p);
+}
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    attention_f16(const __grid_constant__ AttentionParams p) {
+    attention<f16>(p);
+}

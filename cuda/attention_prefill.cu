@@ -23,6 +23,7 @@
 //           it. Slots that no token of the step sees are therefore cleared before they are multiplied. Rows
 //           that still result in NaN are computed again by attend_row.
 #include "common/activation.cuh"
+#include "common/attention_entries.cuh"
 #include "common/attention_row.cuh"
 #include "common/prefill_tiles.cuh"
 #include "common/ring.cuh"
@@ -32,10 +33,10 @@
 #include "common/ptx/warp.cuh"
 #include "common/ptx/wgmma.cuh"
 
-enum : int { HALF = 64 };             // rows of a consumer
-enum : int { QUERY_WARPS = 2 };       // that load queries
-enum : int { FIRST_TURN = 1 };        // the named barrier of the first consumer's turn
-enum : uint32_t { NO_TILE = ~0u };    // instead of a sequence
+enum : int { HALF = 64 };          // rows of a consumer
+enum : int { QUERY_WARPS = 2 };    // that load queries
+enum : int { FIRST_TURN = 1 };     // the named barrier of the first consumer's turn
+enum : uint32_t { NO_TILE = ~0u }; // instead of a sequence
 enum : int { TILE_WORDS = 8 };
 
 template <typename T_, int DIM_, bool CAPPED_> struct Form {
@@ -43,12 +44,22 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
     enum : bool { CAPPED = CAPPED_ };
     enum : int { DIM = DIM_, PANELS = DIM / 64, KEYS = DIM == 256 ? 64 : 128, STAGES = DIM == 64 ? 8 : 4 };
     // Three consumers have 160 registers each. A cap needs more, and has two.
-    enum : int { CONSUMERS = DIM == 64 && !CAPPED ? 3 : 2, ROWS = CONSUMERS * HALF, THREADS = (1 + CONSUMERS) * WARPGROUP };
-    enum : int { PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232 };
+    enum : int {
+        CONSUMERS = DIM == 64 && !CAPPED ? 3 : 2,
+        ROWS = CONSUMERS * HALF,
+        THREADS = (1 + CONSUMERS) * WARPGROUP
+    };
+    enum : int {
+        PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40,
+        CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232
+    };
     // Panels are 64 columns wide. A warp's slab holds a panel of its 16 rows on their way out, or what
     // attend_row needs.
     enum : int { QUERY_PANEL = ROWS * PITCH, BLOCK_PANEL = KEYS * PITCH, BLOCK_BYTES = PANELS * BLOCK_PANEL };
-    enum : int { ROW_BYTES = 8 * DIM + 32 * 12, SLAB_BYTES = ROW_BYTES > 16 * PITCH ? ROW_BYTES : 16 * PITCH };
+    enum : int {
+        ROW_BYTES = 8 * DIM + 32 * 12,
+        SLAB_BYTES = ROW_BYTES > 16 * PITCH ? ROW_BYTES : 16 * PITCH
+    };
     using Blocks = Ring<STAGES, 1>;
     using Once = Ring<1, 1>;
     enum : int {
@@ -67,7 +78,7 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
     Once                        queries, tiles;
     Blocks                      blocks; // of keys and of values, in the order of their use
     // A barrier for values of which some are cleared before consumers see them, and how often it was used.
-    uint32_t                    landed, landings = 0;
+    uint32_t landed, landings = 0;
 
     __device__ __forceinline__ Form(const TiledAttentionParams& p, uint32_t shared)
         : p(p), shared(shared), queries{shared + BARRIERS_AT}, tiles{queries.barriers + Once::BYTES},
@@ -85,7 +96,8 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
         tiles.wait_empty();
         __syncwarp(); // lane 0 begins another phase
         if (lane() == 0) {
-            const uint32_t words[] = {tile.sequence, tile.kv_head, tile.row, tile.rows, tile.token, tile.history};
+            const uint32_t words[] = {tile.sequence, tile.kv_head, tile.row,
+                                      tile.rows,     tile.token,   tile.history};
 #pragma unroll
             for (int i = 0; i < 6; i++) store_shared_4(shared + TILE_AT + 4 * i, words[i]);
             mbarrier_arrive(tiles.full());
@@ -96,7 +108,8 @@ template <typename T_, int DIM_, bool CAPPED_> struct Form {
     __device__ __forceinline__ bool take(PrefillTile& tile) {
         tiles.wait_full();
         const uint4 a = load_shared_16(shared + TILE_AT);
-        tile = {a.x, a.y, a.z, a.w, load_shared_4(shared + TILE_AT + 16), load_shared_4(shared + TILE_AT + 20)};
+        tile = {
+            a.x, a.y, a.z, a.w, load_shared_4(shared + TILE_AT + 16), load_shared_4(shared + TILE_AT + 20)};
         __syncwarp();
         tiles.release();
         tiles.advance();
@@ -114,27 +127,35 @@ struct BlockRange {
 };
 template <typename F> __device__ __forceinline__ BlockRange blocks_of(const F& f, const PrefillTile& tile) {
     const uint32_t group = uint32_t(f.p.attention.group), last_row = min(tile.row + F::ROWS, tile.rows) - 1;
-    return {f.oldest(int(tile.history + tile.row / group)) / F::KEYS, int(tile.history + last_row / group) / F::KEYS};
+    return {f.oldest(int(tile.history + tile.row / group)) / F::KEYS,
+            int(tile.history + last_row / group) / F::KEYS};
 }
 
 // Zeros in some rows of a block. By a warp.
 template <typename F> __device__ __forceinline__ void clear_rows(uint32_t block, int begin, int end) {
     for (int i = begin * 8 + lane(); i < end * 8; i += 32)
-        for (int panel = 0; panel < F::PANELS; panel++) clear_shared_16(block + panel * F::BLOCK_PANEL + i * 16);
+        for (int panel = 0; panel < F::PANELS; panel++)
+            clear_shared_16(block + panel * F::BLOCK_PANEL + i * 16);
 }
 
 // Loads a block of keys or values. No token of the step sees positions before `from`, or from `to` on. A box
 // that holds only such positions is not loaded, since its page may not exist. What is not loaded is cleared:
 // of keys whole boxes, because other scores are hidden later; of values every such position.
-template <typename F> __device__ __forceinline__ void load_block(F& f, const PrefillTile& tile, bool is_values, int block, int from, int to) {
+template <typename F> __device__ __forceinline__ void load_block(F& f, const PrefillTile& tile,
+                                                                 bool is_values, int block, int from,
+                                                                 int to) {
     const PageParams& pages = f.p.attention.pages;
-    const int         first = block * F::KEYS, box_keys = int(f.p.box_keys), box = int(lane()) * box_keys, key = first + box;
-    const bool        is_loaded = box < F::KEYS && key < to && key + box_keys > from, is_edge = first < from || first + F::KEYS > to;
+    const int         first = block * F::KEYS, box_keys = int(f.p.box_keys), box = int(lane()) * box_keys,
+                      key = first + box;
+    const bool        is_loaded = box < F::KEYS && key < to && key + box_keys > from,
+                      is_edge = first < from || first + F::KEYS > to;
     const uint32_t    page_tokens = uint32_t(pages.page_tokens);
-    const uint32_t    page = is_loaded ? pages.block_table[tile.sequence * pages.table_stride + uint32_t(key) / page_tokens] : 0;
-    const uint32_t    boxes = __ballot_sync(FULL_WARP, is_loaded), at = f.shared + F::BLOCKS_AT + f.blocks.stage * F::BLOCK_BYTES;
-    const uint32_t    barrier = is_values && is_edge ? f.landed : f.blocks.full();
-    const TensorMap&  map = is_values ? f.p.value_map : f.p.key_map;
+    const uint32_t    page =
+        is_loaded ? pages.block_table[tile.sequence * pages.table_stride + uint32_t(key) / page_tokens] : 0;
+    const uint32_t   boxes = __ballot_sync(FULL_WARP, is_loaded),
+                     at = f.shared + F::BLOCKS_AT + f.blocks.stage * F::BLOCK_BYTES;
+    const uint32_t   barrier = is_values && is_edge ? f.landed : f.blocks.full();
+    const TensorMap& map = is_values ? f.p.value_map : f.p.key_map;
     f.blocks.wait_empty();
     if (!is_values && is_edge) {
         const int begin = __ffs(boxes) - 1;
@@ -148,7 +169,8 @@ template <typename F> __device__ __forceinline__ void load_block(F& f, const Pre
     if (is_loaded)
 #pragma unroll
         for (int panel = 0; panel < F::PANELS; panel++)
-            tma_load_4d(at + panel * F::BLOCK_PANEL + box * PITCH, map, panel * 64, uint32_t(key) % page_tokens, tile.kv_head, page, barrier);
+            tma_load_4d(at + panel * F::BLOCK_PANEL + box * PITCH, map, panel * 64,
+                        uint32_t(key) % page_tokens, tile.kv_head, page, barrier);
     if (is_values && is_edge) {
         while (!mbarrier_try_wait(f.landed, f.landings % 2)) {}
         f.landings++;
@@ -166,11 +188,14 @@ template <typename F> __device__ __forceinline__ void load_block(F& f, const Pre
 template <typename F> __device__ __forceinline__ void load_blocks(F f) {
     for (PrefillTile tile; f.take(tile);) {
         const BlockRange blocks = blocks_of(f, tile);
-        const int        from = f.oldest(int(tile.history)), to = int(tile.history + tile.rows / uint32_t(f.p.attention.group));
-        for (int block = blocks.last; block >= blocks.first - 1; block--) // its keys, and the values of the one before
+        const int        from = f.oldest(int(tile.history)),
+                         to = int(tile.history + tile.rows / uint32_t(f.p.attention.group));
+        for (int block = blocks.last; block >= blocks.first - 1;
+             block--) // its keys, and the values of the one before
 #pragma unroll 1
             for (int ahead = 0; ahead < 2; ahead++)
-                if (blocks.first <= block + ahead && block + ahead <= blocks.last) load_block(f, tile, ahead == 1, block + ahead, from, to);
+                if (blocks.first <= block + ahead && block + ahead <= blocks.last)
+                    load_block(f, tile, ahead == 1, block + ahead, from, to);
     }
 }
 
@@ -193,23 +218,27 @@ template <typename F> __device__ __forceinline__ void find_tiles(F f) {
 template <typename F> __device__ __forceinline__ void load_queries(F f) {
     using T = typename F::T;
     const AttentionParams& p = f.p.attention;
-    const uint32_t         thread = threadIdx.x - 32, chunk = thread % 8, first = thread / 8, group = uint32_t(p.group);
+    const uint32_t         thread = threadIdx.x - 32, chunk = thread % 8, first = thread / 8,
+                           group = uint32_t(p.group);
     enum : int { EACH = QUERY_WARPS * 32 / 8 }; // rows at a time
     for (PrefillTile tile; f.take(tile);) {
         f.queries.wait_empty();
 #pragma unroll 1
         for (uint32_t row = first; row < F::ROWS; row += EACH) {
-            const uint32_t at = tile.row + row, token = tile.token + at / group, head = tile.kv_head * group + at % group;
+            const uint32_t at = tile.row + row, token = tile.token + at / group,
+                           head = tile.kv_head * group + at % group;
             const bool     is_there = at < tile.rows;
-            const T*       from = static_cast<const T*>(p.q) + (is_there ? token * p.q_stride + head * F::DIM + chunk * 8 : 0);
+            const T*       from =
+                static_cast<const T*>(p.q) + (is_there ? token * p.q_stride + head * F::DIM + chunk * 8 : 0);
             const uint32_t to = f.shared + row * PITCH + (chunk ^ row % 8) * 16;
 #pragma unroll
-            for (int panel = 0; panel < F::PANELS; panel++) cp_async_16(to + panel * F::QUERY_PANEL, from + panel * 64, is_there ? 16 : 0);
+            for (int panel = 0; panel < F::PANELS; panel++)
+                cp_async_16(to + panel * F::QUERY_PANEL, from + panel * 64, is_there ? 16 : 0);
         }
         cp_async_arrive(f.queries.full());
         f.queries.advance();
     }
-    cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
+    cp_async_wait_all(); // a thread must not exit before its copies and their arrivals are done
 }
 
 // What a thread holds of its two rows, lane / 4 of the warp's 16 and the one eight below.
@@ -219,33 +248,37 @@ struct RowPair {
 };
 
 // Scores of a block, as one batch that is left in flight.
-template <typename F> __device__ __forceinline__ void multiply_keys(float (&score)[F::KEYS / 2], uint32_t queries, uint32_t keys) {
+template <typename F>
+__device__ __forceinline__ void multiply_keys(float (&score)[F::KEYS / 2], uint32_t queries, uint32_t keys) {
     pin(score);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < F::DIM / 16; step++) {
         const int panel = step / 4, within = step % 4 * K_MAJOR_STEP;
-        wgmma<typename F::T, false, false>(score, queries + (panel * F::QUERY_PANEL >> 4) + within, keys + (panel * F::BLOCK_PANEL >> 4) + within,
-                                           step > 0);
+        wgmma<typename F::T, false, false>(score, queries + (panel * F::QUERY_PANEL >> 4) + within,
+                                           keys + (panel * F::BLOCK_PANEL >> 4) + within, step > 0);
     }
     wgmma_commit();
     pin(score);
 }
 
 // Weights times values, likewise.
-template <typename F>
-__device__ __forceinline__ void multiply_values(float (&out)[F::DIM / 2], const uint32_t (&weights)[F::KEYS / 4], uint32_t values) {
+template <typename F> __device__ __forceinline__ void multiply_values(float (&out)[F::DIM / 2],
+                                                                      const uint32_t (&weights)[F::KEYS / 4],
+                                                                      uint32_t values) {
     pin(out);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < F::KEYS / 16; step++)
-        wgmma_from_registers<typename F::T, true>(out, weights + 4 * step, values + step * MN_MAJOR_STEP, true);
+        wgmma_from_registers<typename F::T, true>(out, weights + 4 * step, values + step * MN_MAJOR_STEP,
+                                                  true);
     wgmma_commit();
     pin(out);
 }
 
 // Hides what the rows do not see of a block.
-template <typename F> __device__ __forceinline__ void hide(float (&score)[F::KEYS / 2], const RowPair& rows, int first_key, int window) {
+template <typename F> __device__ __forceinline__ void hide(float (&score)[F::KEYS / 2], const RowPair& rows,
+                                                           int first_key, int window) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         const int last = rows.position[row] - first_key - 2 * int(lane() % 4), first = last + 1 - window;
@@ -259,13 +292,14 @@ template <typename F> __device__ __forceinline__ void hide(float (&score)[F::KEY
 
 // Scores become weights, 2^(score * factor - largest). `rescale` is the factor for earlier weights under the
 // new maximum.
-template <typename F>
-__device__ __forceinline__ void soften(float (&score)[F::KEYS / 2], RowPair& rows, float (&rescale)[2], float factor) {
+template <typename F> __device__ __forceinline__ void soften(float (&score)[F::KEYS / 2], RowPair& rows,
+                                                             float (&rescale)[2], float            factor) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float largest = rows.largest[row];
 #pragma unroll
-        for (int i = 2 * row; i < F::KEYS / 2; i += 4) largest = fmaxf(largest, fmaxf(score[i], score[i + 1]));
+        for (int i = 2 * row; i < F::KEYS / 2; i += 4)
+            largest = fmaxf(largest, fmaxf(score[i], score[i + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
         // As long as nothing is seen there is no weight, not NaN.
@@ -290,30 +324,35 @@ template <typename F> __device__ __forceinline__ void cap_scores(float (&score)[
     for (int i = 0; i < F::KEYS / 2; i++) score[i] = 0.5f - reciprocal(1.0f + exp2_approx(score[i] * inner));
 }
 
-template <typename F> __device__ __forceinline__ void pack_weights(uint32_t (&weights)[F::KEYS / 4], const float (&weight)[F::KEYS / 2]) {
+template <typename F> __device__ __forceinline__ void pack_weights(uint32_t (&weights)[F::KEYS / 4],
+                                                                   const float (&weight)[F::KEYS / 2]) {
 #pragma unroll
     for (int i = 0; i < F::KEYS / 4; i++) weights[i] = pack<typename F::T>(weight[2 * i], weight[2 * i + 1]);
 }
 
 // Stores a warp's 16 rows, the first of them row `first` of the sequence. Staging lets eight threads write
 // 128 bytes of one row.
-template <typename F>
-__device__ __forceinline__ void store_rows(const F& f, const PrefillTile& tile, uint32_t first, uint32_t slab, const float (&out)[F::DIM / 2]) {
+template <typename F> __device__ __forceinline__ void store_rows(const F& f, const PrefillTile& tile,
+                                                                 uint32_t first, uint32_t slab,
+                                                                 const float (&out)[F::DIM / 2]) {
     using T = typename F::T;
     const AttentionParams& p = f.p.attention;
-    const uint32_t         group = uint32_t(p.group), into = slab + lane() % 16 * PITCH, chunk = lane() / 16, column = lane() % 8;
+    const uint32_t         group = uint32_t(p.group), into = slab + lane() % 16 * PITCH, chunk = lane() / 16,
+                           column = lane() % 8;
     T*                     to[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t at = first + 4 * i + lane() / 8;
-        to[i] = static_cast<T*>(p.out) + (tile.token + at / group) * p.out_stride + (tile.kv_head * group + at % group) * F::DIM + 8 * column;
+        to[i] = static_cast<T*>(p.out) + (tile.token + at / group) * p.out_stride +
+                (tile.kv_head * group + at % group) * F::DIM + 8 * column;
     }
 #pragma unroll
     for (int panel = 0; panel < F::PANELS; panel++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float* s = out + 32 * panel + 8 * i; // 16 columns
-            stmatrix_x4(into + ((2 * i + chunk) ^ lane() % 8) * 16, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]), pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
+            stmatrix_x4(into + ((2 * i + chunk) ^ lane() % 8) * 16, pack<T>(s[0], s[1]), pack<T>(s[2], s[3]),
+                        pack<T>(s[4], s[5]), pack<T>(s[6], s[7]));
         }
         __syncwarp();
 #pragma unroll
@@ -328,10 +367,12 @@ __device__ __forceinline__ void store_rows(const F& f, const PrefillTile& tile, 
 
 // Divides by the sums of weights and stores. Rows with a NaN are computed again, since it may be the NaN of a
 // value that they do not see.
-template <typename F>
-__device__ __forceinline__ void finish(const F& f, const PrefillTile& tile, uint32_t warp, RowPair& rows, float (&out)[F::DIM / 2]) {
+template <typename F> __device__ __forceinline__ void finish(const F& f, const PrefillTile& tile,
+                                                             uint32_t warp, RowPair& rows,
+                                                             float (&out)[F::DIM / 2]) {
     const AttentionParams& p = f.p.attention;
-    const uint32_t         group = uint32_t(p.group), first = tile.row + warp * 16, slab = f.shared + F::SLABS_AT + warp * F::SLAB_BYTES;
+    const uint32_t         group = uint32_t(p.group), first = tile.row + warp * 16,
+                           slab = f.shared + F::SLABS_AT + warp * F::SLAB_BYTES;
     uint32_t               strange[2]; // a bit for each lane whose part of the row has a NaN
 #pragma unroll
     for (int row = 0; row < 2; row++) {
@@ -357,11 +398,13 @@ __device__ __forceinline__ void finish(const F& f, const PrefillTile& tile, uint
     if ((strange[0] | strange[1]) == 0) return;
     unsigned char* const memory = static_cast<unsigned char*>(__cvta_shared_to_generic(slab));
     float* const         query = reinterpret_cast<float*>(memory);
-    const RowScratch     scratch = {query, query + F::DIM, reinterpret_cast<int64_t*>(memory + 8 * F::DIM), reinterpret_cast<float*>(memory + 8 * F::DIM + 256)};
+    const RowScratch     scratch = {query, query + F::DIM, reinterpret_cast<int64_t*>(memory + 8 * F::DIM),
+                                    reinterpret_cast<float*>(memory + 8 * F::DIM + 256)};
 #pragma unroll 1
     for (uint32_t row = 0; row < 16; row++) {
         const uint32_t at = first + row, lanes = (row < 8 ? strange[0] : strange[1]) >> row % 8 * 4 & 15;
-        if (lanes && at < tile.rows) attend_row<typename F::T>(p, tile.token + at / group, tile.kv_head * group + at % group, scratch);
+        if (lanes && at < tile.rows)
+            attend_row<typename F::T>(p, tile.token + at / group, tile.kv_head * group + at % group, scratch);
     }
     __syncwarp();
 }
@@ -369,24 +412,28 @@ __device__ __forceinline__ void finish(const F& f, const PrefillTile& tile, uint
 // The other warpgroups.
 template <typename F> __device__ __forceinline__ void consume(F f) {
     const AttentionParams& p = f.p.attention;
-    const uint32_t         warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0) - WARPGROUP / 32, consumer = warp / 4, group = uint32_t(p.group);
-    const uint32_t         turn = FIRST_TURN + consumer, next_turn = FIRST_TURN + (consumer + 1) % F::CONSUMERS;
-    const uint32_t         queries = k_major(f.shared + consumer * HALF * PITCH);
-    const uint32_t         keys = k_major(f.shared + F::BLOCKS_AT), values = mn_major(f.shared + F::BLOCKS_AT, F::KEYS);
+    const uint32_t warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0) - WARPGROUP / 32, consumer = warp / 4,
+                   group = uint32_t(p.group);
+    const uint32_t turn = FIRST_TURN + consumer, next_turn = FIRST_TURN + (consumer + 1) % F::CONSUMERS;
+    const uint32_t queries = k_major(f.shared + consumer * HALF * PITCH);
+    const uint32_t keys = k_major(f.shared + F::BLOCKS_AT),
+                   values = mn_major(f.shared + F::BLOCKS_AT, F::KEYS);
     if (consumer == F::CONSUMERS - 1) barrier_arrive(FIRST_TURN, 2 * WARPGROUP);
     for (PrefillTile tile; f.take(tile);) {
         const BlockRange blocks = blocks_of(f, tile);
         RowPair          rows;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            rows.position[row] = int(tile.history + min(tile.row + warp * 16 + lane() / 4 + 8 * row, tile.rows - 1) / group);
+            rows.position[row] =
+                int(tile.history + min(tile.row + warp * 16 + lane() / 4 + 8 * row, tile.rows - 1) / group);
             rows.largest[row] = -infinity();
             rows.sum[row] = 0.0f;
         }
         const auto weigh = [&](float (&score)[F::KEYS / 2], float (&rescale)[2], int block) {
             if constexpr (bool(F::CAPPED)) cap_scores<F>(score, f.p.inner);
             const int  first_key = block * F::KEYS;
-            const bool sees_all = first_key + F::KEYS - 1 <= rows.position[0] && first_key + f.window() > rows.position[1];
+            const bool sees_all =
+                first_key + F::KEYS - 1 <= rows.position[0] && first_key + f.window() > rows.position[1];
             if (!__all_sync(FULL_WARP, sees_all)) hide<F>(score, rows, first_key, f.window());
             soften<F>(score, rows, rescale, f.p.factor);
         };
@@ -441,7 +488,7 @@ template <typename F> __device__ __forceinline__ void consume(F f) {
 
 template <typename F> __device__ __forceinline__ void attention(const TiledAttentionParams& p) {
     extern __shared__ __align__(1024) unsigned char dynamic[];
-    const F f(p, shared_address(dynamic));
+    const F                                         f(p, shared_address(dynamic));
     if (threadIdx.x == 0) {
         prefetch_tensor_map(p.key_map);
         prefetch_tensor_map(p.value_map);
@@ -453,28 +500,21 @@ template <typename F> __device__ __forceinline__ void attention(const TiledAtten
     const uint32_t warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0);
     if (warp < WARPGROUP / 32) {
         registers_dec<F::PRODUCER_REGISTERS>();
-        if (warp == 0) load_blocks<F>(f);
-        else if (warp <= QUERY_WARPS) load_queries<F>(f);
-        else find_tiles<F>(f);
+        if (warp == 0)
+            load_blocks<F>(f);
+        else if (warp <= QUERY_WARPS)
+            load_queries<F>(f);
+        else
+            find_tiles<F>(f);
     } else {
         registers_inc<F::CONSUMER_REGISTERS>();
         consume<F>(f);
     }
 }
 
-#define ENTRY(NAME, T, DIM, CAPPED)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(Form<T, DIM, CAPPED>::THREADS, 1) attention_prefill_##NAME(const __grid_constant__ TiledAttentionParams p) { \
-        attention<Form<T, DIM, CAPPED>>(p);                                                                             \
+#define ENTRY(NAME, T, DIM, CAPPED)                                                \
+    extern "C" __global__ void __launch_bounds__(Form<T, DIM, CAPPED>::THREADS, 1) \
+        attention_prefill_##NAME(const __grid_constant__ TiledAttentionParams p) { \
+        attention<Form<T, DIM, CAPPED>>(p);                                        \
     }
-ENTRY(bf16_64, bf16, 64, false)
-ENTRY(bf16_128, bf16, 128, false)
-ENTRY(bf16_256, bf16, 256, false)
-ENTRY(bf16_64_capped, bf16, 64, true)
-ENTRY(bf16_128_capped, bf16, 128, true)
-ENTRY(bf16_256_capped, bf16, 256, true)
-ENTRY(f16_64, f16, 64, false)
-ENTRY(f16_128, f16, 128, false)
-ENTRY(f16_256, f16, 256, false)
-ENTRY(f16_64_capped, f16, 64, true)
-ENTRY(f16_128_capped, f16, 128, true)
-ENTRY(f16_256_capped, f16, 256, true)
+ATTENTION_ENTRIES

@@ -22,7 +22,8 @@ template <typename T> __device__ void uniform(const UniformParams& p) {
         T*             ys = static_cast<T*>(p.y) + row * p.y_stride;
         const uint64_t first = p.first + uint64_t(row) * uint64_t(p.cols);
         const int      skip = 16 * int(first % 4); // bits of a word in front of a vector's first number
-        for (int64_t col = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * SIZE; col < p.cols; col += int64_t(gridDim.x) * blockDim.x * SIZE) {
+        for (int64_t col = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * SIZE; col < p.cols;
+             col += int64_t(gridDim.x) * blockDim.x * SIZE) {
             const uint64_t at = (first + uint64_t(col)) / 4;
             uint64_t       low = word(p.state, at);
             Vec<T>         y;
@@ -36,13 +37,23 @@ template <typename T> __device__ void uniform(const UniformParams& p) {
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    y.at[4 * i + j] = from_f32<T>(p.scale * (float(static_cast<short>(four >> 16 * j)) / 32768.0f));
+                    y.at[4 * i + j] =
+                        from_f32<T>(p.scale * (float(static_cast<short>(four >> 16 * j)) / 32768.0f));
             }
             store_first(ys + col, p.cols - col, y);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) random_uniform_f32(const __grid_constant__ UniformParams p) { uniform<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) random_uniform_bf16(const __grid_constant__ UniformParams p) { uniform<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) random_uniform_f16(const __grid_constant__ UniformParams p) { uniform<f16>(p); }
+extern "C" __global__ void __launch_bounds__(256)
+    random_uniform_f32(const __grid_constant__ UniformParams p) {
+    uniform<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    random_uniform_bf16(const __grid_constant__ UniformParams p) {
+    uniform<bf16>(p);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    random_uniform_f16(const __grid_constant__ UniformParams p) {
+    uniform<f16>(p);
+}

@@ -387,7 +387,9 @@ extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_route_any(
 
 // ---- count
 
-extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32) router_count(const __grid_constant__ CountParams p) {
+extern "C" __global__ void __launch_bounds__(INDEX_WARPS * 32)
+    router_count(const __grid_constant__ CountParams p) {
     await_previous_launch();
-    for (int64_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) p.counts[e] += p.offsets[e + 1] - p.offsets[e];
+    for (int64_t e = threadIdx.x; e < p.num_experts; e += blockDim.x)
+        p.counts[e] += p.offsets[e + 1] - p.offsets[e];
 }

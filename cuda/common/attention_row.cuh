@@ -18,7 +18,8 @@ struct RowScratch {
     float*   weights;
 };
 
-template <typename T> __device__ __forceinline__ void attend_row(const AttentionParams& p, int64_t token, int64_t head, const RowScratch& scratch) {
+template <typename T> __device__ __forceinline__ void attend_row(const AttentionParams& p, int64_t token,
+                                                                 int64_t head, const RowScratch& scratch) {
     const int64_t kv_head = head / p.group;
     const Place   place = locate(p.pages, token);
     const T*      q = static_cast<const T*>(p.q) + token * p.q_stride + head * p.head_dim;
@@ -40,25 +41,30 @@ template <typename T> __device__ __forceinline__ void attend_row(const Attention
             const Slot slot = slot_of(p.pages, place.sequence, position);
             const T*   key = static_cast<const T*>(p.keys) + head_at(p.key_pool, slot, kv_head);
             float      dot = 0.0f;
-            for (int64_t begin = 0; begin < p.head_dim; begin += p.key_pool.chunk, key += p.key_pool.chunk_stride)
-                for (int64_t j = 0; j < p.key_pool.chunk; j++) dot += scratch.query[begin + j] * to_f32(key[j]);
+            for (int64_t begin = 0; begin < p.head_dim;
+                 begin += p.key_pool.chunk, key += p.key_pool.chunk_stride)
+                for (int64_t j = 0; j < p.key_pool.chunk; j++)
+                    dot += scratch.query[begin + j] * to_f32(key[j]);
             score = dot * p.scale;
             if (p.softcap < infinity()) score = p.softcap * tanhf(score / p.softcap);
             scratch.value_at[lane()] = head_at(p.value_pool, slot, kv_head);
         }
         const float now_largest = fmaxf(largest, warp_max(score));
-        const float shift = now_largest == -infinity() ? 0.0f : now_largest; // so far no score above -inf: no weight, not NaN
+        const float shift =
+            now_largest == -infinity() ? 0.0f : now_largest; // so far no score above -inf: no weight, not NaN
         const float weight = seen ? expf(score - shift) : 0.0f, rescale = expf(largest - shift);
         largest = now_largest;
         sum = sum * rescale + warp_sum(weight);
         scratch.weights[lane()] = weight;
         __syncwarp();
 
-        const int begin = int(max(int64_t(0), oldest - first)), end = int(min(int64_t(32), place.position + 1 - first));
+        const int begin = int(max(int64_t(0), oldest - first)),
+                  end = int(min(int64_t(32), place.position + 1 - first));
         for (int64_t j = lane(); j < p.head_dim; j += 32) {
             const T* value = static_cast<const T*>(p.values) + element_at(p.value_pool, j);
             float    total = scratch.sum_of_values[j] * rescale;
-            for (int key = begin; key < end; key++) total += scratch.weights[key] * to_f32(value[scratch.value_at[key]]);
+            for (int key = begin; key < end; key++)
+                total += scratch.weights[key] * to_f32(value[scratch.value_at[key]]);
             scratch.sum_of_values[j] = total;
         }
     }

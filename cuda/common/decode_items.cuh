@@ -38,7 +38,8 @@ struct DecodeExtent {
     uint32_t row_groups;  // groups of up to ROWS rows of one KV head
 
     __device__ __forceinline__ DecodeExtent() {}
-    __device__ __forceinline__ DecodeExtent(const DecodeStep& step, uint32_t window, uint32_t group, uint32_t rows) {
+    __device__ __forceinline__ DecodeExtent(const DecodeStep& step, uint32_t window, uint32_t group,
+                                            uint32_t rows) {
         const uint32_t oldest = step.oldest(0, window), end_block = (step.length - 1) / BLOCK_KEYS + 1;
         first_part = oldest / PART_KEYS;
         parts = (step.length - 1) / PART_KEYS + 1 - first_part;
@@ -47,7 +48,9 @@ struct DecodeExtent {
         row_groups = (step.tokens * group + rows - 1) / rows;
     }
     // Where a part begins, from the first one's beginning.
-    __device__ __forceinline__ uint32_t units_before(uint32_t part) const { return part == 0 ? 0 : first_units + (part - 1) * PART_UNITS; }
+    __device__ __forceinline__ uint32_t units_before(uint32_t part) const {
+        return part == 0 ? 0 : first_units + (part - 1) * PART_UNITS;
+    }
 };
 
 struct DecodeItem {
@@ -77,7 +80,8 @@ template <uint32_t ROWS> struct DecodeItems {
     uint32_t     row, row_at, part;
 
     __device__ __forceinline__ DecodeItems(const AttentionParams& p)
-        : pages(p.pages), kv_heads(uint32_t(p.num_heads) / uint32_t(p.group)), group(uint32_t(p.group)), window(uint32_t(min(p.window, int64_t(1) << 30))) {
+        : pages(p.pages), kv_heads(uint32_t(p.num_heads) / uint32_t(p.group)), group(uint32_t(p.group)),
+          window(uint32_t(min(p.window, int64_t(1) << 30))) {
         uint32_t all = 0;
 #pragma unroll 4
         for (uint32_t b = lane(); b < pages.num_sequences; b += 32) all += units(look_up(b));
@@ -115,23 +119,30 @@ template <uint32_t ROWS> struct DecodeItems {
         const bool     is_seen = oldest < first_key + PART_KEYS && behind > first_key;
         item.begin = is_seen ? max(oldest, first_key) - first_key : 0;
         item.end = is_seen ? min(behind, first_key + PART_KEYS) - first_key : 0;
-        item.is_masked = step.position(first) + 1 < first_key + PART_KEYS || step.oldest(last, window) > first_key;
+        item.is_masked =
+            step.position(first) + 1 < first_key + PART_KEYS || step.oldest(last, window) > first_key;
         return item;
     }
 
     // Of the pair of sequence and KV head: how many items it has, whether this is the last, and the block
     // whose share the first begins in.
     __device__ __forceinline__ uint32_t items_of_head() const { return extent.parts * extent.row_groups; }
-    __device__ __forceinline__ bool ends_head() const { return part + 1 == extent.parts && (row + 1) % extent.row_groups == 0; }
+    __device__ __forceinline__ bool     ends_head() const {
+        return part + 1 == extent.parts && (row + 1) % extent.row_groups == 0;
+    }
     __device__ __forceinline__ uint32_t first_block_of_head() const {
         return share_of(sequence_at + row / extent.row_groups * extent.row_groups * extent.row_units);
     }
 
-  private:
-    __device__ __forceinline__ uint32_t share_at(uint32_t block) const { return block * share_units + min(block, shares_with_one_more); }
+private:
+    __device__ __forceinline__ uint32_t share_at(uint32_t block) const {
+        return block * share_units + min(block, shares_with_one_more);
+    }
     __device__ __forceinline__ uint32_t share_of(uint32_t unit) const {
-        const uint32_t longer = shares_with_one_more * (share_units + 1); // units of the shares that have one more
-        return unit < longer ? unit / (share_units + 1) : shares_with_one_more + (unit - longer) / share_units;
+        const uint32_t longer =
+            shares_with_one_more * (share_units + 1); // units of the shares that have one more
+        return unit < longer ? unit / (share_units + 1)
+                             : shares_with_one_more + (unit - longer) / share_units;
     }
 
     __device__ __forceinline__ DecodeStep look_up(uint32_t b) const {
@@ -176,7 +187,10 @@ template <uint32_t ROWS> struct DecodeItems {
                 row = (unit - row_at) / extent.row_units;
                 row_at += row * extent.row_units;
                 const uint32_t within = unit - row_at;
-                if (within > 0) part = within <= extent.first_units ? 1 : 1 + (within - extent.first_units + PART_UNITS - 1) / PART_UNITS;
+                if (within > 0)
+                    part = within <= extent.first_units
+                               ? 1
+                               : 1 + (within - extent.first_units + PART_UNITS - 1) / PART_UNITS;
                 settle();
                 return;
             }

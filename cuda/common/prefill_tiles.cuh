@@ -27,9 +27,9 @@ template <uint32_t ROWS, uint32_t KEYS> struct PrefillTiles {
     const PageParams& pages;
     const uint32_t    group, num_kv_heads;
     // Blocks of the tiles that are looked at, and of the heaviest that come later.
-    uint32_t          level, next_level = 0;
-    uint32_t          chunk = 0;             // the first sequence of those that are looked at
-    uint32_t          first = 0;             // the index of their first tile
+    uint32_t level, next_level = 0;
+    uint32_t chunk = 0; // the first sequence of those that are looked at
+    uint32_t first = 0; // the index of their first tile
 
     __device__ __forceinline__ explicit PrefillTiles(const AttentionParams& p)
         : pages(p.pages), group(uint32_t(p.group)), num_kv_heads(uint32_t(p.num_heads / p.group)), level(0) {
@@ -44,7 +44,8 @@ template <uint32_t ROWS, uint32_t KEYS> struct PrefillTiles {
     __device__ __forceinline__ bool next(uint32_t index, PrefillTile& tile) {
         while (level > 0) {
             const Sequence s = sequence(chunk + lane());
-            const uint32_t below = tiles_within(s, level - 1), count = tiles_within(s, level) - below, tiles = count * num_kv_heads;
+            const uint32_t below = tiles_within(s, level - 1), count = tiles_within(s, level) - below,
+                           tiles = count * num_kv_heads;
             uint32_t       end = tiles; // of the lane's tiles, counted from `first`
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
@@ -53,7 +54,8 @@ template <uint32_t ROWS, uint32_t KEYS> struct PrefillTiles {
             }
             const uint32_t all = __shfl_sync(FULL_WARP, end, 31);
             if (index - first < all) {
-                const uint32_t within = index - first, owner = __ffs(__ballot_sync(FULL_WARP, end > within)) - 1;
+                const uint32_t within = index - first,
+                               owner = __ffs(__ballot_sync(FULL_WARP, end > within)) - 1;
                 const uint32_t place = within - (end - tiles), turn = count > 0 ? place % count : 0;
                 tile.sequence = chunk + owner;
                 tile.kv_head = __shfl_sync(FULL_WARP, count > 0 ? place / count : 0, owner);

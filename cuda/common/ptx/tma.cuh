@@ -15,8 +15,10 @@ __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap& map, u
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
                  : "memory");
 }
-__device__ __forceinline__ void tma_load_4d(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+__device__ __forceinline__ void tma_load_4d(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y,
+                                            uint32_t z, uint32_t w, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+                 "{%2, %3, %4, %5}], [%6];" ::"r"(to),
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
                  : "memory");
 }

@@ -13,7 +13,8 @@ __device__ __forceinline__ void stmatrix_x4_turned(uint32_t row, uint32_t a, uin
 
 // Two of those.
 __device__ __forceinline__ void stmatrix_x2_turned(uint32_t row, uint32_t a, uint32_t b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(a), "r"(b) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(a), "r"(b)
+                 : "memory");
 }
 
 // 16 bytes of shared memory.
@@ -63,8 +64,12 @@ template <int COUNT> __device__ __forceinline__ void registers_dec() { asm volat
 template <int ID, int COUNT> __device__ __forceinline__ void barrier_among() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
 
 // Barrier `id` among `count` threads of the block, of which some wait for it and the others only arrive.
-__device__ __forceinline__ void barrier_wait(uint32_t id, uint32_t count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
-__device__ __forceinline__ void barrier_arrive(uint32_t id, uint32_t count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+__device__ __forceinline__ void barrier_wait(uint32_t id, uint32_t count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t id, uint32_t count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;

@@ -77,21 +77,21 @@ WGMMA(256, 128, "128", "129", "130", "%131, %132")
 // The same with the left operand in registers: thread 32 w + 4 g + t holds of a[i], two elements of k each,
 // row 16 w + g + 8 (i % 2), k from 8 (i / 2) + 2 t on. That is how 16 columns of accumulators lie once
 // neighbours are packed.
-#define WGMMA_FROM_REGISTERS_AS(TYPE, N, COUNT, A0, A1, A2, A3, B, FROM, TRANS)                                                                     \
-    asm volatile("{\n"                                                                                                                             \
-                 ".reg .pred accumulate;\n"                                                                                                        \
-                 "setp.ne.b32 accumulate, %" FROM ", 0;\n"                                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_NAMES_##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3    \
-                 "}, %" B ", accumulate, 1, 1, %" TRANS ";\n"                                                                                      \
-                 "}"                                                                                                                               \
-                 : WGMMA_HELD_##COUNT                                                                                                              \
+#define WGMMA_FROM_REGISTERS_AS(TYPE, N, COUNT, A0, A1, A2, A3, B, FROM, TRANS)                              \
+    asm volatile("{\n"                                                                                       \
+                 ".reg .pred accumulate;\n"                                                                  \
+                 "setp.ne.b32 accumulate, %" FROM ", 0;\n"                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_NAMES_##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 \
+                 "}, %" B ", accumulate, 1, 1, %" TRANS ";\n"                                                \
+                 "}"                                                                                         \
+                 : WGMMA_HELD_##COUNT                                                                        \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(uint64_t(SWIZZLED) << 32 | b), "r"(int(accumulate)), "n"(int(TRANS_B)))
 
-#define WGMMA_FROM_REGISTERS(N, COUNT, ...)                                                                                                        \
-    template <typename T, bool TRANS_B>                                                                                                            \
-    __device__ __forceinline__ void wgmma_from_registers(float (&d)[COUNT], const uint32_t* a, uint32_t b, bool accumulate) {                      \
-        if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_FROM_REGISTERS_AS("bf16", N, COUNT, __VA_ARGS__);                                              \
-        else WGMMA_FROM_REGISTERS_AS("f16", N, COUNT, __VA_ARGS__);                                                                                \
+#define WGMMA_FROM_REGISTERS(N, COUNT, ...)                                                                  \
+    template <typename T, bool TRANS_B>                                                                      \
+    __device__ __forceinline__ void wgmma_from_registers(float (&d)[COUNT], const uint32_t* a, uint32_t b, bool accumulate) { \
+        if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_FROM_REGISTERS_AS("bf16", N, COUNT, __VA_ARGS__);        \
+        else WGMMA_FROM_REGISTERS_AS("f16", N, COUNT, __VA_ARGS__);                                          \
     }
 WGMMA_FROM_REGISTERS(64, 32, "32", "33", "34", "35", "36", "37", "38")
 WGMMA_FROM_REGISTERS(128, 64, "64", "65", "66", "67", "68", "69", "70")
