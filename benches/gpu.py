@@ -136,7 +136,12 @@ class Run:
                 lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
         names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
         verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
-        return [verdict, f"ok: {names}", *filter(None, [f"time: {', '.join(self.times)}" if self.times else ""]), *lines]
+        return [
+            verdict,
+            f"ok: {names}",
+            *filter(None, [f"time: {', '.join(self.times)}" if self.times else ""]),
+            *lines,
+        ]
 
 
 def telling(log, failed):
@@ -163,14 +168,22 @@ class Executables:
         self.found = {}
         if self.folder:
             if not self("test", "params").is_file():
-                sys.exit(f"DROPLESS_BIN: {self.folder} holds no test/params; benches/pack.sh makes such a folder")
+                sys.exit(
+                    f"DROPLESS_BIN: {self.folder} holds no test/params; benches/pack.sh makes such a folder"
+                )
             return
         # A rehearsal takes what `cargo test` has built anyway.
         commands = [["test", "--no-run"], ["test", "--bench", "gpu", "--no-run"]]
         if not rehearse:
-            commands = [["test", "--no-run"], ["bench", "--bench", "gpu", "--no-run"], ["build", "--release", "--examples"]]
+            commands = [
+                ["test", "--no-run"],
+                ["bench", "--bench", "gpu", "--no-run"],
+                ["build", "--release", "--examples"],
+            ]
         for command in commands:
-            for message in map(json.loads, output_of(["cargo", *command, "--message-format=json"]).splitlines()):
+            for message in map(
+                json.loads, output_of(["cargo", *command, "--message-format=json"]).splitlines()
+            ):
                 if message.get("executable") and message["manifest_path"] == str(ROOT / "Cargo.toml"):
                     target = message["target"]
                     self.found[target["kind"][0], target["name"]] = message["executable"]
@@ -204,13 +217,25 @@ class Records:
     """The files that figures go to."""
 
     def __init__(self, work, logs):
-        self.ours, self.peers, self.again = work / "dropless.jsonl", work / "torch.jsonl", logs / "again.jsonl"
+        self.ours, self.peers, self.again = (
+            work / "dropless.jsonl",
+            work / "torch.jsonl",
+            logs / "again.jsonl",
+        )
         self.attention, self.attention_peers = work / "attention.jsonl", work / "torch_attention.jsonl"
         self.attention_again = logs / "attention_again.jsonl"
         self.model = work / "dbrx.jsonl"
 
     def all(self):
-        return [self.ours, self.peers, self.again, self.attention, self.attention_peers, self.attention_again, self.model]
+        return [
+            self.ours,
+            self.peers,
+            self.again,
+            self.attention,
+            self.attention_peers,
+            self.attention_again,
+            self.model,
+        ]
 
 
 def tests(run, exe, rehearse):
@@ -251,7 +276,13 @@ def peer(run, name, script, record, limit, rehearse):
     """A script that measures PyTorch, where there is one."""
     if not importlib.util.find_spec("torch"):
         return run.note(name, "skipped", 0, "this Python has no torch")
-    command = [sys.executable, f"benches/peers/{script}", "--out", record, *(["--rehearse"] if rehearse else [])]
+    command = [
+        sys.executable,
+        f"benches/peers/{script}",
+        "--out",
+        record,
+        *(["--rehearse"] if rehearse else []),
+    ]
     run.step(name, command, limit, keep=[record])
 
 
@@ -322,7 +353,14 @@ def profiles(run, exe, rehearse, records):
 
     def profile(name, kernels, arguments, limit):
         to = work / f"{name}.ncu-rep"
-        once = ["--filter-mode", "per-launch-config", "--launch-count", "1", "--kernel-name", f"regex:{kernels}"]
+        once = [
+            "--filter-mode",
+            "per-launch-config",
+            "--launch-count",
+            "1",
+            "--kernel-name",
+            f"regex:{kernels}",
+        ]
         ncu = ["ncu", "--clock-control", "none", "--set", "full", *once, "-f", "-o", to.with_suffix("")]
         run.step(name.replace("_", "-"), [*ncu, bench, *arguments, *emulated], limit, keep=[to])
         run.step(f"{name.replace('_', '-')}-details", ["ncu", "--import", to, "--page", "details"], 20)
@@ -334,7 +372,9 @@ def profiles(run, exe, rehearse, records):
     if shutil.which("compute-sanitizer"):
         sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
         run.step("sanitizer", [*sanitizer, *doctor(exe, rehearse)], 90)
-    run.step("xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5)  # in the summary, if there is any
+    run.step(
+        "xid", ["sh", "-c", "dmesg 2>/dev/null | grep -i xid | tail -5; true"], 5
+    )  # in the summary, if there is any
 
 
 ALL = set(
@@ -366,15 +406,26 @@ def rehearse(run, exe, stand_ins):
     run.steps, run.patience = [], 3  # the machine may have other work
     steps(run, exe, True)
     run.save()
-    promised = ["logs.tar.gz", "dropless.jsonl", "attention.jsonl", "table.md", "summary.txt", "ncu.ncu-rep", "ncu_attention.ncu-rep"]
+    promised = [
+        "logs.tar.gz",
+        "dropless.jsonl",
+        "attention.jsonl",
+        "table.md",
+        "summary.txt",
+        "ncu.ncu-rep",
+        "ncu_attention.ncu-rep",
+    ]
     promised += ["torch.jsonl", "torch_attention.jsonl"] if importlib.util.find_spec("torch") else []
     promised += ["dbrx.jsonl"] if ("model-plan", "ok") in [step[:2] for step in run.steps] else []
     present = sorted(path.name for path in run.out.iterdir())
-    empty = [name for name in present if not name.endswith(".ncu-rep") and not (run.out / name).stat().st_size]
+    empty = [
+        name for name in present if not name.endswith(".ncu-rep") and not (run.out / name).stat().st_size
+    ]
     missing = sorted(ALL - {name.split("-")[0] for name, *_ in run.steps})
     incomplete = incomplete_attention(run.out)
     expected = {
-        f"the planted steps: {planted}": planted == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped", "FAILED (nothing in it)"],
+        f"the planted steps: {planted}": planted
+        == ["FAILED (stopped after 1 s)", "FAILED (3)", "skipped", "FAILED (nothing in it)"],
         f"the step that hangs took {hung:.0f} s": hung < 10,
         f"the folder holds {present}, should hold {sorted(promised)}": present == sorted(promised),
         f"empty files: {empty}": not empty,
@@ -389,14 +440,20 @@ def incomplete_attention(out):
     """Cases of the file that have no figure or, where the peer has a record, none of the peer's beside it."""
     lines = (ROOT / "benches/gpu/attention_cases.txt").read_text().splitlines()
     numbers = [line.split()[1:] for line in lines if line.startswith("rehearsal ")]
-    name = lambda h, kv, d, batch, history, new: f"{h}/{kv} x {d}, {batch} x {new} of {int(history) + int(new)}"
+    name = (
+        lambda h, kv, d, batch, history, new: f"{h}/{kv} x {d}, {batch} x {new} of {int(history) + int(new)}"
+    )
     wanted = {(f"attention_{function}", name(*rest)) for function, *rest in numbers}
     missing = []
     for record in filter(pathlib.Path.exists, [out / "attention.jsonl", out / "torch_attention.jsonl"]):
         figures = [figure for figure in map(json.loads, record.read_text().splitlines()) if "us" in figure]
         missing += sorted(wanted - {(figure["what"], figure.get("case")) for figure in figures})
     if (out / "torch_attention.jsonl").exists():
-        rows = [line.split(" | ") for line in (out / "table.md").read_text().splitlines() if line.startswith("| attention_")]
+        rows = [
+            line.split(" | ")
+            for line in (out / "table.md").read_text().splitlines()
+            if line.startswith("| attention_")
+        ]
         missing += [row[:3] for row in rows if row[-2] == "-"]
     return missing
 
@@ -409,13 +466,19 @@ def driver_is_there():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--rehearse", action="store_true", help="go through every step here, without a GPU")
-    parser.add_argument("--seconds", type=int, default=420, help="the time that all steps share (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=int, default=420, help="the time that all steps share (%(default)s)"
+    )
     options = parser.parse_args()
     if not options.rehearse and not driver_is_there():
-        sys.exit("no CUDA driver (libcuda.so.1) on this machine: nothing is built or run; --rehearse needs none")
+        sys.exit(
+            "no CUDA driver (libcuda.so.1) on this machine: nothing is built or run; --rehearse needs none"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is saved
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)

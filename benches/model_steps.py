@@ -21,8 +21,12 @@ class Step:
         self.name, self.batch, self.prompt, self.generate = name, batch, prompt, generate
 
     def options(self, layers):
-        sizes = dict(layers=layers, batch=self.batch, random_tokens=self.prompt, generate=self.generate, chunk=CHUNK)
-        named = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        sizes = dict(
+            layers=layers, batch=self.batch, random_tokens=self.prompt, generate=self.generate, chunk=CHUNK
+        )
+        named = [
+            word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
         return ["--weights", "bf16", *named, "--json"]
 
     def decoded(self):
@@ -135,11 +139,17 @@ class Plan:
         most = lambda fits: max([n for n in range(1, self.config.layers + 1) if fits(n)], default=1)
         limits = [
             (most(lambda n: self.need(n) <= gpu), f"fit {gpu / 1e9:.0f} GB of the GPU"),
-            (most(lambda n: self.config.weight_bytes(n) <= 0.8 * host), f"fit {host / 1e9:.0f} GB of the host"),
+            (
+                most(lambda n: self.config.weight_bytes(n) <= 0.8 * host),
+                f"fit {host / 1e9:.0f} GB of the host",
+            ),
             (most(lambda n: self.seconds(n) <= left), f"can be loaded in {left:.0f} s"),
         ]
         layers = min(limits)[0]
-        return layers, f"{layers} of {self.config.layers} layers: {', '.join(f'{n} {why}' for n, why in limits)}"
+        return (
+            layers,
+            f"{layers} of {self.config.layers} layers: {', '.join(f'{n} {why}' for n, why in limits)}",
+        )
 
 
 def free_gpu_bytes():

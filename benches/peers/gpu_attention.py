@@ -97,7 +97,9 @@ def inputs(case, device):
     caches = min(caches, 2) if device == "cpu" else caches
 
     def random(heads, tokens):
-        return torch.randn(case.batch, tokens, heads, case.d, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        return torch.randn(case.batch, tokens, heads, case.d, device=device, dtype=torch.bfloat16).transpose(
+            1, 2
+        )
 
     q = random(case.heads, case.new)
     return q, [[random(case.kv_heads, case.length) for _ in "kv"] for _ in range(caches)]
@@ -134,7 +136,9 @@ def measure(record, case, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what")
     parser.add_argument("--case", default="")
     parser.add_argument("--out")
@@ -153,7 +157,9 @@ def main():
             measure(record, case, device)
         except Exception as error:
             record.failed = True
-            record.write(what=case.what, form="", case=case.name, tokens=case.batch * case.new, error=first_line(error))
+            record.write(
+                what=case.what, form="", case=case.name, tokens=case.batch * case.new, error=first_line(error)
+            )
     sys.exit(record.failed)
 
 

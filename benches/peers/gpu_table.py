@@ -50,7 +50,9 @@ class Run:
     def __init__(self, lines):
         self.lines = lines
         figures = [r for r in lines if "us" in r]
-        most = lambda what, rate: max((r[rate] for r in figures if r["what"] == what and rate in r), default=0)
+        most = lambda what, rate: max(
+            (r[rate] for r in figures if r["what"] == what and rate in r), default=0
+        )
         self.matmul = most("matmul", "tflops")
         self.copy = max(most("copy", "gb_s"), most("copy", "weight_gb_s"))
         self.torch = [r for r in figures if "torch" in r]
@@ -61,7 +63,11 @@ class Run:
 
     def peers(self, r):
         """What the peer's forms take for the same, by form."""
-        same = lambda p: (p["what"], p.get("case", ""), p["tokens"]) == (r["what"], r.get("case", ""), r["tokens"])
+        same = lambda p: (p["what"], p.get("case", ""), p["tokens"]) == (
+            r["what"],
+            r.get("case", ""),
+            r["tokens"],
+        )
         return {p["form"]: p["us"] for p in self.torch if same(p)}
 
     def drift(self, r):
@@ -72,7 +78,12 @@ class Run:
         rows = []
         for r in sorted((r for r in self.ours.values() if "case" not in r), key=lambda r: r["tokens"]):
             peer = min(self.peers(r).values(), default=None)
-            rates = [number(r["tflops"]), share(r["tflops"], self.matmul), number(r["weight_gb_s"]), share(r["weight_gb_s"], self.copy)]
+            rates = [
+                number(r["tflops"]),
+                share(r["tflops"], self.matmul),
+                number(r["weight_gb_s"]),
+                share(r["weight_gb_s"], self.copy),
+            ]
             beside = [number(peer), number(peer and peer / r["us"], 2), self.drift(r)]
             rows.append([r["tokens"], r["what"], r["form"], number(r["us"]), *rates, *beside])
         heads = "T, what:, form:, us, TFLOP/s, of matmul, weights GB/s, of copy, peer us, ratio, again"
@@ -82,9 +93,23 @@ class Run:
         rows = []
         for r in (r for r in self.ours.values() if "case" in r):
             peers = self.peers(r)
-            flash, cudnn, fastest = peers.get("SDPA flash"), peers.get("SDPA cuDNN"), min(peers.values(), default=None)
-            rates = [number(r["tflops"]), share(r["tflops"], self.matmul), number(r["gb_s"] or None), share(r["gb_s"], self.copy)]
-            beside = [number(flash, 1), number(cudnn, 1), number(fastest and fastest / r["us"], 2), self.drift(r)]
+            flash, cudnn, fastest = (
+                peers.get("SDPA flash"),
+                peers.get("SDPA cuDNN"),
+                min(peers.values(), default=None),
+            )
+            rates = [
+                number(r["tflops"]),
+                share(r["tflops"], self.matmul),
+                number(r["gb_s"] or None),
+                share(r["gb_s"], self.copy),
+            ]
+            beside = [
+                number(flash, 1),
+                number(cudnn, 1),
+                number(fastest and fastest / r["us"], 2),
+                self.drift(r),
+            ]
             rows.append([r["what"], r["case"], r["form"], number(r["us"], 1), *rates, *beside])
         heads = "what:, heads x width; sequences x tokens:, form:, us, TFLOP/s, of matmul, K and V GB/s, of copy, flash us, cuDNN us"
         table([*heads.split(", "), "times the faster", "again"], rows)
@@ -109,7 +134,17 @@ class Run:
 
     def rest(self):
         for r in self.lines:
-            name = " ".join(filter(None, [r["what"], r.get("form"), r.get("case"), f"at T = {r['tokens']}" if "tokens" in r else ""]))
+            name = " ".join(
+                filter(
+                    None,
+                    [
+                        r["what"],
+                        r.get("form"),
+                        r.get("case"),
+                        f"at T = {r['tokens']}" if "tokens" in r else "",
+                    ],
+                )
+            )
             if "error" in r:
                 print(f"Missing: {name}: {r['error']}\n")
             if "refused" in r:
