@@ -1,9 +1,12 @@
-//! Bench of `glu` at DBRX's width (F = 10752). Verifies, then times. 4 FLOP an element beside its `exp`; three elements moved.
+//! Bench of `glu` at DBRX's width (F = 10752). Verifies, then times. 4 FLOP an element beside its `exp`;
+//! three elements moved, where gate and up lie apart and where they lie in turn.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::{Bf16, Device, Float, Rows, RowsMut, glu::glu};
+use dropless::activation::Glu;
+use dropless::glu::{gated_interleaved, glu};
+use dropless::{Bf16, Device, Float, Rows, RowsMut};
 use dropless_kit::bench::Cost;
-use dropless_kit::compare::{rounding, within};
+use dropless_kit::compare::{rounding, same_bits, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::Bits;
 use dropless_kit::oracle::glu as oracle;
@@ -25,6 +28,17 @@ fn case<T: Float + Bits>(c: &mut Criterion, rows: usize, d_ffn: usize) {
     let mut run = || glu(&stream, gate_view, up_view, &mut RowsMut::from_slice(&mut y, rows, d_ffn).unwrap()).unwrap();
     group.bench_function(cost.label(format!("{rows}x{d_ffn}")), |b| b.iter(&mut run));
     group.finish();
+
+    let turned: Vec<T> = gate.iter().zip(&up).flat_map(|(gate, up)| [*gate, *up]).collect();
+    let (turned, mut z) = (Rows::from_slice(&turned, rows, 2 * d_ffn).unwrap(), y.clone());
+    z.fill(T::default());
+    let mut run = || gated_interleaved(&stream, Glu::Silu, turned, &mut RowsMut::from_slice(&mut z, rows, d_ffn).unwrap()).unwrap();
+    run();
+    let mut group = c.benchmark_group(format!("glu_in_turn/{}", T::DTYPE.name()));
+    group.throughput(Throughput::Bytes(cost.bytes));
+    group.bench_function(cost.label(format!("{rows}x{d_ffn}")), |b| b.iter(&mut run));
+    group.finish();
+    same_bits(&z, &y);
 }
 
 fn benches(c: &mut Criterion) {

@@ -1,5 +1,5 @@
-//! Bench of `router` at DBRX's sizes (D = 6144, E = 16, k = 4), and of the choice of DeepSeek-V3 (E = 256, k
-//! = 8). Verifies, then times.
+//! Bench of `router` at DBRX's sizes (D = 6144, E = 16, k = 4), and of the choices of DeepSeek-V3 (E = 256, k
+//! = 8) and Phi-3.5-MoE (E = 16, k = 2). Verifies, then times.
 //!
 //! `logits`: 2 T E D FLOP; x and the weights read, the logits written. `route`: latency, so its cost is T E exponentials.
 
@@ -96,12 +96,46 @@ fn choices_by_groups(c: &mut Criterion, tokens: usize) {
     group.finish();
 }
 
+/// Phi-3.5-MoE's choice: two of 16, each by a softmax among its competitors.
+fn choices_by_competition(c: &mut Criterion, tokens: usize) {
+    const TOP_K: usize = 2;
+    let stream = Device::cpu().stream().unwrap();
+    let data = normal::<f32>(6, tokens * EXPERTS, 1.0);
+    let view = Rows::from_slice(&data, tokens, EXPERTS).unwrap();
+    let choice = Choice::from(Normalize::None).with_score(Score::SparseMixer { jitter: 0.125 });
+    let want = oracle::Choice {
+        score: oracle::Score::SparseMixer { jitter: 0.125 },
+        logit_bias: vec![],
+        choice_bias: vec![],
+        groups: None,
+        p: None,
+        epsilon: 0.0,
+        scale: 1.0,
+    };
+    let mut buffers = RoutingBuffers::new(&stream, tokens, TOP_K, EXPERTS).unwrap();
+    let routing = route(&stream, view, choice, &mut buffers).unwrap();
+    let (ids, weights) = (routing.expert_ids().as_slice().unwrap(), routing.weights().as_slice().unwrap());
+    for ((logits, ids), weights) in to_f64(&data).chunks(EXPERTS).zip(ids.chunks(TOP_K)).zip(weights.chunks(TOP_K)) {
+        assert_eq!(ids, want.ids(logits, TOP_K));
+        let want = want.weights(logits, ids);
+        within(weights, &want, TOP_K, |i| 2f64.powi(-18) * want[i]);
+    }
+    let cost = Cost { flop: 4 * (tokens * EXPERTS * TOP_K) as u64, bytes: (tokens * (EXPERTS + 4 * TOP_K) * 4 + (EXPERTS + 1) * 4) as u64 };
+    let mut group = c.benchmark_group("router/route by competition");
+    group.throughput(Throughput::Elements(tokens as u64));
+    group.bench_function(cost.label(format!("{tokens}x{EXPERTS} top {TOP_K}")), |b| {
+        b.iter(|| route(&stream, view, choice, &mut buffers).unwrap().rows())
+    });
+    group.finish();
+}
+
 fn benches(c: &mut Criterion) {
     for tokens in [1, 64, 512] {
         scores::<f32>(c, tokens);
         scores::<Bf16>(c, tokens);
         choices(c, tokens);
         choices_by_groups(c, tokens);
+        choices_by_competition(c, tokens);
     }
 }
 

@@ -3,10 +3,10 @@
 //
 // Contract  src/ops/attention.rs has checked shapes; the pages come from a KvCache, or from a caller who
 //           vouches for them; nothing is re-checked here.
-// Work      any head_dim, type and layout of the pools: a warp a (token, head). Others go to
+// Work      any head_dim, value_dim, type and layout of the pools: a warp a (token, head). Others go to
 //           attention_prefill.cu and attention_decode.cu.
-// Cost      2 * len * d * sizeof(T) bytes of cache and 4 * len * d FLOP per token and head; keys are read
-//           row-wise by lanes, so L1 bound.
+// Cost      len * (d + dv) * sizeof(T) bytes of cache and 2 * len * (d + dv) FLOP per token and head; keys
+//           are read row-wise by lanes, so L1 bound.
 // Order     as common/attention_row.cuh says: a row's bits depend on its own sequence alone.
 #include "common/attention_row.cuh"
 #include "common/ptx/launch.cuh"
@@ -18,7 +18,7 @@ template <typename T> __device__ __forceinline__ void attention(const AttentionP
     extern __shared__ float dynamic[]; // per warp: the query, the weighted sum of values
     __shared__ int64_t      value_at[WARPS][32];
     __shared__ float        weights[WARPS][32];
-    float* const            query = dynamic + warp() * 2 * p.head_dim;
+    float* const            query = dynamic + warp() * (p.head_dim + p.value_dim);
     const RowScratch        scratch = {query, query + p.head_dim, value_at[warp()], weights[warp()]};
     for (int64_t item = int64_t(blockIdx.x) * WARPS + warp(); item < p.num_tokens * p.num_heads;
          item += int64_t(gridDim.x) * WARPS)

@@ -1,9 +1,11 @@
-// embedding: y[t, :] = table[ids[t], :]
+// embedding: y[t, :] = table[ids[t], :], or scale * table[ids[t], :]
 //
-// Contract  src/ops/embedding.rs has checked shapes, dtypes, that every id is below V and that every row begins on 16 bytes.
-// Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to its elements.
+// Contract  src/ops/embedding.rs has checked shapes, dtypes, that every id is below V and that every row
+//           begins on 16 bytes.
+// Work      a block a row, grid-stride over rows; a thread takes 16-byte vectors, the last of a row cut to
+//           its elements.
 // Cost      memory bound: 2 * T * D * sizeof(T) + 4 * T bytes.
-// Order     a copy, bit for bit.
+// Order     elementwise: a copy, bit for bit, or a product in f32 that is rounded once.
 #include "common/dtype.cuh"
 #include "common/ptx/launch.cuh"
 
@@ -13,11 +15,22 @@ template <typename T> __device__ void lookup(const EmbeddingParams& p) {
     for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
         const T* row = static_cast<const T*>(p.table) + int64_t(p.ids[token]) * p.table_stride;
         T*       y = static_cast<T*>(p.y) + token * p.y_stride;
-        for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_model; col += blockDim.x * SIZE)
-            store_first(y + col, p.d_model - col, load_first(row + col, p.d_model - col));
+        for (int64_t col = int64_t(threadIdx.x) * SIZE; col < p.d_model; col += blockDim.x * SIZE) {
+            Vec<T> x = load_first(row + col, p.d_model - col);
+            if (p.scale != 1.0f) {
+#pragma unroll
+                for (int j = 0; j < SIZE; j++) x.at[j] = from_f32<T>(p.scale * to_f32(x.at[j]));
+            }
+            store_first(y + col, p.d_model - col, x);
+        }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) embedding_f32(const __grid_constant__ EmbeddingParams p) { lookup<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) embedding_bf16(const __grid_constant__ EmbeddingParams p) { lookup<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) embedding_f16(const __grid_constant__ EmbeddingParams p) { lookup<f16>(p); }
+#define ENTRY(T, NAME)                                 \
+    extern "C" __global__ void __launch_bounds__(256)  \
+        embedding_##NAME(const __grid_constant__ EmbeddingParams p) { \
+        lookup<T>(p);                                  \
+    }
+ENTRY(float, f32)
+ENTRY(bf16, bf16)
+ENTRY(f16, f16)

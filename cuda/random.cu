@@ -5,15 +5,8 @@
 // Cost      memory bound: R * C * sizeof(T) bytes; two 64-bit multiplications for each word of four numbers.
 // Order     a number follows from its place in the sequence alone.
 #include "common/dtype.cuh"
+#include "common/splitmix.cuh"
 #include "common/ptx/launch.cuh"
-
-// Word `at` of the sequence.
-__device__ __forceinline__ uint64_t word(uint64_t state, uint64_t at) {
-    uint64_t z = state + (at + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-}
 
 template <typename T> __device__ void uniform(const UniformParams& p) {
     await_previous_launch();

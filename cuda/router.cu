@@ -11,6 +11,7 @@
 // Order     every sum's order follows from D, E or k alone; index is a stable counting sort without atomics:
 //           same ids, same maps.
 #include "common/dtype.cuh"
+#include "common/order.cuh"
 #include "common/reduce.cuh"
 #include "common/ptx/launch.cuh"
 
@@ -130,25 +131,18 @@ template <int WARPS> __device__ __forceinline__ void choose(const ChooseParams& 
     }
 }
 
-// What every form but that for plain softmax does. Floats are ordered as integers: NaN below -inf, -0 = +0. CLOSED is below all: no expert, one
-// whose group is not open, or one already chosen.
+// What every form but that for plain softmax does. An order of 0 is below all: no expert, one whose group is
+// not open, or one already chosen.
 
-enum : uint32_t { CLOSED = 0, ORDER_OF_NAN = 1 };
-
-__device__ __forceinline__ uint32_t order_of(float value) {
-    const uint32_t bits = __float_as_uint(value + 0.0f); // -0 becomes +0
-    return value != value ? ORDER_OF_NAN : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-__device__ __forceinline__ float value_of(uint32_t order) {
-    return order == ORDER_OF_NAN ? __uint_as_float(0x7fffffffu) : __uint_as_float(order ^ (order >> 31 ? 0x80000000u : 0xffffffffu));
-}
+enum : uint32_t { CLOSED = 0 };
 
 __device__ __forceinline__ float biased_logit(const ChooseParams& p, const float* logits, uint32_t expert) {
     return p.logit_bias ? logits[expert] + p.logit_bias[expert] : logits[expert];
 }
 
-// `largest` and `sum` are those of the softmax.
+// `largest` and `sum` are those of the softmax. Of a sparse mixer `z` is the weight already.
 __device__ __forceinline__ float score(const ChooseParams& p, float z, float largest, float sum) {
+    if (p.score == SCORE_SPARSE_MIXER) return z;
     if (p.score == SCORE_SQRT_SOFTPLUS) return sqrtf(fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))));
     const bool  is_sigmoid = p.score == SCORE_SIGMOID;
     const float power = expf(is_sigmoid ? -z : z - largest);
@@ -207,7 +201,8 @@ template <int PER_LANE> __device__ __forceinline__ uint32_t take_best(uint32_t (
     return first;
 }
 
-// The weights of a token. Lane i has written the biased logits of the choices i, i + 32, ... there, and reads no others.
+// The weights of a token. Lane i has written the biased logits of the choices i, i + 32, ... there, of a
+// sparse mixer their weights, and reads no others.
 __device__ __forceinline__ void weigh(const ChooseParams& p, float* weights, float largest, float sum) {
     if (p.score == SCORE_SOFTMAX_OVER_CHOSEN) {
         largest = -infinity(), sum = 0.0f;
@@ -236,6 +231,21 @@ __device__ __forceinline__ void weigh(const ChooseParams& p, float* weights, flo
         norm += p.epsilon;
     }
     for (int64_t s = lane(); s < p.top_k; s += 32) weights[s] = weights[s] / norm * p.scale;
+}
+
+// What a sparse mixer adds up for choice `id` of logit `best`: the exponentials of the experts that are not
+// closed and close enough, and of the choice itself, which is closed.
+template <int PER_LANE>
+__device__ __forceinline__ float competition(const ChooseParams& p, const uint32_t (&orders)[PER_LANE],
+                                             uint32_t id, float best) {
+    float sum = lane() == id % 32 ? expf(best - best) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+        const float z = value_of(orders[j]);
+        const bool  is_far = (best - z) / fmaxf(fabsf(z), best) > p.reach; // false of NaN
+        if (orders[j] != CLOSED && !is_far) sum += expf(z - best);
+    }
+    return warp_sum(sum);
 }
 
 template <int WARPS, int PER_LANE> __device__ __forceinline__ void choose_any(const ChooseParams& p) {
@@ -269,9 +279,11 @@ template <int WARPS, int PER_LANE> __device__ __forceinline__ void choose_any(co
 #pragma unroll 1
         for (int s = 0; s < p.top_k; s++) {
             const uint32_t id = take_best(orders);
+            float          weight = biased_logit(p, logits, id);
+            if (p.score == SCORE_SPARSE_MIXER) weight = 1.0f / competition(p, orders, id, weight);
             if (lane() == s % 32) {
                 ids[s] = id;
-                weights[s] = biased_logit(p, logits, id);
+                weights[s] = weight;
             }
         }
         weigh(p, weights, largest, sum);
@@ -324,12 +336,7 @@ __device__ __forceinline__ void index(const IndexParams& p) {
         uint32_t rows_before = 0;
         for (uint32_t base = 0; base < num_experts; base += 32) {
             const uint32_t e = base + lane(), of_expert = e < num_experts ? count[e] : 0;
-            uint32_t       upto = of_expert;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const uint32_t lower = __shfl_up_sync(FULL_WARP, upto, step);
-                if (lane() >= step) upto += lower;
-            }
+            const uint32_t upto = warp_sum_upto(of_expert);
             if (e < num_experts) p.offsets[e] = count[e] = rows_before + upto - of_expert;
             rows_before += __shfl_sync(FULL_WARP, upto, 31);
         }

@@ -17,7 +17,8 @@ use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
 use dropless::epilogue::GluEpilogue;
 use dropless::layout::KvShape;
-use dropless::router::{Choice, Here, Score, count, index, logits, route};
+use dropless::rope::{Projected, QkNorm};
+use dropless::router::{Choice, Here, Normalize, Score, count, index, logits, route};
 use dropless::{
     Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream,
     TokenIds, Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, random, rope, sample,
@@ -138,12 +139,14 @@ fn kernels(device: &Device) -> bool {
     of_type::<F16>(&mut report, "f16", 2f64.powi(-10));
     products::<F16>(&mut report, "f16", 2f64.powi(-10));
     let sigmoid = Choice::default().with_score(Score::Sigmoid).with_scale(2.5);
+    let mixer = Choice::from(Normalize::None).with_score(Score::SparseMixer { jitter: 0.2 });
     for (name, tokens, experts, choice) in [
         ("router_route", TOKENS, 16, Choice::default()),
         ("router_choose, router_index", 200, 16, Choice::default()),
         ("router_route_any", TOKENS, 16, sigmoid),
         ("router_choose_any", 200, 16, sigmoid),
         ("router_choose_wide", TOKENS, 300, Choice::default()),
+        ("router_route_any (sparse mixer)", TOKENS, 16, mixer),
     ] {
         report.check(name, 1e-6, |stream| {
             let logits = Guarded::with(stream, &normal::<f32>(1, tokens * experts, 1.0), tokens, experts, 0);
@@ -173,6 +176,15 @@ fn kernels(device: &Device) -> bool {
         let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
         let mut out = Buffer::zeros(stream, TOKENS)?;
         Ok(sample::argmax(stream, logits.view(), &mut out)?.ids().to_vec(stream)?.into_iter().map(f64::from).collect())
+    });
+    report.check("sample_top_p", 0.0, |stream| {
+        let logits = Guarded::with(stream, &normal::<f32>(2, TOKENS * 1000, 1.0), TOKENS, 1000, 0);
+        let numbers = Guarded::with(stream, &(0..TOKENS as u32).collect::<Vec<_>>(), 1, TOKENS, 0);
+        let draws = sample::Draws::new(numbers.view(), numbers.view())?;
+        let options = sample::Options::new(0.8).with_top_p(0.9).with_seed(5);
+        let mut out = Buffer::zeros(stream, TOKENS)?;
+        let ids = sample::top_p(stream, logits.view(), options, draws, &mut out)?;
+        Ok(ids.ids().to_vec(stream)?.into_iter().map(f64::from).collect())
     });
     report.fine
 }
@@ -308,6 +320,12 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
         embedding::lookup(stream, ids, table.view(), &mut y.view_mut())?;
         Ok(to_f64(&y.take(stream)))
     });
+    check("embedding, scaled", &|stream| {
+        let (table, mut y, mut ids) = (input(stream, 1, 9, D, 1.0), output(stream, TOKENS, D), Buffer::zeros(stream, TOKENS)?);
+        let ids = TokenIds::from_host(stream, &[0, 8, 3, 3, 7], 9, &mut ids)?;
+        embedding::lookup_scaled(stream, ids, table.view(), 12.0, &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
     for (name, layer) in [("norm_layer", true), ("norm_rms", false)] {
         check(name, &|stream| {
             let (x, weight, mut y) = (input(stream, 2, TOKENS, D, 1.0), input(stream, 3, 1, D, 1.0), output(stream, TOKENS, D));
@@ -325,9 +343,26 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok([to_f64(&y.take(stream)), to_f64(&residual.take(stream))].concat())
         });
     }
+    for (name, layer) in [("norm_general_layer", true), ("norm_general_rms", false)] {
+        check(name, &|stream| {
+            let (x, also, mut y) = (input(stream, 2, TOKENS, D, 1.0), input(stream, 25, TOKENS, D, 1.0), output(stream, TOKENS, D));
+            let rows = [3, 26, 27, 28].map(|seed| input(stream, seed, 1, D, 1.0));
+            let [weights, post] = [[0, 1], [2, 3]].map(|[w, b]| norm::Weights::from(rows[w].view()).with_bias(rows[b].view()));
+            let addend = norm::Addend::from(x.view()).with_also(also.view()).with_scale(0.5).with_post_norm(post);
+            let mut residual = input(stream, 4, TOKENS, D, 1.0);
+            let add_norm = if layer { norm::add_layer_norm } else { norm::add_rms_norm };
+            add_norm(stream, addend, &mut residual.view_mut(), weights, 1e-5, &mut y.view_mut())?;
+            Ok([to_f64(&y.take(stream)), to_f64(&residual.take(stream))].concat())
+        });
+    }
     check("glu", &|stream| {
         let (gate, up, mut y) = (input(stream, 5, TOKENS, D, 1.0), input(stream, 6, TOKENS, D, 1.0), output(stream, TOKENS, D));
         glu::glu(stream, gate.view(), up.view(), &mut y.view_mut())?;
+        Ok(to_f64(&y.take(stream)))
+    });
+    check("glu_in_turn", &|stream| {
+        let (gate_up, mut y) = (input(stream, 5, TOKENS, 2 * D, 1.0), output(stream, TOKENS, D));
+        glu::gated_interleaved(stream, Glu::GPT_OSS, gate_up.view(), &mut y.view_mut())?;
         Ok(to_f64(&y.take(stream)))
     });
     check("random_uniform", &|stream| {
@@ -391,6 +426,31 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             Ok([ids, stored.to_vec(), to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
         })
     });
+    for (name, head_dim) in [("rope_norm", 16), ("rope_norm_single", 6)] {
+        check(&format!("{name}, attention"), &|stream| {
+            let heads = HeadLayout::new(4, 2, head_dim)?;
+            let of_head = [25, 26].map(|seed| input(stream, seed, 1, head_dim, 1.0));
+            let of_all = [(27, heads.q_cols()), (28, heads.kv_cols())].map(|(seed, cols)| input(stream, seed, 1, cols, 1.0));
+            let norms = [
+                QkNorm::per_head(of_head[0].view(), of_head[1].view(), 1e-5),
+                QkNorm::full_width(of_all[0].view(), of_all[1].view(), 1e-5),
+            ];
+            let qkv = input(stream, 18, TOKENS, heads.qkv_cols(), 1.0);
+            let mut all = Vec::new();
+            for norm in norms {
+                let options = rope::Options::default().with_qk_norm(norm);
+                all.extend(attended(stream, heads, head_dim, qkv.view().into(), options, None)?);
+            }
+            Ok(all)
+        });
+    }
+    check("rope, attention of latent heads", &|stream| {
+        let heads = HeadLayout::new(2, 2, 24)?.with_value_dim(16)?;
+        let (q, kv) = (input(stream, 18, TOKENS, heads.q_cols(), 1.0), input(stream, 19, TOKENS, 2 * (16 + 16), 1.0));
+        let k_rope = input(stream, 20, TOKENS, 8, 1.0);
+        let latent = Projected::Latent { q: q.view(), kv: kv.view(), k_rope: k_rope.view() };
+        attended(stream, heads, 8, latent, rope::Options::default(), None)
+    });
     // Heads of 64, 128 and 256 attend on the tensor cores in 16-bit types.
     let tiled = if T::DTYPE == DType::F32 { &[][..] } else { &[64, 128, 256] };
     let plain = [(16, None, "rope, attention".to_owned()), (6, None, "rope_single, attention".to_owned())];
@@ -401,19 +461,32 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
     for (head_dim, softcap, name) in plain.into_iter().chain(tiled) {
         check(&name, &|stream| {
             let heads = HeadLayout::new(4, 2, head_dim)?;
-            let table = RopeTable::new(stream, 1e4, head_dim, 8)?;
-            let mut cache = KvCache::<T>::new(stream, 1, KvShape::contiguous(heads, 2, 4))?;
-            cache.append(stream, &[2, 3])?;
             let qkv = input(stream, 18, TOKENS, heads.qkv_cols(), 1.0);
-            let [mut q, mut out, mut again] = [(); 3].map(|()| output(stream, TOKENS, heads.q_cols()));
             let clip = rope::Options::default().with_clip(Some(1.5));
-            rope::clip_rotate_append(stream, qkv.view(), heads, clip, &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
-            let options = attention::Options::new(heads).with_scale(0.25);
-            let options = softcap.map_or(options, |cap| options.with_softcap(cap));
-            prefill(stream, q.view(), options, &cache.layer(0)?, &mut out.view_mut())?;
-            let mut workspace = Workspace::new(stream, decode_workspace_bytes(heads, TOKENS, 4)?)?;
-            decode(stream, q.view(), options, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;
-            Ok([q, out, again].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
+            attended(stream, heads, head_dim, qkv.view().into(), clip, softcap)
         });
     }
+}
+
+/// Rotated queries, and what both entries of attention make of them, of two sequences.
+fn attended<T: Float + Bits>(
+    stream: &Stream,
+    heads: HeadLayout,
+    rotary_dim: usize,
+    qkv: Projected<'_, T>,
+    options: rope::Options<'_>,
+    softcap: Option<f32>,
+) -> Result<Vec<f64>, Error> {
+    let table = RopeTable::new(stream, 1e4, rotary_dim, 8)?;
+    let mut cache = KvCache::<T>::new(stream, 1, KvShape::contiguous(heads, 2, 4))?;
+    cache.append(stream, &[2, 3])?;
+    let output = |cols| Guarded::<T>::new(stream, TOKENS, cols, 0, POISONS[0]);
+    let [mut q, mut out, mut again] = [heads.q_cols(), heads.context_cols(), heads.context_cols()].map(output);
+    rope::clip_rotate_append(stream, qkv, heads, options, &table, &mut cache.layer_mut(0)?, &mut q.view_mut())?;
+    let options = attention::Options::new(heads).with_scale(0.25);
+    let options = softcap.map_or(options, |cap| options.with_softcap(cap));
+    prefill(stream, q.view(), options, &cache.layer(0)?, &mut out.view_mut())?;
+    let mut workspace = Workspace::new(stream, decode_workspace_bytes(heads, TOKENS, 4)?)?;
+    decode(stream, q.view(), options, &cache.layer(0)?, &mut workspace, &mut again.view_mut())?;
+    Ok([q, out, again].iter().flat_map(|values| to_f64(&values.take(stream))).collect())
 }

@@ -6,12 +6,14 @@
 //! | [`Activation::GeluErf`] | `x / 2 * (1 + erf(x / sqrt(2)))` | GPT-NeoX |
 //! | [`Activation::GeluTanh`] | `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))` | |
 //! | [`Activation::ReluSquared`] | `max(x, 0)^2` | |
+//! | [`Activation::Scaled`] | `x * factor` | logits of Granite, which divides them, and of Grok-1 |
 //! | [`Glu::Silu`] | `silu(gate) * up` (SwiGLU) | DBRX, Mixtral, Qwen3, DeepSeek |
 //! | [`Glu::GeluErf`], [`Glu::GeluTanh`] | `gelu(gate) * up` (GEGLU) | Grok-1 |
 //! | [`Glu::Clamped`] | `g * sigmoid(alpha * g) * (u + added)`, `g = min(gate, limit)`, `u = clamp(up, -limit, limit)` | gpt-oss |
 //!
-//! Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; So et al. 2021, "Primer"
-//! (squared ReLU); `GptOssExperts.forward` in Hugging Face transformers.
+//! Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016, "Gaussian Error
+//! Linear Units"; So et al. 2021, "Primer" (squared ReLU); `GptOssExperts.forward` and
+//! `GraniteMoeForCausalLM.forward` (`logits_scaling`) in Hugging Face transformers.
 //!
 //! Everything is computed in `f32` on sums that have not been rounded. `erf` and `tanh` are within `2^-21` of their values.
 
@@ -32,6 +34,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)^2`.
     ReluSquared,
+    /// `x * factor`, the factor finite: of logits that a model multiplies by a constant, or divides by one.
+    Scaled(f32),
 }
 
 /// What two elements become, of which the first is the gate.
@@ -61,6 +65,16 @@ impl Activation {
     pub(crate) const GELU_TANH_C1: f32 = 1.595_769_2;
     /// That times 0.044715.
     pub(crate) const GELU_TANH_C3: f32 = 0.071_354_82;
+
+    /// Refuses a factor that is no number.
+    pub(crate) fn check(self, op: Op) -> Result<(), Error> {
+        match self {
+            Activation::Scaled(factor) if !factor.is_finite() => {
+                Err(Error::Value { op, arg: "factor", need: "finite", got: f64::from(factor) })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Glu {

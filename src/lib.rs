@@ -33,16 +33,16 @@
 //!
 //! | module | functions | formula | bound by |
 //! |---|---|---|---|
-//! | [`embedding`] | `lookup` | `y[t] = table[id[t]]` | memory |
-//! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w` | memory |
-//! | [`rope`] | `clip_rotate_append` | clip q, k, v; rotate q, k; write k, v into the cache | memory |
+//! | [`embedding`] | `lookup`, `lookup_scaled` | `y[t] = table[id[t]]`, or a multiple of it | memory |
+//! | [`norm`] | `layer_norm`, `rms_norm`, and `add_` forms that add a residual first | `(x - mean) / sqrt(var + eps) * w + b` | memory |
+//! | [`rope`] | `clip_rotate_append` | normalise q, k; clip q, k, v; rotate q, k; write k, v into the cache | memory |
 //! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads; window, soft-cap, sinks | compute, memory |
 //! | [`router`] | `logits`, `route`, `index`, `count` | scores of experts, top-k, norms, and the permutation that follows | latency |
 //! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
 //! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
-//! | [`glu`] | `glu`, `gated` | `silu(gate) * up`, or another gate | memory |
-//! | [`sample`] | `argmax` | greedy choice | memory |
+//! | [`glu`] | `glu`, `gated`, `gated_interleaved` | `silu(gate) * up`, or another gate | memory |
+//! | [`sample`] | `argmax`, `top_p` | greedy choice; a random one of the most probable | memory |
 //! | [`random`] | `uniform` | numbers of a seed, for untrained weights | memory |
 //! | [`moe`] | `forward`; its steps `route`, `experts`, `shared`, `combine`, `combine_onto`; `forward_routed` | the layer in one workspace, and its steps | compute, memory |
 //!
@@ -100,13 +100,16 @@ pub mod ops;
 pub mod moe;
 mod shape;
 mod simd;
+mod splitmix;
 mod view;
 mod weights;
 
 pub use self::device::{Buffer, Device, Stream, Workspace};
 pub use self::dtype::{Bf16, DType, Element, F16, Float};
 pub use self::error::{Error, Op, Place};
-pub use self::layout::{ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, TokenIds, Topology};
+pub use self::layout::{
+    ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeScaling, RopeTable, Routing, RoutingBuffers, TokenIds, Topology,
+};
 pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample};
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};

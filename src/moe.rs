@@ -3,6 +3,7 @@
 //! ```text
 //! x [T, D] -> router::logits [T, E] -> router::route      ids, weights, offsets, row maps      route
 //!          -> grouped_gemm::glu     [R, F]                 h = silu(x gate^T) * (x up^T), rows gathered as they are read     experts
+//!             (gate and up interleaved: grouped_gemm::linear [R, 2F], then glu::gated_interleaved)
 //!          -> grouped_gemm::linear  [R, D]                 h down
 //!          -> permute::combine      [T, D]                 each token's rows, weighted, in the order of its choices          combine
 //! ```
@@ -16,7 +17,7 @@
 
 use std::marker::PhantomData;
 
-use crate::activation::Activation;
+use crate::activation::{Activation, Glu};
 use crate::device::{Access, Stream, Workspace};
 use crate::dtype::Float;
 use crate::epilogue::{Bias, Epilogue, GluEpilogue};
@@ -24,7 +25,7 @@ use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
 pub use crate::ops::permute::{Base, combine, combine_onto};
 use crate::ops::router::Choice;
-use crate::ops::{grouped_gemm, permute, router};
+use crate::ops::{glu, grouped_gemm, permute, router};
 use crate::shape::{MAX_ROWS, checked_product};
 use crate::view::{Rows, RowsMut};
 use crate::weights::WeightRows;
@@ -43,18 +44,34 @@ pub struct Shape {
     pub top_k: usize,
     /// Columns between the two halves of a shared expert, which every token goes to; 0 for none.
     pub shared_d_ffn: usize,
+    /// Whether there is room for first halves of the form [`Hidden::Interleaved`].
+    pub interleaved: bool,
 }
 
 impl Shape {
     /// Of a layer in which each token goes to `top_k` of `num_experts`.
     pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
-        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0 }
+        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0, interleaved: false }
     }
 
     /// With a shared expert of this width.
     #[must_use]
     pub const fn with_shared(self, shared_d_ffn: usize) -> Shape {
         Shape { shared_d_ffn, ..self }
+    }
+
+    /// With room for [`Hidden::Interleaved`], whose product of 2F columns is stored before the gate is
+    /// applied: the workspace holds `max_tokens * top_k` rows of 2F elements more, and with a shared expert
+    /// `max_tokens` rows of twice its width.
+    #[must_use]
+    pub const fn with_interleaved(self) -> Shape {
+        Shape { interleaved: true, ..self }
+    }
+
+    /// Columns of the products that are stored before the gate is applied: of the routed experts, and of the
+    /// shared one.
+    fn interleaved_cols(&self) -> [usize; 2] {
+        if self.interleaved { [2 * self.d_ffn, 2 * self.shared_d_ffn] } else { [0, 0] }
     }
 }
 
@@ -74,22 +91,29 @@ impl<A: Float> Plan<A> {
     /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given);
     /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn } = shape;
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, interleaved } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
         // So that they can be rounded up; no matrix is as wide.
         checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
         checked_product(Op::Moe, "d_ffn", &[d_ffn], isize::MAX as usize)?;
         checked_product(Op::Moe, "shared_d_ffn", &[shared_d_ffn], isize::MAX as usize)?;
+        if interleaved {
+            checked_product(Op::Moe, "2 * d_ffn", &[2, d_ffn], isize::MAX as usize)?;
+            checked_product(Op::Moe, "2 * shared_d_ffn", &[2, shared_d_ffn], isize::MAX as usize)?;
+        }
         if top_k == 0 {
             return Err(Error::Value { op: Op::Moe, arg: "top_k", need: "at least 1", got: 0.0 });
         }
         checked_product(Op::Moe, "top_k", &[top_k], MAX_ROWS)?; // of no tokens, too
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
+        let [interleaved_cols, shared_interleaved_cols] = shape.interleaved_cols();
         let parts = [
             Workspace::bytes_for::<f32>(Op::Moe, max_tokens, num_experts)?,
+            Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(interleaved_cols))?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_ffn))?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(d_model))?,
+            Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(shared_interleaved_cols))?,
             Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(shared_d_ffn))?,
             Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(d_model))?,
             Workspace::bytes_for::<f32>(Op::Moe, shared_tokens, 1)?,
@@ -138,7 +162,9 @@ impl<A: Float> Plan<A> {
         self.max_tokens
     }
 
-    /// What a [`Workspace`] for this plan must hold: router logits, the rows between the halves, the experts' output rows.
+    /// What a [`Workspace`] for this plan must hold: router logits, the rows between the halves (of a shape
+    /// [`with_interleaved`](Shape::with_interleaved) before the gate is applied, too), the experts' output
+    /// rows.
     pub fn workspace_bytes(&self) -> usize {
         self.workspace_bytes
     }
@@ -153,11 +179,12 @@ impl<A: Float> Plan<A> {
 /// | Qwen3-MoE, DeepSeek-V3 | `nk_each` of `gate_proj`, of `up_proj` | `nk_each` of `down_proj` |
 /// | packed `[E, 2F, D]`, as vLLM and candle hold them | `nk(..)?.halves()?` | `nk`, `[E D, F]` |
 /// | Llama-4, `gate_up_proj [E, D, 2F]` | `kn(..)?.halves()?` | `kn`, `[E F, D]` |
-/// | gpt-oss as OpenAI stores it, `[E, 2F, D]` in turn | `nk(..)?.interleaved()?` | `nk`, `[E D, F]` |
+/// | gpt-oss as OpenAI stores it, `[E, 2F, D]` interleaved | `nk(..)?.interleaved()?` | `nk`, `[E D, F]` |
+/// | gpt-oss in transformers, `[E, D, 2F]` interleaved | [`Experts::interleaved`] of `kn(..)` | `kn`, `[E F, D]` |
 ///
 /// On a GPU the matrices of `nk_each` must lie at one distance from each other, and `kn` gates run in the
-/// plain kernel. gpt-oss as transformers holds it, `gate_up_proj [E, D, 2F]` in turn, is not served: its gate
-/// and up are every second element of a row.
+/// plain kernel. The gate and the up of [`Experts::interleaved`] are one product of 2F columns, which is
+/// stored, and [`glu::gated_interleaved`] follows; the tensor cores serve both orders.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Experts<'a> {
@@ -233,9 +260,26 @@ pub enum Hidden<'a> {
         /// A bias, and which activation.
         epilogue: Epilogue<'a>,
     },
+    /// `glu(u[0, 2, ..], u[1, 3, ..])` of the even and the odd columns of `u = x gate_up^T + bias`, of which
+    /// there are 2F. `u` is rounded to the type of `x`. The plan's shape must be
+    /// [`with_interleaved`](Shape::with_interleaved).
+    Interleaved {
+        /// `[E, 2F, D]` in order [`Nk`](crate::layout::WeightOrder::Nk), or `[E, D, 2F]` in order
+        /// [`Kn`](crate::layout::WeightOrder::Kn).
+        gate_up: ExpertWeights<'a>,
+        /// `[E, 2F]`, interleaved as well.
+        bias: Option<Bias<'a>>,
+        /// What gate and up become.
+        glu: Glu,
+    },
 }
 
 impl<'a> Experts<'a> {
+    /// Any first half, then `down`.
+    pub fn new(hidden: Hidden<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
+        Experts { hidden, down, down_bias: None, shared: None }
+    }
+
     /// `silu(x gate^T) * (x up^T)`, then `down`. Packed and interleaved gates and ups come from [`ExpertWeights::halves`] and
     /// [`ExpertWeights::interleaved`].
     pub fn gated(gate: ExpertWeights<'a>, up: ExpertWeights<'a>, down: ExpertWeights<'a>) -> Experts<'a> {
@@ -259,6 +303,32 @@ impl<'a> Experts<'a> {
         Experts { hidden: Hidden::Plain { up, epilogue }, down, down_bias: None, shared: None }
     }
 
+    /// `glu` of an interleaved gate and up, as gpt-oss has them in Hugging Face transformers, then
+    /// `down`.
+    ///
+    /// ```
+    /// use dropless::activation::Glu;
+    /// use dropless::epilogue::Bias;
+    /// use dropless::layout::ExpertWeights;
+    /// use dropless::moe::{Experts, Plan, Shape};
+    /// use dropless::Rows;
+    ///
+    /// // E = 2, D = 3, F = 4: gate_up_proj [E, D, 2F] and its bias [E, 2F]; down_proj [E, F, D] and its [E, D].
+    /// let (gate_up, gate_up_bias) = ([0.0f32; 48], [0.0f32; 16]);
+    /// let (down, down_bias) = ([0.0f32; 24], [0.0f32; 6]);
+    /// let gate_up = ExpertWeights::kn(Rows::from_slice(&gate_up, 2 * 3, 8)?, 2)?;
+    /// let down = ExpertWeights::kn(Rows::from_slice(&down, 2 * 4, 3)?, 2)?;
+    /// let bias = Bias::new(Rows::from_slice(&gate_up_bias, 2, 8)?);
+    /// let experts = Experts::interleaved(gate_up, Some(bias), Glu::GPT_OSS, down)
+    ///     .with_down_bias(Bias::new(Rows::from_slice(&down_bias, 2, 3)?));
+    /// let plan = Plan::<f32>::new(Shape::new(3, 4, 2, 1).with_interleaved(), 16)?;
+    /// # let _ = (experts, plan);
+    /// # Ok::<(), dropless::Error>(())
+    /// ```
+    pub fn interleaved(gate_up: ExpertWeights<'a>, bias: Option<Bias<'a>>, glu: Glu, down: ExpertWeights<'a>) -> Experts<'a> {
+        Experts { hidden: Hidden::Interleaved { gate_up, bias, glu }, down, down_bias: None, shared: None }
+    }
+
     /// With a bias of the second half, `[E, D]`.
     #[must_use]
     pub fn with_down_bias(self, bias: Bias<'a>) -> Experts<'a> {
@@ -274,19 +344,21 @@ impl<'a> Experts<'a> {
     /// The matrices of both halves, by their names.
     fn matrices(&self, names: &Names) -> impl Iterator<Item = (&'static str, ExpertWeights<'a>)> + use<'a> {
         let (gate, up) = match self.hidden {
-            Hidden::Gated { gate, up, .. } => (Some((names.gate, gate)), up),
-            Hidden::Plain { up, .. } => (None, up),
+            Hidden::Gated { gate, up, .. } => (Some((names.gate, gate)), (names.up, up)),
+            Hidden::Plain { up, .. } => (None, (names.up, up)),
+            Hidden::Interleaved { gate_up, .. } => (None, (names.gate_up, gate_up)),
         };
-        gate.into_iter().chain([(names.up, up), (names.down, self.down)])
+        gate.into_iter().chain([up, (names.down, self.down)])
     }
 
     /// The biases that there are, by their names.
     fn biases(&self, names: &Names) -> impl Iterator<Item = (&'static str, Bias<'a>)> + use<'a> {
         let (gate, up) = match self.hidden {
-            Hidden::Gated { epilogue, .. } => (epilogue.gate_bias, epilogue.up_bias),
-            Hidden::Plain { epilogue, .. } => (None, epilogue.bias),
+            Hidden::Gated { epilogue, .. } => (epilogue.gate_bias, (names.up_bias, epilogue.up_bias)),
+            Hidden::Plain { epilogue, .. } => (None, (names.up_bias, epilogue.bias)),
+            Hidden::Interleaved { bias, .. } => (None, (names.gate_up_bias, bias)),
         };
-        let biases = [(names.gate_bias, gate), (names.up_bias, up), (names.down_bias, self.down_bias)];
+        let biases = [(names.gate_bias, gate), up, (names.down_bias, self.down_bias)];
         biases.into_iter().filter_map(|(arg, bias)| Some((arg, bias?)))
     }
 
@@ -300,7 +372,8 @@ impl<'a> Experts<'a> {
             (Some(_), 0) => return width("the width of the shared expert, at least 1"),
             (Some(shared), _) => shared,
         };
-        shared.halves().check_halves::<A>(stream, &Shape::new(shape.d_model, shape.shared_d_ffn, 1, 1), &SHARED)?;
+        let of_shared = Shape { d_ffn: shape.shared_d_ffn, num_experts: 1, top_k: 1, ..*shape };
+        shared.halves().check_halves::<A>(stream, &of_shared, &SHARED)?;
         let Some(gate) = shared.gate else { return Ok(()) };
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
         kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
@@ -309,20 +382,36 @@ impl<'a> Experts<'a> {
     }
 
     fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, names: &Names) -> Result<(), Error> {
-        let Shape { d_model, d_ffn, num_experts, .. } = *shape;
+        let Shape { d_model, d_ffn, num_experts, interleaved, .. } = *shape;
+        if matches!(self.hidden, Hidden::Interleaved { .. }) && !interleaved {
+            let need = "1, for interleaved gate and up (`Shape::with_interleaved`)";
+            return Err(Error::Value { op: Op::Moe, arg: "interleaved", need, got: 0.0 });
+        }
         for (arg, w) in self.matrices(names) {
-            let (want, [n, k]) = if arg == names.down { ("[E, D, F]", [d_model, d_ffn]) } else { ("[E, F, D]", [d_ffn, d_model]) };
+            let (want, [n, k]) = match arg {
+                _ if arg == names.down => ("[E, D, F]", [d_model, d_ffn]),
+                _ if arg == names.gate_up => ("[E, 2F, D]", [2 * d_ffn, d_model]),
+                _ => ("[E, F, D]", [d_ffn, d_model]),
+            };
             check_shape(Op::Moe, arg, want, &[num_experts, n, k], &[w.num_experts(), w.n(), w.k()])?;
         }
         for (arg, bias) in self.biases(names) {
-            let n = if arg == names.down_bias { d_model } else { d_ffn };
+            let n = match arg {
+                _ if arg == names.down_bias => d_model,
+                _ if arg == names.gate_up_bias => 2 * d_ffn,
+                _ => d_ffn,
+            };
             bias.check(Op::Moe, arg, [num_experts, n])?;
         }
-        if let Hidden::Gated { gate, up, epilogue } = self.hidden {
-            epilogue.glu.check(Op::Moe)?;
-            if gate.order() != up.order() {
-                return Err(Error::mismatch(Op::Moe, names.up, "in the order of its gate", up.order().name()));
+        match self.hidden {
+            Hidden::Gated { gate, up, epilogue } => {
+                epilogue.glu.check(Op::Moe)?;
+                if gate.order() != up.order() {
+                    return Err(Error::mismatch(Op::Moe, names.up, "in the order of its gate", up.order().name()));
+                }
             }
+            Hidden::Plain { epilogue, .. } => epilogue.activation.check(Op::Moe)?,
+            Hidden::Interleaved { glu, .. } => glu.check(Op::Moe)?,
         }
         if stream.place() != Place::Host {
             grouped_gemm::check_kernels(Op::Moe, A::DTYPE, self.matrices(names), self.biases(names))?;
@@ -346,19 +435,32 @@ impl<'a> Experts<'a> {
 struct Names {
     gate: &'static str,
     up: &'static str,
+    gate_up: &'static str,
     down: &'static str,
     gate_bias: &'static str,
     up_bias: &'static str,
+    gate_up_bias: &'static str,
     down_bias: &'static str,
 }
 
-const ROUTED: Names = Names { gate: "gate", up: "up", down: "down", gate_bias: "gate_bias", up_bias: "up_bias", down_bias: "down_bias" };
+const ROUTED: Names = Names {
+    gate: "gate",
+    up: "up",
+    gate_up: "gate_up",
+    down: "down",
+    gate_bias: "gate_bias",
+    up_bias: "up_bias",
+    gate_up_bias: "gate_up_bias",
+    down_bias: "down_bias",
+};
 const SHARED: Names = Names {
     gate: "shared gate_proj",
     up: "shared up",
+    gate_up: "shared gate_up",
     down: "shared down",
     gate_bias: "shared gate_bias",
     up_bias: "shared up_bias",
+    gate_up_bias: "shared gate_up_bias",
     down_bias: "shared down_bias",
 };
 
@@ -420,18 +522,20 @@ impl<'a> Weights<'a> {
 /// bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on
 /// a GPU `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one.
 /// On a GPU the layer of up to 256 experts is 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a
-/// shared expert is two more, and one for its gate. None waits for the host. No token is dropped for any
-/// distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t` stays in row `t`.
+/// shared expert is two more, and one for its gate; interleaved gate and up are one more. None waits for the
+/// host. No token is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A
+/// NaN in token `t` stays in row `t`.
 ///
 /// # Errors
 ///
 /// [`Error::Shape`] if a shape is not the plan's; [`Error::Capacity`] for more tokens than the plan or
 /// `routing` holds, or a smaller workspace; [`Error::Value`] for a choice that [`router::route`] would
-/// refuse, constants of a gate that are no numbers, and a shared expert where the plan has none, or the other
-/// way round; [`Error::Mismatch`] for a gate and an up of two orders; [`Error::Place`], [`Error::NotJoined`];
-/// on a GPU [`Error::Layout`] if a row of `x`, `y`, the router or a shared gate does not begin on 16 bytes,
-/// [`Error::Unsupported`] for weights of another type than `x`, biases of neither that type nor `f32`, and
-/// experts whose matrices do not lie at one distance from each other. Nothing is written.
+/// refuse, constants of a gate or an activation that are no numbers, interleaved gate and up where the plan
+/// has no room for them ([`Shape::with_interleaved`]), and a shared expert where the plan has none, or the
+/// other way round; [`Error::Mismatch`] for a gate and an up of two orders; [`Error::Place`],
+/// [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row of `x`, `y`, the router or a shared gate does
+/// not begin on 16 bytes, [`Error::Unsupported`] for weights of another type than `x`, biases of neither that
+/// type nor `f32`, and experts whose matrices do not lie at one distance from each other. Nothing is written.
 pub fn forward<'r, A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -518,8 +622,8 @@ pub fn experts<A: Float>(
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
     kernels_need!(stream, outputs.vectors(Op::Moe, "outputs"));
     admit_routed(stream, &x, &routed, routing, workspace, ("outputs", outputs.access()))?;
-    let Parts { mut hidden, .. } = plan.carve_rows(workspace, x.rows())?;
-    let mut steps = || both_halves(stream, plan, x, experts, routing, &mut hidden, outputs);
+    let Parts { mut interleaved, mut hidden, .. } = plan.carve_rows(workspace, x.rows())?;
+    let mut steps = || both_halves(stream, plan, x, experts, routing, [&mut interleaved, &mut hidden], outputs);
     stream.rehearse(Op::Moe, &mut steps)?;
     steps()
 }
@@ -576,7 +680,8 @@ pub fn forward_routed<A: Float>(
     admit_routed(stream, &x, experts, routing, workspace, ("y", y.access()))?;
     let mut steps = || {
         let mut parts = plan.carve_rows(workspace, x.rows())?;
-        both_halves(stream, plan, x, experts, routing, &mut parts.hidden, &mut parts.outputs)?;
+        let hidden = [&mut parts.interleaved, &mut parts.hidden];
+        both_halves(stream, plan, x, experts, routing, hidden, &mut parts.outputs)?;
         let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
         let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
         permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
@@ -608,7 +713,7 @@ fn shared_expert<'p, A: Float>(
     shared: &Shared<'_>,
     parts: SharedParts<'p, A>,
 ) -> Result<Base<'p, A>, Error> {
-    let SharedParts { mut hidden, mut outputs, mut gate } = parts;
+    let SharedParts { mut interleaved, mut hidden, mut outputs, mut gate } = parts;
     let mut rows = ExpertRows::dense(x.rows())?;
     if stream.place() == Place::Host {
         // In the class of the routed rows, so that a token's bits change with the batch where the layer says
@@ -618,7 +723,7 @@ fn shared_expert<'p, A: Float>(
         rows = rows.in_class(if is_few { few } else { usize::MAX });
     }
     let rows = plan.rows(rows);
-    first_half(stream, x, &shared.halves(), rows, &mut hidden)?;
+    first_half(stream, x, &shared.halves(), rows, [&mut interleaved, &mut hidden])?;
     grouped_gemm::linear(stream, hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut outputs)?;
     let Some(of_gate) = shared.gate else { return Ok(Base::new(outputs.into_rows())) };
     router::logits(stream, x, of_gate, &mut gate)?;
@@ -631,30 +736,36 @@ fn both_halves<A: Float>(
     x: Rows<'_, A>,
     experts: &Experts<'_>,
     routing: &Routing<'_>,
-    hidden: &mut RowsMut<'_, A>,
+    [interleaved, hidden]: [&mut RowsMut<'_, A>; 2],
     outputs: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     if stream.place() != Place::Host && x.rows() > MAX_GATHERED {
         // The sorted rows lie where the outputs will: those are written when these have been read.
         permute::gather(stream, x, routing, outputs)?;
-        first_half(stream, outputs.as_rows(), experts, plan.rows(routing.expert_rows()), hidden)?;
+        first_half(stream, outputs.as_rows(), experts, plan.rows(routing.expert_rows()), [interleaved, hidden])?;
     } else {
-        first_half(stream, x, experts, plan.rows(routing.gathered_rows()), hidden)?;
+        first_half(stream, x, experts, plan.rows(routing.gathered_rows()), [interleaved, hidden])?;
     }
     let epilogue = experts.down_bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias));
     grouped_gemm::linear(stream, hidden.as_rows(), experts.down, plan.rows(routing.expert_rows()), &epilogue, outputs)
 }
 
+/// `interleaved` has columns where the plan has room for [`Hidden::Interleaved`].
 fn first_half<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
     experts: &Experts<'_>,
     rows: ExpertRows<'_>,
-    hidden: &mut RowsMut<'_, A>,
+    [interleaved, hidden]: [&mut RowsMut<'_, A>; 2],
 ) -> Result<(), Error> {
     match experts.hidden {
         Hidden::Gated { gate, up, epilogue } => grouped_gemm::glu(stream, x, gate, up, rows, &epilogue, hidden),
         Hidden::Plain { up, epilogue } => grouped_gemm::linear(stream, x, up, rows, &epilogue, hidden),
+        Hidden::Interleaved { gate_up, bias, glu } => {
+            let epilogue = bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias));
+            grouped_gemm::linear(stream, x, gate_up, rows, &epilogue, interleaved)?;
+            glu::interleaved_of(stream, glu, interleaved.as_rows(), Some(rows), hidden)
+        }
     }
 }
 
@@ -668,8 +779,10 @@ fn aligned<A>(cols: usize) -> usize {
     cols.next_multiple_of(16 / size_of::<A>())
 }
 
-/// Parts of a workspace: the rows between the halves, and the experts' output rows.
+/// Parts of a workspace: the rows between the halves, before and after the gate is applied, and the experts'
+/// output rows.
 struct Parts<'w, A> {
+    interleaved: RowsMut<'w, A>,
     hidden: RowsMut<'w, A>,
     outputs: RowsMut<'w, A>,
     shared: SharedParts<'w, A>,
@@ -677,6 +790,7 @@ struct Parts<'w, A> {
 
 /// The same of a shared expert, and the products that its factors are made from.
 struct SharedParts<'w, A> {
+    interleaved: RowsMut<'w, A>,
     hidden: RowsMut<'w, A>,
     outputs: RowsMut<'w, A>,
     gate: RowsMut<'w, f32>,
@@ -737,10 +851,15 @@ impl<A: Float> Plan<A> {
         let mut carver = workspace.carve(Op::Moe);
         carver.rows::<f32>(num_tokens, num_experts)?; // the logits
         let mut part = |rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
-        let (hidden, outputs) = (part(rows, d_ffn)?, part(rows, d_model)?);
-        let (shared_hidden, shared_outputs) = (part(shared_tokens, shared_d_ffn)?, part(shared_tokens, d_model)?);
-        let shared = SharedParts { hidden: shared_hidden, outputs: shared_outputs, gate: carver.rows::<f32>(shared_tokens, 1)? };
-        Ok(Parts { hidden, outputs, shared })
+        let [interleaved_cols, shared_interleaved_cols] = self.shape.interleaved_cols();
+        let (interleaved, hidden, outputs) = (part(rows, interleaved_cols)?, part(rows, d_ffn)?, part(rows, d_model)?);
+        let shared = SharedParts {
+            interleaved: part(shared_tokens, shared_interleaved_cols)?,
+            hidden: part(shared_tokens, shared_d_ffn)?,
+            outputs: part(shared_tokens, d_model)?,
+            gate: carver.rows::<f32>(shared_tokens, 1)?,
+        };
+        Ok(Parts { interleaved, hidden, outputs, shared })
     }
 
     /// The same for steps that leave the shared expert out.

@@ -5,6 +5,7 @@
 //! | `vector.rs` | [`Simd`], a vector of sixteen floats: what kernels are written with, once for every instruction set |
 //! | `portable.rs`, `x86/` | the instruction sets |
 //! | `slices.rs` | primitives on rows: `dot`, `widen`, `exp_shifted`, ... |
+//! | `moments.rs` | sums of deviations and of their squares |
 //! | `activation.rs` | activations and gates on rows of sums |
 //! | `ahead.rs` | asking for memory before it is needed |
 //! | `product.rs`, `gemm.rs` | the micro-kernel of matrix products: its arguments; itself, and packing |
@@ -21,6 +22,7 @@
 mod activation;
 mod ahead;
 pub(crate) mod gemm;
+mod moments;
 mod portable;
 mod product;
 mod scratch;
@@ -33,6 +35,7 @@ use std::sync::OnceLock;
 
 pub(crate) use self::activation::{activate, glu_mul};
 pub(crate) use self::ahead::{Ahead, prefetch};
+pub(crate) use self::moments::moments;
 #[cfg(test)]
 pub(crate) use self::scratch::scratch_floats;
 pub(crate) use self::scratch::with_scratch;

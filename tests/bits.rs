@@ -5,13 +5,16 @@
 //! meant to change results changes the table below and says why: `DROPLESS_BITS=print cargo test --test bits` prints the new one.
 #![cfg(all(feature = "cuda", target_arch = "x86_64", target_os = "linux"))]
 
+use dropless::activation::{Activation, Glu};
 use dropless::block_sparse::{Dense, Sparse};
-use dropless::layout::{KvLayer, KvLayerMut};
+use dropless::epilogue::Epilogue;
+use dropless::layout::{KvLayer, KvLayerMut, KvShape};
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
+use dropless::rope::{Pairing, Projected, QkNorm};
 use dropless::router::Normalize;
 use dropless::{
-    Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream, TokenIds,
-    Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample,
+    Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream,
+    TokenIds, Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample,
 };
 use dropless_kit::device;
 use dropless_kit::fill::{Random, normal};
@@ -97,6 +100,52 @@ fn norm_bits<T: Float + Bits>(run: &mut Run<'_>) {
 fn glu_bits<T: Float + Bits>(run: &mut Run<'_>) {
     let (gate, up) = (run.fill::<T>(1, 3 * 136), run.fill::<T>(2, 3 * 136));
     run.output::<T>(3, 136, |stream, y| glu::glu(stream, gate.rows(3, 136).unwrap(), up.rows(3, 136).unwrap(), y).unwrap());
+}
+
+/// Scaled rows of a table; norms with a bias, and with every option of what is added; gate and up in turn;
+/// scaled logits.
+fn option_bits<T: Float + Bits>(run: &mut Run<'_>) {
+    let table = run.fill::<T>(1, 9 * 72);
+    let mut on_device = Buffer::zeros(run.stream, 4).unwrap();
+    let tokens = TokenIds::from_host(run.stream, &[8, 0, 3, 8], 9, &mut on_device).unwrap();
+    run.output::<T>(4, 72, |stream, y| embedding::lookup_scaled(stream, tokens, table.rows(9, 72).unwrap(), 0.3, y).unwrap());
+    for cols in [24, 1032] {
+        let [x, also] = [1, 2].map(|seed| run.fill::<T>(seed, 5 * cols));
+        let rows = [3, 4, 5, 6].map(|seed| run.fill::<T>(seed, cols));
+        let [weight, bias, post_weight, post_bias] = rows.each_ref().map(|row| row.rows(1, cols).unwrap());
+        let (x, also) = (x.rows(5, cols).unwrap(), also.rows(5, cols).unwrap());
+        let (weights, post) = (norm::Weights::from(weight).with_bias(bias), norm::Weights::from(post_weight).with_bias(post_bias));
+        run.output::<T>(5, cols, |stream, y| norm::layer_norm(stream, x, weights, 1e-5, y).unwrap());
+        let addends = [
+            norm::Addend::from(x).with_also(also),
+            norm::Addend::from(x).with_scale(0.22),
+            norm::Addend::from(x).with_post_norm(post),
+            norm::Addend::from(x).with_also(also).with_scale(-1.5).with_post_norm(post_weight),
+        ];
+        for (index, addend) in addends.into_iter().enumerate() {
+            let mut residual = run.fill::<T>(7, 5 * cols);
+            run.output::<T>(5, cols, |stream, y| {
+                let sum = &mut residual.rows_mut(5, cols).unwrap();
+                match index % 2 {
+                    0 => norm::add_layer_norm(stream, addend, sum, weights, 1e-5, y).unwrap(),
+                    _ => norm::add_rms_norm(stream, addend, sum, weight, 1e-6, y).unwrap(),
+                }
+            });
+            run.hash.all(&residual.to_vec(run.stream).unwrap());
+        }
+    }
+    let gate_up = run.fill::<T>(8, 3 * 272);
+    run.output::<T>(3, 136, |stream, y| {
+        glu::gated_interleaved(stream, Glu::GPT_OSS, gate_up.rows(3, 272).unwrap(), y).unwrap();
+    });
+    for rows in [9, 70] {
+        let (x, w) = (run.fill::<T>(9, rows * 72), run.fill::<T>(10, 40 * 72));
+        let w = ExpertWeights::nk(w.rows(40, 72).unwrap(), 1).unwrap();
+        let (dense, epilogue) = (ExpertRows::dense(rows).unwrap(), Epilogue::default().with_activation(Activation::Scaled(0.125)));
+        run.output::<f32>(rows, 40, |stream, y| {
+            grouped_gemm::linear(stream, x.rows(rows, 72).unwrap(), w, dense, &epilogue, y).unwrap();
+        });
+    }
 }
 
 fn logits_bits<T: Float + Bits>(run: &mut Run<'_>) {
@@ -215,11 +264,65 @@ fn attention_bits<T: Float + Bits>(run: &mut Run<'_>) {
     }
 }
 
+/// Norms of queries and keys, the forms of projections, and values of another width than keys.
+fn projected_bits<T: Float + Bits>(run: &mut Run<'_>) {
+    for (h, d, dv, rotary_dim) in [(4, 32, 32, 16), (3, 10, 7, 4)] {
+        let heads = HeadLayout::new(h, h, d).unwrap().with_value_dim(dv).unwrap();
+        let (q, qkv) = (run.fill::<T>(3, 3 * heads.q_cols()), run.fill::<T>(4, 3 * heads.qkv_cols()));
+        let (kv, k_rope) = (run.fill::<T>(5, 3 * h * (d - rotary_dim + dv)), run.fill::<T>(6, 3 * rotary_dim));
+        let (of_head, of_all) = (run.fill::<T>(7, d), run.fill::<T>(8, h * d));
+        let [qkv, q] = [(&qkv, heads.qkv_cols()), (&q, heads.q_cols())].map(|(rows, cols)| rows.rows(3, cols).unwrap());
+        let (kv, k_rope) = (kv.rows(3, h * (d - rotary_dim + dv)).unwrap(), k_rope.rows(3, rotary_dim).unwrap());
+        let (of_head, of_all) = (of_head.rows(1, d).unwrap(), of_all.rows(1, h * d).unwrap());
+        let plain = rope::Options::default();
+        let calls = [
+            (Projected::PerHead(qkv), plain.with_qk_norm(QkNorm::per_head(of_head, of_head, 1e-6))),
+            (qkv.into(), plain.with_qk_norm(QkNorm::full_width(of_all, of_all, 1e-5))),
+            (Projected::Latent { q, kv, k_rope }, plain.with_pairing(Pairing::Interleaved)),
+        ];
+        for (qkv, options) in calls {
+            let table = RopeTable::new(run.stream, 1e4, rotary_dim, 64).unwrap();
+            let mut cache = KvCache::<T>::new(run.stream, 1, KvShape::contiguous(heads, 2, 64)).unwrap();
+            cache.append(run.stream, &[1, 2]).unwrap();
+            let mut rotated = Buffer::<T>::zeros(run.stream, 3 * heads.q_cols()).unwrap();
+            let q = &mut rotated.rows_mut(3, heads.q_cols()).unwrap();
+            rope::clip_rotate_append(run.stream, qkv, heads, options, &table, &mut cache.layer_mut(0).unwrap(), q).unwrap();
+            let layer = cache.layer(0).unwrap();
+            [layer.keys(), layer.values()].iter().for_each(|pool| run.hash.all(&pool.to_vec(run.stream).unwrap()));
+            run.hash.all(&rotated.to_vec(run.stream).unwrap());
+            let q = rotated.rows(3, heads.q_cols()).unwrap();
+            let options = attention::Options::new(heads);
+            run.output::<T>(3, heads.context_cols(), |stream, y| attention::prefill(stream, q, options, &layer, y).unwrap());
+        }
+    }
+}
+
 fn sample_bits(run: &mut Run<'_>) {
     let logits = run.fill::<f32>(1, 4 * 1000);
     let mut out = Buffer::zeros(run.stream, 4).unwrap();
     let chosen = sample::argmax(run.stream, logits.rows(4, 1000).unwrap(), &mut out).unwrap();
     chosen.ids().to_vec(run.stream).unwrap().into_iter().for_each(|id| run.hash.word(id));
+}
+
+/// The same on every device.
+fn draw_bits(run: &mut Run<'_>) {
+    let logits = run.fill::<f32>(1, 4 * 1000);
+    let numbers = Buffer::from_slice(run.stream, &[3u32, 0, u32::MAX, 7]).unwrap();
+    let draws = sample::Draws::new(numbers.rows(1, 4).unwrap(), numbers.rows(1, 4).unwrap()).unwrap();
+    for options in [sample::Options::new(0.7), sample::Options::new(1.0).with_top_p(0.6).with_seed(9)] {
+        let mut out = Buffer::zeros(run.stream, 4).unwrap();
+        let drawn = sample::top_p(run.stream, logits.rows(4, 1000).unwrap(), options, draws, &mut out).unwrap();
+        drawn.ids().to_vec(run.stream).unwrap().into_iter().for_each(|id| run.hash.word(id));
+    }
+}
+
+fn mixer_bits(run: &mut Run<'_>) {
+    let (logits, mixer) = (run.fill::<f32>(3, 5 * 16), router::Score::SparseMixer { jitter: 0.2 });
+    let choice = router::Choice::from(Normalize::None).with_score(mixer);
+    let mut buffers = RoutingBuffers::new(run.stream, 5, 4, 16).unwrap();
+    let routing = router::route(run.stream, logits.rows(5, 16).unwrap(), choice, &mut buffers).unwrap();
+    routing.expert_ids().to_vec(run.stream).unwrap().into_iter().for_each(|word| run.hash.word(word));
+    run.hash.all(&routing.weights().to_vec(run.stream).unwrap());
 }
 
 fn random_bits<T: Float + Bits>(run: &mut Run<'_>) {
@@ -269,9 +372,13 @@ fn hashes(stream: &Stream) -> Vec<(&'static str, u64)> {
         ("grouped_gemm to f32", &[|run| products::<Bf16>(run, true), |run| products::<F16>(run, true)]),
         ("block_sparse", &[sparse_bits::<f32>, sparse_bits::<Bf16>, sparse_bits::<F16>]),
         ("rope, attention", &[attention_bits::<f32>, attention_bits::<Bf16>, attention_bits::<F16>]),
+        ("rope of all forms", &[projected_bits::<f32>, projected_bits::<Bf16>, projected_bits::<F16>]),
         ("sample", &[sample_bits]),
+        ("sample top_p", &[draw_bits]),
+        ("router sparse mixer", &[mixer_bits]),
         ("random", &[random_bits::<f32>, random_bits::<Bf16>, random_bits::<F16>]),
         ("moe", &[moe_bits::<f32>, moe_bits::<Bf16>, moe_bits::<F16>]),
+        ("options", &[option_bits::<f32>, option_bits::<Bf16>, option_bits::<F16>]),
     ];
     let hash = |work: &[Work]| {
         let mut run = Run { stream, hash: Hash::new() };
@@ -312,7 +419,7 @@ fn the_emulated_gpu_gives_the_bits_it_gave() {
     assert_eq!(driver.reports(), [""; 0]);
 }
 
-const CPU: [(&str, u64); 14] = [
+const CPU: [(&str, u64); 18] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0x3b45_ab8a_cc25_11be),
     ("glu", 0x5818_0ee3_1738_acd6),
@@ -324,14 +431,18 @@ const CPU: [(&str, u64); 14] = [
     ("grouped_gemm to f32", 0x6ca2_d62d_6654_3296),
     ("block_sparse", 0x6e55_633a_6d36_cdb0),
     ("rope, attention", 0xad1e_dc65_b645_266f),
+    ("rope of all forms", 0xb54c_aa05_2236_98fb),
     ("sample", 0xb2ff_cc90_efcf_8398),
+    ("sample top_p", 0xf543_98f0_99d2_5b34),
+    ("router sparse mixer", 0xe7d7_2537_17a1_9944),
     ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x05c0_b0a0_3b4e_f615),
+    ("options", 0x9139_50e5_2340_3952),
 ];
 
 const MIXED: [(&str, u64); 1] = [("mixed", 0xa75f_23d9_de2e_ffbe)];
 
-const EMULATED: [(&str, u64); 14] = [
+const EMULATED: [(&str, u64); 18] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0xe623_4eaa_fc07_263d),
     ("glu", 0xe1b6_bd38_1430_ae92),
@@ -344,7 +455,11 @@ const EMULATED: [(&str, u64); 14] = [
     ("block_sparse", 0x6e55_633a_6d36_cdb0),
     // bf16 and f16 attend on the tensor cores, where weights are rounded to the type.
     ("rope, attention", 0x3dea_97b7_9c9a_8c4d),
+    ("rope of all forms", 0x8d03_2939_45c7_d2aa),
     ("sample", 0xb2ff_cc90_efcf_8398),
+    ("sample top_p", 0xf543_98f0_99d2_5b34),
+    ("router sparse mixer", 0xe7d7_2537_17a1_9944),
     ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x0a32_95f2_a024_e192),
+    ("options", 0xc534_046c_b1b5_fa67),
 ];

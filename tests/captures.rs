@@ -57,6 +57,38 @@ fn ids_of_a_capture_vouch_for_nothing() {
     silent(&driver);
 }
 
+/// A graph that draws tokens reads the sequences and steps of its launch.
+#[test]
+fn a_graph_draws_by_the_steps_of_its_launch() {
+    use dropless::sample::{Draws, Options as Sampling, top_p};
+
+    let (driver, stream) = device::emulated();
+    let (options, values) = (Sampling::new(1.5).with_top_p(0.9), normal::<f32>(3, 2 * 40, 1.0));
+    let logits = Buffer::from_slice(&stream, &values).unwrap();
+    let (mut sequences, mut steps) = (Buffer::zeros(&stream, 2).unwrap(), Buffer::zeros(&stream, 2).unwrap());
+    let mut out = Buffer::from_slice(&stream, &[999u32; 2]).unwrap();
+    let draw = |out: &mut Buffer<u32>, sequences: &Buffer<u32>, steps: &Buffer<u32>| {
+        let draws = Draws::new(sequences.rows(1, 2)?, steps.rows(1, 2)?)?;
+        top_p(&stream, logits.rows(2, 40)?, options, draws, out).map(|_| ())
+    };
+    draw(&mut out, &sequences, &steps).unwrap(); // loads the kernel
+    let graph = stream.capture(|| draw(&mut out, &sequences, &steps)).unwrap();
+    let mut drawn = vec![];
+    for step in 0..6 {
+        sequences.copy_from_slice(&stream, &[5, 6]).unwrap();
+        steps.copy_from_slice(&stream, &[step, step + 1]).unwrap();
+        launch(&graph).unwrap();
+        let ids = out.to_vec(&stream).unwrap();
+        let mut again = Buffer::zeros(&stream, 2).unwrap();
+        draw(&mut again, &sequences, &steps).unwrap();
+        assert_eq!(again.to_vec(&stream).unwrap(), ids);
+        drawn.push(ids);
+    }
+    drawn.dedup();
+    assert!(drawn.len() > 3, "{drawn:?}");
+    silent(&driver);
+}
+
 /// A routing of 2 tokens by its type, while the device still holds that of 50.
 #[test]
 fn a_routing_of_a_capture_vouches_for_nothing() {

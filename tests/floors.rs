@@ -51,7 +51,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 /// The floor of a module path such as `ops/router/cpu`.
 fn floor(module: &str) -> u32 {
     match module.split('/').next().unwrap() {
-        "error" | "dtype" | "shape" | "activation" => 0,
+        "error" | "dtype" | "shape" | "activation" | "splitmix" => 0,
         "simd" | "device" => 1,
         "view" | "weights" | "layout" | "epilogue" => 2,
         "ops" | "interop" => 3,

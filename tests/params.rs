@@ -207,8 +207,8 @@ fn every_field_arrives() {
     for machine in machines() {
         let echoed = each!(
             &machine,
-            EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams ArgmaxParams UniformParams LogitsParams ChooseParams IndexParams
-            PageParams PoolParams RopeParams AttentionParams TiledAttentionParams ProductParams GivenParams RouteParams CountParams AxisParams SddParams DsdParams
+            EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams InTurnParams ArgmaxParams TopPParams UniformParams LogitsParams ChooseParams IndexParams
+            PageParams PoolParams HeadsParams RopeParams AttentionParams TiledAttentionParams ProductParams GivenParams RouteParams CountParams AxisParams SddParams DsdParams
             ArrangeParams TiledProductParams BlockProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");

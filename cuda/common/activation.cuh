@@ -56,7 +56,7 @@ template <typename Math> __device__ __forceinline__ float activated(const Epilog
         const float positive = x < 0.0f ? 0.0f : x;
         return positive * positive;
     }
-    return x;
+    return p.c1 * x; // a sum as it is has c1 = 1
 }
 
 // And of a gate and an up. A NaN passes.

@@ -1,5 +1,5 @@
-// Attention of one token and query head by one warp, without tensor cores: any head_dim, any layout of the
-// pools.
+// Attention of one token and query head by one warp, without tensor cores: any head_dim, any width of a
+// value, any layout of the pools.
 //
 // 32 keys at a time, a key a lane for the scores, an element a lane for the values. A lane never multiplies
 // by a value that the token does not see. Order: f32, keys ascending in blocks of 32 from position 0 with a
@@ -23,11 +23,9 @@ template <typename T> __device__ __forceinline__ void attend_row(const Attention
     const int64_t kv_head = head / p.group;
     const Place   place = locate(p.pages, token);
     const T*      q = static_cast<const T*>(p.q) + token * p.q_stride + head * p.head_dim;
-    T*            out = static_cast<T*>(p.out) + token * p.out_stride + head * p.head_dim;
-    for (int64_t j = lane(); j < p.head_dim; j += 32) {
-        scratch.query[j] = to_f32(q[j]);
-        scratch.sum_of_values[j] = 0.0f;
-    }
+    T*            out = static_cast<T*>(p.out) + token * p.out_stride + head * p.value_dim;
+    for (int64_t j = lane(); j < p.head_dim; j += 32) scratch.query[j] = to_f32(q[j]);
+    for (int64_t j = lane(); j < p.value_dim; j += 32) scratch.sum_of_values[j] = 0.0f;
 
     // A sink is a score without a value.
     float         largest = p.sinks ? p.sinks[head] : -infinity(), sum = p.sinks ? 1.0f : 0.0f;
@@ -60,7 +58,7 @@ template <typename T> __device__ __forceinline__ void attend_row(const Attention
 
         const int begin = int(max(int64_t(0), oldest - first)),
                   end = int(min(int64_t(32), place.position + 1 - first));
-        for (int64_t j = lane(); j < p.head_dim; j += 32) {
+        for (int64_t j = lane(); j < p.value_dim; j += 32) {
             const T* value = static_cast<const T*>(p.values) + element_at(p.value_pool, j);
             float    total = scratch.sum_of_values[j] * rescale;
             for (int key = begin; key < end; key++)
@@ -68,6 +66,6 @@ template <typename T> __device__ __forceinline__ void attend_row(const Attention
             scratch.sum_of_values[j] = total;
         }
     }
-    for (int64_t j = lane(); j < p.head_dim; j += 32) out[j] = from_f32<T>(scratch.sum_of_values[j] / sum);
+    for (int64_t j = lane(); j < p.value_dim; j += 32) out[j] = from_f32<T>(scratch.sum_of_values[j] / sum);
     __syncwarp(); // before the next row overwrites the query
 }

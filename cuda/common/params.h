@@ -27,31 +27,39 @@ typedef uint64_t In, InU32, InF32, Out, OutU32, OutF32;
 #endif
 
 struct EmbeddingParams {
-    InU32   ids;   // [T]
-    In      table; // [V, D]
-    Out     y;     // [T, D]
-    int64_t num_tokens;
-    int64_t d_model;
-    int64_t table_stride;
-    int64_t y_stride;
+    InU32    ids;   // [T]
+    In       table; // [V, D]
+    Out      y;     // [T, D]
+    int64_t  num_tokens;
+    int64_t  d_model;
+    int64_t  table_stride;
+    int64_t  y_stride;
+    float    scale; // of each element; 1 copies
+    uint32_t unused;
 };
 
 // Of a row, the elements that one thread of the norms holds in registers; and the most threads of a block.
 static const uint32_t NORM_ELEMS_PER_THREAD = 16;
 static const uint32_t NORM_MAX_THREADS      = 1024;
 
+// The `general` forms read all of it. The others read neither `bias` nor `also` and below, except for `eps`.
 struct NormParams {
-    In       x;        // [T, D]
-    Out      residual; // [T, D]; not read by the forms that add nothing
-    In       weight;   // [D]
-    Out      y;        // [T, D]
-    int64_t  num_tokens;
-    int64_t  d_model;
-    int64_t  x_stride;
-    int64_t  residual_stride;
-    int64_t  y_stride;
-    float    eps;
-    uint32_t unused;
+    In      x;        // [T, D]
+    Out     residual; // [T, D]; null where nothing is added
+    In      weight;   // [D]
+    In      bias;     // [D]; null: none
+    Out     y;        // [T, D]
+    int64_t num_tokens;
+    int64_t d_model;
+    int64_t x_stride;
+    int64_t residual_stride;
+    int64_t y_stride;
+    In      also; // [T, D]; null: none
+    int64_t also_stride;
+    In      post_weight; // [D]; null: what is added is not normalised
+    In      post_bias;   // [D]; null: none
+    float   eps;
+    float   scale; // of what is added
 };
 
 // The id of an expert that is not here, and the row of a slot that has none.
@@ -86,7 +94,7 @@ struct CombineParams {
 };
 
 // What becomes of a sum x, or of a gate x and an up u.
-static const uint32_t ACTIVATION_NONE         = 0; // x
+static const uint32_t ACTIVATION_SCALED       = 0; // c1 * x
 static const uint32_t ACTIVATION_SIGMOID      = 1; // x * sigmoid(x * (c1 + c3 * x^2)): SiLU, and GELU by tanh
 static const uint32_t ACTIVATION_ERF          = 2; // x / 2 * (1 + erf(x / sqrt(2)))
 static const uint32_t ACTIVATION_RELU_SQUARED = 3; // max(x, 0)^2
@@ -123,12 +131,38 @@ struct GluParams {
     EpilogueParams epilogue; // without biases
 };
 
+// Gate and up in turn: gate in the even columns, up in the odd ones.
+struct InTurnParams {
+    In             gate_up;  // [R, 2 F]
+    InU32          rows_end; // the first row that no expert owns, at most R; null: R
+    Out            y;        // [R, F]
+    int64_t        rows;
+    int64_t        d_ffn;
+    int64_t        gate_up_stride;
+    int64_t        y_stride;
+    EpilogueParams epilogue; // without biases
+};
+
 struct ArgmaxParams {
     InF32   logits; // [T, V]
     OutU32  ids;    // [T]
     int64_t num_tokens;
     int64_t vocab;
     int64_t logits_stride;
+};
+
+struct TopPParams {
+    InF32    logits;    // [T, V]
+    InU32    sequences; // [T]
+    InU32    steps;     // [T]
+    OutU32   ids;       // [T]
+    int64_t  num_tokens;
+    int64_t  vocab;
+    int64_t  logits_stride;
+    uint64_t state;    // of the random sequence, which follows from the seed
+    uint64_t share;    // of the sum of weights, times 2^64, that the candidates reach; 0: all of it
+    float    per_unit; // halvings of the weight for each unit that a logit is below the largest
+    uint32_t spare_bits; // by so many bits a weight is below 2^62, so that no sum of V passes that
 };
 
 struct UniformParams {
@@ -169,6 +203,7 @@ static const uint32_t SCORE_SOFTMAX             = 0; // exp(z) / sum of all expe
 static const uint32_t SCORE_SIGMOID             = 1; // 1 / (1 + exp(-z))
 static const uint32_t SCORE_SQRT_SOFTPLUS       = 2; // sqrt(ln(1 + exp(z)))
 static const uint32_t SCORE_SOFTMAX_OVER_CHOSEN = 3; // exp(z) / sum of the chosen experts' exp(z)
+static const uint32_t SCORE_SPARSE_MIXER        = 4; // exp(z) / sum of those that are left and close to z
 
 struct ChooseParams {
     InF32    logits;      // [T, E]
@@ -189,7 +224,7 @@ struct ChooseParams {
     uint32_t num_groups; // at most 32; 0: none
     uint32_t top_groups;
     uint32_t two_best; // a group counts as its two best experts together, not as its best
-    uint32_t unused;
+    float    reach;    // the relative distance up to which experts compete in a sparse mixer
 };
 
 struct IndexParams {
@@ -245,29 +280,48 @@ struct PoolParams {
     int64_t chunk_stride;
 };
 
+// Where one part of every KV head lies: that of head h of token t begins t * token_stride + h * head_stride
+// elements behind the first.
+struct HeadsParams {
+    In      first;
+    int64_t token_stride;
+    int64_t head_stride;
+};
+
 static const uint32_t ROPE_THREADS = 256;
 
 struct RopeParams {
-    In         qkv;    // [T, (H + 2 Hkv) d]
-    InF32      cos;    // [positions, rotary_dim / 2]
-    InF32      sin;    // [positions, rotary_dim / 2]
-    Out        q;      // [T, H d]
-    Out        keys;   // the pool
-    Out        values; // the pool
-    PageParams pages;
-    PoolParams key_pool;
-    PoolParams value_pool;
-    int64_t    num_tokens;
-    int64_t    num_heads;
-    int64_t    num_kv_heads;
-    int64_t    head_dim;
-    int64_t    rotary_dim;
-    int64_t    qkv_stride;
-    int64_t    q_stride;
-    int64_t    cos_stride;
-    int64_t    sin_stride;
-    float      clip; // infinity for none
-    uint32_t   interleaved; // pairs (2 j, 2 j + 1), not (j, j + rotary_dim / 2)
+    HeadsParams queries; // of a group, side by side
+    HeadsParams rotated; // of keys, what is rotated
+    HeadsParams rest;    // of keys, what is not
+    HeadsParams origin;  // of values
+    In          q_weight; // of the norm, [d] or [H d]; null without
+    In          k_weight; // [d] or [Hkv d]
+    InF32       cos;      // [positions, rotary_dim / 2]
+    InF32       sin;      // [positions, rotary_dim / 2]
+    Out         q;        // [T, H d]
+    Out         keys;     // the pool
+    Out         values;   // the pool
+    PageParams  pages;
+    PoolParams  key_pool;
+    PoolParams  value_pool;
+    int64_t     num_tokens;
+    int64_t     num_heads;
+    int64_t     num_kv_heads;
+    int64_t     group; // query heads per KV head
+    int64_t     head_dim;
+    int64_t     value_dim;
+    int64_t     rotary_dim;
+    int64_t     rotated_at; // of a head, the first element that is rotated
+    int64_t     rest_at;    // and the first that is not
+    int64_t     weight_stride; // of the norm, from head to head: 0 with a mean per head, d with one over all
+    int64_t     q_stride;
+    int64_t     cos_stride;
+    int64_t     sin_stride;
+    float       clip; // infinity for none
+    float       eps;
+    uint32_t    interleaved; // pairs (2 j, 2 j + 1), not (j, j + rotary_dim / 2)
+    uint32_t    lanes; // that add up a head's squares, a power of two; 0: the block adds up all heads'
 };
 
 static const uint32_t ATTENTION_WARPS = 4; // of a block, each with a token and a head
@@ -277,7 +331,7 @@ struct AttentionParams {
     In         keys;   // the pool
     In         values; // the pool
     InF32      sinks;  // [H]; null: none
-    Out        out;    // [T, H d]
+    Out        out;    // [T, H dv]
     PageParams pages;
     PoolParams key_pool;
     PoolParams value_pool;
@@ -285,6 +339,7 @@ struct AttentionParams {
     int64_t    num_heads;
     int64_t    group; // query heads per KV head
     int64_t    head_dim;
+    int64_t    value_dim;
     int64_t    q_stride;
     int64_t    out_stride;
     int64_t    window; // keys that a query sees, its own included
@@ -327,7 +382,7 @@ struct TiledAttentionParams {
     // 1 / 2 - 1 / (1 + 2^(inner * score)).
     float           factor;
     float           inner;
-    int64_t         unused[6];
+    int64_t         unused[5];
 };
 
 // The plain form of grouped_gemm: rows and columns of a tile, and the threads that compute it.

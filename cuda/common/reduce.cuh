@@ -20,6 +20,23 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+__device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        x += __shfl_xor_sync(FULL_WARP, static_cast<unsigned long long>(x), step);
+    return x;
+}
+
+// The sum over the lanes up to and with this one.
+template <typename T> __device__ __forceinline__ T warp_sum_upto(T x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const T lower = __shfl_up_sync(FULL_WARP, x, step);
+        if (lane() >= step) x += lower;
+    }
+    return x;
+}
+
 __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
@@ -43,12 +60,3 @@ __device__ __forceinline__ void block_sum(float& a, float& b, float (*scratch)[2
     b = warp_sum(lane() < warps ? scratch[lane()][1] : 0.0f);
     __syncthreads();
 }
-
-// Orders (value, index) pairs as integers: the larger value wins, the lower index among equals (-0 = +0), NaN is below -inf.
-// Never 0, and every index below 2^32 - 1 has a rank of its own.
-__device__ __forceinline__ uint64_t rank(float value, uint32_t index) {
-    const uint32_t bits = __float_as_uint(value + 0.0f); // -0 becomes +0
-    const uint32_t order = value != value ? 0 : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-    return static_cast<uint64_t>(order) << 32 | ~index;
-}
-__device__ __forceinline__ uint32_t index_of(uint64_t rank) { return ~static_cast<uint32_t>(rank); }

@@ -22,10 +22,12 @@ pub struct EmbeddingParams {
     pub(crate) d_model: i64,
     pub(crate) table_stride: i64,
     pub(crate) y_stride: i64,
+    pub(crate) scale: f32,
+    pub(crate) unused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of EmbeddingParams"][::std::mem::size_of::<EmbeddingParams>() - 56usize];
+    ["Size of EmbeddingParams"][::std::mem::size_of::<EmbeddingParams>() - 64usize];
     ["Alignment of EmbeddingParams"][::std::mem::align_of::<EmbeddingParams>() - 8usize];
     ["Offset of field: EmbeddingParams::ids"][::std::mem::offset_of!(EmbeddingParams, ids) - 0usize];
     ["Offset of field: EmbeddingParams::table"][::std::mem::offset_of!(EmbeddingParams, table) - 8usize];
@@ -34,6 +36,8 @@ const _: () = {
     ["Offset of field: EmbeddingParams::d_model"][::std::mem::offset_of!(EmbeddingParams, d_model) - 32usize];
     ["Offset of field: EmbeddingParams::table_stride"][::std::mem::offset_of!(EmbeddingParams, table_stride) - 40usize];
     ["Offset of field: EmbeddingParams::y_stride"][::std::mem::offset_of!(EmbeddingParams, y_stride) - 48usize];
+    ["Offset of field: EmbeddingParams::scale"][::std::mem::offset_of!(EmbeddingParams, scale) - 56usize];
+    ["Offset of field: EmbeddingParams::unused"][::std::mem::offset_of!(EmbeddingParams, unused) - 60usize];
 };
 pub const NORM_ELEMS_PER_THREAD: u32 = 16;
 pub const NORM_MAX_THREADS: u32 = 1024;
@@ -43,30 +47,40 @@ pub struct NormParams {
     pub(crate) x: In,
     pub(crate) residual: Out,
     pub(crate) weight: In,
+    pub(crate) bias: In,
     pub(crate) y: Out,
     pub(crate) num_tokens: i64,
     pub(crate) d_model: i64,
     pub(crate) x_stride: i64,
     pub(crate) residual_stride: i64,
     pub(crate) y_stride: i64,
+    pub(crate) also: In,
+    pub(crate) also_stride: i64,
+    pub(crate) post_weight: In,
+    pub(crate) post_bias: In,
     pub(crate) eps: f32,
-    pub(crate) unused: u32,
+    pub(crate) scale: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of NormParams"][::std::mem::size_of::<NormParams>() - 80usize];
+    ["Size of NormParams"][::std::mem::size_of::<NormParams>() - 120usize];
     ["Alignment of NormParams"][::std::mem::align_of::<NormParams>() - 8usize];
     ["Offset of field: NormParams::x"][::std::mem::offset_of!(NormParams, x) - 0usize];
     ["Offset of field: NormParams::residual"][::std::mem::offset_of!(NormParams, residual) - 8usize];
     ["Offset of field: NormParams::weight"][::std::mem::offset_of!(NormParams, weight) - 16usize];
-    ["Offset of field: NormParams::y"][::std::mem::offset_of!(NormParams, y) - 24usize];
-    ["Offset of field: NormParams::num_tokens"][::std::mem::offset_of!(NormParams, num_tokens) - 32usize];
-    ["Offset of field: NormParams::d_model"][::std::mem::offset_of!(NormParams, d_model) - 40usize];
-    ["Offset of field: NormParams::x_stride"][::std::mem::offset_of!(NormParams, x_stride) - 48usize];
-    ["Offset of field: NormParams::residual_stride"][::std::mem::offset_of!(NormParams, residual_stride) - 56usize];
-    ["Offset of field: NormParams::y_stride"][::std::mem::offset_of!(NormParams, y_stride) - 64usize];
-    ["Offset of field: NormParams::eps"][::std::mem::offset_of!(NormParams, eps) - 72usize];
-    ["Offset of field: NormParams::unused"][::std::mem::offset_of!(NormParams, unused) - 76usize];
+    ["Offset of field: NormParams::bias"][::std::mem::offset_of!(NormParams, bias) - 24usize];
+    ["Offset of field: NormParams::y"][::std::mem::offset_of!(NormParams, y) - 32usize];
+    ["Offset of field: NormParams::num_tokens"][::std::mem::offset_of!(NormParams, num_tokens) - 40usize];
+    ["Offset of field: NormParams::d_model"][::std::mem::offset_of!(NormParams, d_model) - 48usize];
+    ["Offset of field: NormParams::x_stride"][::std::mem::offset_of!(NormParams, x_stride) - 56usize];
+    ["Offset of field: NormParams::residual_stride"][::std::mem::offset_of!(NormParams, residual_stride) - 64usize];
+    ["Offset of field: NormParams::y_stride"][::std::mem::offset_of!(NormParams, y_stride) - 72usize];
+    ["Offset of field: NormParams::also"][::std::mem::offset_of!(NormParams, also) - 80usize];
+    ["Offset of field: NormParams::also_stride"][::std::mem::offset_of!(NormParams, also_stride) - 88usize];
+    ["Offset of field: NormParams::post_weight"][::std::mem::offset_of!(NormParams, post_weight) - 96usize];
+    ["Offset of field: NormParams::post_bias"][::std::mem::offset_of!(NormParams, post_bias) - 104usize];
+    ["Offset of field: NormParams::eps"][::std::mem::offset_of!(NormParams, eps) - 112usize];
+    ["Offset of field: NormParams::scale"][::std::mem::offset_of!(NormParams, scale) - 116usize];
 };
 pub const NOWHERE: u32 = 4294967295;
 #[repr(C)]
@@ -131,7 +145,7 @@ const _: () = {
     ["Offset of field: CombineParams::gate_stride"][::std::mem::offset_of!(CombineParams, gate_stride) - 88usize];
     ["Offset of field: CombineParams::y_stride"][::std::mem::offset_of!(CombineParams, y_stride) - 96usize];
 };
-pub const ACTIVATION_NONE: u32 = 0;
+pub const ACTIVATION_SCALED: u32 = 0;
 pub const ACTIVATION_SIGMOID: u32 = 1;
 pub const ACTIVATION_ERF: u32 = 2;
 pub const ACTIVATION_RELU_SQUARED: u32 = 3;
@@ -206,6 +220,31 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct InTurnParams {
+    pub(crate) gate_up: In,
+    pub(crate) rows_end: InU32,
+    pub(crate) y: Out,
+    pub(crate) rows: i64,
+    pub(crate) d_ffn: i64,
+    pub(crate) gate_up_stride: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) epilogue: EpilogueParams,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of InTurnParams"][::std::mem::size_of::<InTurnParams>() - 128usize];
+    ["Alignment of InTurnParams"][::std::mem::align_of::<InTurnParams>() - 8usize];
+    ["Offset of field: InTurnParams::gate_up"][::std::mem::offset_of!(InTurnParams, gate_up) - 0usize];
+    ["Offset of field: InTurnParams::rows_end"][::std::mem::offset_of!(InTurnParams, rows_end) - 8usize];
+    ["Offset of field: InTurnParams::y"][::std::mem::offset_of!(InTurnParams, y) - 16usize];
+    ["Offset of field: InTurnParams::rows"][::std::mem::offset_of!(InTurnParams, rows) - 24usize];
+    ["Offset of field: InTurnParams::d_ffn"][::std::mem::offset_of!(InTurnParams, d_ffn) - 32usize];
+    ["Offset of field: InTurnParams::gate_up_stride"][::std::mem::offset_of!(InTurnParams, gate_up_stride) - 40usize];
+    ["Offset of field: InTurnParams::y_stride"][::std::mem::offset_of!(InTurnParams, y_stride) - 48usize];
+    ["Offset of field: InTurnParams::epilogue"][::std::mem::offset_of!(InTurnParams, epilogue) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ArgmaxParams {
     pub(crate) logits: InF32,
     pub(crate) ids: OutU32,
@@ -222,6 +261,37 @@ const _: () = {
     ["Offset of field: ArgmaxParams::num_tokens"][::std::mem::offset_of!(ArgmaxParams, num_tokens) - 16usize];
     ["Offset of field: ArgmaxParams::vocab"][::std::mem::offset_of!(ArgmaxParams, vocab) - 24usize];
     ["Offset of field: ArgmaxParams::logits_stride"][::std::mem::offset_of!(ArgmaxParams, logits_stride) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct TopPParams {
+    pub(crate) logits: InF32,
+    pub(crate) sequences: InU32,
+    pub(crate) steps: InU32,
+    pub(crate) ids: OutU32,
+    pub(crate) num_tokens: i64,
+    pub(crate) vocab: i64,
+    pub(crate) logits_stride: i64,
+    pub(crate) state: u64,
+    pub(crate) share: u64,
+    pub(crate) per_unit: f32,
+    pub(crate) spare_bits: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TopPParams"][::std::mem::size_of::<TopPParams>() - 80usize];
+    ["Alignment of TopPParams"][::std::mem::align_of::<TopPParams>() - 8usize];
+    ["Offset of field: TopPParams::logits"][::std::mem::offset_of!(TopPParams, logits) - 0usize];
+    ["Offset of field: TopPParams::sequences"][::std::mem::offset_of!(TopPParams, sequences) - 8usize];
+    ["Offset of field: TopPParams::steps"][::std::mem::offset_of!(TopPParams, steps) - 16usize];
+    ["Offset of field: TopPParams::ids"][::std::mem::offset_of!(TopPParams, ids) - 24usize];
+    ["Offset of field: TopPParams::num_tokens"][::std::mem::offset_of!(TopPParams, num_tokens) - 32usize];
+    ["Offset of field: TopPParams::vocab"][::std::mem::offset_of!(TopPParams, vocab) - 40usize];
+    ["Offset of field: TopPParams::logits_stride"][::std::mem::offset_of!(TopPParams, logits_stride) - 48usize];
+    ["Offset of field: TopPParams::state"][::std::mem::offset_of!(TopPParams, state) - 56usize];
+    ["Offset of field: TopPParams::share"][::std::mem::offset_of!(TopPParams, share) - 64usize];
+    ["Offset of field: TopPParams::per_unit"][::std::mem::offset_of!(TopPParams, per_unit) - 72usize];
+    ["Offset of field: TopPParams::spare_bits"][::std::mem::offset_of!(TopPParams, spare_bits) - 76usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -286,6 +356,7 @@ pub const SCORE_SOFTMAX: u32 = 0;
 pub const SCORE_SIGMOID: u32 = 1;
 pub const SCORE_SQRT_SOFTPLUS: u32 = 2;
 pub const SCORE_SOFTMAX_OVER_CHOSEN: u32 = 3;
+pub const SCORE_SPARSE_MIXER: u32 = 4;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ChooseParams {
@@ -307,7 +378,7 @@ pub struct ChooseParams {
     pub(crate) num_groups: u32,
     pub(crate) top_groups: u32,
     pub(crate) two_best: u32,
-    pub(crate) unused: u32,
+    pub(crate) reach: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -331,7 +402,7 @@ const _: () = {
     ["Offset of field: ChooseParams::num_groups"][::std::mem::offset_of!(ChooseParams, num_groups) - 96usize];
     ["Offset of field: ChooseParams::top_groups"][::std::mem::offset_of!(ChooseParams, top_groups) - 100usize];
     ["Offset of field: ChooseParams::two_best"][::std::mem::offset_of!(ChooseParams, two_best) - 104usize];
-    ["Offset of field: ChooseParams::unused"][::std::mem::offset_of!(ChooseParams, unused) - 108usize];
+    ["Offset of field: ChooseParams::reach"][::std::mem::offset_of!(ChooseParams, reach) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -451,11 +522,31 @@ const _: () = {
     ["Offset of field: PoolParams::chunk"][::std::mem::offset_of!(PoolParams, chunk) - 24usize];
     ["Offset of field: PoolParams::chunk_stride"][::std::mem::offset_of!(PoolParams, chunk_stride) - 32usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct HeadsParams {
+    pub(crate) first: In,
+    pub(crate) token_stride: i64,
+    pub(crate) head_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HeadsParams"][::std::mem::size_of::<HeadsParams>() - 24usize];
+    ["Alignment of HeadsParams"][::std::mem::align_of::<HeadsParams>() - 8usize];
+    ["Offset of field: HeadsParams::first"][::std::mem::offset_of!(HeadsParams, first) - 0usize];
+    ["Offset of field: HeadsParams::token_stride"][::std::mem::offset_of!(HeadsParams, token_stride) - 8usize];
+    ["Offset of field: HeadsParams::head_stride"][::std::mem::offset_of!(HeadsParams, head_stride) - 16usize];
+};
 pub const ROPE_THREADS: u32 = 256;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct RopeParams {
-    pub(crate) qkv: In,
+    pub(crate) queries: HeadsParams,
+    pub(crate) rotated: HeadsParams,
+    pub(crate) rest: HeadsParams,
+    pub(crate) origin: HeadsParams,
+    pub(crate) q_weight: In,
+    pub(crate) k_weight: In,
     pub(crate) cos: InF32,
     pub(crate) sin: InF32,
     pub(crate) q: Out,
@@ -467,39 +558,56 @@ pub struct RopeParams {
     pub(crate) num_tokens: i64,
     pub(crate) num_heads: i64,
     pub(crate) num_kv_heads: i64,
+    pub(crate) group: i64,
     pub(crate) head_dim: i64,
+    pub(crate) value_dim: i64,
     pub(crate) rotary_dim: i64,
-    pub(crate) qkv_stride: i64,
+    pub(crate) rotated_at: i64,
+    pub(crate) rest_at: i64,
+    pub(crate) weight_stride: i64,
     pub(crate) q_stride: i64,
     pub(crate) cos_stride: i64,
     pub(crate) sin_stride: i64,
     pub(crate) clip: f32,
+    pub(crate) eps: f32,
     pub(crate) interleaved: u32,
+    pub(crate) lanes: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RopeParams"][::std::mem::size_of::<RopeParams>() - 256usize];
+    ["Size of RopeParams"][::std::mem::size_of::<RopeParams>() - 400usize];
     ["Alignment of RopeParams"][::std::mem::align_of::<RopeParams>() - 8usize];
-    ["Offset of field: RopeParams::qkv"][::std::mem::offset_of!(RopeParams, qkv) - 0usize];
-    ["Offset of field: RopeParams::cos"][::std::mem::offset_of!(RopeParams, cos) - 8usize];
-    ["Offset of field: RopeParams::sin"][::std::mem::offset_of!(RopeParams, sin) - 16usize];
-    ["Offset of field: RopeParams::q"][::std::mem::offset_of!(RopeParams, q) - 24usize];
-    ["Offset of field: RopeParams::keys"][::std::mem::offset_of!(RopeParams, keys) - 32usize];
-    ["Offset of field: RopeParams::values"][::std::mem::offset_of!(RopeParams, values) - 40usize];
-    ["Offset of field: RopeParams::pages"][::std::mem::offset_of!(RopeParams, pages) - 48usize];
-    ["Offset of field: RopeParams::key_pool"][::std::mem::offset_of!(RopeParams, key_pool) - 96usize];
-    ["Offset of field: RopeParams::value_pool"][::std::mem::offset_of!(RopeParams, value_pool) - 136usize];
-    ["Offset of field: RopeParams::num_tokens"][::std::mem::offset_of!(RopeParams, num_tokens) - 176usize];
-    ["Offset of field: RopeParams::num_heads"][::std::mem::offset_of!(RopeParams, num_heads) - 184usize];
-    ["Offset of field: RopeParams::num_kv_heads"][::std::mem::offset_of!(RopeParams, num_kv_heads) - 192usize];
-    ["Offset of field: RopeParams::head_dim"][::std::mem::offset_of!(RopeParams, head_dim) - 200usize];
-    ["Offset of field: RopeParams::rotary_dim"][::std::mem::offset_of!(RopeParams, rotary_dim) - 208usize];
-    ["Offset of field: RopeParams::qkv_stride"][::std::mem::offset_of!(RopeParams, qkv_stride) - 216usize];
-    ["Offset of field: RopeParams::q_stride"][::std::mem::offset_of!(RopeParams, q_stride) - 224usize];
-    ["Offset of field: RopeParams::cos_stride"][::std::mem::offset_of!(RopeParams, cos_stride) - 232usize];
-    ["Offset of field: RopeParams::sin_stride"][::std::mem::offset_of!(RopeParams, sin_stride) - 240usize];
-    ["Offset of field: RopeParams::clip"][::std::mem::offset_of!(RopeParams, clip) - 248usize];
-    ["Offset of field: RopeParams::interleaved"][::std::mem::offset_of!(RopeParams, interleaved) - 252usize];
+    ["Offset of field: RopeParams::queries"][::std::mem::offset_of!(RopeParams, queries) - 0usize];
+    ["Offset of field: RopeParams::rotated"][::std::mem::offset_of!(RopeParams, rotated) - 24usize];
+    ["Offset of field: RopeParams::rest"][::std::mem::offset_of!(RopeParams, rest) - 48usize];
+    ["Offset of field: RopeParams::origin"][::std::mem::offset_of!(RopeParams, origin) - 72usize];
+    ["Offset of field: RopeParams::q_weight"][::std::mem::offset_of!(RopeParams, q_weight) - 96usize];
+    ["Offset of field: RopeParams::k_weight"][::std::mem::offset_of!(RopeParams, k_weight) - 104usize];
+    ["Offset of field: RopeParams::cos"][::std::mem::offset_of!(RopeParams, cos) - 112usize];
+    ["Offset of field: RopeParams::sin"][::std::mem::offset_of!(RopeParams, sin) - 120usize];
+    ["Offset of field: RopeParams::q"][::std::mem::offset_of!(RopeParams, q) - 128usize];
+    ["Offset of field: RopeParams::keys"][::std::mem::offset_of!(RopeParams, keys) - 136usize];
+    ["Offset of field: RopeParams::values"][::std::mem::offset_of!(RopeParams, values) - 144usize];
+    ["Offset of field: RopeParams::pages"][::std::mem::offset_of!(RopeParams, pages) - 152usize];
+    ["Offset of field: RopeParams::key_pool"][::std::mem::offset_of!(RopeParams, key_pool) - 200usize];
+    ["Offset of field: RopeParams::value_pool"][::std::mem::offset_of!(RopeParams, value_pool) - 240usize];
+    ["Offset of field: RopeParams::num_tokens"][::std::mem::offset_of!(RopeParams, num_tokens) - 280usize];
+    ["Offset of field: RopeParams::num_heads"][::std::mem::offset_of!(RopeParams, num_heads) - 288usize];
+    ["Offset of field: RopeParams::num_kv_heads"][::std::mem::offset_of!(RopeParams, num_kv_heads) - 296usize];
+    ["Offset of field: RopeParams::group"][::std::mem::offset_of!(RopeParams, group) - 304usize];
+    ["Offset of field: RopeParams::head_dim"][::std::mem::offset_of!(RopeParams, head_dim) - 312usize];
+    ["Offset of field: RopeParams::value_dim"][::std::mem::offset_of!(RopeParams, value_dim) - 320usize];
+    ["Offset of field: RopeParams::rotary_dim"][::std::mem::offset_of!(RopeParams, rotary_dim) - 328usize];
+    ["Offset of field: RopeParams::rotated_at"][::std::mem::offset_of!(RopeParams, rotated_at) - 336usize];
+    ["Offset of field: RopeParams::rest_at"][::std::mem::offset_of!(RopeParams, rest_at) - 344usize];
+    ["Offset of field: RopeParams::weight_stride"][::std::mem::offset_of!(RopeParams, weight_stride) - 352usize];
+    ["Offset of field: RopeParams::q_stride"][::std::mem::offset_of!(RopeParams, q_stride) - 360usize];
+    ["Offset of field: RopeParams::cos_stride"][::std::mem::offset_of!(RopeParams, cos_stride) - 368usize];
+    ["Offset of field: RopeParams::sin_stride"][::std::mem::offset_of!(RopeParams, sin_stride) - 376usize];
+    ["Offset of field: RopeParams::clip"][::std::mem::offset_of!(RopeParams, clip) - 384usize];
+    ["Offset of field: RopeParams::eps"][::std::mem::offset_of!(RopeParams, eps) - 388usize];
+    ["Offset of field: RopeParams::interleaved"][::std::mem::offset_of!(RopeParams, interleaved) - 392usize];
+    ["Offset of field: RopeParams::lanes"][::std::mem::offset_of!(RopeParams, lanes) - 396usize];
 };
 pub const ATTENTION_WARPS: u32 = 4;
 #[repr(C)]
@@ -517,6 +625,7 @@ pub struct AttentionParams {
     pub(crate) num_heads: i64,
     pub(crate) group: i64,
     pub(crate) head_dim: i64,
+    pub(crate) value_dim: i64,
     pub(crate) q_stride: i64,
     pub(crate) out_stride: i64,
     pub(crate) window: i64,
@@ -525,7 +634,7 @@ pub struct AttentionParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 232usize];
+    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 240usize];
     ["Alignment of AttentionParams"][::std::mem::align_of::<AttentionParams>() - 8usize];
     ["Offset of field: AttentionParams::q"][::std::mem::offset_of!(AttentionParams, q) - 0usize];
     ["Offset of field: AttentionParams::keys"][::std::mem::offset_of!(AttentionParams, keys) - 8usize];
@@ -539,11 +648,12 @@ const _: () = {
     ["Offset of field: AttentionParams::num_heads"][::std::mem::offset_of!(AttentionParams, num_heads) - 176usize];
     ["Offset of field: AttentionParams::group"][::std::mem::offset_of!(AttentionParams, group) - 184usize];
     ["Offset of field: AttentionParams::head_dim"][::std::mem::offset_of!(AttentionParams, head_dim) - 192usize];
-    ["Offset of field: AttentionParams::q_stride"][::std::mem::offset_of!(AttentionParams, q_stride) - 200usize];
-    ["Offset of field: AttentionParams::out_stride"][::std::mem::offset_of!(AttentionParams, out_stride) - 208usize];
-    ["Offset of field: AttentionParams::window"][::std::mem::offset_of!(AttentionParams, window) - 216usize];
-    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 224usize];
-    ["Offset of field: AttentionParams::softcap"][::std::mem::offset_of!(AttentionParams, softcap) - 228usize];
+    ["Offset of field: AttentionParams::value_dim"][::std::mem::offset_of!(AttentionParams, value_dim) - 200usize];
+    ["Offset of field: AttentionParams::q_stride"][::std::mem::offset_of!(AttentionParams, q_stride) - 208usize];
+    ["Offset of field: AttentionParams::out_stride"][::std::mem::offset_of!(AttentionParams, out_stride) - 216usize];
+    ["Offset of field: AttentionParams::window"][::std::mem::offset_of!(AttentionParams, window) - 224usize];
+    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 232usize];
+    ["Offset of field: AttentionParams::softcap"][::std::mem::offset_of!(AttentionParams, softcap) - 236usize];
 };
 pub const PREFILL_ROWS: u32 = 128;
 pub const PREFILL_THREADS: u32 = 384;
@@ -569,7 +679,7 @@ pub struct TiledAttentionParams {
     pub(crate) box_keys: i64,
     pub(crate) factor: f32,
     pub(crate) inner: f32,
-    pub(crate) unused: [i64; 6usize],
+    pub(crate) unused: [i64; 5usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -578,13 +688,13 @@ const _: () = {
     ["Offset of field: TiledAttentionParams::key_map"][::std::mem::offset_of!(TiledAttentionParams, key_map) - 0usize];
     ["Offset of field: TiledAttentionParams::value_map"][::std::mem::offset_of!(TiledAttentionParams, value_map) - 128usize];
     ["Offset of field: TiledAttentionParams::attention"][::std::mem::offset_of!(TiledAttentionParams, attention) - 256usize];
-    ["Offset of field: TiledAttentionParams::taken"][::std::mem::offset_of!(TiledAttentionParams, taken) - 488usize];
-    ["Offset of field: TiledAttentionParams::partials"][::std::mem::offset_of!(TiledAttentionParams, partials) - 496usize];
-    ["Offset of field: TiledAttentionParams::max_parts"][::std::mem::offset_of!(TiledAttentionParams, max_parts) - 504usize];
-    ["Offset of field: TiledAttentionParams::box_keys"][::std::mem::offset_of!(TiledAttentionParams, box_keys) - 512usize];
-    ["Offset of field: TiledAttentionParams::factor"][::std::mem::offset_of!(TiledAttentionParams, factor) - 520usize];
-    ["Offset of field: TiledAttentionParams::inner"][::std::mem::offset_of!(TiledAttentionParams, inner) - 524usize];
-    ["Offset of field: TiledAttentionParams::unused"][::std::mem::offset_of!(TiledAttentionParams, unused) - 528usize];
+    ["Offset of field: TiledAttentionParams::taken"][::std::mem::offset_of!(TiledAttentionParams, taken) - 496usize];
+    ["Offset of field: TiledAttentionParams::partials"][::std::mem::offset_of!(TiledAttentionParams, partials) - 504usize];
+    ["Offset of field: TiledAttentionParams::max_parts"][::std::mem::offset_of!(TiledAttentionParams, max_parts) - 512usize];
+    ["Offset of field: TiledAttentionParams::box_keys"][::std::mem::offset_of!(TiledAttentionParams, box_keys) - 520usize];
+    ["Offset of field: TiledAttentionParams::factor"][::std::mem::offset_of!(TiledAttentionParams, factor) - 528usize];
+    ["Offset of field: TiledAttentionParams::inner"][::std::mem::offset_of!(TiledAttentionParams, inner) - 532usize];
+    ["Offset of field: TiledAttentionParams::unused"][::std::mem::offset_of!(TiledAttentionParams, unused) - 536usize];
 };
 pub const PLAIN_TILE: u32 = 32;
 pub const PLAIN_THREADS: u32 = 64;

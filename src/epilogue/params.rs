@@ -1,7 +1,7 @@
 //! An epilogue as kernels see it: biases by address, and a few numbers for whichever activation.
 
 use crate::activation::{Activation, Glu};
-use crate::device::params::{ACTIVATION_ERF, ACTIVATION_NONE, ACTIVATION_RELU_SQUARED, ACTIVATION_SIGMOID, BiasParams, EpilogueParams};
+use crate::device::params::{ACTIVATION_ERF, ACTIVATION_RELU_SQUARED, ACTIVATION_SCALED, ACTIVATION_SIGMOID, BiasParams, EpilogueParams};
 use crate::dtype::DType;
 use crate::epilogue::{Bias, Finish, Formula};
 
@@ -16,8 +16,8 @@ pub(crate) fn of<const P: usize>(finish: &Finish<'_, P>) -> EpilogueParams {
         first_bias: bias(finish.biases[0]),
         second_bias: bias(if P == 2 { finish.biases[P - 1] } else { None }),
         is_general: (!finish.is_plain()).into(),
-        activation: ACTIVATION_NONE,
-        c1: 0.0,
+        activation: ACTIVATION_SCALED,
+        c1: 1.0,
         c3: 0.0,
         limit: f32::INFINITY,
         added: 0.0,
@@ -30,6 +30,7 @@ pub(crate) fn of<const P: usize>(finish: &Finish<'_, P>) -> EpilogueParams {
         Formula::One(Activation::GeluErf) | Formula::Two(Glu::GeluErf) => EpilogueParams { activation: ACTIVATION_ERF, ..none },
         Formula::One(Activation::GeluTanh) | Formula::Two(Glu::GeluTanh) => gelu,
         Formula::One(Activation::ReluSquared) => EpilogueParams { activation: ACTIVATION_RELU_SQUARED, ..none },
+        Formula::One(Activation::Scaled(factor)) => EpilogueParams { c1: factor, ..none },
         Formula::Two(Glu::Clamped { alpha, limit, added }) => EpilogueParams { limit, added, ..sigmoid(alpha, 0.0) },
     }
 }

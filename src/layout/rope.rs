@@ -1,6 +1,9 @@
 //! Cosines and sines of rotary position embedding.
 #![allow(unsafe_code)] // the raw constructor
 
+mod scaling;
+
+pub use self::scaling::RopeScaling;
 use crate::device::{Buffer, Stream};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::shape::checked_product;
@@ -9,12 +12,10 @@ use crate::view::Rows;
 /// Cosines and sines for the positions below `max_positions` and the `rotary_dim / 2` pairs of a head.
 ///
 /// ```
-/// use dropless::{Device, RopeTable};
+/// use dropless::{Device, RopeScaling, RopeTable};
 /// let stream = Device::cpu().stream()?;
 /// let plain = RopeTable::new(&stream, 5e5, 128, 4096)?;
-/// // Another scaling is another formula of frequencies, here "linear": positions divided by 4.
-/// let linear: Vec<f32> = (0..64).map(|j| 1.0 / 5e5f32.powf(j as f32 / 64.0) / 4.0).collect();
-/// let linear = RopeTable::from_frequencies(&stream, &linear, 4096, 1.0)?;
+/// let linear = RopeTable::scaled(&stream, 5e5, 128, 4096, &RopeScaling::Linear { factor: 4.0 })?;
 /// assert_eq!((plain.rotary_dim(), linear.rotary_dim(), linear.max_positions()), (128, 128, 4096));
 /// # Ok::<(), dropless::Error>(())
 /// ```
@@ -48,23 +49,40 @@ impl RopeTable {
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if `rotary_dim` is 0 or odd, or `theta` is not positive and finite; [`Error::OutOfMemory`].
+    /// [`Error::Value`] if `rotary_dim` is 0 or odd, `theta` is not positive and finite, or so small that an
+    /// angle is not finite; [`Error::TooLarge`];
+    /// [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, theta: f32, rotary_dim: usize, max_positions: usize) -> Result<RopeTable, Error> {
-        let half = half_of(rotary_dim)?;
-        if !(theta > 0.0 && theta.is_finite()) {
-            return Err(Error::Value { op: Op::RopeTable, arg: "theta", need: "positive and finite", got: f64::from(theta) });
-        }
-        table_len(max_positions, half)?;
-        let frequencies = collect(half, (0..half).map(|j| 1.0 / theta.powf((2 * j) as f32 / rotary_dim as f32)))?;
-        Self::from_frequencies(stream, &frequencies, max_positions, 1.0)
+        Self::scaled(stream, theta, rotary_dim, max_positions, &RopeScaling::None)
     }
 
-    /// `scale * cos(p * frequencies[j])` and `scale * sin(p * frequencies[j])`, in f32 like [`new`](Self::new): YaRN, Llama 3's and
-    /// other scalings are formulas of the frequencies, and `scale` is what Hugging Face calls `attention_scaling`.
+    /// [`new`](Self::new) with the frequencies of a [`RopeScaling`], and cosines and sines multiplied by its
+    /// [`attention_factor`](RopeScaling::attention_factor).
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if there is no frequency, or one of them or `scale` is not finite; [`Error::OutOfMemory`].
+    /// Those of [`RopeScaling::frequencies`] and of [`from_frequencies`](Self::from_frequencies);
+    /// [`Error::TooLarge`].
+    pub fn scaled(
+        stream: &Stream,
+        theta: f32,
+        rotary_dim: usize,
+        max_positions: usize,
+        scaling: &RopeScaling<'_>,
+    ) -> Result<RopeTable, Error> {
+        table_len(max_positions, half_of(rotary_dim)?)?;
+        let frequencies = scaling.frequencies(theta, rotary_dim)?;
+        Self::from_frequencies(stream, &frequencies, max_positions, scaling.attention_factor())
+    }
+
+    /// `scale * cos(p * frequencies[j])` and `scale * sin(p * frequencies[j])`, in f32 like
+    /// [`new`](Self::new), for frequencies that no [`RopeScaling`] gives. Hugging Face calls `scale`
+    /// `attention_scaling`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Value`] if there is no frequency, or one of them, its angle at the last position, or `scale`
+    /// is not finite; [`Error::TooLarge`]; [`Error::OutOfMemory`].
     pub fn from_frequencies(stream: &Stream, frequencies: &[f32], max_positions: usize, scale: f32) -> Result<RopeTable, Error> {
         let refuse = |arg, need, got| Err(Error::Value { op: Op::RopeTable, arg, need, got });
         if frequencies.is_empty() {
@@ -75,6 +93,10 @@ impl RopeTable {
         }
         if !scale.is_finite() {
             return refuse("scale", "finite", f64::from(scale));
+        }
+        let last = max_positions.saturating_sub(1) as f32;
+        if let Some(wrong) = frequencies.iter().find(|frequency| !(last * **frequency).is_finite()) {
+            return refuse("frequencies", "so small that the last position's angle is finite", f64::from(*wrong));
         }
         let len = table_len(max_positions, frequencies.len())?;
         let angles = || (0..max_positions).flat_map(|p| frequencies.iter().map(move |w| p as f32 * w));

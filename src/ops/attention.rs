@@ -37,12 +37,15 @@ const SPLIT_KEYS: usize = 256;
 ///
 /// A window, a cap of the scores and sinks, which change that, are [`Options`].
 ///
-/// | argument  | shape      | meaning                                                                        |
-/// |-----------|------------|--------------------------------------------------------------------------------|
-/// | `q`       | `[T, H d]` | queries of the step's tokens, sequence after sequence                          |
-/// | `options` |            | H, Hkv, d, the scale and what else varies                                      |
-/// | `cache`   |            | one layer, which already holds the keys and values of the step's tokens        |
-/// | `out`     | `[T, H d]` | written in full; what it held before does not matter                           |
+/// | argument  | shape       | meaning                                                                       |
+/// |-----------|-------------|-------------------------------------------------------------------------------|
+/// | `q`       | `[T, H d]`  | queries of the step's tokens, sequence after sequence                         |
+/// | `options` |             | H, Hkv, d, dv, the scale and what else varies                                 |
+/// | `cache`   |             | one layer, which already holds the keys and values of the step's tokens       |
+/// | `out`     | `[T, H dv]` | written in full; what it held before does not matter                          |
+///
+/// dv, the width of a value, is d unless [`HeadLayout::with_value_dim`] says otherwise, as for DeepSeek-V3
+/// (d 192, dv 128).
 ///
 /// Scores, softmax (largest score subtracted) and sums in `f32`, rounded once to the type; keys in blocks of
 /// fixed length from position 0 on. The bits of a token depend on its position, its query and the keys and
@@ -51,15 +54,15 @@ const SPLIT_KEYS: usize = 256;
 ///
 /// On a GPU the tensor cores serve a call if
 ///
-/// * the type is `bf16` or `f16`, and `d` is 64, 128 or 256;
+/// * the type is `bf16` or `f16`, `d` is 64, 128 or 256, and `dv` is `d`;
 /// * the scale is positive, and a cap is at most 1024;
 /// * each head lies in one piece, and addresses and strides are multiples of 16 bytes;
 /// * pages have a multiple of 8 tokens, or each sequence has one page;
 /// * `T H` and the longest sequence are below 2^30.
 ///
-/// A plain kernel without tensor cores, slow for long sequences, serves the others. The choice depends on
-/// types, shapes, layouts and options only. On the tensor cores softmax weights are rounded to the type
-/// before they are multiplied by the values; the sum of the weights stays in `f32`.
+/// A plain kernel without tensor cores, slow for long sequences, serves the others, DeepSeek-V3's heads among
+/// them. The choice depends on types, shapes, layouts and options only. On the tensor cores softmax weights
+/// are rounded to the type before they are multiplied by the values; the sum of the weights stays in `f32`.
 ///
 /// `T = 0` is a no-op, and sequences may have 0 tokens in the step. The contents of slots beyond a sequence's
 /// length, or before all windows, do not matter. A NaN in a key or value reaches the tokens that see it, no
@@ -92,7 +95,7 @@ const SPLIT_KEYS: usize = 256;
 ///
 /// [`Error::Shape`] if the shapes disagree with the heads, or with the cache's step; [`Error::Value`] if the
 /// scale is not finite, the window 0 or the cap not positive; [`Error::Place`], [`Error::NotJoined`]; on a
-/// GPU [`Error::Unsupported`] for a `head_dim` beyond 1280. Nothing is written.
+/// GPU [`Error::Unsupported`] for `d + dv` beyond 2560. Nothing is written.
 pub fn prefill<A: Float>(
     stream: &Stream,
     q: Rows<'_, A>,
@@ -171,7 +174,7 @@ fn parts_of(stream: &Stream, heads: HeadLayout, num_tokens: usize, pages: &KvPag
         return needed;
     }
     let rows = (num_tokens * heads.num_kv_heads()).max(1);
-    let row_bytes = heads.group() * (heads.head_dim() + 2) * size_of::<f32>();
+    let row_bytes = heads.group() * (heads.value_dim() + 2) * size_of::<f32>();
     let room = (Workspace::usable_bytes(workspace.bytes()) / row_bytes).min(MAX_ROWS) / rows;
     needed.max(room.min(pages.longest().div_ceil(SPLIT_KEYS)))
 }
@@ -216,13 +219,13 @@ pub fn decode_workspace_bytes(heads: HeadLayout, num_tokens: usize, max_len: usi
 /// exponentials of each query head of the group.
 fn partial_dims(heads: HeadLayout, num_tokens: usize, max_len: usize) -> Result<[usize; 2], Error> {
     let parts = [num_tokens, max_len.div_ceil(SPLIT_KEYS), heads.num_kv_heads()];
-    Ok([checked_product(Op::Attention, "partial results", &parts, MAX_ROWS)?, heads.group() * (heads.head_dim() + 2)])
+    Ok([checked_product(Op::Attention, "partial results", &parts, MAX_ROWS)?, heads.group() * (heads.value_dim() + 2)])
 }
 
 fn check<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &KvLayer<'_, A>, out: &RowsMut<'_, A>) -> Result<(), Error> {
-    let want = [cache.pages().num_tokens(), options.heads.q_cols()];
-    check_shape(Op::Attention, "q", "[T, H d]", &want, &q.dims())?;
-    check_shape(Op::Attention, "out", "[T, H d]", &want, &out.dims())?;
+    let (num_tokens, heads) = (cache.pages().num_tokens(), options.heads);
+    check_shape(Op::Attention, "q", "[T, H d]", &[num_tokens, heads.q_cols()], &q.dims())?;
+    check_shape(Op::Attention, "out", "[T, H dv]", &[num_tokens, heads.context_cols()], &out.dims())?;
     cache.check_heads(Op::Attention, options.heads)?;
     options.check()
 }

@@ -1,6 +1,7 @@
-//! Embedding: `y[t] = table[ids[t]]`, the first operation of a model.
+//! Embedding: `y[t] = table[ids[t]]`, or `scale` times that: the first operation of a model.
 //!
-//! Source: `DbrxModel.forward` in Hugging Face transformers (`wte`); no scaling, no position embedding.
+//! Source: `DbrxModel.forward` in Hugging Face transformers (`wte`), without a scale;
+//! `GraniteMoeModel.forward` (`embedding_multiplier`), with one. No position embedding.
 //! Kernel: `cuda/embedding.cu`. Oracle: `tests/kit/src/oracle/embedding.rs`. Bench: `benches/embedding.rs`.
 
 mod cpu;
@@ -38,11 +39,52 @@ pub fn lookup<'w, A: Float>(
     table: impl Into<WeightRows<'w>>,
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
+    lookup_scaled(stream, ids, table, 1.0, y)
+}
+
+/// Writes `scale` times row `ids[t]` of `table` to row `t` of `y`.
+///
+/// | argument | shape    | meaning                                              |
+/// |----------|----------|------------------------------------------------------|
+/// | `ids`    | `[T]`    | token ids, each below `ids.bound()`                  |
+/// | `table`  | `[V, D]` | one row per token of the vocabulary                  |
+/// | `scale`  |          | finite; Granite's and Grok-1's embedding multiplier  |
+/// | `y`      | `[T, D]` | written in full; what it held before does not matter |
+///
+/// The product is taken in `f32` and rounded once. With a scale of 1 the bits are those of [`lookup`].
+/// Otherwise as there.
+///
+/// ```
+/// use dropless::{Buffer, Device, Rows, RowsMut, TokenIds, embedding};
+///
+/// let stream = Device::cpu().stream()?;
+/// let (table, mut y) = ([1.0f32, 2.0, 3.0, 4.0], [0.0f32; 2]);
+/// let mut buffer = Buffer::zeros(&stream, 1)?;
+/// let ids = TokenIds::from_host(&stream, &[1], 2, &mut buffer)?;
+/// let table = Rows::from_slice(&table, 2, 2)?;
+/// embedding::lookup_scaled(&stream, ids, table, 12.0, &mut RowsMut::from_slice(&mut y, 1, 2)?)?;
+/// assert_eq!(y, [36.0, 48.0]);
+/// # Ok::<(), dropless::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// As [`lookup`]; [`Error::Value`] for a scale that is not finite. Nothing is written.
+pub fn lookup_scaled<'w, A: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: impl Into<WeightRows<'w>>,
+    scale: f32,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
     let table = table.into();
     checked_product(Op::Embedding, "`ids.bound()`", &[ids.bound()], table.rows())?;
     check_shape(Op::Embedding, "y", "[T, D]", &[ids.len(), table.cols()], &y.dims())?;
+    if !scale.is_finite() {
+        return Err(Error::Value { op: Op::Embedding, arg: "scale", need: "finite", got: scale.into() });
+    }
     let run = dispatch!(stream, cpu::lookup, cuda::lookup);
     kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
     stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())])?;
-    run(stream, ids, table, y)
+    run(stream, ids, table, scale, y)
 }

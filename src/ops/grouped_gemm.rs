@@ -121,8 +121,9 @@ pub fn nn<A: Float, O: Float>(
 ///
 /// # Errors
 ///
-/// As [`nt`], but weights may be of either order; [`Error::Shape`] for a bias of another shape; on a GPU
-/// [`Error::Unsupported`] for one that is neither `f32` nor of the type of `x`. Nothing is written.
+/// As [`nt`], but weights may be of either order; [`Error::Shape`] for a bias of another shape;
+/// [`Error::Value`] for an activation's factor that is not finite; on a GPU [`Error::Unsupported`] for a bias
+/// that is neither `f32` nor of the type of `x`. Nothing is written.
 pub fn linear<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -131,6 +132,7 @@ pub fn linear<A: Float, O: Float>(
     epilogue: &Epilogue<'_>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
+    epilogue.activation.check(Op::GroupedGemm)?;
     let product = Product { x, weights: [w], rows, finish: Finish::from(*epilogue) };
     product.check(["w"], ["bias"], "y", y)?;
     product.run(stream, ["w"], ["bias"], "y", y)

@@ -11,10 +11,8 @@ pub(super) mod cuda;
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Op};
+use crate::splitmix::state;
 use crate::view::RowsMut;
-
-/// How far SplitMix64 counts for each word.
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A sequence of numbers, and the place in it that an output begins with.
 #[derive(Clone, Copy)]
@@ -73,13 +71,5 @@ pub fn uniform<T: Float>(stream: &Stream, seed: u64, scale: f32, first: u64, y: 
     let run = dispatch!(stream, cpu::uniform, cuda::uniform);
     let mut y = y.reborrow().joined();
     stream.admit(Op::Random, &[("y", y.vector_access())])?;
-    run(stream, Sequence { state: mix(seed.wrapping_add(STEP)), scale, first }, &mut y)
-}
-
-/// The output function of SplitMix64.
-#[inline(always)]
-fn mix(z: u64) -> u64 {
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    run(stream, Sequence { state: state(seed), scale, first }, &mut y)
 }

@@ -100,6 +100,9 @@ pub(crate) fn check_kernels<A: Float>(op: Op, weight: crate::DType) -> Result<()
 /// | `+inf`             | NaN for all  | 1       | NaN for all, if it is chosen     | `+inf`        |
 /// | NaN                | NaN for all  | NaN     | NaN for all, if it is chosen     | NaN           |
 ///
+/// Of a sparse mixer, the weight of a choice is NaN where the choice is infinite or NaN, and where NaN is
+/// among the experts that are left for it; `-inf` adds 0 to the sums of others.
+///
 /// Under a norm, a chosen weight that is NaN makes all of the token's weights NaN; one that is `+inf` becomes
 /// NaN itself, and the others 0 under `P(1.0)`, NaN under another norm. With a softmax and a choice bias or
 /// groups by two, a NaN weight for all is a NaN score for all: the experts are then the first ones. A choice
@@ -111,8 +114,9 @@ pub(crate) fn check_kernels<A: Float>(op: Op, weight: crate::DType) -> Result<()
 /// [`Error::Shape`] if `logits` does not have the E columns of `buffers`, or a bias is not `[1, E]`;
 /// [`Error::Capacity`] if the buffers hold fewer than T tokens; [`Error::Value`] if a norm's `p` is not
 /// positive and finite, an epsilon negative or not finite, a scale not finite, if groups do not divide the
-/// experts, are more than 32, or, of those to be chosen, hold fewer than `top_k` experts; [`Error::Place`],
-/// [`Error::NotJoined`]. Nothing is written.
+/// experts, are more than 32, or, of those to be chosen, hold fewer than `top_k` experts, or if a jitter is
+/// negative or not finite; [`Error::Mismatch`] for a sparse mixer with a choice bias or groups;
+/// [`Error::Place`], [`Error::NotJoined`]. Nothing is written.
 pub fn route<'a, 'c>(
     stream: &Stream,
     logits: Rows<'_, f32>,

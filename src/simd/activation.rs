@@ -1,7 +1,7 @@
 //! Activations on rows of sums, in place: the formulas of [`Activation`] and [`Glu`] in vectors.
 
 use super::run;
-use super::slices::silu_mul;
+use super::slices::{scale, silu_mul};
 use super::vector::{Kernel, LANES, Simd};
 use crate::activation::{Activation, Glu};
 
@@ -13,6 +13,7 @@ pub(crate) fn activate(x: &mut [f32], activation: Activation) {
         Activation::GeluErf => each(x, Erf),
         Activation::GeluTanh => each(x, Sigmoid::GELU),
         Activation::ReluSquared => each(x, ReluSquared),
+        Activation::Scaled(factor) => scale(x, factor),
     }
 }
 

@@ -47,19 +47,22 @@ pub(crate) struct Case<A> {
 
 impl<A: Float + Bits> Case<A> {
     pub(crate) fn normal(seed: u64, (h, kv, d): (usize, usize, usize), sequences: &[(usize, usize)], size: f64) -> Case<A> {
-        let heads = HeadLayout::new(h, kv, d).unwrap();
+        Case::of_heads(seed, HeadLayout::new(h, kv, d).unwrap(), sequences, size)
+    }
+
+    pub(crate) fn of_heads(seed: u64, heads: HeadLayout, sequences: &[(usize, usize)], size: f64) -> Case<A> {
         let tokens: usize = sequences.iter().map(|(_, new)| new).sum();
-        let fill = |seed: u64, scale: f64| -> Vec<Vec<A>> {
-            let len = |(b, (history, new)): (usize, &(usize, usize))| normal(seed + b as u64, (history + new) * heads.kv_cols(), scale);
+        let fill = |seed: u64, scale: f64, cols: usize| -> Vec<Vec<A>> {
+            let len = |(b, (history, new)): (usize, &(usize, usize))| normal(seed + b as u64, (history + new) * cols, scale);
             sequences.iter().enumerate().map(len).collect()
         };
         Case {
             heads,
             sequences: sequences.to_vec(),
             q: normal(seed, tokens * heads.q_cols(), size),
-            keys: fill(seed + 1000, size),
-            values: fill(seed + 2000, 1.0),
-            variant: Variant { scale: (d as f32).sqrt().recip(), window: None, softcap: None, sinks: None },
+            keys: fill(seed + 1000, size, heads.kv_cols()),
+            values: fill(seed + 2000, 1.0, heads.v_cols()),
+            variant: Variant { scale: (heads.head_dim() as f32).sqrt().recip(), window: None, softcap: None, sinks: None },
         }
     }
 
@@ -79,26 +82,27 @@ impl<A: Float + Bits> Case<A> {
 
     /// Runs on pages of `page_tokens` in the order of `seed`, among poison, with poison in the outputs and the workspace.
     pub(crate) fn run(&self, stream: &Stream, entry: Entry, page_tokens: usize, seed: u64) -> Vec<A> {
-        let rows = KvLayout::token_major(page_tokens, self.heads);
-        let gap = if seed > 0 { self.heads.kv_cols() } else { 0 };
-        let step = Step::new(stream, &self.sequences, page_tokens, seed);
-        self.run_in(stream, entry, step, [rows.with_page_stride(rows.page_stride + gap); 2])
+        let layouts = [self.heads, self.heads.of_values()].map(|heads| {
+            let rows = KvLayout::token_major(page_tokens, heads);
+            rows.with_page_stride(rows.page_stride + if seed > 0 { heads.kv_cols() } else { 0 })
+        });
+        self.run_in(stream, entry, Step::new(stream, &self.sequences, page_tokens, seed), layouts)
     }
 
     /// Runs on pools that lie as said. What no token sees is not there: NaN, and no page.
     pub(crate) fn run_in(&self, stream: &Stream, entry: Entry, step: Step, [key_layout, value_layout]: [KvLayout; 2]) -> Vec<A> {
         let step = if let Some(window) = self.variant.window { step.windowed(stream, window) } else { step };
-        let (heads, q_cols, kv_cols, tokens) = (self.heads, self.heads.q_cols(), self.heads.kv_cols(), step.tokens().len());
-        let pool = |parts: &[Vec<A>], layout: KvLayout| {
+        let (heads, q_cols, tokens) = (self.heads, self.heads.q_cols(), step.tokens().len());
+        let pool = |parts: &[Vec<A>], heads: HeadLayout, layout: KvLayout| {
             let mut pool = vec![A::from_bits(POISONS[0]); step.elements(heads, layout)]; // NaN where nothing was written
             for (b, part) in parts.iter().enumerate() {
-                for (position, row) in part.chunks(kv_cols).enumerate().skip(step.first_seen(b, self.variant.window)) {
+                for (position, row) in part.chunks(heads.kv_cols()).enumerate().skip(step.first_seen(b, self.variant.window)) {
                     step.places(heads, layout, b, position).into_iter().zip(row).for_each(|(at, value)| pool[at] = *value);
                 }
             }
             Guarded::with(stream, &pool, 1, pool.len(), 0)
         };
-        let (keys, values) = (pool(&self.keys, key_layout), pool(&self.values, value_layout));
+        let (keys, values) = (pool(&self.keys, heads, key_layout), pool(&self.values, heads.of_values(), value_layout));
         let pools = [(keys.view(), key_layout), (values.view(), value_layout)];
         let layer = KvLayer::with_layouts(step.pages(), heads, pools[0], pools[1]).unwrap();
         let q = Guarded::with(stream, &self.q, tokens, q_cols, 4);
@@ -109,7 +113,7 @@ impl<A: Float + Bits> Case<A> {
         options.sinks = sinks.as_ref().map(Guarded::view);
         let bytes = decode_workspace_bytes(heads, tokens, step.pages().max_len()).unwrap();
         let mut workspace = Workspace::new(stream, bytes).unwrap();
-        guard::run(stream, tokens, q_cols, |out| match entry {
+        guard::run(stream, tokens, heads.context_cols(), |out| match entry {
             Entry::Prefill => prefill(stream, q.view(), options, &layer, out).unwrap(),
             Entry::Decode => decode(stream, q.view(), options, &layer, &mut workspace, out).unwrap(),
         })
@@ -139,7 +143,7 @@ impl<A: Float + Bits> Case<A> {
     fn expected_with(&self, of_weights: [f64; 2]) -> (Vec<f64>, Vec<f64>) {
         let (mut want, mut bound) = (Vec::new(), Vec::new());
         let (u, sum) = (2f64.powi(-24), |terms: usize| (terms as f64).sqrt() * 2f64.powi(-23));
-        let (d, kv_cols, scale) = (self.heads.head_dim(), self.heads.kv_cols(), f64::from(self.variant.scale));
+        let (d, dv, scale) = (self.heads.head_dim(), self.heads.value_dim(), f64::from(self.variant.scale));
         let softcap = self.variant.softcap.map(f64::from);
         let q = to_f64(&self.q);
         let mut queries = q.chunks(self.heads.q_cols());
@@ -147,9 +151,10 @@ impl<A: Float + Bits> Case<A> {
             let [keys, values] = [&self.keys[b], &self.values[b]].map(|part| to_f64(part));
             for position in *history..history + new {
                 for (h, q) in queries.next().unwrap().chunks(d).enumerate() {
-                    let at = h / self.heads.group() * d;
+                    let kv_head = h / self.heads.group();
                     let seen = oracle::attention::seen(position, self.variant.window);
-                    let [keys, values] = [&keys, &values].map(|part| head_rows(part, kv_cols, at..at + d, &seen));
+                    let keys = head_rows(&keys, self.heads.kv_cols(), kv_head * d..(kv_head + 1) * d, &seen);
+                    let values = head_rows(&values, self.heads.v_cols(), kv_head * dv..(kv_head + 1) * dv, &seen);
                     let sink = self.variant.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
                     let weights = oracle::attention::weights(q, &keys, scale, softcap, sink);
                     let out = oracle::attention::mix(&weights, &values);
@@ -195,9 +200,40 @@ fn agrees<A: Float + Bits>(case: &Case<A>, entry: Entry) {
     device::each_device(|stream| {
         if device::affords(work) {
             let bound = case.expected_on(stream).1;
-            within(&case.run(stream, entry, 16, 1), &want, case.heads.q_cols(), |i| bound[i]);
+            within(&case.run(stream, entry, 16, 1), &want, case.heads.context_cols(), |i| bound[i]);
         }
     });
+}
+
+/// Values narrower and wider than keys, in both entries, with all options.
+fn other_values_against_oracle<A: Float + Bits>() {
+    let ragged = [(0, 3), (5, 0), (30, 5), (280, 2), (0, 40)];
+    for (entry, (i, ((h, kv, d), dv))) in ENTRIES.into_iter().flat_map(|entry| {
+        let shapes = [((4, 2, 24), 16), ((2, 2, 8), 40), ((6, 1, 5), 3), ((2, 2, 192), 128), ((3, 1, 1), 7), ((1, 1, 300), 270)];
+        shapes.into_iter().enumerate().map(move |shape| (entry, shape))
+    }) {
+        let heads = HeadLayout::new(h, kv, d).unwrap().with_value_dim(dv).unwrap();
+        let seed = 70 + i as u64;
+        agrees(&Case::<A>::of_heads(seed, heads, &ragged, 1.5), entry);
+        let few = Case::<A>::of_heads(seed, heads, &[(0, 2), (37, 3)], 1.5); // few enough for the emulator
+        let variant = Variant { scale: 0.3, window: Some(20), softcap: Some(4.0), sinks: Some(normal(7, h, 3.0)) };
+        agrees(&Case { variant, ..few }, entry);
+    }
+}
+
+#[test]
+fn other_values_against_oracle_f32() {
+    other_values_against_oracle::<f32>();
+}
+
+#[test]
+fn other_values_against_oracle_bf16() {
+    other_values_against_oracle::<Bf16>();
+}
+
+#[test]
+fn other_values_against_oracle_f16() {
+    other_values_against_oracle::<F16>();
 }
 
 /// Each option alone and all of them, with windows shorter and longer than a block of keys, a part of them, a sequence.
@@ -362,9 +398,10 @@ fn options_at_their_limits() {
 /// How pools lie is never visible.
 #[test]
 fn layouts_do_not_matter() {
-    fn same<A: Float + Bits>(stream: &Stream, shape: (usize, usize, usize), sequences: &[(usize, usize)]) {
+    fn same<A: Float + Bits>(stream: &Stream, shape: (usize, usize, usize), value_dim: usize, sequences: &[(usize, usize)]) {
         for window in [None, Some(11)] {
-            let plain = Case::<A>::normal(3, shape, sequences, 1.0);
+            let heads = HeadLayout::new(shape.0, shape.1, shape.2).unwrap().with_value_dim(value_dim).unwrap();
+            let plain = Case::<A>::of_heads(3, heads, sequences, 1.0);
             let case = Case { variant: Variant { window, ..plain.variant.clone() }, ..plain };
             for entry in ENTRIES {
                 let want = case.run(stream, entry, 64, 0);
@@ -376,13 +413,16 @@ fn layouts_do_not_matter() {
     }
     for threads in [1, 3] {
         let stream = device::cpu(threads);
-        same::<Bf16>(&stream, (6, 2, 64), &[(0, 37), (300, 2), (3, 1)]);
-        same::<f32>(&stream, (4, 2, 24), &[(0, 7), (270, 1)]);
-        same::<F16>(&stream, (3, 1, 5), &[(13, 4)]);
+        same::<Bf16>(&stream, (6, 2, 64), 64, &[(0, 37), (300, 2), (3, 1)]);
+        same::<f32>(&stream, (4, 2, 24), 24, &[(0, 7), (270, 1)]);
+        same::<F16>(&stream, (3, 1, 5), 5, &[(13, 4)]);
+        same::<Bf16>(&stream, (4, 2, 24), 16, &[(0, 9), (270, 1)]);
+        same::<f32>(&stream, (2, 1, 8), 40, &[(13, 4)]);
     }
     device::each_gpu(|stream| {
-        same::<Bf16>(stream, (4, 2, 8), &[(0, 5), (13, 2)]);
-        same::<f32>(stream, (2, 2, 4), &[(9, 3)]);
+        same::<Bf16>(stream, (4, 2, 8), 8, &[(0, 5), (13, 2)]);
+        same::<f32>(stream, (2, 2, 4), 4, &[(9, 3)]);
+        same::<Bf16>(stream, (2, 1, 16), 24, &[(0, 5), (13, 2)]);
     });
 }
 
@@ -595,6 +635,8 @@ fn refusals_write_nothing() {
     let data = vec![1f32; 1 << 14];
     let bytes = decode_workspace_bytes(heads, 3, 301).unwrap();
     assert_eq!(bytes, 3 * 2 * 2 * (2 * 10) * 4 + 64); // 960 bytes, up to a multiple of 256
+    let narrow = heads.with_value_dim(6).unwrap();
+    assert_eq!(decode_workspace_bytes(narrow, 3, 301).unwrap(), 3 * 2 * 2 * (2 * 8) * 4);
     let rows = |rows, cols| Rows::from_slice(&data, rows, cols).unwrap();
     for entry in ENTRIES {
         let refused = |q: Rows<'_, f32>, out_cols, kv_heads: HeadLayout, options: Options<'_>, bytes| {
@@ -610,10 +652,14 @@ fn refusals_write_nothing() {
         let text = |tokens, cols, out_cols| refused(rows(tokens, cols), out_cols, heads, plain, bytes);
         assert_eq!(text(3, 31, 32), "attention: `q` must be [T, H d] = [3, 32], got [3, 31]");
         assert_eq!(text(2, 32, 32), "attention: `q` must be [T, H d] = [3, 32], got [2, 32]");
-        assert_eq!(text(3, 32, 33), "attention: `out` must be [T, H d] = [3, 32], got [3, 33]");
+        assert_eq!(text(3, 32, 33), "attention: `out` must be [T, H dv] = [3, 32], got [3, 33]");
         let other = HeadLayout::new(4, 1, 15).unwrap();
         let text = refused(rows(3, 32), 32, other, plain, bytes);
-        assert_eq!(text, "attention: `cache` must be [Hkv, d] = [2, 8], got [1, 15]");
+        assert_eq!(text, "attention: `cache` must be [Hkv, d, dv] = [2, 8, 8], got [1, 15, 15]");
+        let text = refused(rows(3, 32), 24, heads, Options::new(narrow), bytes);
+        assert_eq!(text, "attention: `cache` must be [Hkv, d, dv] = [2, 8, 6], got [2, 8, 8]");
+        let text = refused(rows(3, 32), 32, heads, Options::new(narrow), bytes);
+        assert_eq!(text, "attention: `out` must be [T, H dv] = [3, 24], got [3, 32]");
         let text = |options| refused(rows(3, 32), 32, heads, options, bytes);
         assert_eq!(text(plain.with_scale(f32::NAN)), "attention: `scale` must be finite, got NaN");
         assert_eq!(text(plain.with_scale(f32::INFINITY)), "attention: `scale` must be finite, got inf");

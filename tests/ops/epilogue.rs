@@ -12,8 +12,15 @@ use dropless_kit::guard::{self, Bits, Guarded};
 use crate::grouped_gemm::{offsets, owners};
 use crate::oracle;
 
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::Identity, Activation::Silu, Activation::GeluErf, Activation::GeluTanh, Activation::ReluSquared];
+const ACTIVATIONS: [Activation; 7] = [
+    Activation::Identity,
+    Activation::Silu,
+    Activation::GeluErf,
+    Activation::GeluTanh,
+    Activation::ReluSquared,
+    Activation::Scaled(0.125),
+    Activation::Scaled(-3.0),
+];
 const GLUS: [Glu; 5] =
     [Glu::Silu, Glu::GeluErf, Glu::GeluTanh, Glu::GPT_OSS, Glu::Clamped { alpha: 1.0, limit: f32::INFINITY, added: 0.0 }];
 
@@ -93,15 +100,20 @@ impl<T: Float + Bits, const P: usize> Case<T, P> {
     }
 }
 
-/// Of a function whose slope is at most 1.2 (of the square: twice its argument), of what a value is off, and of its own arithmetic.
+/// Of a function whose slope is at most 1.2 (of the square: twice its argument; of a factor: its size), of
+/// what a value is off, and of its own arithmetic.
 fn activation_bound<O: Float + Bits>(activation: Activation, value: f64, error: f64, want: f64) -> f64 {
-    let slope = if activation == Activation::ReluSquared { 2.0 * (value.abs() + error) } else { 1.2 };
+    let slope = match activation {
+        Activation::ReluSquared => 2.0 * (value.abs() + error),
+        Activation::Scaled(factor) => f64::from(factor.abs()),
+        _ => 1.2,
+    };
     slope * error + sum_bound::<O>(want, 36, want.abs().max(value.abs() * 0.1))
 }
 
 fn activations<T: Float + Bits, O: Float + Bits>() {
     for (number, activation) in ACTIVATIONS.into_iter().enumerate() {
-        for index in (number..24).step_by(ACTIVATIONS.len()) {
+        for index in (number..35).step_by(ACTIVATIONS.len()) {
             let case = Case::<T, 1>::new(index);
             let [values, errors] = case.sums(0);
             let want: Vec<f64> = values.iter().map(|value| oracle::activation::activate(*value, activation)).collect();
@@ -190,7 +202,7 @@ fn packings_are_views() {
     let part = |values: &[Bf16], expert: usize, row: usize| values[(expert * n + row) * k..][..k].to_vec();
     let experts = |rows: &dyn Fn(usize) -> Vec<Bf16>| (0..3).flat_map(rows).collect::<Vec<_>>();
     let packed = experts(&|e| [&gate, &up].iter().flat_map(|w| (0..n).flat_map(|row| part(w, e, row)).collect::<Vec<_>>()).collect());
-    let in_turn = experts(&|e| (0..n).flat_map(|row| [part(&gate, e, row), part(&up, e, row)].concat()).collect());
+    let interleaved = experts(&|e| (0..n).flat_map(|row| [part(&gate, e, row), part(&up, e, row)].concat()).collect());
     let packed_bias: Vec<f32> = (0..3).flat_map(|e| [&gate_bias[e * n..][..n], &up_bias[e * n..][..n]].concat()).collect();
     let turn_bias: Vec<f32> = (0..3 * n).flat_map(|at| [gate_bias[at], up_bias[at]]).collect();
     let x = normal::<Bf16>(5, rows * k, 1.0);
@@ -206,14 +218,14 @@ fn packings_are_views() {
             })
         };
         let [gate, up] = [&gate, &up].map(|w| Guarded::with(stream, w, 3 * n, k, 0));
-        let [packed, in_turn] = [&packed, &in_turn].map(|w| Guarded::with(stream, w, 6 * n, k, 8));
+        let [packed, interleaved] = [&packed, &interleaved].map(|w| Guarded::with(stream, w, 6 * n, k, 8));
         let biases = [&gate_bias, &up_bias].map(|bias| Guarded::with(stream, bias, 3, n, 0));
         let [packed_bias, turn_bias] = [&packed_bias, &turn_bias].map(|bias| Guarded::with(stream, bias, 3, 2 * n, 1));
         let want = run([&gate, &up].map(|w| ExpertWeights::nk(w.view(), 3).unwrap()), biases.each_ref().map(|bias| Bias::new(bias.view())));
         let packed = ExpertWeights::nk(packed.view(), 3).unwrap().halves().unwrap();
         same_bits(&run(packed, Bias::halves(packed_bias.view()).unwrap()), &want);
-        let in_turn = ExpertWeights::nk(in_turn.view(), 3).unwrap().interleaved().unwrap();
-        same_bits(&run(in_turn, Bias::interleaved(turn_bias.view()).unwrap()), &want);
+        let interleaved = ExpertWeights::nk(interleaved.view(), 3).unwrap().interleaved().unwrap();
+        same_bits(&run(interleaved, Bias::interleaved(turn_bias.view()).unwrap()), &want);
         let apart = [&gate, &up].map(|w| {
             let matrix = |e: usize| WeightRows::from(w.view().row_range(e * n..(e + 1) * n).unwrap());
             [0, 1, 2].map(matrix)
@@ -278,6 +290,11 @@ fn refusals_name_what_is_wrong() {
     assert_eq!(glu(nk, nk, clamped(1.0, 1.0, f32::INFINITY)), "grouped_gemm: `added` must be finite, got inf");
     let biases = [Bias::new(rows(1, 4)), Bias::new(rows(1, 5))];
     assert_eq!(glu(nk, nk, none.with_biases(biases)), "grouped_gemm: `up_bias` must be [E, N] = [1, 4], got [1, 5]");
+    for (factor, shown) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
+        let epilogue = Epilogue::default().with_activation(Activation::Scaled(factor));
+        let text = guard::refused(&stream, 2, 4, |y| grouped_gemm::linear::<f32, f32>(&stream, rows(2, 8), nk, dense, &epilogue, y));
+        assert_eq!(text, format!("grouped_gemm: `factor` must be finite, got {shown}"));
+    }
     assert!(Bias::halves(rows(2, 5)).is_err() && Bias::interleaved(rows(2, 7)).is_err());
     assert_eq!(glu(nk, nk, none), "taken");
     assert_eq!(glu(kn, kn, none), "taken");

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use dropless::{Bf16, Buffer, Device, F16, Rows, RowsMut, glu::glu};
+use dropless::activation::Glu;
+use dropless::glu::{gated, gated_interleaved, glu};
+use dropless::{Bf16, Buffer, Device, F16, Rows, RowsMut};
 use dropless_kit::compare::{rounding, same_bits, underflow, within};
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::goldens::Goldens;
@@ -44,6 +46,38 @@ fn against_oracle_bf16() {
 #[test]
 fn against_oracle_f16() {
     against_oracle::<F16>();
+}
+
+const GLUS: [Glu; 5] =
+    [Glu::Silu, Glu::GeluErf, Glu::GeluTanh, Glu::GPT_OSS, Glu::Clamped { alpha: 1.0, limit: f32::INFINITY, added: 0.0 }];
+
+/// Interleaved gate and up: against the oracle, and the bits of two matrices.
+fn interleaved<T: dropless::Float + Bits>() {
+    device::each_device(|stream| {
+        for (index, (rows, cols)) in [(0, 7), (1, 1), (3, 0), (1, 64), (5, 7), (17, 33), (9, 1029)].into_iter().enumerate() {
+            for (gap, glu) in guard::GAPS.into_iter().zip([GLUS[index % 5], GLUS[(index + 1) % 5]]) {
+                let gate_up = normal::<T>(1, rows * 2 * cols, 4.0);
+                let want = oracle::glu::gated_interleaved(&to_f64(&gate_up), glu);
+                let [gate, up] = [0, 1].map(|first| gate_up.iter().skip(first).step_by(2).copied().collect::<Vec<_>>());
+                let gate_up = Guarded::with(stream, &gate_up, rows, 2 * cols, gap);
+                let got = guard::run(stream, rows, cols, |y| gated_interleaved(stream, glu, gate_up.view(), y).unwrap());
+                // GELU is the difference of two values for negative gates, and a clamped up is off by a
+                // rounding.
+                let size = |i: usize| gate[i].to_f32().abs() * (up[i].to_f32().abs() + 1.0);
+                within(&got, &want, cols, |i| bound::<T>(want[i]) + 8.0 * 2f64.powi(-24) * f64::from(size(i)));
+                let [gate, up] = [&gate, &up].map(|values| Guarded::with(stream, values, rows, cols, 0));
+                let apart = guard::run(stream, rows, cols, |y| gated(stream, glu, gate.view(), up.view(), y).unwrap());
+                same_bits(&got, &apart);
+            }
+        }
+    });
+}
+
+#[test]
+fn interleaved_against_oracle() {
+    interleaved::<f32>();
+    interleaved::<Bf16>();
+    interleaved::<F16>();
 }
 
 #[test]
@@ -99,6 +133,13 @@ fn refusals_write_nothing() {
     let view = |rows, cols| Rows::from_slice(&data, rows, cols).unwrap();
     let text = guard::refused(&stream, 3, 4, |y| glu(&stream, view(3, 4), view(4, 3), y));
     assert_eq!(text, "glu: `up` must be [R, F] = [3, 4], got [4, 3]");
+    for (rows, cols) in [(3, 4), (2, 3), (2, 5)] {
+        let text = guard::refused(&stream, 2, 2, |y| gated_interleaved(&stream, Glu::Silu, view(rows, cols), y));
+        assert_eq!(text, format!("glu: `gate_up` must be [R, 2F] = [2, 4], got [{rows}, {cols}]"));
+    }
+    let clamped = Glu::Clamped { alpha: 1.0, limit: -1.0, added: 0.0 };
+    let text = guard::refused(&stream, 2, 2, |y| gated_interleaved(&stream, clamped, view(2, 4), y));
+    assert_eq!(text, "glu: `limit` must be positive, got -1");
     let text = guard::refused(&stream, 2, 4, |y| glu(&stream, view(3, 4), view(3, 4), y));
     assert_eq!(text, "glu: `y` must be [R, F] = [3, 4], got [2, 4]");
 }

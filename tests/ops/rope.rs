@@ -1,14 +1,14 @@
 //! `rope` against its oracle, its goldens, and what it must refuse.
 
 use dropless::layout::{KvLayerMut, KvLayout, KvShape};
-use dropless::rope::{Options, Pairing, clip_rotate_append};
-use dropless::{Bf16, F16, Float, HeadLayout, KvCache, RopeTable, Rows, RowsMut, Stream};
+use dropless::rope::{Options, Pairing, Projected, QkNorm, clip_rotate_append};
+use dropless::{Bf16, F16, Float, HeadLayout, KvCache, RopeScaling, RopeTable, Rows, RowsMut, Stream};
 use dropless_kit::compare::{rounding, same_bits, underflow, within};
 use dropless_kit::device;
-use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::fill::{Random, normal, to_f64};
 use dropless_kit::goldens::Goldens;
 use dropless_kit::guard::{self, Bits, Guarded};
-use dropless_kit::pages::{Step, layouts};
+use dropless_kit::pages::{Step, layouts, roomy};
 
 use crate::oracle;
 
@@ -21,14 +21,82 @@ struct Got<A> {
     v: Vec<A>,
 }
 
+/// The forms of [`Projected`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Fused,
+    PerHead,
+    Separate,
+    Latent,
+}
+
+/// What a call is given besides options: queries, keys and values of a step's tokens in a form.
+struct Given<A> {
+    heads: HeadLayout,
+    form: Form,
+    matrices: Vec<(usize, Vec<A>)>, // columns, and elements row by row
+}
+
+impl<A: Float + Bits> Given<A> {
+    fn fused(heads: HeadLayout, qkv: &[A]) -> Given<A> {
+        Given { heads, form: Form::Fused, matrices: vec![(heads.qkv_cols(), qkv.to_vec())] }
+    }
+
+    /// Queries, keys and values, packed, in a form. Of `Latent` the last `rotary_dim` elements of a token's
+    /// keys must agree.
+    fn of(heads: HeadLayout, form: Form, [q, k, v]: [&[A]; 3], rotary_dim: usize) -> Given<A> {
+        let (d, dv, group) = (heads.head_dim(), heads.value_dim(), heads.group());
+        let tokens = || q.chunks(heads.q_cols()).zip(k.chunks(heads.kv_cols())).zip(v.chunks(heads.v_cols()));
+        let passing = d - rotary_dim;
+        let matrices = match form {
+            Form::Fused => vec![tokens().flat_map(|((q, k), v)| [q, k, v].concat()).collect()],
+            Form::PerHead => {
+                let heads_of = |((q, k), v): ((&[A], &[A]), &[A])| -> Vec<A> {
+                    let groups = q.chunks(group * d).zip(k.chunks(d)).zip(v.chunks(dv));
+                    groups.flat_map(|((q, k), v)| [q, k, v].concat()).collect()
+                };
+                vec![tokens().flat_map(heads_of).collect()]
+            }
+            Form::Separate => vec![q.to_vec(), k.to_vec(), v.to_vec()],
+            Form::Latent => {
+                let heads_of = |((_, k), v): ((&[A], &[A]), &[A])| -> Vec<A> {
+                    k.chunks(d).zip(v.chunks(dv)).flat_map(|(k, v)| [&k[..passing], v].concat()).collect()
+                };
+                let last = |((_, k), _): ((&[A], &[A]), &[A])| k[passing..d].to_vec();
+                vec![q.to_vec(), tokens().flat_map(heads_of).collect(), tokens().flat_map(last).collect()]
+            }
+        };
+        let cols = match form {
+            Form::Fused | Form::PerHead => vec![heads.qkv_cols()],
+            Form::Separate => vec![heads.q_cols(), heads.kv_cols(), heads.v_cols()],
+            Form::Latent => vec![heads.q_cols(), heads.num_heads() * (passing + dv), rotary_dim],
+        };
+        Given { heads, form, matrices: cols.into_iter().zip(matrices).collect() }
+    }
+}
+
+fn projected<A: Float + Bits>(form: Form, matrices: &[Guarded<A>]) -> Projected<'_, A> {
+    let view = |i: usize| matrices[i].view();
+    match form {
+        Form::Fused => view(0).into(),
+        Form::PerHead => Projected::PerHead(view(0)),
+        Form::Separate => Projected::Separate { q: view(0), k: view(1), v: view(2) },
+        Form::Latent => Projected::Latent { q: view(0), kv: view(1), k_rope: view(2) },
+    }
+}
+
 /// Calls the operation on poisoned outputs and pools, and wants that of the pools only the step's places changed.
-fn run<A: Float + Bits>(stream: &Stream, step: &Step, qkv: &[A], heads: HeadLayout, options: Options, table: &RopeTable) -> Got<A> {
-    let rows = KvLayout::token_major(step.page_tokens(), heads);
-    // With room behind rows and pages.
-    let stride = heads.kv_cols() + 8;
-    let wide = KvLayout::strided((step.page_tokens() + 1) * stride, stride, heads.head_dim(), heads);
+fn run<A: Float + Bits>(stream: &Stream, step: &Step, qkv: &[A], heads: HeadLayout, options: Options<'_>, table: &RopeTable) -> Got<A> {
+    run_given(stream, step, &Given::fused(heads, qkv), options, table)
+}
+
+/// The same with any form.
+fn run_given<A: Float + Bits>(stream: &Stream, step: &Step, given: &Given<A>, options: Options<'_>, table: &RopeTable) -> Got<A> {
+    let both = [given.heads, given.heads.of_values()];
+    let rows = both.map(|heads| KvLayout::token_major(step.page_tokens(), heads));
+    let wide = both.map(|heads| roomy(step.page_tokens(), heads));
     let [first, second] = [(rows, guard::POISONS[0], guard::GAPS[0]), (wide, guard::POISONS[1], guard::GAPS[1])]
-        .map(|(layout, poison, gap)| run_in(stream, step, qkv, heads, options, table, [layout; 2], poison, gap));
+        .map(|(layouts, poison, gap)| run_in(stream, step, given, options, table, layouts, poison, gap));
     same(&second, &first);
     first
 }
@@ -38,22 +106,24 @@ fn run<A: Float + Bits>(stream: &Stream, step: &Step, qkv: &[A], heads: HeadLayo
 fn run_in<A: Float + Bits>(
     stream: &Stream,
     step: &Step,
-    qkv: &[A],
-    heads: HeadLayout,
-    options: Options,
+    given: &Given<A>,
+    options: Options<'_>,
     table: &RopeTable,
     layouts: [KvLayout; 2],
     poison: u32,
     gap: usize,
 ) -> Got<A> {
-    let tokens = step.tokens();
-    let qkv = Guarded::with(stream, qkv, tokens.len(), heads.qkv_cols(), gap);
+    let (tokens, heads) = (step.tokens(), given.heads);
+    let guarded = |(cols, elements): &(usize, Vec<A>)| Guarded::with(stream, elements, tokens.len(), *cols, gap);
+    let matrices: Vec<Guarded<A>> = given.matrices.iter().map(guarded).collect();
     let mut q = Guarded::new(stream, tokens.len(), heads.q_cols(), gap, poison);
-    let mut pools = layouts.map(|layout| Guarded::new(stream, 1, step.elements(heads, layout), 0, poison));
+    let [of_keys, of_values] = [(heads, layouts[0]), (heads.of_values(), layouts[1])];
+    let mut pools = [of_keys, of_values].map(|(heads, layout)| Guarded::new(stream, 1, step.elements(heads, layout), 0, poison));
     let [keys, values] = pools.each_mut().map(Guarded::view_mut);
     let mut layer = KvLayerMut::with_layouts(step.pages(), heads, (keys, layouts[0]), (values, layouts[1])).unwrap();
-    clip_rotate_append(stream, qkv.view(), heads, options, table, &mut layer, &mut q.view_mut()).unwrap();
-    let mut written = pools.into_iter().zip(layouts).map(|(pool, layout)| {
+    let qkv = projected(given.form, &matrices);
+    clip_rotate_append(stream, qkv, heads, options, table, &mut layer, &mut q.view_mut()).unwrap();
+    let mut written = pools.into_iter().zip([of_keys, of_values]).map(|(pool, (heads, layout))| {
         let mut pool = pool.take(stream);
         let mut take = |at: usize| std::mem::replace(&mut pool[at], A::from_bits(poison));
         let places = tokens.iter().flat_map(|&(sequence, position)| step.places(heads, layout, sequence, position));
@@ -71,9 +141,219 @@ fn same<A: Float + Bits>(got: &Got<A>, want: &Got<A>) {
     same_bits(&got.v, &want.v);
 }
 
+/// A norm of queries and keys, by its weights: `full`, over all heads.
+struct Norm<A> {
+    q: Vec<A>,
+    k: Vec<A>,
+    eps: f32,
+    full: bool,
+}
+
+impl<A: Float + Bits> Norm<A> {
+    /// With weights near 1, as trained ones are.
+    fn new(heads: HeadLayout, full: bool, eps: f32) -> Norm<A> {
+        let [q, k] = if full { [heads.q_cols(), heads.kv_cols()] } else { [heads.head_dim(); 2] };
+        let near_one = |seed, len| normal::<f32>(seed, len, 0.25).into_iter().map(|x| A::from_f32(1.0 + x)).collect();
+        Norm { q: near_one(31, q), k: near_one(32, k), eps, full }
+    }
+
+    /// Calls `f` with options that have this norm, its weights where the stream runs.
+    fn with<R>(&self, stream: &Stream, options: Options<'_>, f: impl FnOnce(Options<'_>) -> R) -> R {
+        let [q, k] = [&self.q, &self.k].map(|weights| Guarded::with(stream, weights, 1, weights.len(), 0));
+        let make = if self.full { QkNorm::full_width } else { QkNorm::per_head };
+        f(options.with_qk_norm(make(q.view(), k.view(), self.eps)))
+    }
+
+    /// One part of a token's row, the queries or the keys, as it should be, and how far off f32 arithmetic
+    /// may be.
+    fn expected(&self, x: &[f64], weight: &[A]) -> [Vec<f64>; 2] {
+        let (weight, eps) = (to_f64(weight), f64::from(self.eps));
+        [oracle::norm::rms_norm(x, &weight, eps), oracle::norm::rms_norm_error(x, &weight, eps)]
+    }
+}
+
+/// What any form should give for queries, keys and values, and how far off it may be: [`expected`]'s
+/// roundings, and before them those of the norm.
+fn expected_of<A: Float + Bits, W: Float + Bits>(
+    step: &Step,
+    given: &Given<A>,
+    parts: [&[A]; 3],
+    options: Options<'_>,
+    norm: Option<&Norm<W>>,
+    rotary_dim: usize,
+) -> [(Vec<f64>, Vec<f64>); 3] {
+    let (heads, d) = (given.heads, given.heads.head_dim());
+    let limit = options.clip.map_or(f64::INFINITY, f64::from);
+    let interleaved = options.pairing == Pairing::Interleaved;
+    let first = if given.form == Form::Latent { d - rotary_dim } else { 0 };
+    let cols = [heads.q_cols(), heads.kv_cols(), heads.v_cols()];
+    let mut all = [const { (Vec::new(), Vec::new()) }; 3];
+    for (which, ((want, bound), part)) in all.iter_mut().zip(parts).enumerate() {
+        for (row, (_, position)) in to_f64(part).chunks(cols[which]).zip(step.tokens()) {
+            let [row, error] = match (norm, which) {
+                (Some(norm), 0) => norm.expected(row, &norm.q),
+                (Some(norm), 1) => norm.expected(row, &norm.k),
+                _ => [row.to_vec(), vec![0.0; row.len()]],
+            };
+            let row = oracle::rope::clip(&row, limit);
+            let rounded = |x: f64| rounding::<A>() * x.abs() + underflow::<A>();
+            if which == 2 {
+                bound.extend(row.iter().map(|x| rounded(*x)));
+                want.extend(row);
+                continue;
+            }
+            let (cos, sin) = oracle::rope::cos_sin(THETA, rotary_dim, position);
+            for (head, error) in row.chunks(d).zip(error.chunks(d)) {
+                let rotated = oracle::rope::rotate_from(head, first, &cos, &sin, interleaved);
+                let mut error = error.to_vec();
+                for j in 0..rotary_dim / 2 {
+                    let [a, b] = oracle::rope::pair(j, rotary_dim / 2, interleaved).map(|j| first + j);
+                    let off = error[a] + error[b] + 5.0 * 2f64.powi(-24) * (head[a].abs() + head[b].abs());
+                    (error[a], error[b]) = (off, off);
+                }
+                bound.extend(rotated.iter().zip(&error).map(|(x, error)| rounded(*x) + (1.0 + rounding::<A>()) * error));
+                want.extend(rotated);
+            }
+        }
+    }
+    all
+}
+
+/// Every form of `Projected` with every norm that it takes, both pairings, parts of heads, values of another
+/// width.
+fn forms_against_oracle<A: Float + Bits, W: Float + Bits>() {
+    device::each_device(|stream| {
+        if !device::mixes::<A, W>(stream) {
+            return;
+        }
+        for ((h, kv, d), dv, rotary_dim) in
+            [((4, 2, 16), 16, 16), ((4, 2, 8), 24, 8), ((6, 2, 12), 5, 4), ((3, 3, 32), 16, 16), ((2, 2, 7), 3, 2), ((2, 2, 8), 8, 8)]
+        {
+            let heads = HeadLayout::new(h, kv, d).unwrap().with_value_dim(dv).unwrap();
+            let step = Step::new(stream, &[(5, 0), (7, 2), (0, 1), (13, 1)], 4, 11);
+            let table = RopeTable::new(stream, THETA, rotary_dim, 14).unwrap();
+            for (clip, pairing) in [(None, Pairing::Half), (Some(1.2), Pairing::Interleaved)] {
+                let options = Options::default().with_clip(clip).with_pairing(pairing);
+                let norms = [None, Some(Norm::new(heads, false, 1e-6)), Some(Norm::new(heads, true, 1e-3))];
+                for norm in &norms {
+                    forms_agree::<A, W>(stream, &step, heads, options, norm.as_ref(), &table);
+                }
+            }
+        }
+    });
+}
+
+fn forms_agree<A: Float + Bits, W: Float + Bits>(
+    stream: &Stream,
+    step: &Step,
+    heads: HeadLayout,
+    options: Options<'_>,
+    norm: Option<&Norm<W>>,
+    table: &RopeTable,
+) {
+    let (tokens, d, rotary_dim) = (step.tokens().len(), heads.head_dim(), table.rotary_dim());
+    let [q, mut k, v] =
+        [(1, heads.q_cols()), (2, heads.kv_cols()), (3, heads.v_cols())].map(|(seed, cols)| normal::<A>(seed, tokens * cols, 1.5));
+    let run = |given: &Given<A>| match norm {
+        Some(norm) => norm.with(stream, options, |options| run_given(stream, step, given, options, table)),
+        None => run_given(stream, step, given, options, table),
+    };
+    let agrees = |given: &Given<A>, got: &Got<A>, parts: [&[A]; 3]| {
+        let [q, k, v] = expected_of(step, given, parts, options, norm, rotary_dim);
+        within(&got.q, &q.0, heads.q_cols(), |i| q.1[i]);
+        within(&got.k, &k.0, heads.kv_cols(), |i| k.1[i]);
+        within(&got.v, &v.0, heads.v_cols(), |i| v.1[i]);
+    };
+    // How the same heads lie is never visible.
+    let forms = [Form::Fused, Form::PerHead, Form::Separate].map(|form| Given::of(heads, form, [&q, &k, &v], rotary_dim));
+    let got = forms.each_ref().map(run);
+    agrees(&forms[0], &got[0], [&q, &k, &v]);
+    got[1..].iter().for_each(|got_in| same(got_in, &got[0]));
+    if heads.group() == 1 && norm.is_none() {
+        for token in k.chunks_mut(heads.kv_cols()) {
+            let shared = token[d - rotary_dim..d].to_vec();
+            token.chunks_mut(d).for_each(|key| key[d - rotary_dim..].copy_from_slice(&shared));
+        }
+        let given = Given::of(heads, Form::Latent, [&q, &k, &v], rotary_dim);
+        agrees(&given, &run(&given), [&q, &k, &v]);
+    }
+}
+
+#[test]
+fn forms_against_oracle_f32() {
+    forms_against_oracle::<f32, f32>();
+}
+
+#[test]
+fn forms_against_oracle_bf16() {
+    forms_against_oracle::<Bf16, Bf16>();
+}
+
+#[test]
+fn forms_against_oracle_f16() {
+    forms_against_oracle::<F16, F16>();
+}
+
+#[test]
+fn forms_against_oracle_with_weights_of_another_type() {
+    forms_against_oracle::<Bf16, f32>();
+    forms_against_oracle::<f32, F16>();
+}
+
+/// Norms over thousands of elements, as MiniMax-M2's, and over heads as Qwen3-MoE's.
+#[test]
+fn norms_of_models_sizes() {
+    device::each_device(|stream| {
+        // The last have more heads than a block keeps norms of at a time.
+        for (heads, rotary_dim) in [((48, 8, 128), 64), ((32, 4, 128), 128), ((16, 16, 128), 128), ((240, 60, 8), 8), ((516, 4, 4), 2)] {
+            let heads = HeadLayout::new(heads.0, heads.1, heads.2).unwrap();
+            let step = Step::new(stream, &[(3, 2)], 4, 1);
+            let table = RopeTable::new(stream, THETA, rotary_dim, 8).unwrap();
+            for full in [false, true] {
+                if !device::affords(step.tokens().len() * heads.qkv_cols()) {
+                    continue;
+                }
+                let norm = Norm::<Bf16>::new(heads, full, 1e-6);
+                forms_agree::<Bf16, _>(stream, &step, heads, Options::default(), Some(&norm), &table);
+                let norm = Norm::<f32>::new(heads, full, 1e-6);
+                forms_agree::<f32, _>(stream, &step, heads, Options::default(), Some(&norm), &table);
+            }
+        }
+    });
+}
+
+/// A token's norm is its own; a NaN stays in what its mean is taken over; heads of zeros stay zeros.
+#[test]
+fn a_norm_is_of_its_token_and_its_heads() {
+    let (heads, sequences) = (HeadLayout::new(6, 2, 16).unwrap(), [(3, 3), (0, 2)]);
+    let (q_cols, kv_cols, cols) = (heads.q_cols(), heads.kv_cols(), heads.qkv_cols());
+    let mut qkv = normal::<Bf16>(7, 5 * cols, 2.0);
+    qkv[2 * cols + 16] = Bf16::from_f32(f32::NAN); // the second head of a query
+    qkv[3 * cols..][..q_cols].fill(Bf16(0));
+    device::each_device(|stream| {
+        let table = RopeTable::new(stream, THETA, 16, 8).unwrap();
+        for full in [false, true] {
+            let norm = Norm::<Bf16>::new(heads, full, 1e-6);
+            let (step, given) = (Step::new(stream, &sequences, 4, 3), Given::fused(heads, &qkv));
+            let together = norm.with(stream, Options::default(), |options| run_given(stream, &step, &given, options, &table));
+            let nans = together.q.iter().map(|x| x.to_f32().is_nan()).collect::<Vec<_>>();
+            let spoilt = if full { 2 * q_cols..3 * q_cols } else { 2 * q_cols + 16..2 * q_cols + 32 };
+            assert!(nans.iter().enumerate().all(|(i, nan)| *nan == spoilt.contains(&i)), "full: {full}");
+            assert!(together.k.iter().all(|x| !x.to_f32().is_nan()));
+            assert!(together.q[3 * q_cols..4 * q_cols].iter().all(|x| x.to_f32() == 0.0));
+            for (t, (_, position)) in step.tokens().into_iter().enumerate() {
+                let (alone, given) = (Step::new(stream, &[(position, 1)], 64, 1), Given::fused(heads, &qkv[t * cols..][..cols]));
+                let alone = norm.with(stream, Options::default(), |options| run_given(stream, &alone, &given, options, &table));
+                same_bits(&alone.q, &together.q[t * q_cols..][..q_cols]);
+                same_bits(&alone.k, &together.k[t * kv_cols..][..kv_cols]);
+            }
+        }
+    });
+}
+
 /// What it should give, and how far off it may be: three roundings of each product and of their sum, two of the table's entries,
 /// and one to the type.
-fn expected<A: Float>(step: &Step, qkv: &[A], heads: HeadLayout, options: Options, rotary_dim: usize) -> [(Vec<f64>, Vec<f64>); 3] {
+fn expected<A: Float>(step: &Step, qkv: &[A], heads: HeadLayout, options: Options<'_>, rotary_dim: usize) -> [(Vec<f64>, Vec<f64>); 3] {
     let mut parts = [const { (Vec::new(), Vec::new()) }; 3];
     let limit = options.clip.map_or(f64::INFINITY, f64::from);
     let interleaved = options.pairing == Pairing::Interleaved;
@@ -265,7 +545,8 @@ fn goldens_of_interleaved_pairs() {
     }
 }
 
-/// YaRN's frequencies (Peng et al. 2023, as gpt-oss has them: without rounding of the ramp's ends) by the caller's formula.
+/// YaRN's frequencies (Peng et al. 2023, as gpt-oss has them: without rounding of the ramp's ends), by the
+/// caller's formula and by ours.
 #[test]
 fn goldens_of_yarn() {
     let file = Goldens::open("ops/rope_yarn.safetensors");
@@ -290,12 +571,33 @@ fn goldens_of_yarn() {
         let angle = (i / cols) as f64 * 3.0 * 2f64.powi(-24);
         (8.0 * 2f64.powi(-24) + angle) * scale * f64::from(head[j].abs() + head[(j + d / 2) % d].abs())
     };
+    let scaling = RopeScaling::Yarn {
+        factor: factor as f32,
+        original_max_positions: original as usize,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: false,
+        attention_factor: RopeScaling::yarn_attention_factor(factor as f32),
+    };
     device::each_device(|stream| {
-        let table = RopeTable::from_frequencies(stream, &frequencies, tokens, scale as f32).unwrap();
-        let got = run(stream, &Step::new(stream, &[(0, tokens)], 4, 5), &qkv, heads, Options::default(), &table);
-        within(&got.q, &q_want, h * d, |i| bound(&q, h * d, i));
-        within(&got.k, &k_want, kv * d, |i| bound(&k, kv * d, i));
+        for table in [
+            RopeTable::from_frequencies(stream, &frequencies, tokens, scale as f32),
+            RopeTable::scaled(stream, theta as f32, d, tokens, &scaling),
+        ] {
+            let step = Step::new(stream, &[(0, tokens)], 4, 5);
+            let got = run(stream, &step, &qkv, heads, Options::default(), &table.unwrap());
+            within(&got.q, &q_want, h * d, |i| bound(&q, h * d, i));
+            within(&got.k, &k_want, kv * d, |i| bound(&k, kv * d, i));
+        }
     });
+}
+
+/// The same bits, in vectors or element by element, as the layout has it.
+fn layouts_agree<A: Float + Bits>(stream: &Stream, step: &Step, given: &Given<A>, options: Options<'_>, table: &RopeTable) {
+    let want = run_given(stream, step, given, options, table);
+    for layouts in layouts(step.page_tokens(), given.heads) {
+        same(&run_in(stream, step, given, options, table, layouts, guard::POISONS[1], 8), &want);
+    }
 }
 
 /// How pools lie is never visible, and of a pool only the step's places are written.
@@ -309,11 +611,15 @@ fn layouts_do_not_matter() {
             let qkv = normal::<A>(1, step.tokens().len() * heads.qkv_cols(), 1.5);
             for pairing in [Pairing::Half, Pairing::Interleaved] {
                 let options = Options::default().with_clip(Some(2.0)).with_pairing(pairing);
-                let want = run(stream, &step, &qkv, heads, options, &table);
-                for layouts in layouts(4, heads) {
-                    same(&run_in(stream, &step, &qkv, heads, options, &table, layouts, guard::POISONS[1], 8), &want);
+                layouts_agree(stream, &step, &Given::fused(heads, &qkv), options, &table);
+                for full in [false, true] {
+                    let norm = Norm::<A>::new(heads, full, 1e-5);
+                    norm.with(stream, options, |options| layouts_agree(stream, &step, &Given::fused(heads, &qkv), options, &table));
                 }
             }
+            let wide = heads.with_value_dim(3 * d).unwrap();
+            let qkv = normal::<A>(2, step.tokens().len() * wide.qkv_cols(), 1.5);
+            layouts_agree(stream, &step, &Given::fused(wide, &qkv), Options::default(), &table);
         }
     }
     device::each_device(|stream| {
@@ -396,13 +702,252 @@ fn refusals_write_nothing() {
         values.assert_untouched(&stream);
         text
     };
-    assert_eq!(text(3, 31, 16, heads, None, 8, 8), "rope: `qkv` must be [T, (H + 2 Hkv) d] = [3, 32], got [3, 31]");
-    assert_eq!(text(4, 32, 16, heads, None, 8, 8), "rope: `qkv` must be [T, (H + 2 Hkv) d] = [3, 32], got [4, 32]");
+    assert_eq!(text(3, 31, 16, heads, None, 8, 8), "rope: `qkv` must be [T, H d + Hkv (d + dv)] = [3, 32], got [3, 31]");
+    assert_eq!(text(4, 32, 16, heads, None, 8, 8), "rope: `qkv` must be [T, H d + Hkv (d + dv)] = [3, 32], got [4, 32]");
     assert_eq!(text(3, 32, 15, heads, None, 8, 8), "rope: `q` must be [T, H d] = [3, 16], got [3, 15]");
     let other = HeadLayout::new(3, 3, 3).unwrap();
-    assert_eq!(text(3, 32, 16, other, None, 8, 8), "rope: `cache` must be [Hkv, d] = [1, 8], got [3, 3]");
+    assert_eq!(text(3, 32, 16, other, None, 8, 8), "rope: `cache` must be [Hkv, d, dv] = [1, 8, 8], got [3, 3, 3]");
     assert_eq!(text(3, 32, 16, heads, Some(0.0), 8, 8), "rope: `clip` must be positive, got 0");
     assert_eq!(text(3, 32, 16, heads, Some(f32::NAN), 8, 8), "rope: `clip` must be positive, got NaN");
     assert_eq!(text(3, 32, 16, heads, None, 10, 8), "rope: rotary_dim of `table` is 10, must be <= 8");
     assert_eq!(text(3, 32, 16, heads, None, 8, 7), "rope: needs 8 positions of `table`, has 7");
+}
+
+/// What each form wants, and what norms want.
+#[test]
+fn refusals_of_forms_and_norms() {
+    let stream = device::cpu(1);
+    let heads = HeadLayout::new(4, 2, 8).unwrap().with_value_dim(6).unwrap();
+    let table = RopeTable::new(&stream, THETA, 4, 8).unwrap();
+    let data = vec![1f32; 1024];
+    let rows = |cols| Rows::from_slice(&data, 2, cols).unwrap();
+    let weights = |cols| Rows::from_slice(&data, 1, cols).unwrap();
+    let refused = |heads: HeadLayout, qkv: Projected<'_, f32>, options: Options<'_>| {
+        let step = Step::new(&stream, &[(0, 2)], 4, 0);
+        let new = |cols| Guarded::new(&stream, step.pool_rows(), cols, 0, guard::POISONS[1]);
+        let (mut keys, mut values) = (new(heads.kv_cols()), new(heads.v_cols()));
+        let mut layer = KvLayerMut::new(step.pages(), heads, keys.view_mut(), values.view_mut()).unwrap();
+        let text = guard::refused(&stream, 2, heads.q_cols(), |q| clip_rotate_append(&stream, qkv, heads, options, &table, &mut layer, q));
+        keys.assert_untouched(&stream);
+        values.assert_untouched(&stream);
+        text
+    };
+    let plain = Options::default();
+    let separate = |q, k, v| Projected::Separate { q: rows(q), k: rows(k), v: rows(v) };
+    let text = refused(heads, rows(61).into(), plain);
+    assert_eq!(text, "rope: `qkv` must be [T, H d + Hkv (d + dv)] = [2, 60], got [2, 61]");
+    let text = refused(heads, Projected::PerHead(rows(59)), plain);
+    assert_eq!(text, "rope: `qkv` must be [T, H d + Hkv (d + dv)] = [2, 60], got [2, 59]");
+    assert_eq!(refused(heads, separate(31, 16, 12), plain), "rope: `qkv.q` must be [T, H d] = [2, 32], got [2, 31]");
+    assert_eq!(refused(heads, separate(32, 15, 12), plain), "rope: `qkv.k` must be [T, Hkv d] = [2, 16], got [2, 15]");
+    assert_eq!(refused(heads, separate(32, 16, 16), plain), "rope: `qkv.v` must be [T, Hkv dv] = [2, 12], got [2, 16]");
+
+    let latent = |q, kv, k_rope| Projected::Latent { q: rows(q), kv: rows(kv), k_rope: rows(k_rope) };
+    let text = refused(heads, latent(32, 40, 4), plain);
+    assert_eq!(text, "rope: `num_kv_heads` must be `num_heads` with `Projected::Latent`, got 2");
+    let all = HeadLayout::new(4, 4, 8).unwrap().with_value_dim(6).unwrap();
+    assert_eq!(refused(all, latent(31, 40, 4), plain), "rope: `qkv.q` must be [T, H d] = [2, 32], got [2, 31]");
+    let text = refused(all, latent(32, 41, 4), plain);
+    assert_eq!(text, "rope: `qkv.kv` must be [T, H (d - rotary_dim + dv)] = [2, 40], got [2, 41]");
+    assert_eq!(refused(all, latent(32, 40, 5), plain), "rope: `qkv.k_rope` must be [T, rotary_dim] = [2, 4], got [2, 5]");
+    let normed = plain.with_qk_norm(QkNorm::per_head(weights(8), weights(8), 1e-6));
+    let text = refused(all, latent(32, 40, 4), normed);
+    let want = "rope: a norm of q and k with Projected::Latent is not supported here; supported: Fused, PerHead, Separate";
+    assert_eq!(text, want);
+
+    let text = |norm| refused(heads, rows(60).into(), plain.with_qk_norm(norm));
+    let norm = |q, k, eps| QkNorm::per_head(weights(q), weights(k), eps);
+    assert_eq!(text(norm(7, 8, 1e-6)), "rope: `qk_norm.q` must be [1, d] = [1, 8], got [1, 7]");
+    assert_eq!(text(norm(8, 16, 1e-6)), "rope: `qk_norm.k` must be [1, d] = [1, 8], got [1, 16]");
+    assert_eq!(text(norm(8, 8, -1.0)), "rope: `qk_norm.eps` must be finite and not negative, got -1");
+    assert_eq!(text(norm(8, 8, f32::NAN)), "rope: `qk_norm.eps` must be finite and not negative, got NaN");
+    let norm = |q, k| QkNorm::full_width(weights(q), weights(k), 1e-6);
+    assert_eq!(text(norm(8, 16)), "rope: `qk_norm.q` must be [1, H d] = [1, 32], got [1, 8]");
+    assert_eq!(text(norm(32, 32)), "rope: `qk_norm.k` must be [1, Hkv d] = [1, 16], got [1, 32]");
+}
+
+/// Rows that begin off 16 bytes, or a distance apart that is no multiple of it, are read element by element:
+/// the bits of packed rows.
+#[test]
+fn unaligned_rows_do_not_matter() {
+    fn shifted<A: Float + Bits>(stream: &Stream, (cols, packed): &(usize, Vec<A>), shift: usize) -> (Guarded<A>, usize) {
+        let nan = A::from_f32(f32::NAN);
+        let wide: Vec<A> = packed.chunks(*cols).flat_map(|row| [&vec![nan; shift][..], row].concat()).collect();
+        let rows = packed.len() / cols;
+        (Guarded::with(stream, &wide, rows, cols + shift, 0), *cols + shift)
+    }
+    fn on<A: Float + Bits>(stream: &Stream, form: Form, full: Option<bool>, shifted_at: usize) {
+        let (heads, rotary_dim, pairing) = (HeadLayout::new(2, 2, 16).unwrap(), 16, Pairing::Interleaved);
+        let step = Step::new(stream, &[(0, 3), (7, 2)], 4, 3);
+        let table = RopeTable::new(stream, THETA, rotary_dim, 9).unwrap();
+        let [q, mut k, v] = [1, 2, 3].map(|seed| normal::<A>(seed, 5 * 32, 1.0));
+        if form == Form::Latent {
+            k = k.chunks(32).flat_map(|token| token[..16].repeat(2)).collect();
+        }
+        let given = Given::of(heads, form, [&q, &k, &v], rotary_dim);
+        let options = Options::default().with_pairing(pairing);
+        let norm = full.map(|full| Norm::<A>::new(heads, full, 1e-6));
+        let want = match &norm {
+            Some(norm) => norm.with(stream, options, |options| run_given(stream, &step, &given, options, &table)),
+            None => run_given(stream, &step, &given, options, &table),
+        };
+        let shift = |at: usize| usize::from(at == shifted_at);
+        let matrices: Vec<_> = given.matrices.iter().enumerate().map(|(i, matrix)| shifted(stream, matrix, shift(i))).collect();
+        let view = |i: usize| matrices[i].0.view().col_range(shift(i)..matrices[i].1).unwrap();
+        let qkv = match form {
+            Form::Fused => view(0).into(),
+            Form::PerHead => Projected::PerHead(view(0)),
+            Form::Separate => Projected::Separate { q: view(0), k: view(1), v: view(2) },
+            Form::Latent => Projected::Latent { q: view(0), kv: view(1), k_rope: view(2) },
+        };
+        let weights = norm
+            .as_ref()
+            .map(|norm| [(3, &norm.q), (4, &norm.k)].map(|(at, weights)| shifted(stream, &(weights.len(), weights.clone()), shift(at))));
+        let options = match &weights {
+            None => options,
+            Some([q, k]) => {
+                let [q, k] = [(3, q), (4, k)].map(|(at, (row, cols))| row.view().col_range(shift(at)..*cols).unwrap());
+                let make = if full == Some(true) { QkNorm::full_width } else { QkNorm::per_head };
+                options.with_qk_norm(make(q, k, 1e-6))
+            }
+        };
+        let out = shift(5);
+        let mut got_q = Guarded::<A>::new(stream, 5, 32 + out, 0, guard::POISONS[1]);
+        let [mut keys, mut values] = [(); 2].map(|()| Guarded::<A>::new(stream, step.pool_rows(), 32, 0, guard::POISONS[1]));
+        let mut layer = KvLayerMut::new(step.pages(), heads, keys.view_mut(), values.view_mut()).unwrap();
+        let rows = &mut got_q.view_mut().col_range(out..32 + out).unwrap();
+        clip_rotate_append(stream, qkv, heads, options, &table, &mut layer, rows).unwrap();
+        let got: Vec<A> = got_q.take(stream).chunks(32 + out).flat_map(|row| row[out..].to_vec()).collect();
+        same_bits(&got, &want.q);
+        let layout = KvLayout::token_major(step.page_tokens(), heads);
+        for (pool, want) in [(keys, want.k), (values, want.v)] {
+            let pool = pool.take(stream);
+            let places = step.tokens().into_iter().flat_map(|(b, position)| step.places(heads, layout, b, position));
+            same_bits(&places.map(|at| pool[at]).collect::<Vec<A>>(), &want);
+        }
+    }
+    device::each_device(|stream| {
+        for form in [Form::Fused, Form::PerHead, Form::Separate, Form::Latent] {
+            for full in [None, Some(false), Some(true)] {
+                if form == Form::Latent && full.is_some() {
+                    continue;
+                }
+                (0..6).for_each(|shifted_at| on::<Bf16>(stream, form, full, shifted_at));
+            }
+        }
+    });
+}
+
+/// More tokens than blocks, and heads than a block keeps norms of: what a block goes on to does not overtake
+/// what its other warps read.
+#[test]
+fn norms_of_more_tokens_than_blocks() {
+    device::each_device(|stream| {
+        for (h, kv, d, rotary, tokens) in [(300, 4, 2, 2, 21), (1, 1, 2, 2, 40), (1, 1, 264, 8, 21)] {
+            let heads = HeadLayout::new(h, kv, d).unwrap();
+            if !device::affords(tokens * heads.qkv_cols()) {
+                continue;
+            }
+            let step = Step::new(stream, &[(3, tokens - 1), (0, 1)], 16, 1);
+            let table = RopeTable::new(stream, THETA, rotary, 80).unwrap();
+            for full in [false, true] {
+                forms_agree::<F16, _>(stream, &step, heads, Options::default(), Some(&Norm::<F16>::new(heads, full, 0.0)), &table);
+            }
+        }
+    });
+}
+
+/// Numbers that the checks of each one let pass, and that together give angles without end.
+#[test]
+fn angles_without_end_are_refused() {
+    let stream = device::cpu(1);
+    let table = |theta, scaling: &RopeScaling<'_>, positions| RopeTable::scaled(&stream, theta, 128, positions, scaling).map(drop);
+    let tiny = RopeScaling::Linear { factor: 1e-37 };
+    assert!(table(1e4, &tiny, 35).is_ok()); // the last angle is 3.4e38
+    assert!(table(1e4, &tiny, 1).is_ok() && table(1e4, &tiny, 0).is_ok());
+    let refused = table(1e4, &tiny, 36).unwrap_err().to_string();
+    let need = "rope_table: `frequencies` must be so small that the last position's angle is finite, got ";
+    assert!(refused.starts_with(need), "{refused}");
+    assert!(table(1e-38, &RopeScaling::None, 4096).unwrap_err().to_string().starts_with(need));
+    let none = RopeScaling::Divided { factors: &[1e-45; 64], attention_factor: 1.0 };
+    assert_eq!(table(1e4, &none, 2).unwrap_err().to_string(), "rope_table: `frequencies` must be finite, got inf");
+}
+
+/// What passes the checks gives tables of numbers, at the ends of each range, too.
+#[test]
+fn tables_are_numbers() {
+    let stream = device::cpu(1);
+    let bad = [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-45, 1e-38, 1e-10, 0.5, 1.0, 1.0 + 1.2e-7, 2.0, 1e10, 1e38, f32::MAX];
+    let mut random = Random::new(5);
+    let (mut fine, mut refused) = (0, 0);
+    for _ in 0..20_000 {
+        let mut pick = || bad[random.below(bad.len())];
+        let (theta, a, b, c, e) = (pick(), pick(), pick(), pick(), pick());
+        let original = [0, 1, 7, 4096, 1 << 40, usize::MAX][random.below(6)];
+        let dim = [2, 4, 128][random.below(3)];
+        let factors = vec![a; dim / 2];
+        let scaling = match random.below(5) {
+            0 => RopeScaling::None,
+            1 => RopeScaling::Linear { factor: a },
+            2 => RopeScaling::Llama3 { factor: a, low_freq_factor: b, high_freq_factor: c, original_max_positions: original },
+            3 => RopeScaling::Yarn {
+                factor: a,
+                original_max_positions: original,
+                beta_fast: b,
+                beta_slow: c,
+                truncate: random.below(2) == 0,
+                attention_factor: e,
+            },
+            _ => RopeScaling::Divided { factors: &factors, attention_factor: e },
+        };
+        let Ok(table) = RopeTable::scaled(&stream, theta, dim, 5, &scaling) else {
+            refused += 1;
+            continue;
+        };
+        fine += 1;
+        let heads = HeadLayout::new(1, 1, dim).unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 1, 5)).unwrap();
+        cache.append(&stream, &[5]).unwrap();
+        let (qkv, mut q) = (vec![1.0f32 / 1024.0 / 1024.0; 15 * dim], vec![0.0f32; 5 * dim]);
+        let (rows, q_rows) = (Rows::from_slice(&qkv, 5, 3 * dim).unwrap(), &mut RowsMut::from_slice(&mut q, 5, dim).unwrap());
+        clip_rotate_append(&stream, rows, heads, Options::default(), &table, &mut cache.layer_mut(0).unwrap(), q_rows).unwrap();
+        assert!(q.iter().all(|x| x.is_finite()), "{theta} {dim} {scaling:?} {q:?}");
+    }
+    assert!(fine > 1000 && refused > 1000, "{fine} {refused}");
+}
+
+/// A graph with a norm, launched for later positions.
+#[test]
+fn a_graph_normalises_what_it_finds() {
+    let (driver, stream) = device::emulated();
+    let heads = HeadLayout::new(3, 1, 16).unwrap();
+    let table = RopeTable::new(&stream, THETA, 16, 16).unwrap();
+    let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 2, 16)).unwrap();
+    let qkv: Vec<Vec<f32>> = (0..4).map(|i| normal::<f32>(i, 2 * heads.qkv_cols(), 1.0)).collect();
+    let norm = Norm::<f32>::new(heads, true, 1e-5);
+    let mut input = dropless::Buffer::from_slice(&stream, &qkv[0]).unwrap();
+    let mut q = dropless::Buffer::<f32>::zeros(&stream, 2 * heads.q_cols()).unwrap();
+    norm.with(&stream, Options::default(), |options| {
+        let mut graph = None;
+        for (i, one) in qkv.iter().enumerate() {
+            input.copy_from_slice(&stream, one).unwrap();
+            cache.append(&stream, &[1, 1]).unwrap();
+            let mut work = || {
+                let mut q = q.rows_mut(2, heads.q_cols()).unwrap();
+                let rows = input.rows(2, heads.qkv_cols())?;
+                clip_rotate_append(&stream, rows, heads, options, &table, &mut cache.layer_mut(0)?, &mut q)
+            };
+            if i == 0 {
+                work().unwrap();
+            } else {
+                let graph = graph.get_or_insert_with(|| stream.capture(work).unwrap());
+                // SAFETY: its buffers are those of this test, on one stream.
+                unsafe { graph.launch() }.unwrap();
+            }
+            let step = Step::new(&stream, &[(i, 1), (i, 1)], 4, 1);
+            let want = run_given(&stream, &step, &Given::fused(heads, one), options, &table);
+            same_bits(&q.to_vec(&stream).unwrap(), &want.q);
+        }
+    });
+    assert_eq!(driver.reports(), [""; 0]);
 }

@@ -433,11 +433,12 @@ struct Case {
     scale: f32,
 }
 
-const SCORES: [oracle::router::Score; 4] = [
+const SCORES: [oracle::router::Score; 5] = [
     oracle::router::Score::Softmax,
     oracle::router::Score::Sigmoid,
     oracle::router::Score::SoftmaxOverChosen,
     oracle::router::Score::SqrtSoftplus,
+    oracle::router::Score::SparseMixer { jitter: 0.125 },
 ];
 
 impl Case {
@@ -461,6 +462,7 @@ impl Case {
             oracle::router::Score::Sigmoid => Score::Sigmoid,
             oracle::router::Score::SoftmaxOverChosen => Score::SoftmaxOverChosen,
             oracle::router::Score::SqrtSoftplus => Score::SqrtSoftplus,
+            oracle::router::Score::SparseMixer { jitter } => Score::SparseMixer { jitter: jitter as f32 },
         };
         let mut choice = Choice::default().with_score(score).with_normalize(self.normalize);
         choice = choice.with_epsilon(self.epsilon).with_scale(self.scale);
@@ -492,6 +494,12 @@ impl Case {
         let summed: Vec<f64> = over.iter().map(|e| z[*e as usize]).collect();
         let max = summed.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let exp = |z: f64| (max - z) * UNIT + 4.0 * UNIT + rounded;
+        if let oracle::router::Score::SparseMixer { .. } = self.score {
+            // Of each choice: its competitors' exponentials, the largest one at their most, and their sum.
+            let most = exp(z.iter().copied().fold(f64::INFINITY, f64::min)) + rounded + z.len() as f64 * UNIT + UNIT;
+            let norm = choice.p.map_or(0.0, |p| most + (ids.len() as f64 + 6.0) * UNIT / p.min(1.0) + 6.0 * UNIT);
+            return choice.weights(logits, ids).iter().map(|want| (most + norm + 4.0 * UNIT) * want.abs()).collect();
+        }
         let mean: f64 = oracle::router::softmax(&summed).iter().zip(&summed).map(|(p, z)| p * exp(*z)).sum();
         let of_sum = mean + summed.len() as f64 * UNIT + UNIT;
         let score = |e: &u32| if is_softmax { exp(z[*e as usize]) + of_sum } else { rounded + 10.0 * UNIT };
@@ -544,6 +552,9 @@ fn every_choice(size: (usize, usize, (usize, usize))) -> Vec<Case> {
                     let bias = |bit: u64| if biases >> bit & 1 == 1 { normal(77 + bit, experts, 0.3) } else { vec![] };
                     let groups = groups.filter(|two| !two || experts / num_groups >= 2);
                     let groups = groups.map(|two| (num_groups, top_groups, two));
+                    if matches!(score, oracle::router::Score::SparseMixer { .. }) && (biases >= 2 || groups.is_some()) {
+                        continue; // refused
+                    }
                     let (epsilon, scale) = if cases.len() % 3 == 0 { (0.0, 1.0) } else { (0.125, 2.5) };
                     cases.push(Case { score, logit_bias: bias(0), choice_bias: bias(1), groups, normalize, epsilon, scale });
                 }
@@ -563,7 +574,7 @@ fn every_choice_on_the_cpu() {
     }
 }
 
-/// Of the 240 choices a size has some: the first four sizes all of them together.
+/// Of the 250 choices a size has some: the first four sizes all of them together.
 #[test]
 fn every_choice_on_a_gpu() {
     device::each_gpu(|stream| {
@@ -624,6 +635,88 @@ fn goldens_of_families() {
             within(&got.weights, &want, top_k, |_| 1e-6);
         });
     }
+}
+
+/// From the rows that a router reads to the weights of experts: what each family's layer does, in f32.
+#[test]
+fn goldens_of_whole_routers() {
+    let file = Goldens::open("ops/routers.safetensors");
+    let one = Choice::default();
+    let none = one.with_normalize(Normalize::None);
+    let sigmoid = one.with_score(Score::Sigmoid);
+    let over_chosen = none.with_score(Score::SoftmaxOverChosen);
+    let scaled = sigmoid.with_epsilon(1e-20).with_scale(2.5);
+    let families = [
+        ("qwen3_moe", one),
+        ("qwen3_moe_nonorm", none),
+        ("qwen2_moe", none),
+        ("olmoe", none),
+        ("granitemoe", over_chosen),
+        ("gpt_oss", over_chosen),
+        ("deepseek_v3", scaled.with_groups(Groups::new(4, 2, GroupScore::TwoBest))),
+        ("glm4_moe", scaled.with_groups(Groups::new(1, 1, GroupScore::TwoBest))),
+        ("minimax_m2", sigmoid),
+        ("phimoe", none.with_score(Score::SparseMixer { jitter: 0.2 })),
+        ("grok1", none),
+        ("mixtral", one),
+    ];
+    for (family, choice) in families {
+        let named = |part: &str| format!("{family}.{part}");
+        let [tokens, d_model] = file.shape(&named("x"))[..].try_into().unwrap();
+        let (experts, top_k) = (file.shape(&named("weight"))[0], file.shape(&named("ids"))[1]);
+        let bias = if file.has(&named("bias")) { file.float::<f32>(&named("bias")) } else { vec![] };
+        device::each_device(|stream| {
+            let x = Guarded::with(stream, &file.float::<f32>(&named("x")), tokens, d_model, 0);
+            let weight = Guarded::with(stream, &file.float::<f32>(&named("weight")), experts, d_model, 0);
+            let scores = guard::run(stream, tokens, experts, |y| logits(stream, x.view(), weight.view(), y).unwrap());
+            let bias = (!bias.is_empty()).then(|| Guarded::with(stream, &bias, 1, experts, 0));
+            let choice = match &bias {
+                Some(bias) if family == "gpt_oss" => choice.with_logit_bias(bias.view()),
+                Some(bias) => choice.with_choice_bias(bias.view()),
+                None => choice,
+            };
+            let got = run_choice(stream, &scores, experts, top_k, choice);
+            check_invariants(&got, tokens, experts, top_k);
+            assert_eq!(got.ids, file.u32(&named("ids")), "{family}");
+            within(&got.weights, &file.f64(&named("weights")), top_k, |_| 1e-6);
+        });
+    }
+}
+
+/// By hand: who competes, with whom left, whatever the signs.
+#[test]
+fn sparse_mixers_weigh_among_what_is_close() {
+    let e = |z: f64| z.exp();
+    let mixed = |jitter| Choice::default().with_score(Score::SparseMixer { jitter }).with_normalize(Normalize::None);
+    type Mixed = (&'static [f32], f32, &'static [u32], Vec<f64>);
+    let cases: [Mixed; 7] = [
+        // 0.05 of 2 is close, half of it is not; of 1.9 it is not either.
+        (&[1.0, 2.0, -3.0, 1.9], 0.1, &[1, 3], vec![1.0 / (1.0 + e(-0.1)), 1.0]),
+        (&[1.0, 2.0, -3.0, 1.9], 0.3, &[1, 3], vec![1.0 / (1.0 + e(-0.1) + e(-1.0)), 1.0 / (1.0 + e(-0.9))]),
+        // Below zero the other's size counts: 0.5 of 1.5, then of 2.
+        (&[-1.0, -1.5, -2.0], 0.16, &[0, 1, 2], vec![1.0, 1.0 / (1.0 + e(-0.5)), 1.0]),
+        // A distance of 2 is that of the opposite number, and the most that a positive best one has.
+        (&[1.0, -1.0, -3.0], 1.0, &[0, 1], vec![1.0 / (1.0 + e(-2.0) + e(-4.0)), 1.0 / (1.0 + e(-2.0))]),
+        // Equal ones are close, and zeros, whose distance is NaN.
+        (&[0.0, -0.0, -1.0], 0.0, &[0, 1, 2], vec![0.5, 1.0, 1.0]),
+        (&[3.0, 3.0, 3.0], 0.0, &[0, 1, 2], vec![1.0 / 3.0, 0.5, 1.0]),
+        // What is infinitely low adds nothing.
+        (&[f32::NEG_INFINITY, 1.0, 1.0], 5.0, &[1, 2], vec![0.5, 1.0]),
+    ];
+    device::each_device(|stream| {
+        for (logits, jitter, ids, weights) in &cases {
+            let got = run_choice(stream, logits, logits.len(), ids.len(), mixed(*jitter));
+            assert_eq!(got.ids, *ids, "{logits:?}");
+            within(&got.weights, weights, ids.len(), |_| 1e-6);
+        }
+        // One that is NaN is last; it makes all NaN for which it is left. One that is infinite makes itself
+        // NaN.
+        let got = run_choice(stream, &[f32::NAN, 1.0, 0.0], 3, 3, mixed(0.25));
+        assert!(got.ids == [1, 2, 0] && got.weights.iter().all(|weight| weight.is_nan()), "{got:?}");
+        let got = run_choice(stream, &[0.0, f32::INFINITY, 0.5, f32::NEG_INFINITY], 4, 4, mixed(0.25));
+        assert_eq!((&got.ids[..], &got.weights[1..3]), (&[1, 2, 0, 3][..], &[1.0, 1.0][..]));
+        assert!(got.weights[0].is_nan() && got.weights[3].is_nan());
+    });
 }
 
 /// The table of the documentation, a row of logits each.
@@ -692,13 +785,14 @@ proptest! {
             let groups = (1..=num_groups, any::<bool>()).prop_map(move |(top, two)| (num_groups, top, two && size > 1));
             (Just(experts), groups, 1..=size, row(), [row(), row()])
         }),
-        kind in 0usize..4,
+        kind in 0usize..5,
         options in 0usize..8,
         norm in 0usize..5,
         seed: u64,
     ) {
         let [logit_bias, choice_bias] = biases;
-        let option = |bit: usize| options >> bit & 1 == 1;
+        let is_mixer = matches!(SCORES[kind], oracle::router::Score::SparseMixer { .. });
+        let option = |bit: usize| options >> bit & 1 == 1 && (bit == 0 || !is_mixer);
         let case = Case {
             score: SCORES[kind],
             logit_bias: if option(0) { logit_bias } else { vec![] },
@@ -735,6 +829,7 @@ fn choices_are_refused_with_numbers() {
     let before = copy(&stream, route(&stream, logits, Normalize::None, &mut buffers).unwrap());
     let good = Choice::default();
     let groups = |num_groups, top_groups, by| good.with_groups(Groups::new(num_groups, top_groups, by));
+    let mixer = |jitter| good.with_score(Score::SparseMixer { jitter });
     let refusals = [
         (good.with_logit_bias(row(15)), "`logit_bias` must be [1, E] = [1, 16], got [1, 15]"),
         (good.with_choice_bias(row(15)), "`choice_bias` must be [1, E] = [1, 16], got [1, 15]"),
@@ -748,6 +843,11 @@ fn choices_are_refused_with_numbers() {
         (groups(4, 0, GroupScore::Best), "`top_groups` must be between 1 and num_groups, got 0"),
         (groups(4, 5, GroupScore::Best), "`top_groups` must be between 1 and num_groups, got 5"),
         (groups(4, 1, GroupScore::Best), "`top_groups` must be enough to hold top_k experts, got 1"),
+        (mixer(-0.5), "`jitter` must be finite and not negative, got -0.5"),
+        (mixer(f32::NAN), "`jitter` must be finite and not negative, got NaN"),
+        (mixer(f32::INFINITY), "`jitter` must be finite and not negative, got inf"),
+        (mixer(0.1).with_choice_bias(row(16)), "`choice_bias` must be none with Score::SparseMixer, got a bias"),
+        (mixer(0.1).with_groups(Groups::new(1, 1, GroupScore::Best)), "`groups` must be none with Score::SparseMixer, got groups"),
     ];
     for (choice, want) in refusals {
         let text = route(&stream, logits, choice, &mut buffers).err().expect("a refusal").to_string();

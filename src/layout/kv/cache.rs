@@ -19,6 +19,8 @@ pub struct KvShape {
     pub num_kv_heads: usize,
     /// d.
     pub head_dim: usize,
+    /// dv.
+    pub value_dim: usize,
     /// Tokens of one page.
     pub page_tokens: usize,
     /// Pages of each pool.
@@ -32,8 +34,15 @@ pub struct KvShape {
 impl KvShape {
     /// One page of `capacity_tokens` for each of `num_sequences`.
     pub fn contiguous(heads: HeadLayout, num_sequences: usize, capacity_tokens: usize) -> KvShape {
-        let (num_kv_heads, head_dim) = (heads.num_kv_heads(), heads.head_dim());
-        KvShape { num_kv_heads, head_dim, page_tokens: capacity_tokens, num_pages: num_sequences, max_pages: 1, num_sequences }
+        KvShape {
+            num_kv_heads: heads.num_kv_heads(),
+            head_dim: heads.head_dim(),
+            value_dim: heads.value_dim(),
+            page_tokens: capacity_tokens,
+            num_pages: num_sequences,
+            max_pages: 1,
+            num_sequences,
+        }
     }
 
     /// With pages that the sequences share: `num_pages` of `page_tokens` tokens, of which one sequence may
@@ -53,7 +62,7 @@ impl KvShape {
 
     /// The heads of the cache, for which the query heads do not matter.
     fn heads(&self) -> Result<HeadLayout, Error> {
-        HeadLayout::new(self.num_kv_heads, self.num_kv_heads, self.head_dim)
+        HeadLayout::new(self.num_kv_heads, self.num_kv_heads, self.head_dim)?.with_value_dim(self.value_dim)
     }
 }
 
@@ -103,10 +112,11 @@ impl<T: Element> KvCache<T> {
     ///
     /// [`Error::Value`] if a size is 0; [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub fn new(stream: &Stream, num_layers: usize, shape: KvShape) -> Result<KvCache<T>, Error> {
-        let KvShape { num_kv_heads, head_dim, page_tokens, num_pages, max_pages, num_sequences } = shape;
+        let KvShape { num_kv_heads, head_dim, value_dim, page_tokens, num_pages, max_pages, num_sequences } = shape;
         let sizes = [
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
+            ("value_dim", value_dim),
             ("page_tokens", page_tokens),
             ("num_pages", num_pages),
             ("max_pages", max_pages),
@@ -117,10 +127,13 @@ impl<T: Element> KvCache<T> {
         }
         checked_product(Op::KvCache, "tokens", &[num_pages, page_tokens], MAX_ROWS)?;
         shape.heads()?;
-        let elements = [num_pages, page_tokens, num_kv_heads, head_dim];
-        let elements = checked_product(Op::KvCache, "elements", &elements, isize::MAX as usize)?;
+        let elements = |width| {
+            let sizes = [num_pages, page_tokens, num_kv_heads, width];
+            checked_product(Op::KvCache, "elements", &sizes, isize::MAX as usize)
+        };
+        let (key_elements, value_elements) = (elements(head_dim)?, elements(value_dim)?);
         let table = checked_product(Op::KvCache, "block table", &[num_sequences, max_pages], MAX_ROWS)?;
-        let pool = || Buffer::zeros(stream, elements);
+        let pools = || Ok((Buffer::zeros(stream, key_elements)?, Buffer::zeros(stream, value_elements)?));
         let mut free_pages = filled(Op::KvCache, num_pages, 0)?;
         free_pages.iter_mut().rev().zip(0..).for_each(|(page, number)| *page = number);
         let host = HostState {
@@ -130,7 +143,7 @@ impl<T: Element> KvCache<T> {
             free_pages,
         };
         Ok(KvCache {
-            pools: (0..num_layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_, Error>>()?,
+            pools: (0..num_layers).map(|_| pools()).collect::<Result<_, Error>>()?,
             block_table: Buffer::zeros(stream, table)?,
             seq_lens: Buffer::zeros(stream, num_sequences)?,
             query_offsets: Buffer::zeros(stream, num_sequences + 1)?,
@@ -248,7 +261,7 @@ impl<T: Element> KvCache<T> {
         let (keys, values) = pools.get(layer).ok_or(no_layer(layer, pools.len()))?;
         let (rows, heads) = (shape.num_pages * shape.page_tokens, shape.heads()?);
         let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;
-        KvLayer::new(pages, heads, keys.rows(rows, heads.kv_cols())?, values.rows(rows, heads.kv_cols())?)
+        KvLayer::new(pages, heads, keys.rows(rows, heads.kv_cols())?, values.rows(rows, heads.v_cols())?)
     }
 
     /// One layer, for writing the step's tokens.
@@ -262,7 +275,7 @@ impl<T: Element> KvCache<T> {
         let (keys, values) = pools.get_mut(layer).ok_or(no_layer(layer, count))?;
         let (rows, heads) = (shape.num_pages * shape.page_tokens, shape.heads()?);
         let pages = KvPages::new(shape, host, step, [block_table, seq_lens, query_offsets])?;
-        KvLayerMut::new(pages, heads, keys.rows_mut(rows, heads.kv_cols())?, values.rows_mut(rows, heads.kv_cols())?)
+        KvLayerMut::new(pages, heads, keys.rows_mut(rows, heads.kv_cols())?, values.rows_mut(rows, heads.v_cols())?)
     }
 }
 
@@ -282,7 +295,7 @@ mod tests {
     use crate::device::Device;
 
     fn paged() -> KvShape {
-        KvShape { num_kv_heads: 1, head_dim: 2, page_tokens: 4, num_pages: 5, max_pages: 3, num_sequences: 2 }
+        KvShape { num_kv_heads: 1, head_dim: 2, value_dim: 2, page_tokens: 4, num_pages: 5, max_pages: 3, num_sequences: 2 }
     }
 
     #[test]
@@ -319,8 +332,21 @@ mod tests {
     }
 
     #[test]
+    fn values_may_have_a_width_of_their_own() {
+        let stream = Device::cpu().stream().unwrap();
+        let heads = HeadLayout::new(4, 2, 6).unwrap().with_value_dim(5).unwrap();
+        let mut cache = KvCache::<f32>::new(&stream, 1, KvShape::contiguous(heads, 3, 7)).unwrap();
+        assert_eq!((cache.shape().head_dim, cache.shape().value_dim), (6, 5));
+        let layer = cache.layer(0).unwrap();
+        assert_eq!((layer.keys().dims(), layer.values().dims()), ([21, 12], [21, 10]));
+        assert_eq!(layer.layouts().map(|layout| (layout.token_stride, layout.head_stride)), [(12, 6), (10, 5)]);
+        assert!(cache.layer_mut(0).is_ok());
+    }
+
+    #[test]
     fn sizes_are_checked() {
         let stream = Device::cpu().stream().unwrap();
+        assert!(KvCache::<f32>::new(&stream, 1, KvShape { value_dim: 0, ..paged() }).is_err());
         assert!(KvCache::<f32>::new(&stream, 1, KvShape { page_tokens: 0, ..paged() }).is_err());
         assert!(KvCache::<f32>::new(&stream, 1, KvShape { num_pages: 1 << 40, ..paged() }).is_err());
         let wide = KvShape { num_kv_heads: 1 << 32, head_dim: 1 << 32, ..paged() }; // the product of these two wraps to 0

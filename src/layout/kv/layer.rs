@@ -13,8 +13,13 @@ use crate::view::{Rows, RowsMut};
 /// How the pools lie: layouts of keys and values that were checked against these extents and the pools' memory.
 #[derive(Clone, Copy)]
 struct Lie {
-    extents: Extents,
+    extents: [Extents; 2],
     layouts: [KvLayout; 2],
+}
+
+/// Of keys and of values.
+fn extents_of(pages: &KvPages<'_>, heads: HeadLayout) -> [Extents; 2] {
+    [pages.extents(heads), pages.extents(heads.of_values())]
 }
 
 /// One layer's keys and values, for reading.
@@ -35,26 +40,32 @@ pub struct KvLayerMut<'a, T> {
 }
 
 impl Lie {
-    /// Of rows `[num_pages * page_tokens, Hkv * d]`, one for each token; each pool's distance between two rows.
+    /// Of rows `[num_pages * page_tokens, Hkv * d]`, one for each token, with dv for d where they are values;
+    /// each pool's distance between two rows.
     fn of_rows(pages: &KvPages<'_>, heads: HeadLayout, pools: [([usize; 2], usize); 2]) -> Result<Lie, Error> {
-        let extents = pages.extents(heads);
-        let rows = extents.num_pages * extents.page_tokens; // within MAX_ROWS, as `KvPages` says
-        for (arg, ([have, cols], _)) in ["keys", "values"].into_iter().zip(pools) {
+        let extents = extents_of(pages, heads);
+        let page_tokens = extents[0].page_tokens;
+        let rows = extents[0].num_pages * page_tokens; // within MAX_ROWS, as `KvPages` says
+        let wanted = [
+            ("keys", "[num_pages * page_tokens, Hkv * d]", heads.kv_cols()),
+            ("values", "[num_pages * page_tokens, Hkv * dv]", heads.v_cols()),
+        ];
+        for ((arg, shape, want_cols), ([have, cols], _)) in wanted.into_iter().zip(pools) {
             if have < rows {
                 return Err(Error::Capacity { op: Op::KvCache, what: "rows of a pool", need: rows, have });
             }
-            check_shape(Op::KvCache, arg, "[num_pages * page_tokens, Hkv * d]", &[have, heads.kv_cols()], &[have, cols])?;
+            check_shape(Op::KvCache, arg, shape, &[have, want_cols], &[have, cols])?;
         }
-        let layout = |(_, stride): ([usize; 2], usize)| {
-            KvLayout::strided(extents.page_tokens.saturating_mul(stride), stride, heads.head_dim(), heads)
-        };
-        Ok(Lie { extents, layouts: pools.map(layout) })
+        let layout =
+            |stride: usize, heads: HeadLayout| KvLayout::strided(page_tokens.saturating_mul(stride), stride, heads.head_dim(), heads);
+        Ok(Lie { extents, layouts: [layout(pools[0].1, heads), layout(pools[1].1, heads.of_values())] })
     }
 
     /// Of memory that lies in one piece, and how many elements each pool needs of it.
     fn of_memory(pages: &KvPages<'_>, heads: HeadLayout, [keys, values]: [KvLayout; 2]) -> Result<(Lie, [usize; 2]), Error> {
-        let extents = pages.extents(heads);
-        let ((keys, key_elements), (values, value_elements)) = (extents.check("keys", keys)?, extents.check("values", values)?);
+        let extents = extents_of(pages, heads);
+        let (keys, key_elements) = extents[0].check("keys", keys)?;
+        let (values, value_elements) = extents[1].check("values", values)?;
         Ok((Lie { extents, layouts: [keys, values] }, [key_elements, value_elements]))
     }
 
@@ -68,13 +79,15 @@ impl Lie {
     }
 
     fn check_heads(&self, op: Op, heads: HeadLayout) -> Result<(), Error> {
-        let Extents { num_kv_heads, head_dim, .. } = self.extents;
-        check_shape(op, "cache", "[Hkv, d]", &[heads.num_kv_heads(), heads.head_dim()], &[num_kv_heads, head_dim])
+        let [keys, values] = self.extents;
+        let want = [heads.num_kv_heads(), heads.head_dim(), heads.value_dim()];
+        check_shape(op, "cache", "[Hkv, d, dv]", &want, &[keys.num_kv_heads, keys.head_dim, values.head_dim])
     }
 }
 
 impl<'a, T: Element> KvLayer<'a, T> {
-    /// Pools with a row of `Hkv * d` elements for each slot of each page, as rows of a matrix: `[num_pages * page_tokens, Hkv * d]`.
+    /// Pools with a row for each slot of each page, as rows of a matrix: keys
+    /// `[num_pages * page_tokens, Hkv * d]`, values `[num_pages * page_tokens, Hkv * dv]`.
     ///
     /// # Errors
     ///
@@ -172,7 +185,7 @@ impl<'a, T: Element> KvLayer<'a, T> {
     /// Hkv and d.
     #[cfg(feature = "cuda")]
     pub(crate) fn heads(&self) -> [usize; 2] {
-        [self.lie.extents.num_kv_heads, self.lie.extents.head_dim]
+        [self.lie.extents[0].num_kv_heads, self.lie.extents[0].head_dim]
     }
 
     /// Refuses a layer of other heads.
@@ -187,8 +200,8 @@ impl<'a, T: Element> KvLayer<'a, T> {
 
     /// Keys and values as seen from the host. Only CPU backends call this, after dispatch.
     pub(crate) fn host(&self) -> [HostPool<'a, T>; 2] {
-        let Lie { extents, layouts: [keys, values] } = self.lie;
-        [HostPool::new(self.keys.host(), extents, keys), HostPool::new(self.values.host(), extents, values)]
+        let Lie { extents: [key_extents, value_extents], layouts: [keys, values] } = self.lie;
+        [HostPool::new(self.keys.host(), key_extents, keys), HostPool::new(self.values.host(), value_extents, values)]
     }
 }
 
@@ -272,8 +285,8 @@ impl<'a, T: Element> KvLayerMut<'a, T> {
     /// As seen from the host. Only CPU backends call this, after dispatch.
     pub(crate) fn host(&mut self) -> HostLayerMut<'_, T> {
         let (pages, num_tokens) = (self.pages.host(), self.pages.num_tokens());
-        let Lie { extents, layouts: [keys, values] } = self.lie;
-        let pools = [HostPoolMut::new(self.keys.host(), extents, keys), HostPoolMut::new(self.values.host(), extents, values)];
+        let Lie { extents: [key_extents, value_extents], layouts: [keys, values] } = self.lie;
+        let pools = [HostPoolMut::new(self.keys.host(), key_extents, keys), HostPoolMut::new(self.values.host(), value_extents, values)];
         HostLayerMut { pages, num_tokens, pools }
     }
 }
@@ -302,7 +315,7 @@ mod tests {
             };
             assert_eq!(layer([12, 2], [13, 2]), Ok(()));
             assert_eq!(layer([12, 2], [11, 2]), Err("kv_cache: needs 12 rows of a pool, has 11".to_owned()));
-            let text = "kv_cache: `values` must be [num_pages * page_tokens, Hkv * d] = [12, 2], got [12, 3]";
+            let text = "kv_cache: `values` must be [num_pages * page_tokens, Hkv * dv] = [12, 2], got [12, 3]";
             assert_eq!(layer([12, 2], [12, 3]), Err(text.to_owned()));
             let (mut keys, mut values) = ([0f32; 22], [0f32; 22]);
             let rows = |data| RowsMut::from_slice(data, 11, 2).unwrap();

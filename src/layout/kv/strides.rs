@@ -37,6 +37,18 @@ use crate::layout::HeadLayout;
 /// assert_eq!(flashinfer.page_stride, 32768);
 /// # Ok::<(), dropless::Error>(())
 /// ```
+///
+/// Where values have another width than keys, a pool of values is described by
+/// [`HeadLayout::of_values`]: its d is dv.
+///
+/// ```
+/// use dropless::HeadLayout;
+/// use dropless::layout::KvLayout;
+/// let heads = HeadLayout::new(16, 16, 192)?.with_value_dim(128)?;
+/// let (keys, values) = (KvLayout::token_major(16, heads), KvLayout::token_major(16, heads.of_values()));
+/// assert_eq!((keys.token_stride, values.token_stride), (16 * 192, 16 * 128));
+/// # Ok::<(), dropless::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KvLayout {
@@ -76,9 +88,9 @@ impl KvLayout {
         KvLayout { token_stride: chunk, chunk, chunk_stride, ..KvLayout::head_major(page_tokens, heads) }
     }
 
-    /// `[pages, Hkv, d, page_tokens]`, packed: how vLLM's `paged_attention` and mistral.rs keep values.
+    /// `[pages, Hkv, dv, page_tokens]`, packed: how vLLM's `paged_attention` and mistral.rs keep values.
     pub fn split_values(page_tokens: usize, heads: HeadLayout) -> KvLayout {
-        KvLayout::split_keys(page_tokens, heads, 1)
+        KvLayout::split_keys(page_tokens, heads.of_values(), 1)
     }
 
     /// Another distance between pages.
@@ -104,7 +116,7 @@ impl KvLayout {
     }
 }
 
-/// What the pools of a layer hold.
+/// What a pool of a layer holds: of keys, or of values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extents {
     pub(super) num_pages: usize,

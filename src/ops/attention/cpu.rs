@@ -23,7 +23,7 @@ use super::{Options, Partials, SPLIT_KEYS};
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
-use crate::layout::{HostPages, HostPool, KvLayer};
+use crate::layout::{HeadLayout, HostPages, HostPool, KvLayer};
 use crate::simd::{self, Ahead, gemm};
 use crate::view::{Rows, RowsMut, Tiling, for_each_row};
 
@@ -45,16 +45,16 @@ pub(super) fn prefill<A: Float>(
     out: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     let (q, pools, pages, heads) = (q.host(), cache.host(), cache.pages().host(), options.heads);
-    let (group, group_cols) = (heads.group(), heads.group() * heads.head_dim());
+    let (group, q_cols, out_cols) = (heads.group(), heads.group() * heads.head_dim(), heads.group() * heads.value_dim());
     let sinks = options.sinks.map(|sinks| sinks.host().row(0));
-    let tiling = Tiling::new(pages.query_offsets(), heads.q_cols(), (QUERY_ROWS / group).max(1), group_cols);
+    let tiling = Tiling::new(pages.query_offsets(), heads.context_cols(), (QUERY_ROWS / group).max(1), out_cols);
     out.host().for_each_tile(stream, &tiling, |mut tile| {
         let (_, first) = pages.locate(tile.rows.start);
-        let kv_head = tile.cols.start / group_cols;
-        let seen = Seen { pages, sequence: tile.group, pools, kv_head, head_dim: heads.head_dim() };
+        let kv_head = tile.cols.start / out_cols;
+        let seen = Seen { pages, sequence: tile.group, pools, kv_head, heads };
         with_queries(options, tile.rows.len(), seen.copied(BLOCK_KEYS), |queries| {
             for (token, row) in tile.rows.clone().enumerate() {
-                queries.load(token, &q.row(row)[tile.cols.clone()], options.scale);
+                queries.load(token, &q.row(row)[kv_head * q_cols..][..q_cols], options.scale);
             }
             if let Some(sinks) = sinks {
                 queries.begin_with(&sinks[kv_head * group..][..group]);
@@ -86,7 +86,7 @@ pub(super) fn decode<A: Float>(
         if part_keys.is_empty() {
             return; // beyond the sequence or before the window: `combine` does not look here
         }
-        let seen = Seen { pages, sequence, pools, kv_head, head_dim };
+        let seen = Seen { pages, sequence, pools, kv_head, heads };
         with_queries(options, 1, seen.copied(SPLIT_KEYS), |queries| {
             queries.load(0, &q.row(token)[kv_head * group * head_dim..][..group * head_dim], options.scale);
             queries.attend_part(&seen, part_keys);
@@ -97,9 +97,9 @@ pub(super) fn decode<A: Float>(
     // One tile per token and query head.
     let (partials, all_tokens) = (partials.rows.as_rows().host(), [0, q.rows() as u32]);
     let sinks = options.sinks.map(|sinks| sinks.host().row(0));
-    let tiling = Tiling::new(&all_tokens, heads.q_cols(), 1, head_dim);
+    let tiling = Tiling::new(&all_tokens, heads.context_cols(), 1, heads.value_dim());
     out.host().for_each_tile(stream, &tiling, |mut tile| {
-        let (token, head) = (tile.rows.start, tile.cols.start / head_dim);
+        let (token, head) = (tile.rows.start, tile.cols.start / heads.value_dim());
         let position = pages.locate(token).1;
         let parts = options.oldest(position) / SPLIT_KEYS..(position + 1).div_ceil(SPLIT_KEYS);
         let partial = |split: usize| partials.row((token * splits + split) * num_kv_heads + head / group);
@@ -110,16 +110,16 @@ pub(super) fn decode<A: Float>(
 
 /// Adds up the parts of one query head, `row` of its group, in their order.
 fn combine<'a, A: Float>(parts: impl Iterator<Item = &'a [f32]> + Clone, row: usize, group: usize, sink: Option<f32>, out: &mut [A]) {
-    let head_dim = out.len();
-    let (max_at, total_at) = (group * head_dim + row, group * (head_dim + 1) + row);
+    let value_dim = out.len();
+    let (max_at, total_at) = (group * value_dim + row, group * (value_dim + 1) + row);
     let max = parts.clone().map(|part| part[max_at]).fold(sink.unwrap_or(f32::NEG_INFINITY), f32::max);
-    simd::with_scratch(head_dim, |sums| {
+    simd::with_scratch(value_dim, |sums| {
         sums.fill(0.0);
         let mut total = sink.map_or(0.0, |sink| (sink - finite_or_zero(max)).exp());
         for part in parts {
             let shrink = (part[max_at] - finite_or_zero(max)).exp();
             total += shrink * part[total_at];
-            simd::add_scaled(sums, shrink, &part[row * head_dim..][..head_dim]);
+            simd::add_scaled(sums, shrink, &part[row * value_dim..][..value_dim]);
         }
         divide(sums, total, out);
     });
@@ -140,7 +140,7 @@ struct Seen<'a, A> {
     sequence: usize,
     pools: [HostPool<'a, A>; 2], // keys, values
     kv_head: usize,
-    head_dim: usize,
+    heads: HeadLayout,
 }
 
 impl<'a, A: Float> Seen<'a, A> {
@@ -166,14 +166,14 @@ impl<'a, A: Float> Seen<'a, A> {
 
     /// The same, copied to `room`.
     fn copy<'r, const MOST: usize>(&self, positions: Range<usize>, room: &'r mut [f32]) -> Block<'r, f32, MOST> {
-        let count = positions.len();
-        let (keys, values) = room.split_at_mut(MOST * self.head_dim);
+        let (count, [d, dv]) = (positions.len(), [self.heads.head_dim(), self.heads.value_dim()]);
+        let (keys, values) = room.split_at_mut(MOST * d);
         for (i, slot) in self.pages.slots(self.sequence, positions).enumerate() {
-            self.pools[0].gather(slot, self.kv_head, &mut keys[i * self.head_dim..]);
-            self.pools[1].gather(slot, self.kv_head, &mut values[i * self.head_dim..]);
+            self.pools[0].gather(slot, self.kv_head, &mut keys[i * d..]);
+            self.pools[1].gather(slot, self.kv_head, &mut values[i * dv..]);
         }
-        let rows = |rows: &'r [f32]| std::array::from_fn(|i| &rows[i * self.head_dim..][..self.head_dim]);
-        Block { keys: rows(keys), values: rows(values), count }
+        let rows = |rows: &'r [f32], width: usize| std::array::from_fn(|i| &rows[i * width..][..width]);
+        Block { keys: rows(keys, d), values: rows(values, dv), count }
     }
 }
 
@@ -188,22 +188,24 @@ struct Block<'a, E, const MOST: usize> {
 struct Queries<'s> {
     group: usize,
     head_dim: usize,
+    value_dim: usize,
     scaled: &'s mut [f32], // [d / KC, n, A_STRIDE]: the queries times the scale
     scores: &'s mut [f32], // [n, A_STRIDE]: of one block of keys, then their exponentials
-    sums: &'s mut [f32],   // [n, d up to NR]: values weighted by exponentials
+    sums: &'s mut [f32],   // [n, dv up to NR]: values weighted by exponentials
     max: &'s mut [f32],    // [n]: the largest score
     total: &'s mut [f32],  // [n]: the sum of exponentials
     keys: &'s mut [f32],   // [KC, NR]: a block of keys, transposed
-    values: &'s mut [f32], // [d / NR, BLOCK_KEYS, NR]: a block of values, by columns
-    chains: &'s mut [f32], // [n, d]: what a block in place adds to the sums
-    copies: &'s mut [f32], // [2, copied keys, d]: keys and values that lie in chunks
+    values: &'s mut [f32], // [dv / NR, BLOCK_KEYS, NR]: a block of values, by columns
+    chains: &'s mut [f32], // [n, dv]: what a block in place adds to the sums
+    copies: &'s mut [f32], // [copied keys, d + dv]: keys, then values, that lie in chunks
     options: &'s Options<'s>,
 }
 
 /// Lends `f` room for the queries of `tokens` tokens, which have seen nothing yet, and for copies of `copied` keys and values.
 fn with_queries<R>(options: &Options<'_>, tokens: usize, copied: usize, f: impl FnOnce(&mut Queries<'_>) -> R) -> R {
-    let (n, head_dim, group) = (tokens * options.heads.group(), options.heads.head_dim(), options.heads.group());
-    let sum_stride = head_dim.next_multiple_of(gemm::NR);
+    let (heads, group) = (options.heads, options.heads.group());
+    let (n, head_dim, value_dim) = (tokens * group, heads.head_dim(), heads.value_dim());
+    let sum_stride = value_dim.next_multiple_of(gemm::NR);
     let lens = [
         head_dim.div_ceil(gemm::KC) * n * gemm::A_STRIDE,
         n * gemm::A_STRIDE,
@@ -213,7 +215,7 @@ fn with_queries<R>(options: &Options<'_>, tokens: usize, copied: usize, f: impl 
         gemm::KC * gemm::NR,
         BLOCK_KEYS * sum_stride,
         n * sum_stride,
-        2 * copied * head_dim,
+        copied * (head_dim + value_dim),
     ];
     simd::with_scratch(lens.iter().sum(), |mut rest| {
         let [scaled, scores, sums, max, total, keys, values, chains, copies] =
@@ -221,13 +223,13 @@ fn with_queries<R>(options: &Options<'_>, tokens: usize, copied: usize, f: impl 
         sums.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        f(&mut Queries { group, head_dim, scaled, scores, sums, max, total, keys, values, chains, copies, options })
+        f(&mut Queries { group, head_dim, value_dim, scaled, scores, sums, max, total, keys, values, chains, copies, options })
     })
 }
 
 impl Queries<'_> {
     fn sum_stride(&self) -> usize {
-        self.head_dim.next_multiple_of(gemm::NR)
+        self.value_dim.next_multiple_of(gemm::NR)
     }
 
     fn rows(&self) -> usize {
@@ -312,9 +314,13 @@ impl Queries<'_> {
         self.scores.chunks_exact_mut(gemm::A_STRIDE).for_each(|scores| scores[..count].fill(0.0));
         for (cut, start) in (0..self.head_dim).step_by(gemm::KC).enumerate() {
             let part = start..self.head_dim.min(start + gemm::KC);
-            // Memory is asked for the keys to come, and behind the last for the first values.
-            let later = |i: usize| if i < count { block.keys[i] } else { block.values[(i - count).min(last)] };
-            let key = |i: usize| [&block.keys[i][part.clone()], &later(i + KEYS_AHEAD)[part.clone()]];
+            // Memory is asked for the keys to come, and behind the last for the first values, if they are as
+            // wide.
+            let later = |i: usize| match i.checked_sub(count) {
+                None => &block.keys[i][part.clone()],
+                Some(value) => block.values[value.min(last)].get(part.clone()).unwrap_or(&block.keys[last][part.clone()]),
+            };
+            let key = |i: usize| [&block.keys[i][part.clone()], later(i + KEYS_AHEAD)];
             let scaled = &self.scaled[cut * rows * gemm::A_STRIDE..][..rows * gemm::A_STRIDE];
             gemm::dots(scaled, gemm::A_STRIDE, count, key, self.scores, gemm::A_STRIDE);
         }
@@ -359,7 +365,7 @@ impl Queries<'_> {
 
     fn pack_values<E: Float>(&mut self, block: &Block<'_, E, BLOCK_KEYS>) {
         for (cut, panel) in self.values.chunks_exact_mut(BLOCK_KEYS * gemm::NR).enumerate() {
-            let cols = cut * gemm::NR..self.head_dim.min((cut + 1) * gemm::NR);
+            let cols = cut * gemm::NR..self.value_dim.min((cut + 1) * gemm::NR);
             gemm::pack_kn(block.count, |i| &block.values[i][cols.clone()], panel);
         }
     }
@@ -376,7 +382,7 @@ impl Queries<'_> {
 
     /// The result of token `token`, head after head.
     fn store<A: Float>(&self, token: usize, out: &mut [A]) {
-        for (head, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
+        for (head, out) in out.chunks_exact_mut(self.value_dim).enumerate() {
             let row = token * self.group + head;
             divide(&self.sums[row * self.sum_stride()..], self.total[row], out);
         }
@@ -384,9 +390,9 @@ impl Queries<'_> {
 
     /// What the only token has gathered: sums of each head, then their largest scores, then their sums of exponentials.
     fn store_partial(&self, partial: &mut [f32]) {
-        let (sums, rest) = partial.split_at_mut(self.group * self.head_dim);
-        for (sums, gathered) in sums.chunks_exact_mut(self.head_dim).zip(self.sums.chunks_exact(self.sum_stride())) {
-            sums.copy_from_slice(&gathered[..self.head_dim]);
+        let (sums, rest) = partial.split_at_mut(self.group * self.value_dim);
+        for (sums, gathered) in sums.chunks_exact_mut(self.value_dim).zip(self.sums.chunks_exact(self.sum_stride())) {
+            sums.copy_from_slice(&gathered[..self.value_dim]);
         }
         let (max, total) = rest.split_at_mut(self.group);
         max.copy_from_slice(&self.max[..self.group]);

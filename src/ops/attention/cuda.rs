@@ -3,9 +3,9 @@
 //!
 //! | key | serves | file |
 //! |---|---|---|
-//! | `Prefill` | 16-bit types, head_dim 64, 128 and 256, pages of a multiple of 8 tokens or one page a sequence | `cuda/attention_prefill.cu` |
+//! | `Prefill` | 16-bit types, head_dim 64, 128 and 256, values as wide, pages of a multiple of 8 tokens or one page a sequence | `cuda/attention_prefill.cu` |
 //! | `Decode` | the same, with less than 2^31 / 5 partial results of a query head | `cuda/attention_decode.cu` |
-//! | `Plain` | everything else: any type, width, layout of the pools and scale | `cuda/attention_plain.cu` |
+//! | `Plain` | everything else: any type, width of keys and of values, layout of the pools and scale | `cuda/attention_plain.cu` |
 //!
 //! Types, shapes, layouts and options decide; of the batch only sizes beyond 2^30 do.
 

@@ -26,7 +26,7 @@ use crate::view::Rows;
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Options<'a> {
-    /// H, Hkv, d; groups of any size.
+    /// H, Hkv, d, dv; groups of any size.
     pub heads: HeadLayout,
     /// Factor of the scores.
     pub scale: f32,
@@ -39,7 +39,7 @@ pub struct Options<'a> {
 }
 
 impl<'a> Options<'a> {
-    /// All keys up to the query's own, scores scaled by `d^-0.5`.
+    /// All keys up to the query's own, scores scaled by `d^-0.5`, where d is the width of queries and keys.
     pub fn new(heads: HeadLayout) -> Options<'a> {
         Options { heads, scale: (heads.head_dim() as f32).sqrt().recip(), window: None, softcap: None, sinks: None }
     }

@@ -4,27 +4,37 @@ use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::TokenIds;
-use crate::simd::{narrow, widen};
+use crate::simd::{narrow, scale, widen};
 use crate::view::{RowsMut, for_each_row, rows_per_task};
 use crate::weights::{WeightRows, with_rows};
 
 /// Elements that are in `f32`, on the stack, between one type and the other.
 const BLOCK: usize = 512;
 
-pub(super) fn lookup<A: Float>(stream: &Stream, ids: TokenIds<'_>, table: WeightRows<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+pub(super) fn lookup<A: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: WeightRows<'_>,
+    factor: f32,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
     let ids = ids.ids().host().row(0);
     with_rows!(table, table => {
         let table = table.host();
-        for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize)));
+        for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize), factor));
     });
     Ok(())
 }
 
-fn convert<A: Float, W: Float>(y: &mut [A], x: &[W]) {
+/// `y[i] = factor * x[i]`, rounded once.
+fn convert<A: Float, W: Float>(y: &mut [A], x: &[W], factor: f32) {
     let mut block = [0f32; BLOCK];
     for (y, x) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)) {
         let block = &mut block[..x.len()];
         widen(block, x);
+        if factor != 1.0 {
+            scale(block, factor);
+        }
         narrow(y, block);
     }
 }

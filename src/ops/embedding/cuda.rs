@@ -21,7 +21,13 @@ pub(super) fn kernel<A: Float>(table: DType) -> Result<&'static Kernel<()>, Erro
     find(Op::Embedding, KERNELS, (), Types { w: table, ..Types::all(A::DTYPE) }, |_| true)
 }
 
-pub(super) fn lookup<A: Float>(stream: &Stream, ids: TokenIds<'_>, table: WeightRows<'_>, y: &mut RowsMut<'_, A>) -> Result<(), Error> {
+pub(super) fn lookup<A: Float>(
+    stream: &Stream,
+    ids: TokenIds<'_>,
+    table: WeightRows<'_>,
+    scale: f32,
+    y: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
     let [num_tokens, d_model] = y.dims();
     if num_tokens == 0 || d_model == 0 {
         return Ok(());
@@ -34,6 +40,8 @@ pub(super) fn lookup<A: Float>(stream: &Stream, ids: TokenIds<'_>, table: Weight
         d_model: d_model as i64,
         table_stride: table.stride() as i64,
         y_stride: y.stride() as i64,
+        scale,
+        unused: 0,
     };
     let (cuda, kernel) = (stream.cuda(), kernel::<A>(table.dtype())?);
     let grid = cuda.row_grid(num_tokens, d_model * size_of::<A>());

@@ -6,6 +6,7 @@ use crate::activation::Glu;
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
+use crate::layout::ExpertRows;
 use crate::simd::{glu_mul, narrow, widen};
 use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 
@@ -20,6 +21,34 @@ pub(super) fn gated<T: Float>(stream: &Stream, glu: Glu, gate: Rows<'_, T>, up: 
             let (sums, factor) = (&mut sums[..y.len()], &mut factor[..y.len()]);
             widen(sums, gate);
             widen(factor, up);
+            glu_mul(sums, factor, glu);
+            narrow(y, sums);
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn gated_interleaved<T: Float>(
+    stream: &Stream,
+    glu: Glu,
+    gate_up: Rows<'_, T>,
+    owned: Option<ExpertRows<'_>>,
+    y: &mut RowsMut<'_, T>,
+) -> Result<(), Error> {
+    let (gate_up, cols) = (gate_up.host(), gate_up.cols());
+    let rows = owned.map_or(usize::MAX, |owned| owned.with_offsets(|offsets| offsets[owned.num_experts()] as usize));
+    for_each_row(stream, y.host(), rows_per_task(cols), |row, y| {
+        if row >= rows {
+            return;
+        }
+        let mut both = [0f32; 2 * BLOCK];
+        let (mut sums, mut factor) = ([0f32; BLOCK], [0f32; BLOCK]);
+        for (gate_up, y) in gate_up.row(row).chunks(2 * BLOCK).zip(y.chunks_mut(BLOCK)) {
+            let (sums, factor, both) = (&mut sums[..y.len()], &mut factor[..y.len()], &mut both[..gate_up.len()]);
+            widen(both, gate_up);
+            for (([gate, up], sum), factor) in both.as_chunks().0.iter().zip(&mut *sums).zip(&mut *factor) {
+                (*sum, *factor) = (*gate, *up);
+            }
             glu_mul(sums, factor, glu);
             narrow(y, sums);
         }

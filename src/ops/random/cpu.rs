@@ -1,9 +1,10 @@
 //! CPU backend of `random`. Callers have checked the sizes.
 
-use super::{STEP, Sequence, mix};
+use super::Sequence;
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
+use crate::splitmix::word;
 use crate::view::{RowsMut, Tiling, for_each_row, rows_per_task};
 
 /// Elements of one row that a task takes.
@@ -39,7 +40,7 @@ fn fill<T: Float>(y: &mut [T], sequence: Sequence, first: u64) {
 
 /// The four numbers of a word.
 #[inline(always)]
-fn four(Sequence { state, scale, .. }: Sequence, word: u64) -> [f32; 4] {
-    let bits = mix(state.wrapping_add(word.wrapping_add(1).wrapping_mul(STEP)));
+fn four(Sequence { state, scale, .. }: Sequence, at: u64) -> [f32; 4] {
+    let bits = word(state, at);
     [0, 16, 32, 48].map(|shift| scale * (f32::from((bits >> shift) as i16) / 32768.0))
 }

@@ -1,64 +1,165 @@
 //! CPU backend of `rope`. Callers have checked the shapes, the table and the positions.
 
-use super::{Options, Pairing};
+use super::projected::Parts;
+use super::qk_norm::Span;
+use super::{Options, Pairing, QkNorm};
 use crate::device::Stream;
 use crate::dtype::Float;
-use crate::error::Error;
+use crate::error::{Error, Op};
 use crate::layout::{HeadLayout, KvLayerMut};
+use crate::shape::filled;
+use crate::simd::{moments, widen};
 use crate::view::{Rows, RowsMut, for_each_row};
+use crate::weights::{WeightRows, with_rows};
 
 /// Tokens of one task: enough work to be worth handing to a thread.
 const TOKENS_PER_TASK: usize = 4;
 
 pub(super) fn clip_rotate_append<A: Float>(
     stream: &Stream,
-    qkv: Rows<'_, A>,
+    parts: &Parts<'_, A>,
     heads: HeadLayout,
-    options: Options,
+    options: Options<'_>,
     table: [Rows<'_, f32>; 2],
     cache: &mut KvLayerMut<'_, A>,
     q: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    let (qkv, [cos, sin], d) = (qkv.host(), table.map(|part| part.host()), heads.head_dim());
-    let limit = options.limit();
+    let ([cos, sin], d, group) = (table.map(|part| part.host()), heads.head_dim(), heads.group());
+    let (rotated_at, rest_at, rotary_dim) = (parts.rotated_at, parts.rest_at, 2 * table[0].cols());
+    let (queries, values) = (parts.queries.host(), parts.values.host());
+    let (rotated_keys, rest_of_keys) = (parts.rotated_keys.host(), parts.rest_of_keys.host());
+    let query = |token, head| Head {
+        rotated: queries.head(token, head / group, head % group * d + rotated_at, rotary_dim),
+        rest: queries.head(token, head / group, head % group * d + rest_at, d - rotary_dim),
+    };
+    let key = |token, head| Head {
+        rotated: rotated_keys.head(token, head, 0, rotary_dim),
+        rest: rest_of_keys.head(token, head, 0, d - rotary_dim),
+    };
+    let (pairing, limit) = (options.pairing, options.limit());
+    let norms = options.qk_norm.as_ref().map(Norm::of_both).transpose()?;
+    let [q_norm, k_norm] = norms.as_ref().map_or([None; 2], |norms| norms.each_ref().map(Some));
     for_each_row(stream, (q.host(), cache.host().slots()), TOKENS_PER_TASK, |token, (q, mut slot)| {
-        let (q_in, kv_in) = qkv.row(token).split_at(heads.q_cols());
-        let (k_in, v_in) = kv_in.split_at(heads.kv_cols());
-        let (cos, sin) = (cos.row(slot.position), sin.row(slot.position));
-        q_in.chunks_exact(d).zip(q.chunks_exact_mut(d)).for_each(|(x, y)| rotate(x, y, options, cos, sin));
-        for (head, (k, v)) in k_in.chunks_exact(d).zip(v_in.chunks_exact(d)).enumerate() {
-            slot.keys.head(head, |y| rotate(k, y, options, cos, sin));
-            slot.values.head(head, |y| limited(v, y, limit));
+        let turn = Turn { rotated_at, rest_at, pairing, limit, cos: cos.row(slot.position), sin: sin.row(slot.position) };
+        turn.heads(q_norm, heads.num_heads(), |head| query(token, head), |head, rotate| rotate(&mut q[head * d..][..d]));
+        turn.heads(k_norm, heads.num_kv_heads(), |head| key(token, head), |head, rotate| slot.keys.head(head, rotate));
+        for head in 0..heads.num_kv_heads() {
+            let value = values.head(token, head, 0, heads.value_dim());
+            slot.values.head(head, |y| y.iter_mut().zip(value).for_each(|(y, x)| *y = A::from_f32(limited(x.to_f32(), limit))));
         }
     });
     Ok(())
 }
 
-/// A head, limited and rotated. `cos` and `sin` have half as many elements as are rotated.
-fn rotate<A: Float>(x: &[A], y: &mut [A], options: Options, cos: &[f32], sin: &[f32]) {
-    let (half, limit) = (cos.len(), options.limit());
-    let ((x_pairs, x_rest), (y_pairs, y_rest)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
-    let pair = |first: A, second: A, cos: f32, sin: f32| {
-        let (first, second) = (first.to_f32().clamp(-limit, limit), second.to_f32().clamp(-limit, limit));
-        (A::from_f32(first * cos - second * sin), A::from_f32(second * cos + first * sin))
-    };
-    match options.pairing {
-        Pairing::Half => {
-            let ((x_first, x_second), (y_first, y_second)) = (x_pairs.split_at(half), y_pairs.split_at_mut(half));
-            for (j, (cos, sin)) in cos.iter().zip(sin).enumerate() {
-                (y_first[j], y_second[j]) = pair(x_first[j], x_second[j], *cos, *sin);
-            }
-        }
-        Pairing::Interleaved => {
-            let pairs = x_pairs.as_chunks::<2>().0.iter().zip(y_pairs.as_chunks_mut::<2>().0);
-            for ((x, y), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
-                (y[0], y[1]) = pair(x[0], x[1], *cos, *sin);
-            }
-        }
-    }
-    limited(x_rest, y_rest, limit);
+fn limited(x: f32, limit: f32) -> f32 {
+    x.clamp(-limit, limit) // NaN passes
 }
 
-fn limited<A: Float>(x: &[A], y: &mut [A], limit: f32) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = A::from_f32(x.to_f32().clamp(-limit, limit))); // NaN passes `clamp`
+/// A head before the rotation, in two pieces.
+#[derive(Clone, Copy)]
+struct Head<'a, A> {
+    rotated: &'a [A],
+    rest: &'a [A],
+}
+
+/// What turns the heads of one token. `cos` and `sin` have half as many elements as are rotated.
+struct Turn<'a> {
+    rotated_at: usize,
+    rest_at: usize,
+    pairing: Pairing,
+    limit: f32,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Turn<'_> {
+    /// Some heads. `write` is given a head's number and what fills it.
+    fn heads<'a, A: Float>(
+        &self,
+        norm: Option<&Norm>,
+        count: usize,
+        head: impl Fn(usize) -> Head<'a, A>,
+        mut write: impl FnMut(usize, &mut dyn FnMut(&mut [A])),
+    ) {
+        let Some(norm) = norm else {
+            return (0..count).for_each(|i| write(i, &mut |y| self.rotate(head(i), y, |_, x| x)));
+        };
+        let of_all = (norm.span == Span::AllHeads).then(|| norm.inverse((0..count).map(&head)));
+        for i in 0..count {
+            let head = head(i);
+            let inverse = of_all.unwrap_or_else(|| norm.inverse([head]));
+            let weight = norm.weight(i, head.rotated.len() + head.rest.len());
+            write(i, &mut |y| self.rotate(head, y, |j, x| x * inverse * weight[j]));
+        }
+    }
+
+    /// A head, normalised, limited and rotated. `normal` is given the number of an element and the element.
+    fn rotate<A: Float>(&self, head: Head<'_, A>, y: &mut [A], normal: impl Fn(usize, f32) -> f32) {
+        let (half, limit) = (self.cos.len(), self.limit);
+        let value = |j: usize, x: A| limited(normal(j, x.to_f32()), limit);
+        let turned = |a: f32, b: f32, cos: f32, sin: f32| (A::from_f32(a * cos - b * sin), A::from_f32(b * cos + a * sin));
+        let (first, y_pairs) = (self.rotated_at, &mut y[self.rotated_at..][..2 * half]);
+        let angles = self.cos.iter().zip(self.sin).enumerate();
+        match self.pairing {
+            Pairing::Half => {
+                let ((x_a, x_b), (y_a, y_b)) = (head.rotated.split_at(half), y_pairs.split_at_mut(half));
+                for (j, (cos, sin)) in angles {
+                    let (a, b) = (value(first + j, x_a[j]), value(first + half + j, x_b[j]));
+                    (y_a[j], y_b[j]) = turned(a, b, *cos, *sin);
+                }
+            }
+            Pairing::Interleaved => {
+                let pairs = head.rotated.as_chunks::<2>().0.iter().zip(y_pairs.as_chunks_mut::<2>().0);
+                for ((j, (cos, sin)), (x, y)) in angles.zip(pairs) {
+                    let (a, b) = (value(first + 2 * j, x[0]), value(first + 2 * j + 1, x[1]));
+                    (y[0], y[1]) = turned(a, b, *cos, *sin);
+                }
+            }
+        }
+        let rest = y[self.rest_at..].iter_mut().zip(head.rest).enumerate();
+        rest.for_each(|(j, (y, x))| *y = A::from_f32(value(self.rest_at + j, *x)));
+    }
+}
+
+/// The norm of queries, or of keys, with its weights in f32.
+struct Norm {
+    weights: Vec<f32>,
+    eps: f32,
+    span: Span,
+}
+
+impl Norm {
+    /// Of queries and of keys.
+    fn of_both(norm: &QkNorm<'_>) -> Result<[Norm; 2], Error> {
+        Ok([Norm::new(norm, norm.q)?, Norm::new(norm, norm.k)?])
+    }
+
+    fn new(norm: &QkNorm<'_>, rows: WeightRows<'_>) -> Result<Norm, Error> {
+        let mut weights = filled(Op::Rope, rows.cols(), 0.0)?;
+        with_rows!(rows, rows => widen(&mut weights, rows.host().row(0)));
+        Ok(Norm { weights, eps: norm.eps, span: norm.span })
+    }
+
+    /// One over the root of the mean square of some heads, whose sums are added up in f64.
+    fn inverse<'a, A: Float>(&self, heads: impl IntoIterator<Item = Head<'a, A>>) -> f32 {
+        let (mut squares, mut count) = (0f64, 0);
+        for Head { rotated, rest } in heads {
+            squares += f64::from(sum_of_squares(rotated)) + f64::from(sum_of_squares(rest));
+            count += rotated.len() + rest.len();
+        }
+        1.0 / ((squares / count as f64) as f32 + self.eps).sqrt()
+    }
+
+    /// The weights of a head of `d` elements.
+    fn weight(&self, head: usize, d: usize) -> &[f32] {
+        match self.span {
+            Span::Head => &self.weights,
+            Span::AllHeads => &self.weights[head * d..][..d],
+        }
+    }
+}
+
+/// The sum of squares, in the order of the norms.
+fn sum_of_squares<A: Float>(x: &[A]) -> f32 {
+    moments(x.len(), 0.0, |at, block| widen(block, &x[at..at + block.len()])).1
 }

@@ -31,7 +31,7 @@ impl Normalize {
 }
 
 /// What an expert's biased logit `z` becomes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Score {
     /// `e^z / sum e^z` over all experts: DBRX, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2.
@@ -43,6 +43,24 @@ pub enum Score {
     SoftmaxOverChosen,
     /// `sqrt(ln(1 + e^z))`.
     SqrtSoftplus,
+    /// One softmax for each choice, over the experts that are left and close enough to the best of them:
+    /// Phi-3.5-MoE.
+    ///
+    /// Choice `i` is `e`, the best of the experts that are not chosen yet, and with `m = z[e]` its weight is
+    ///
+    /// ```text
+    /// w[i] = 1 / sum over the experts x not chosen before i, with d(x) <= 2 jitter, of e^(z[x] - m)
+    /// d(x) = (m - z[x]) / max(|z[x]|, m)                         one that is NaN counts as small enough
+    /// ```
+    ///
+    /// Weights do not add up to 1: where nothing else is close, each is 1. A choice bias and groups are
+    /// refused. Source: `sparsemixer` of `PhimoeForCausalLM` in Hugging Face transformers, as it is in
+    /// inference, for two choices; more of them repeat the second one's step.
+    SparseMixer {
+        /// `router_jitter_noise`: half the relative distance within which experts compete. Finite and not
+        /// negative.
+        jitter: f32,
+    },
 }
 
 /// Experts in consecutive groups of one size; a token's experts are chosen from its best groups alone.
@@ -121,6 +139,8 @@ impl Groups {
 /// | DeepSeek-V2             | softmax               |            |             | by best       | none      |         | 16     |
 /// | DeepSeek-V3, GLM-4.5    | sigmoid               |            | yes         | by two best   | 1         | 1e-20   | 2.5    |
 /// | MiniMax-M2              | sigmoid               |            | yes         |               | 1         |         |        |
+/// | Grok-1                  | softmax               |            |             |               | none      |         |        |
+/// | Phi-3.5-MoE             | sparse mixer, 0.01    |            |             |               | none      |         |        |
 ///
 /// Scores that are 0 in `f32`, as a sigmoid's below -103, have a norm of 0, and without an epsilon their
 /// weights are NaN. Scales are those of the published configurations. A bias of zeros is a choice bias all
@@ -243,6 +263,7 @@ impl<'a> Choice<'a> {
             check_shape(op, arg, "[1, E]", &[1, num_experts], &bias.dims())?;
         }
         self.groups.map_or(Ok(()), |groups| groups.check(op, num_experts, top_k))?;
+        self.check_score(op)?;
         self.normalize.check(op)?;
         if !(self.epsilon >= 0.0 && self.epsilon.is_finite()) {
             let (arg, need) = ("epsilon", "finite and not negative");
@@ -250,6 +271,21 @@ impl<'a> Choice<'a> {
         }
         if !self.scale.is_finite() {
             return Err(Error::Value { op, arg: "scale", need: "finite", got: f64::from(self.scale) });
+        }
+        Ok(())
+    }
+
+    /// What only some scores go with.
+    fn check_score(&self, op: Op) -> Result<(), Error> {
+        let Score::SparseMixer { jitter } = self.score else { return Ok(()) };
+        if !(jitter >= 0.0 && jitter.is_finite()) {
+            return Err(Error::Value { op, arg: "jitter", need: "finite and not negative", got: f64::from(jitter) });
+        }
+        if self.choice_bias.is_some() {
+            return Err(Error::mismatch(op, "choice_bias", "none with Score::SparseMixer", "a bias"));
+        }
+        if self.groups.is_some() {
+            return Err(Error::mismatch(op, "groups", "none with Score::SparseMixer", "groups"));
         }
         Ok(())
     }

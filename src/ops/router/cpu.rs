@@ -76,7 +76,10 @@ impl TokenRouter<'_> {
                 None => choose(keys, 0..num_experts, ids),
                 Some(groups) => choose_within(groups, keys, ids),
             }
-            weights.iter_mut().zip(&*ids).for_each(|(weight, &id)| *weight = scores[id as usize]);
+            match self.choice.score {
+                Score::SparseMixer { jitter } => mix_sparsely(logits, 2.0 * jitter, ids, scores, weights),
+                _ => weights.iter_mut().zip(&*ids).for_each(|(weight, &id)| *weight = scores[id as usize]),
+            }
         });
         if self.choice.score == Score::SoftmaxOverChosen {
             softmax(weights);
@@ -97,14 +100,28 @@ fn added<'a>(x: &'a [f32], bias: Option<&HostRows<'_, f32>>, sums: &'a mut [f32]
     sums
 }
 
-/// Every expert's score; of a softmax over those that are yet to be chosen, the logit.
+/// Every expert's score; of a softmax over those that are yet to be chosen, or are left, the logit.
 fn score(score: Score, logits: &[f32], scores: &mut [f32]) {
     scores.copy_from_slice(logits);
     match score {
         Score::Softmax => softmax(scores),
         Score::Sigmoid => scores.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp())),
         Score::SqrtSoftplus => scores.iter_mut().for_each(|z| *z = (z.max(0.0) + (-z.abs()).exp().ln_1p()).sqrt()),
-        Score::SoftmaxOverChosen => {}
+        Score::SoftmaxOverChosen | Score::SparseMixer { .. } => {}
+    }
+}
+
+/// The weight of each choice among the experts `left` then. An expert further away than `reach` counts as
+/// chosen before: its exponential is 0.
+fn mix_sparsely(z: &[f32], reach: f32, ids: &[u32], left: &mut [f32], weights: &mut [f32]) {
+    for (choice, weight) in weights.iter_mut().enumerate() {
+        let largest = z[ids[choice] as usize];
+        left.iter_mut().zip(z).for_each(|(left, z)| {
+            let is_far = (largest - z) / z.abs().max(largest) > reach;
+            *left = if is_far { f32::NEG_INFINITY } else { *z };
+        });
+        ids[..choice].iter().for_each(|id| left[*id as usize] = f32::NEG_INFINITY);
+        *weight = simd::exp_shifted(left, largest).recip();
     }
 }
 

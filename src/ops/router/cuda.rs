@@ -17,7 +17,7 @@ use crate::device::kernel::{Kernel, Types, find};
 use crate::device::params::{
     ChooseParams, IndexParams, LogitsParams, ROUTER_CHOOSE_WARPS, ROUTER_INDEX_WARPS, ROUTER_LOGITS_EXPERTS, ROUTER_LOGITS_TOKENS,
     ROUTER_LOGITS_WARPS, ROUTER_MAX_EXPERTS, ROUTER_NARROW_EXPERTS, RouteParams, SCORE_SIGMOID, SCORE_SOFTMAX, SCORE_SOFTMAX_OVER_CHOSEN,
-    SCORE_SQRT_SOFTPLUS,
+    SCORE_SPARSE_MIXER, SCORE_SQRT_SOFTPLUS,
 };
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
@@ -197,11 +197,12 @@ fn choose_params(logits: Rows<'_, f32>, choice: &Choice<'_>, parts: &RoutingPart
             Score::Sigmoid => SCORE_SIGMOID,
             Score::SqrtSoftplus => SCORE_SQRT_SOFTPLUS,
             Score::SoftmaxOverChosen => SCORE_SOFTMAX_OVER_CHOSEN,
+            Score::SparseMixer { .. } => SCORE_SPARSE_MIXER,
         },
         by_logit: choice.compares_logits().into(),
         num_groups: groups.map_or(0, |groups| groups.num_groups as u32),
         top_groups: groups.map_or(0, |groups| groups.top_groups as u32),
         two_best: groups.is_some_and(|groups| groups.by == GroupScore::TwoBest).into(),
-        unused: 0,
+        reach: if let Score::SparseMixer { jitter } = score { 2.0 * jitter } else { 0.0 },
     }
 }

@@ -121,7 +121,7 @@ impl Step {
         page * self.sizes.page_tokens + position % self.sizes.page_tokens
     }
 
-    /// Elements of a pool of that layout.
+    /// Elements of a pool of that layout, of heads of d elements; for values see [`HeadLayout::of_values`].
     pub fn elements(&self, heads: HeadLayout, layout: KvLayout) -> usize {
         let last = [
             (layout.page_stride, self.sizes.num_pages),
@@ -133,7 +133,8 @@ impl Step {
         last.iter().map(|(stride, extent)| stride * (extent - 1)).sum::<usize>() + 1
     }
 
-    /// Where a pool of that layout holds a position's `Hkv * d` elements, head after head.
+    /// Where a pool of that layout holds a position's `Hkv * d` elements, head after head; for values see
+    /// [`HeadLayout::of_values`].
     pub fn places(&self, heads: HeadLayout, layout: KvLayout, sequence: usize, position: usize) -> Vec<usize> {
         let (row, page_tokens) = (self.row(sequence, position), self.sizes.page_tokens);
         let first = row / page_tokens * layout.page_stride + row % page_tokens * layout.token_stride;
@@ -143,16 +144,24 @@ impl Step {
     }
 }
 
+/// Rows of 8 elements more than they need, pages of one row more.
+pub fn roomy(page_tokens: usize, heads: HeadLayout) -> KvLayout {
+    let stride = heads.kv_cols() + 8;
+    KvLayout::strided((page_tokens + 1) * stride, stride, heads.head_dim(), heads)
+}
+
 /// Layouts of keys and of values as engines have them, and some that none has.
 pub fn layouts(page_tokens: usize, heads: HeadLayout) -> Vec<[KvLayout; 2]> {
-    let (rows, by_head) = (KvLayout::token_major(page_tokens, heads), KvLayout::head_major(page_tokens, heads));
+    let of_both = |layout: &dyn Fn(HeadLayout) -> KvLayout| [heads, heads.of_values()].map(layout);
+    let rows = |heads| KvLayout::token_major(page_tokens, heads);
+    let by_head = |heads| KvLayout::head_major(page_tokens, heads);
+    let wider = |layout: KvLayout, factor: usize, more: usize| layout.with_page_stride(factor * layout.page_stride + more);
     let mut layouts = vec![
-        [rows; 2],
-        [rows.with_page_stride(2 * rows.page_stride); 2],
-        [by_head; 2],
-        [by_head.with_page_stride(by_head.page_stride + 8), rows],
-        // Rows of 8 elements more than they need, pages of one row more.
-        [KvLayout::strided((page_tokens + 1) * (heads.kv_cols() + 8), heads.kv_cols() + 8, heads.head_dim(), heads); 2],
+        of_both(&rows),
+        of_both(&|heads| wider(rows(heads), 2, 0)),
+        of_both(&by_head),
+        [wider(by_head(heads), 1, 8), rows(heads.of_values())],
+        of_both(&|heads| roomy(page_tokens, heads)),
     ];
     for chunk in [8, 4, 1].into_iter().filter(|chunk| heads.head_dim().is_multiple_of(*chunk)) {
         layouts.push([KvLayout::split_keys(page_tokens, heads, chunk), KvLayout::split_values(page_tokens, heads)]);

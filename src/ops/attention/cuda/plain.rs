@@ -20,14 +20,14 @@ const MAX_SHARED_BYTES: usize = 40 << 10;
 
 /// What its warps keep there: a query and a weighted sum of values each.
 fn shared_bytes(heads: HeadLayout) -> usize {
-    ATTENTION_WARPS as usize * 2 * heads.head_dim() * size_of::<f32>()
+    ATTENTION_WARPS as usize * (heads.head_dim() + heads.value_dim()) * size_of::<f32>()
 }
 
 /// What the kernels need beyond the contract. This kernel serves all that the others serve, and more.
 pub(in super::super) fn check<A: Float>(heads: HeadLayout, num_tokens: usize) -> Result<(), Error> {
     find(Op::Attention, KERNELS, Key::Plain, Types::all(A::DTYPE), |_| true)?;
     if num_tokens > 0 && shared_bytes(heads) > MAX_SHARED_BYTES {
-        return Err(Error::unsupported(Op::Attention, "head_dim", "beyond 1280", "up to 1280"));
+        return Err(Error::unsupported(Op::Attention, "head_dim + value_dim", "beyond 2560", "up to 2560"));
     }
     Ok(())
 }
@@ -69,6 +69,7 @@ pub(super) fn params<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &Kv
         num_heads: heads.num_heads() as i64,
         group: heads.group() as i64,
         head_dim: heads.head_dim() as i64,
+        value_dim: heads.value_dim() as i64,
         q_stride: q.pitch() as i64,
         out_stride: out.as_rows().pitch() as i64,
         window: options.window.map_or(i64::MAX, |window| i64::try_from(window).unwrap_or(i64::MAX)),

@@ -28,6 +28,7 @@ pub(super) fn fits<A: Float>(q: Rows<'_, A>, options: &Options<'_>, cache: &KvLa
     let pools = [(cache.keys().address(), cache.layouts()[0]), (cache.values().address(), cache.layouts()[1])];
     A::DTYPE != DType::F32
         && matches!(heads.head_dim(), 64 | 128 | 256)
+        && heads.value_dim() == heads.head_dim()
         && options.scale > 0.0 // the largest product of a row is then its largest score
         && options.softcap.is_none_or(|cap| cap <= MOST_CAP)
         && box_keys(cache, 256).is_some()
@@ -94,6 +95,6 @@ pub(super) fn params<A: Float>(
         box_keys: box_keys.into(),
         factor: options.softcap.map_or(options.scale, |cap| 2.0 * cap) * LOG2_E,
         inner: options.softcap.map_or(0.0, |cap| 2.0 * options.scale / cap * LOG2_E),
-        unused: [0; 6],
+        unused: [0; 5],
     })
 }

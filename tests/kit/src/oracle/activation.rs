@@ -34,6 +34,7 @@ pub fn activate(x: f64, activation: Activation) -> f64 {
         Activation::GeluErf => x / 2.0 * erfc(-x / 2f64.sqrt()),
         Activation::GeluTanh => x / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
         Activation::ReluSquared => x.max(0.0).powi(2),
+        Activation::Scaled(factor) => x * f64::from(factor),
         _ => unreachable!("{activation:?} has no oracle"),
     }
 }

@@ -1,5 +1,9 @@
 //! Oracle of `moe`.
 
+use dropless::activation::Glu;
+
+use super::glu::gated_interleaved;
+
 /// The layer's sizes.
 pub struct Shape {
     /// D.
@@ -32,4 +36,14 @@ pub fn experts(shape: &Shape, x: &[f64], ids: &[u32], weights: &[f64], [w1, v1, 
         y
     };
     (0..x.len() / d).flat_map(token).collect()
+}
+
+/// `expert(x) = glu(u[0, 2, ..], u[1, 3, ..]) down + down_bias`, `u = x gate_up + bias`, of one token:
+/// `gate_up` is `[D, 2F]`, `down` `[F, D]`.
+pub fn expert_interleaved(x: &[f64], gate_up: &[f64], bias: &[f64], glu: Glu, down: &[f64], down_bias: &[f64]) -> Vec<f64> {
+    let product = |x: &[f64], w: &[f64], bias: &[f64]| {
+        let n = bias.len();
+        (0..n).map(|j| x.iter().zip(w.chunks(n)).map(|(x, w)| x * w[j]).sum::<f64>() + bias[j]).collect::<Vec<_>>()
+    };
+    product(&gated_interleaved(&product(x, gate_up, bias), glu), down, down_bias)
 }

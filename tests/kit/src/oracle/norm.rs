@@ -57,3 +57,13 @@ pub fn layer_norm_error(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
 pub fn rms_norm_error(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     rms_norm(x, weight, eps).iter().map(|want| SECOND_ORDER * (SUM / 2.0 + 6.0 * U) * want.abs()).collect()
 }
+
+/// `y + bias`, row by row.
+pub fn biased(y: &[f64], bias: &[f64]) -> Vec<f64> {
+    y.chunks(bias.len().max(1)).flat_map(|y| y.iter().zip(bias).map(|(y, bias)| y + bias).collect::<Vec<_>>()).collect()
+}
+
+/// `residual + scale * addend`.
+pub fn added(residual: &[f64], scale: f64, addend: &[f64]) -> Vec<f64> {
+    residual.iter().zip(addend).map(|(residual, addend)| residual + scale * addend).collect()
+}

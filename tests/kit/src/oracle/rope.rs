@@ -18,7 +18,12 @@ pub fn pair(j: usize, half: usize, interleaved: bool) -> [usize; 2] {
     if interleaved { [2 * j, 2 * j + 1] } else { [j, j + half] }
 }
 
-/// One head, rotated.
+/// One head, of which the elements from `first` on are rotated, as many as there are angles.
+pub fn rotate_from(x: &[f64], first: usize, cos: &[f64], sin: &[f64], interleaved: bool) -> Vec<f64> {
+    [&x[..first], &rotate(&x[first..], cos, sin, interleaved)].concat()
+}
+
+/// One head, whose first elements are rotated.
 pub fn rotate(x: &[f64], cos: &[f64], sin: &[f64], interleaved: bool) -> Vec<f64> {
     let mut y = x.to_vec();
     for j in 0..cos.len() {

@@ -54,6 +54,11 @@ pub enum Score {
     SoftmaxOverChosen,
     /// `sqrt(ln(1 + e^z))`.
     SqrtSoftplus,
+    /// For each choice over the experts that are left and close to it.
+    SparseMixer {
+        /// Half the relative distance that counts as close.
+        jitter: f64,
+    },
 }
 
 /// A choice in plain numbers; a bias of no elements is none.
@@ -86,7 +91,7 @@ impl Choice {
         match self.score {
             Score::Softmax => softmax(z),
             Score::Sigmoid => z.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
-            Score::SoftmaxOverChosen => z.to_vec(),
+            Score::SoftmaxOverChosen | Score::SparseMixer { .. } => z.to_vec(),
             Score::SqrtSoftplus => z.iter().map(|z| (z.max(0.0) + (-z.abs()).exp().ln_1p()).sqrt()).collect(),
         }
     }
@@ -138,10 +143,35 @@ impl Choice {
     pub fn weights(&self, logits: &[f64], ids: &[u32]) -> Vec<f64> {
         let scores = self.scores(&self.biased_logits(logits));
         let chosen: Vec<f64> = ids.iter().map(|e| scores[*e as usize]).collect();
-        let chosen = if self.score == Score::SoftmaxOverChosen { softmax(&chosen) } else { chosen };
+        let chosen = match self.score {
+            Score::SoftmaxOverChosen => softmax(&chosen),
+            Score::SparseMixer { jitter } => mix_sparsely(&scores, ids, jitter),
+            _ => chosen,
+        };
         let norm = self.p.map_or(1.0, |p| chosen.iter().map(|w| w.powf(p)).sum::<f64>().powf(1.0 / p) + self.epsilon);
         chosen.iter().map(|w| w / norm * self.scale).collect()
     }
+}
+
+/// How far expert `e` is from the best of those that are left, `z[best]`. NaN is not far.
+pub fn distance(z: &[f64], best: u32, e: u32) -> f64 {
+    let [best, e] = [best, e].map(|expert| z[expert as usize]);
+    (best - e) / e.abs().max(best)
+}
+
+/// The experts that compete with choice `choice` of the ids, itself included.
+pub fn competitors(z: &[f64], ids: &[u32], choice: usize, jitter: f64) -> Vec<u32> {
+    let is_far = |e: &u32| distance(z, ids[choice], *e) > 2.0 * jitter;
+    (0..z.len() as u32).filter(|e| !ids[..choice].contains(e) && !is_far(e)).collect()
+}
+
+/// Each choice's softmax among its competitors.
+fn mix_sparsely(z: &[f64], ids: &[u32], jitter: f64) -> Vec<f64> {
+    let weight = |choice: usize| {
+        let best = z[ids[choice] as usize];
+        competitors(z, ids, choice, jitter).iter().map(|e| (z[*e as usize] - best).exp()).sum::<f64>().recip()
+    };
+    (0..ids.len()).map(weight).collect()
 }
 
 /// `x + bias`, `x` where the bias has no elements.
