@@ -3,13 +3,16 @@
 
     benches/gpu.sh [FOLDER]              records go to FOLDER, benches/record/gpu/<date> by default
     benches/gpu.sh --rehearse [FOLDER]   every step on the emulator and on stand-ins, without a GPU
+    benches/gpu.sh --only PART [FOLDER]  one part (tests, attention, products, model, serving, profiles) with
+                                         the time of all
 
 Every step is a process of its own with a time limit, so that neither a hang nor a lost device costs another
 step; what fails is said, and the next step runs. The whole takes at most --seconds (420), and each part of it
 its share (`PARTS`) and what the parts before have left: a step that would take longer is cut short or left
 out, and the summary says so. After each step FOLDER holds all results so far: logs.tar.gz, dropless.jsonl
 and torch.jsonl (the products and the layer, ours and PyTorch's), attention.jsonl and torch_attention.jsonl,
-dbrx.jsonl (the model's steps), table.md, summary.txt, ncu.ncu-rep, ncu_attention.ncu-rep.
+dbrx.jsonl (the model's steps), serving.jsonl and serving.svg (the chart of docs/serving.md), table.md,
+summary.txt, ncu.ncu-rep, ncu_attention.ncu-rep.
 
 DROPLESS_BIN names a folder of executables built elsewhere, for a machine without Rust: test/NAME, bench/gpu,
 example/NAME, as benches/pack.sh packs them. Without it cargo builds them first, which does not count. Ends with 1
@@ -41,14 +44,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUMMARY_LINES = 40
 RESERVE = 10  # seconds kept for saving and for a process that must be killed
 # The parts in their order, and their shares of the time in seconds out of 410.
-PARTS = {"tests": 120, "attention": 80, "products": 85, "model": 85, "profiles": 40}
+PARTS = {"tests": 110, "attention": 70, "products": 75, "model": 60, "serving": 60, "profiles": 35}
+REFUSED = 2  # the model example's exit code where it does not take what it is given
 
 
 class Run:
     """The steps so far, their logs, and the time that is left."""
 
-    def __init__(self, out, work, seconds, kill_after=5):
+    def __init__(self, out, work, seconds, kill_after=5, only=None):
         self.out, self.logs, self.kill_after = out, work / "logs", kill_after
+        self.parts = {only: PARTS[only]} if only else PARTS
         self.start, self.seconds = time.monotonic(), seconds
         self.steps, self.lock = [], threading.Lock()
         self.until, self.shared, self.times = seconds - RESERVE, 0, []
@@ -66,8 +71,8 @@ class Run:
     @contextlib.contextmanager
     def part(self, name):
         """A part of the run. Its steps end when its share of the time is used up, and what was left before it."""
-        self.shared += PARTS[name]
-        self.until, begin = self.shared / sum(PARTS.values()) * (self.seconds - RESERVE), self.spent()
+        self.shared += self.parts[name]
+        self.until, begin = self.shared / sum(self.parts.values()) * (self.seconds - RESERVE), self.spent()
         has = self.until - begin
         print(f"{begin:5.0f} s  -- {name}: has {has:.0f} s, until {self.until:.0f} s", flush=True)
         try:
@@ -82,9 +87,11 @@ class Run:
             print(f"{self.spent():5.0f} s  {name}: {verdict} ({took:.0f} s) {telling}", flush=True)
             self.save()
 
-    def step(self, name, command, limit=60, keep=(), judge=lambda log: None):
-        """Runs a command within its limit and its part's; True if all is well. `keep` are files of its own that
-        go to the folder. `judge` may say what is wrong with the log of a command that ended well."""
+    def step(self, name, command, limit=60, keep=(), judge=lambda log: None, refusable=False):
+        """Runs a command within its limit and its part's; True if all is well. `keep` are files of its own
+        that go to the folder. `judge` may say what is wrong with the log of a command that ended well. Where
+        the command is `refusable`, a refusal is no failure: the step is skipped, and its last line says why.
+        """
         left = self.left()
         limit *= self.patience
         limit, cut = min(limit, left), limit > left
@@ -104,9 +111,10 @@ class Run:
         verdict = "ok" if code == 0 else killed if code in (124, 137, -signal.SIGKILL) else f"FAILED ({code})"
         wrong = judge(log) if code == 0 else None
         verdict = f"FAILED ({wrong})" if wrong else verdict
+        verdict = "skipped" if refusable and code == REFUSED else verdict
         for path in filter(pathlib.Path.exists, keep):
             shutil.copy(path, self.out)
-        self.note(name, verdict, time.monotonic() - begin, *telling(log, code != 0))
+        self.note(name, verdict, time.monotonic() - begin, *telling(log, verdict.startswith("FAILED")))
         return verdict == "ok"
 
     def together(self, steps, workers):
@@ -132,7 +140,7 @@ class Run:
             if verdict == "ok":
                 group = name.split("-")[0]
                 fine[group] = fine.get(group, 0) + 1
-            if verdict != "ok" or name in ("card", "xid", "model-plan") and text:
+            if verdict != "ok" or (name in ("card", "xid") or name.endswith("-plan")) and text:
                 lines.append(f"{name}: {verdict}: {' | '.join(details) or text}")
         names = ", ".join(group if count == 1 else f"{count} of {group}" for group, count in fine.items())
         verdict = f"{len(self.failed())} of {len(self.steps)} steps failed, {self.spent():.0f} s"
@@ -199,18 +207,14 @@ class Executables:
 
 
 def steps(run, exe, rehearse):
-    """All steps, correctness before speed."""
-    with run.part("tests"):
-        tests(run, exe, rehearse)
+    """All parts that were asked for, correctness before speed."""
     records = Records(run.logs.parent, run.logs)
-    with run.part("attention"):
-        attention(run, exe, rehearse, records)
-    with run.part("products"):
-        products(run, exe, rehearse, records)
-    with run.part("model"):
-        model(run, exe, rehearse, records)
-    with run.part("profiles"):
-        profiles(run, exe, rehearse, records)
+    parts = dict(
+        tests=tests, attention=attention, products=products, model=model, serving=serving, profiles=profiles
+    )
+    for name in run.parts:
+        with run.part(name):
+            parts[name](run, exe, rehearse, records)
 
 
 class Records:
@@ -224,7 +228,7 @@ class Records:
         )
         self.attention, self.attention_peers = work / "attention.jsonl", work / "torch_attention.jsonl"
         self.attention_again = logs / "attention_again.jsonl"
-        self.model = work / "dbrx.jsonl"
+        self.model, self.serving = work / "dbrx.jsonl", work / "serving.jsonl"
 
     def all(self):
         return [
@@ -235,10 +239,11 @@ class Records:
             self.attention_peers,
             self.attention_again,
             self.model,
+            self.serving,
         ]
 
 
-def tests(run, exe, rehearse):
+def tests(run, exe, rehearse, records):
     example = lambda name: exe("example", name)
     workers = 2 if rehearse else 6
 
@@ -310,37 +315,82 @@ def products(run, exe, rehearse, records):
     run.step("again", [bench, "--tokens", "8192,8,1", "--out", records.again, *emulated], 40)
 
 
-def model(run, exe, rehearse, records):
-    """Steps of DBRX with random weights, in as many layers as fit."""
-    if rehearse and "emulated" not in output_of([exe("example", "dbrx"), "--help"]):
-        return run.note("model-plan", "skipped", 0, "this tree's dbrx has no --device emulated")
-    steps = model_steps.REHEARSED if rehearse else model_steps.STEPS
-    device = "emulated" if rehearse else "cuda:0"
-    config = model_steps.Config(ROOT / (model_steps.SMALL if rehearse else model_steps.DBRX))
-    lines = []
+class Timed:
+    """Steps of a model with random weights, in as many layers as fit: their commands, and their lines."""
 
-    def one(step, layers, limit):
+    def __init__(self, run, exe, rehearse, config, steps, record):
+        self.run, self.exe, self.config, self.steps, self.record = run, exe, config, steps, record
+        self.device = "emulated" if rehearse else "cuda:0"
+
+    def one(self, name, step, layers, limit):
         """Runs a step and keeps its line; gives its figures, or none."""
-        command = [exe("example", "dbrx"), "--device", device, "--random", config.path, *step.options(layers)]
+        run, log = self.run, self.run.logs / f"{name}.log"
+        command = [self.exe("example", "dbrx"), "--device", self.device, "--random", self.config.path]
         judge = lambda log: step.wrong(model_steps.figures(log.read_text(errors="replace")))
-        fine = run.step(f"model-{step.name}", command, limit, judge=judge)
-        log = run.logs / f"model-{step.name}.log"
+        fine = run.step(name, [*command, *step.options(layers)], limit, judge=judge)
         figures = model_steps.figures(log.read_text(errors="replace")) if fine else None
         if figures and step is not model_steps.PROBE:
-            lines.append(step.line(config, layers, figures))
-            records.model.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            shutil.copy(records.model, run.out)
+            with self.record.open("a") as file:
+                file.write(f"{json.dumps(step.line(self.config, layers, figures))}\n")
+            shutil.copy(self.record, run.out)
         return figures
 
-    begin = time.monotonic()
-    probed = one(model_steps.PROBE, 1, 40)
-    if not probed:
-        return run.note("model-plan", "skipped", 0, "not even one layer runs")
-    plan = model_steps.Plan(config, steps, probed, time.monotonic() - begin)
-    layers, why = plan.layers(run.left())
-    run.note("model-plan", "ok", 0, why)
-    for step in steps:
-        one(step, layers, 60)
+    def plan(self, name, left, loads):
+        """How many layers to run, so that so many steps are done in time, or none where not even one does."""
+        begin = time.monotonic()
+        probed = self.one(f"{name}-probe", model_steps.PROBE, 1, 40)
+        if not probed:
+            self.run.note(f"{name}-plan", "skipped", 0, "not even one layer runs")
+            return None
+        spent = time.monotonic() - begin
+        plan = model_steps.Plan(self.config, self.steps, probed, spent, loads)
+        layers, why = plan.layers(left - spent)
+        self.run.note(f"{name}-plan", "ok", 0, why)
+        return layers
+
+
+def cannot_emulate(exe, rehearse):
+    return rehearse and "emulated" not in output_of([exe("example", "dbrx"), "--help"])
+
+
+def model(run, exe, rehearse, records):
+    """Steps of DBRX."""
+    if cannot_emulate(exe, rehearse):
+        return run.note("model-plan", "skipped", 0, "this tree's dbrx has no --device emulated")
+    steps = model_steps.REHEARSED if rehearse else model_steps.STEPS
+    config = model_steps.Config(ROOT / (model_steps.SMALL if rehearse else model_steps.DBRX))
+    timed = Timed(run, exe, rehearse, config, steps, records.model)
+    layers = timed.plan("model", run.left(), len(steps))
+    for step in steps if layers else []:
+        timed.one(f"model-{step.name}", step, layers, 60)
+
+
+def serving(run, exe, rehearse, records):
+    """Steps of the chart's models by numbers of users; a model that the example refuses is left out."""
+    if cannot_emulate(exe, rehearse):
+        return run.note("serving-plan", "skipped", 0, "this tree's dbrx has no --device emulated")
+    work, served = run.logs.parent, []
+    for name in model_steps.SERVED:
+        small = model_steps.write_small(name, work)
+        once = ["--layers", "1", "--random-tokens", "1", "--generate", "1"]
+        command = [exe("example", "dbrx"), "--device", "cpu", "--random", small, *once]
+        if run.step(f"serving-{name}-config", command, 20, refusable=True):
+            config = model_steps.Config(small if rehearse else model_steps.CONFIGS / f"{name}.json")
+            steps = model_steps.serving_steps(name, rehearse)
+            served.append((name, Timed(run, exe, rehearse, config, steps, records.serving)))
+    layers = {}
+    for at, (name, timed) in enumerate(served):
+        share = run.left() / (len(served) - at)
+        layers[name] = timed.plan(f"serving-{name}", share, model_steps.FIRST)
+    for number in range(len(model_steps.serving_steps("", rehearse))):
+        for name, timed in served:
+            if layers[name]:
+                step = timed.steps[number]
+                timed.one(f"serving-{step.name}", step, layers[name], 60)
+    if records.serving.exists():
+        picture = work / "serving.svg"
+        command = [sys.executable, "benches/serving.py", "--record", records.serving, "--picture", picture]
+        run.step("serving-chart", command, 10, keep=[picture])
 
 
 def profiles(run, exe, rehearse, records):
@@ -378,7 +428,8 @@ def profiles(run, exe, rehearse, records):
 
 
 ALL = set(
-    "card params list doctor instructions ops hardware dbrx generate attention bench peer again model ncu sanitizer xid table".split()
+    "card params list doctor instructions ops hardware dbrx generate attention bench peer again model serving"
+    " ncu sanitizer xid table".split()
 )
 STAND_INS = {
     "nvidia-smi": 'case "$*" in *memory.free*) echo 80000 ;; *) echo a stand-in, 0, 0 MHz, 0 MHz, 0 W, 0 ;; esac',
@@ -416,7 +467,9 @@ def rehearse(run, exe, stand_ins):
         "ncu_attention.ncu-rep",
     ]
     promised += ["torch.jsonl", "torch_attention.jsonl"] if importlib.util.find_spec("torch") else []
-    promised += ["dbrx.jsonl"] if ("model-plan", "ok") in [step[:2] for step in run.steps] else []
+    fine = [step[0] for step in run.steps if step[1] == "ok"]
+    promised += ["dbrx.jsonl"] if "model-plan" in fine else []
+    promised += ["serving.jsonl", "serving.svg"] if "serving-dbrx-plan" in fine else []
     present = sorted(path.name for path in run.out.iterdir())
     empty = [
         name for name in present if not name.endswith(".ncu-rep") and not (run.out / name).stat().st_size
@@ -430,7 +483,7 @@ def rehearse(run, exe, stand_ins):
         f"the folder holds {present}, should hold {sorted(promised)}": present == sorted(promised),
         f"empty files: {empty}": not empty,
         f"no step of {missing}": not missing,
-        f"the time shared out is {run.shared} s": run.shared == sum(PARTS.values()),
+        f"the time shared out is {run.shared} s": run.shared == sum(run.parts.values()),
         f"figures of attention that are missing: {incomplete}": not incomplete,
     }
     return [text for text, holds in expected.items() if not holds]
@@ -471,10 +524,13 @@ def main():
     )
     parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--rehearse", action="store_true", help="go through every step here, without a GPU")
+    parser.add_argument("--only", choices=PARTS, metavar="PART", help="this part alone, with the time of all")
     parser.add_argument(
         "--seconds", type=int, default=420, help="the time that all steps share (%(default)s)"
     )
     options = parser.parse_args()
+    if options.rehearse and options.only:
+        parser.error("a rehearsal goes through all parts, without --only")
     if not options.rehearse and not driver_is_there():
         sys.exit(
             "no CUDA driver (libcuda.so.1) on this machine: nothing is built or run; --rehearse needs none"
@@ -491,7 +547,7 @@ def main():
             variables = {"DROPLESS_HARDWARE_ONLY": "1", **cache}
         os.environ.update(variables, RUST_BACKTRACE="0")
         exe = Executables(options.rehearse)
-        run, wrong = Run(out, work, options.seconds, 1 if options.rehearse else 5), []
+        run, wrong = Run(out, work, options.seconds, 1 if options.rehearse else 5, options.only), []
         try:
             if options.rehearse:
                 (work / "stand-ins").mkdir()

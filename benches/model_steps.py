@@ -1,4 +1,8 @@
-"""Steps of DBRX that benches/gpu.py times: which, with how many layers, and what a step must do at least."""
+"""Steps of models that benches/gpu.py times: which, with how many layers, and what a step must do at least.
+
+DBRX has steps of its own. The chart of docs/serving.md has steps of three models at 1 to 64 users, a line
+each in serving.jsonl, which benches/serving.py reads.
+"""
 
 import json
 import math
@@ -6,12 +10,13 @@ import pathlib
 import shutil
 import subprocess
 
-DBRX = "benches/peers/dbrx.json"
+from model_sizes import CONFIGS, Sizes
+
+DBRX = "examples/configs/dbrx.json"
 SMALL = "tests/data/dbrx/tiny-dbrx-f32/config.json"
 CHUNK = 8192  # tokens of a prefill step at most
 SPARE_BYTES = 6 << 30  # for a step's activations, the context and the allocator
 STEP_SECONDS = 4  # of a step's process, besides its start and its weights
-WORD = 2  # bytes of a bf16
 
 
 class Step:
@@ -49,12 +54,28 @@ class Step:
     def line(self, config, layers, figures):
         """A line of the record: the step, its figures, and the least operations and bytes that it takes."""
         step = dict(what="dbrx", layers=layers, of_layers=config.layers, batch=self.batch, prompt=self.prompt)
+        return {**step, **self.least(config, layers), **figures}
+
+    def least(self, config, layers):
         middle = self.prompt + self.generate // 2  # a sequence half-way through the decode steps
-        least = dict(
+        return dict(
             prefill_flop=config.prefill_flop(layers, self.batch, self.prompt),
             decode_bytes=config.decode_bytes(layers, self.batch, middle),
         )
-        return {**step, **least, **figures}
+
+
+class Serving(Step):
+    """So many users of a model, each with a prompt as long as the article's."""
+
+    def __init__(self, model, users, prompt, generate):
+        super().__init__(f"{model}-{users}", users, prompt, generate)
+        self.model = model
+
+    def line(self, config, layers, figures):
+        """The same, with what all layers would take at least, to which a chart scales the times."""
+        whole = {f"all_{name}": value for name, value in self.least(config, config.layers).items()}
+        about = dict(what="serving", model=self.model, card=card_name())
+        return {**super().line(config, layers, figures), **about, **whole}
 
 
 PROBE = Step("probe", 1, 16, 2)
@@ -68,6 +89,43 @@ STEPS = [
 ]
 REHEARSED = [Step("decode-2", 2, 5, 3), Step("prefill-9", 1, 9, 1)]
 
+# Models of the chart, by their files in examples/configs; numbers of users, of which the chart needs the
+# first three most: these must be done in time.
+SERVED = ["dbrx", "llama-2-70b", "mixtral-8x7b"]
+USERS, FIRST = [1, 64, 8, 2, 16, 4, 32], 3
+SMALL_SIZES = dict(
+    d_model=64,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    intermediate_size=96,
+    n_heads=4,
+    num_attention_heads=4,
+    kv_n_heads=2,
+    num_key_value_heads=2,
+    n_layers=2,
+    num_hidden_layers=2,
+    vocab_size=256,
+)
+
+
+def serving_steps(model, rehearse):
+    if rehearse:
+        return [Serving(model, users, 5, 3) for users in (2,)]
+    return [Serving(model, users, 2000, 17) for users in USERS]
+
+
+def small(config):
+    """A configuration with the same fields and small sizes."""
+    inner = {name: small(value) if isinstance(value, dict) else value for name, value in config.items()}
+    return {**inner, **{name: size for name, size in SMALL_SIZES.items() if name in inner}}
+
+
+def write_small(model, folder):
+    """The small configuration of a model, as a file."""
+    path = folder / f"{model}.json"
+    path.write_text(json.dumps(small(json.loads((CONFIGS / f"{model}.json").read_text()))))
+    return path
+
 
 def figures(text):
     """The example's line of figures, which is the last that it prints."""
@@ -80,45 +138,20 @@ def figures(text):
     return None
 
 
-class Config:
-    """A configuration's sizes, and what follows from them."""
+class Config(Sizes):
+    """A configuration's sizes, and where it lies."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        config = json.loads(self.path.read_text())
-        ffn, attention = config["ffn_config"], config["attn_config"]
-        self.d, self.layers, self.vocab = config["d_model"], config["n_layers"], config["vocab_size"]
-        self.kv_cols = self.d // config["n_heads"] * attention["kv_n_heads"]
-        self.experts, self.top_k = ffn["moe_num_experts"], ffn["moe_top_k"]
-        self.expert = 3 * self.d * ffn["ffn_hidden_size"]
-        self.attention = 2 * self.d * (self.d + self.kv_cols)  # q, k, v and out
-
-    def weight_bytes(self, layers):
-        layer = self.attention + self.experts * (self.expert + self.d)
-        return WORD * (layers * layer + 2 * self.vocab * self.d)
-
-    def kv_bytes(self, layers, tokens):
-        return WORD * 2 * self.kv_cols * layers * tokens
-
-    def prefill_flop(self, layers, batch, prompt):
-        """Products of weights and rows, scores and sums of values; one row of logits for each prompt."""
-        token = self.attention + self.top_k * self.expert + self.experts * self.d
-        attended = 4 * self.d * prompt**2 / 2
-        return batch * (layers * (2 * token * prompt + attended) + 2 * self.vocab * self.d)
-
-    def decode_bytes(self, layers, batch, length):
-        """Weights in use, where each token chooses its experts by chance, and keys and values, each once."""
-        used = self.experts * (1 - (1 - self.top_k / self.experts) ** batch)
-        layer = self.attention + self.experts * self.d + used * self.expert
-        return WORD * (layers * layer + self.vocab * self.d) + self.kv_bytes(layers, batch * length)
+        super().__init__(json.loads(self.path.read_text()))
 
 
 class Plan:
     """How many layers: as many as fit the GPU, and the host if the probe made its weights there; fewer if loading
     them once for each step would take more time than there is."""
 
-    def __init__(self, config, steps, probed, probe_s):
-        self.config, self.steps = config, steps
+    def __init__(self, config, steps, probed, probe_s, loads):
+        self.config, self.steps, self.loads = config, steps, loads
         self.seconds_per_byte = probed["load_s"] / config.weight_bytes(1)
         self.start_s = max(0, probe_s - probed["load_s"])
         peak = probed.get("peak_anonymous_bytes")
@@ -129,9 +162,9 @@ class Plan:
         return self.config.weight_bytes(layers) + self.config.kv_bytes(layers, tokens) + SPARE_BYTES
 
     def seconds(self, layers):
-        """Of all steps, each of which loads its weights; a fifth more than the probe says."""
+        """Of so many steps, each of which loads its weights; a fifth more than the probe says."""
         load = self.seconds_per_byte * self.config.weight_bytes(layers)
-        return len(self.steps) * (1.2 * (self.start_s + load) + STEP_SECONDS)
+        return self.loads * (1.2 * (self.start_s + load) + STEP_SECONDS)
 
     def layers(self, left):
         """The number, and why it is that."""
@@ -150,6 +183,15 @@ class Plan:
             layers,
             f"{layers} of {self.config.layers} layers: {', '.join(f'{n} {why}' for n, why in limits)}",
         )
+
+
+def card_name():
+    """By NVIDIA's tool, or nothing."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=10).stdout.splitlines()
+    return lines[0].split(",")[0].strip() if lines else None
 
 
 def free_gpu_bytes():

@@ -15,8 +15,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 rm -rf .gpu
 mkdir .gpu
-git ls-files --error-unmatch benches/{gpu.sh,gpu.py,model_steps.py,gpu/attention_cases.txt} \
-  benches/peers/{gpu_moe,gpu_attention,gpu_table}.py benches/peers/dbrx.json tests/data/dbrx/tiny-dbrx-f32/config.json >.gpu/read
+git ls-files --error-unmatch benches/{gpu.sh,gpu.py,model_sizes.py,model_steps.py,serving.py} \
+  benches/gpu/attention_cases.txt benches/peers/{gpu_moe,gpu_attention,gpu_table}.py \
+  examples/configs/{dbrx,mixtral-8x7b,llama-2-70b}.json benches/record/gpu/2026-11-27/{dropless,torch}.jsonl \
+  tests/data/dbrx/tiny-dbrx-f32/config.json >.gpu/read
 
 # What gpu.sh runs, and what one runs by hand there.
 tests="instructions params ops hardware dbrx doctor"

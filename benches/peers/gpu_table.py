@@ -3,10 +3,11 @@
 
     python3 benches/peers/gpu_table.py RECORD...
 
-Records are those of benches/gpu.rs, of gpu_moe.py and gpu_attention.py, whose lines name a `torch`, and of the model's steps
-(dbrx.jsonl of benches/gpu.py), in any order. A record that is missing, as of a machine without PyTorch, leaves its columns empty. A
-figure that comes twice was measured again, which gives the drift. Ceilings are the largest product and the fastest copy of all
-records. Figures that could not be had, and results that differ, are listed below.
+Records are those of benches/gpu.rs, of gpu_moe.py and gpu_attention.py, whose lines name a `torch`, and of
+the models' steps (dbrx.jsonl and serving.jsonl of benches/gpu.py), in any order. A record that is missing,
+as of a machine without PyTorch, leaves its columns empty. A figure that comes twice was measured again,
+which gives the drift. Ceilings are the largest product and the fastest copy of all records. Figures that
+could not be had, and results that differ, are listed below.
 """
 
 import json
@@ -117,10 +118,16 @@ class Run:
     def model(self):
         """A floor is the time that the ceiling takes for a step's products, or for its bytes, and nothing else."""
         rows = []
-        for r in (r for r in self.lines if r["what"] == "dbrx" and "error" not in r):
+        for r in (r for r in self.lines if r["what"] in ("dbrx", "serving") and "error" not in r):
             prefill = r["prefill_tokens"] / r["prefill_s"]
             floor_s = r["prefill_flop"] / (self.matmul * 1e12) if self.matmul else None
-            cells = [r["batch"], r["prompt"], f"{r['layers']} of {r['of_layers']}", number(prefill)]
+            cells = [
+                r.get("model", "dbrx"),
+                r["batch"],
+                r["prompt"],
+                f"{r['layers']} of {r['of_layers']}",
+                number(prefill),
+            ]
             cells.append(share(floor_s, r["prefill_s"]))
             if r["decode_tokens"]:
                 step_s = r["decode_s"] * r["batch"] / r["decode_tokens"]
@@ -129,7 +136,10 @@ class Run:
             else:
                 cells += ["-"] * 3
             rows.append(cells)
-        heads = "sequences, prompt, layers, prefill tokens/s, floor / time, decode tokens/s, ms a step, floor / time"
+        heads = (
+            "model:, sequences, prompt, layers, prefill tokens/s, floor / time, decode tokens/s, ms a step"
+        )
+        heads += ", floor / time"
         table(heads.split(", "), rows)
 
     def rest(self):
