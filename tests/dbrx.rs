@@ -1,14 +1,19 @@
 //! The example `dbrx`, called as a function: its results against reference results, and everything it refuses.
 //!
-//! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of the full set, all of
-//! them run. `mixtral` holds what is said of the second family; the rest is said of DBRX, or of all.
+//! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of
+//! the full set, all of them run. `mixtral` holds what is said of the second family, `families` of each other
+//! one, `hostile` what they refuse; the rest is said of DBRX, or of all.
 
 #[path = "dbrx/devices.rs"]
 mod devices;
 #[path = "dbrx/emulated.rs"]
 mod emulated;
+#[path = "dbrx/families.rs"]
+mod families;
 #[path = "dbrx/fixture.rs"]
 mod fixture;
+#[path = "dbrx/hostile.rs"]
+mod hostile;
 #[allow(dead_code)] // what only the example's `main` calls
 #[path = "../examples/lm/mod.rs"]
 mod lm;
@@ -18,5 +23,11 @@ mod mixtral;
 mod refusals;
 #[path = "dbrx/results.rs"]
 mod results;
+#[path = "dbrx/rounded.rs"]
+mod rounded;
+#[path = "dbrx/sampling.rs"]
+mod sampling;
+#[path = "dbrx/shapes.rs"]
+mod shapes;
 
 use lm::run as example;

@@ -1,12 +1,15 @@
-//! Language models with experts: prompt in, next tokens out.
+//! Language models, most of them with experts: prompt in, next tokens out.
 //!
 //! | file | holds |
 //! |---|---|
-//! | `families` | what a family of models is: its configuration, its tensors' names, its step |
-//! | `config`, `decoder` | what a family and a run know of each other |
+//! | `families` | what a family of models is: its configuration, its tensors |
+//! | `config`, `spec`, `block` | what a family says of a model: constants, tensors, layers as data |
+//! | `decoder` | the model that comes of it, and the equations of a step |
 //! | `run` | what runs a model of any family |
 
+mod block;
 mod config;
 mod decoder;
 mod families;
 pub mod run;
+mod spec;

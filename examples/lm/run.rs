@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `options`, `prompt`, `text` | what was asked for |
 //! | `header`, `checkpoint`, `json`, `input` | what lies on disk, believed only after checks |
-//! | `setup`, `memory` | everything that is settled before memory is taken |
+//! | `setup`, `memory`, `columns` | everything that is settled before memory is taken |
 //! | `weights`, `random`, `model`, `step`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
 //! | `report`, `progress` | what is printed |
@@ -12,10 +12,11 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 
-use super::{config, decoder, families};
+use super::{config, decoder, families, spec};
 
 mod check;
 mod checkpoint;
+mod columns;
 mod course;
 pub mod failure;
 mod generate;

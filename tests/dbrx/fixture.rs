@@ -136,8 +136,9 @@ pub fn refused(ran: &Ran) -> String {
     text.strip_suffix('\n').expect("a whole line").to_owned()
 }
 
-/// A checkpoint's folder, in the full set where there is one.
+/// A checkpoint's folder, in the full set where there is one, which has Mixtral, Llama and GPT-NeoX in
+/// `other`.
 pub fn checkpoint(name: &str) -> PathBuf {
-    let family = if name.starts_with("mixtral") { "mixtral" } else { "dbrx" };
-    goldens::path(Path::new(family).join(name))
+    let folders = ["other", "dbrx", "mixtral", "families"].map(|group| goldens::path(Path::new(group).join(name)));
+    folders.into_iter().find(|folder| folder.is_dir()).unwrap_or_else(|| panic!("no checkpoint is called {name}"))
 }

@@ -214,7 +214,7 @@ fn checks_fail_where_they_must() {
 fn the_default_run_reports_and_agrees() {
     let ran = run(&["--json"]);
     assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{}", ran.out);
-    for part in ["experts    16 x 3 x 96 x 64", "  layer 1 ", "Next tokens\n  ", " tokens/s", "all 16 equal", "  agrees: 5 results"] {
+    for part in ["experts    3 of 16 x 96 x 64", "  layer 1 ", "Next tokens\n  ", " tokens/s", "all 16 equal", "  agrees: 5 results"] {
         assert!(ran.out.contains(part), "`{part}` is not in\n{}", ran.out);
     }
     assert!(!ran.out.contains('\x1b'), "colours where nobody looks");

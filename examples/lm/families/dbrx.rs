@@ -1,33 +1,32 @@
-//! DBRX, Databricks 2024: LayerNorm, one fused projection whose results are clipped, experts stacked in one
-//! tensor each.
+//! DBRX, Databricks 2024: LayerNorm without a bias, one fused projection whose results are clipped, experts
+//! stacked in one tensor each.
 //!
 //! Two layouts of `config.json` are read: the original one, and the longer one that newer releases of Hugging
 //! Face transformers save. Unknown fields are ignored. Absent and null differ for
 //! `moe_normalize_expert_weights`: absent means 1, null means no normalisation.
 
+use dropless::HeadLayout;
+use dropless::activation::{Activation, Glu};
 use dropless::layout::MAX_EXPERTS;
 use dropless::router::Normalize;
-use dropless::{ExpertWeights, HeadLayout, WeightRows, moe};
 use serde_json::json;
 
 use super::Family;
-use super::config::Config;
-use super::decoder::{Decoder, Layer, Layers, Made, MadeLayer, Spec, Step};
+use super::block::{self, Affine, Attention, Block, Ffn, Hidden, Mlp, Outside, Projection};
+use super::config::{self, Config, Dense, Experts, Factors, Norm};
 use super::fields::{Fields, MAX_SIZE};
 use super::run::failure::{Failure, refuse_file};
 use super::run::json::Value;
-use super::run::weights::Matrices;
+use super::spec::{Part, Spec};
 
 pub const FAMILY: Family = Family {
     title: "DBRX",
-    model_type: "dbrx",
-    architecture: "DbrxForCausalLM",
+    model_types: &["dbrx"],
+    architectures: &["DbrxForCausalLM"],
     positions_field: "max_seq_len",
     config,
-    outside: |config| outside(config).into(),
-    of_layer: |config, l| of_layer(config, l).into(),
-    decoder,
-    layer,
+    describe_outside,
+    describe,
 };
 
 /// What LayerNorm adds to the variance: a constant of the model, not a field.
@@ -45,6 +44,8 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
         section.must_be("attn_type", json!("grouped_query_attention"))?;
         section.must_be("rope_scaling", Value::Null)?;
     }
+    let rope = top.section("rope_parameters.")?;
+    ["rope_type", "type"].iter().try_for_each(|name| rope.must_be(name, json!("default")))?;
 
     let (num_layers, d_model) = (top.size("n_layers", MAX_SIZE)?, top.size("d_model", MAX_SIZE)?);
     let (num_heads, num_kv_heads) = (top.size("n_heads", MAX_SIZE)?, attention.size("kv_n_heads", MAX_SIZE)?);
@@ -58,108 +59,68 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     let top_k = ffn.size("moe_top_k", MAX_SIZE)?;
     ffn.at_most("moe_top_k", top_k, "moe_num_experts", num_experts)?;
     let heads = HeadLayout::new(num_heads, num_kv_heads, head_dim).or_else(|error| refuse_file(top.file(), error))?;
+    let norm = match ffn.get("moe_normalize_expert_weights") {
+        None => Some(1.0),
+        Some(_) => ffn.positive("moe_normalize_expert_weights")?,
+    };
+    let max_positions = top.optional_size("max_seq_len", MAX_SIZE)?.unwrap_or(2048);
     Ok(Config {
         family: &FAMILY,
         num_layers,
         d_model,
-        heads,
-        d_ffn: ffn.size("ffn_hidden_size", MAX_SIZE)?,
-        num_experts,
-        top_k,
         vocab: top.size("vocab_size", MAX_SIZE)?,
-        max_positions: top.optional_size("max_seq_len", MAX_SIZE)?.unwrap_or(2048),
-        rope_theta: top.rope_theta(&attention, 10_000.0)?,
-        clip: attention.positive("clip_qkv")?,
+        max_positions,
+        heads,
+        attention: config::Attention { clip: attention.positive("clip_qkv")?, ..config::Attention::default() },
+        rope: top.rope(&attention, 10_000.0, head_dim, max_positions)?,
+        norm: Norm::Layer,
         norm_eps: NORM_EPS,
-        weight_norm: match ffn.get("moe_normalize_expert_weights") {
-            None => Some(1.0),
-            Some(_) => ffn.positive("moe_normalize_expert_weights")?,
-        },
+        activation: Activation::Identity,
+        dense_d_ffn: 0,
+        dense: Dense::First(0),
+        experts: Some(Experts {
+            num_experts,
+            top_k,
+            d_ffn: ffn.size("ffn_hidden_size", MAX_SIZE)?,
+            normalize: norm.map_or(Normalize::None, Normalize::P),
+            ..Experts::default()
+        }),
+        factors: Factors::default(),
+        is_tied: false,
+        is_parallel: false,
         dtype: top.dtype(),
     })
 }
 
-/// Embedding, last norm, head.
-fn outside(config: &Config) -> [Spec; 3] {
+fn describe_outside(config: &Config) -> Outside<Spec> {
     let Config { d_model: d, vocab, .. } = *config;
-    [
-        Spec::embedding("transformer.wte.weight".into(), [vocab, d]),
-        Spec::norm("transformer.norm_f.weight".into(), d),
-        Spec::linear("lm_head.weight".into(), [vocab, d]),
-    ]
+    Outside {
+        embedding: Spec::embedding("transformer.wte.weight", [vocab, d]),
+        final_norm: Affine::plain(Spec::norm("transformer.norm_f.weight", d)),
+        head: Some(Affine::plain(Spec::linear(Part::Head, "lm_head.weight", [vocab, d]))),
+    }
 }
 
-/// A layer's norm, fused projection, projection; norm, router, gate, up, down.
-fn of_layer(config: &Config, l: usize) -> [Spec; 8] {
-    let Config { d_model: d, d_ffn: f, num_experts: e, heads, .. } = *config;
+fn describe(config: &Config, l: usize) -> Block<Spec> {
+    let Config { d_model: d, heads, .. } = *config;
+    let Experts { num_experts: e, d_ffn: f, .. } = config.experts.unwrap_or_default();
     let name = |tensor: &str| format!("transformer.blocks.{l}.{tensor}");
-    [
-        Spec::norm(name("norm_attn_norm.norm_1.weight"), d),
-        Spec::linear(name("norm_attn_norm.attn.Wqkv.weight"), [heads.qkv_cols(), d]),
-        Spec::linear(name("norm_attn_norm.attn.out_proj.weight"), [d, d]),
-        Spec::norm(name("norm_attn_norm.norm_2.weight"), d),
-        Spec::linear(name("ffn.router.layer.weight"), [e, d]),
-        Spec::linear(name("ffn.experts.mlp.w1"), [e * f, d]),
-        Spec::linear(name("ffn.experts.mlp.v1"), [e * f, d]),
-        // Its rows are its inputs.
-        Spec { inputs: Some(f), ..Spec::linear(name("ffn.experts.mlp.w2"), [e * f, d]) },
-    ]
-}
-
-struct Dbrx<'w> {
-    embedding: WeightRows<'w>, // [V, D]
-    layers: Box<dyn Layers + 'w>,
-    final_norm: WeightRows<'w>, // [1, D]
-    head: ExpertWeights<'w>,    // [V, D]
-}
-
-struct DbrxLayer<'w> {
-    norm_1: WeightRows<'w>,      // [1, D]
-    wqkv: ExpertWeights<'w>,     // [(H + 2 Hkv) d, D]
-    out_proj: ExpertWeights<'w>, // [D, H d]
-    norm_2: WeightRows<'w>,      // [1, D]
-    moe: moe::Weights<'w>,       // gate w1, up v1, down w2: [E F, D]
-}
-
-fn layer<'w>(config: &Config, l: usize, weights: &'w Matrices<'w>) -> MadeLayer<'w> {
-    let e = config.num_experts;
-    let normalize = config.weight_norm.map_or(Normalize::None, Normalize::P);
-    let [norm_1, wqkv, out_proj, norm_2, router, w1, v1, w2] = weights.of(of_layer(config, l))?;
-    let experts = moe::Experts::gated(w1.experts_nk(e)?, v1.experts_nk(e)?, w2.experts_kn(e)?);
-    Ok(Box::new(DbrxLayer {
-        norm_1: norm_1.rows(),
-        wqkv: wqkv.linear()?,
-        out_proj: out_proj.linear()?,
-        norm_2: norm_2.rows(),
-        moe: moe::Weights::new(router.rows(), experts).with_choice(normalize.into()),
-    }))
-}
-
-fn decoder<'w>(config: &Config, weights: &'w Matrices<'w>, layers: Box<dyn Layers + 'w>) -> Made<'w> {
-    let [embedding, final_norm, head] = weights.of(outside(config))?;
-    let (embedding, final_norm, head) = (embedding.rows(), final_norm.rows(), head.linear()?);
-    Ok(Box::new(Dbrx { embedding, layers, final_norm, head }))
-}
-
-impl Layer for DbrxLayer<'_> {
-    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
-        s.layer_norm(self.norm_1)?; //          n = norm_1(x)
-        s.project(&[self.wqkv])?; //            q, k, v = n wqkv^T
-        s.attend()?; //                         c = attention(rotate(clip(q)), rotate(clip(k)), clip(v))
-        s.add_projected(self.out_proj)?; //     x = x + c out_proj^T
-        s.layer_norm(self.norm_2)?; //          n = norm_2(x)
-        s.add_experts(&self.moe) //             x = x + moe(n)
-    }
-}
-
-impl Decoder for Dbrx<'_> {
-    fn step(&self, s: &mut dyn Step) -> Result<(), Failure> {
-        s.embed(self.embedding)?; //            x = embedding[ids]
-        self.layers.step(s)?; //                x = layer(x), for each layer
-        s.layer_norm(self.final_norm) //        n = final_norm(x), of which the head gives logits
-    }
-
-    fn head(&self) -> ExpertWeights<'_> {
-        self.head
-    }
+    let norm = |tensor: &str| Affine::plain(Spec::norm(name(tensor), d));
+    let attention = |tensor: &str, dims| Affine::plain(Spec::linear(Part::Attention, name(tensor), dims));
+    // The experts' matrices lie one below the other; those of w2 have their inputs as rows.
+    let experts = |tensor: &str| Affine::plain(Spec::stacked(Part::Experts, name(tensor), e, [f, d]).flat());
+    let down = Affine::plain(Spec::stacked_kn(Part::Experts, name("ffn.experts.mlp.w2"), e, [f, d]).flat());
+    let (gate, up) = (experts("ffn.experts.mlp.w1"), experts("ffn.experts.mlp.v1"));
+    let ffn = Ffn::Experts(block::Experts::new(
+        Spec::linear(Part::Router, name("ffn.router.layer.weight"), [e, d]),
+        Mlp { hidden: Hidden::Gated { gate, up, glu: Glu::Silu }, down },
+    ));
+    let fused = vec![attention("norm_attn_norm.attn.Wqkv.weight", [heads.qkv_cols(), d])];
+    let out = attention("norm_attn_norm.attn.out_proj.weight", [d, d]);
+    Block::new(
+        norm("norm_attn_norm.norm_1.weight"),
+        Attention::new(Projection::Rows(fused), out),
+        norm("norm_attn_norm.norm_2.weight"),
+        ffn,
+    )
 }

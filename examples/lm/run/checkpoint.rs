@@ -9,7 +9,6 @@ use std::path::{Component, Path, PathBuf};
 use dropless::{Bf16, DType, F16, Rows, WeightRows};
 
 use super::config::Config;
-use super::decoder::Spec;
 use super::failure::{Failure, refuse, refuse_file};
 use super::header::{Tensor, TensorFile};
 use super::input::{MAX_TEXT_BYTES, brief, read_text};
@@ -46,10 +45,11 @@ impl Checkpoint {
     /// Shapes and the one type of all tensors.
     fn check(&self, dir: &Path, config: &Config) -> Result<DType, Failure> {
         let mut first: Option<(String, DType)> = None;
-        for Spec { names, shape, .. } in config.family.specs(config) {
-            for name in names {
-                let dtype = self.check_tensor(dir, &name, &shape)?;
+        for spec in config.family.specs(config) {
+            for name in spec.names() {
+                let dtype = self.check_tensor(dir, &name, &spec.shape)?;
                 match &first {
+                    _ if spec.is_f32 => {} // it is copied, whichever type it has
                     None => first = Some((name, dtype)),
                     Some((other, want)) if *want != dtype => {
                         let (file, _) = self.find(dir, &name)?;
@@ -123,11 +123,11 @@ impl Checkpoint {
     pub fn rows(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<WeightRows<'_>, Failure> {
         let (file, tensor) = self.find(Path::new("checkpoint"), name)?;
         let bytes = file.bytes(tensor);
-        let view = match self.dtype {
-            DType::F32 => Rows::<f32>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            DType::Bf16 => Rows::<Bf16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            DType::F16 => Rows::<F16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be of a type of weights, got {}", other.name())),
+        let view = match tensor.dtype.as_str() {
+            "F32" => Rows::<f32>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            "BF16" => Rows::<Bf16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            "F16" => Rows::<F16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
+            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be of a type of weights, got {other}")),
         };
         view.or_else(|error| refuse_file(&file.path, format_args!("tensor `{name}`: {error}")))
     }

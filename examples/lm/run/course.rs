@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use dropless::{Bf16, DType, Float, Place, Stream};
+use dropless::{Bf16, DType, F16, Float, Place, Stream};
 use serde_json::json;
 
 use super::check::Checks;
-use super::decoder::Spec;
+use super::decoder::Decoder;
 use super::failure::Failure;
 use super::generate::{Figures, decode, first_use, prefill};
 use super::memory::{AnonymousPeak, Streaming, peak_rss_bytes};
@@ -15,6 +15,7 @@ use super::options::Options;
 use super::progress::Progress;
 use super::report::{Console, bars, bytes_text, rate_only_text, rate_text, seconds_text};
 use super::setup::{Open, Setup, WeightSource};
+use super::spec::Spec;
 use super::text::Tokenizer;
 use super::trace::{Detail, Trace};
 use super::weights::{self, Matrices, Tensors, Uploaded};
@@ -29,6 +30,7 @@ pub fn run(open: &Open<'_>, options: &Options, console: &mut Console<'_>) -> Res
     let course = Course { options, setup: &setup, progress, images_loaded: begin.elapsed() };
     match setup.activations {
         DType::Bf16 => course.with_activations::<Bf16>(console),
+        DType::F16 => course.with_activations::<F16>(console),
         _ => course.with_activations::<f32>(console),
     }
 }
@@ -83,12 +85,17 @@ impl<'a> Course<'a> {
         let begin = Instant::now();
         let stream = device.stream()?;
         let streaming = self.setup.streaming;
-        let specs = config.family.first_specs(config, streaming.map_or(config.num_layers, |streaming| streaming.resident));
+        let vector_specs: Vec<Spec> = config.family.specs(config).filter(|spec| spec.is_f32).collect();
+        let vectors = weights::vectors(&stream, &self.setup.weights, &vector_specs)?;
+        let vectors = Matrices::new(&vectors, &vector_specs)?;
+        let resident = config.family.first_specs(config, streaming.map_or(config.num_layers, |streaming| streaming.resident));
+        let specs: Vec<Spec> = resident.filter(|spec| !spec.is_f32).collect();
         let (tensors, uploaded) = self.load(&stream, &specs)?;
-        let matrices = Matrices::new(&*tensors, &specs)?;
+        let matrices = Matrices::new(&*tensors, &specs)?.beside(&vectors);
+        let outside = (config.family.describe_outside)(config).map(&mut |spec| matrices.get(spec))?;
         let layers = weights::layers(&stream, config, &matrices, self.streamed())?;
-        let decoder = (config.family.decoder)(config, &matrices, layers)?;
-        let mut model = Model::<A>::new(stream, config, decoder, sizes, streaming.is_some())?;
+        let decoder = Decoder::new(config, &outside, layers)?;
+        let mut model = Model::<A>::new(stream, config, decoder, sizes, self.options.sampling, streaming.is_some())?;
         let load = Load { seconds: begin.elapsed().as_secs_f64(), uploaded };
         if let (Some(streaming), Some(uploaded)) = (&streaming, &load.uploaded) {
             console.item("copies", uploaded.expected_text(streaming.step_bytes()))?;
@@ -136,10 +143,13 @@ impl<'a> Course<'a> {
     }
 
     /// One line a layer: how many tokens each expert was given.
-    fn print_experts(&self, expert_tokens: &[Vec<u64>], tokens: usize, console: &mut Console<'_>) -> Result<(), Failure> {
+    fn print_experts(&self, expert_tokens: &[(usize, Vec<u64>)], tokens: usize, console: &mut Console<'_>) -> Result<(), Failure> {
+        if expert_tokens.is_empty() {
+            return Ok(()); // a model without experts
+        }
         let plural = if tokens == 1 { "" } else { "s" };
         console.heading(&format!("Tokens per expert, {tokens} token{plural}"))?;
-        for (layer, counts) in expert_tokens.iter().enumerate() {
+        for (layer, counts) in expert_tokens {
             let (least, most) = (counts.iter().min().unwrap_or(&0), counts.iter().max().unwrap_or(&0));
             console.item(&format!("layer {layer}"), format!("{}  {least} to {most}", bars(counts)))?;
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::columns::Columns;
 use super::config::Config;
 use super::failure::{Failure, refuse};
 use super::report::bytes_text;
@@ -22,6 +23,8 @@ pub struct Sizes {
     pub context: usize,
     /// Tokens of the longest prompt.
     pub prompt: usize,
+    /// Tokens of the longest sequence, those that are generated included.
+    pub reached: usize,
     /// Tokens of the largest step.
     pub step_tokens: usize,
     /// Rows of logits that one step may give.
@@ -43,10 +46,13 @@ pub struct Need {
 impl Need {
     /// The need of a run; `weights` and `dump` are bytes, `scratch` the workspace the operations ask for. None: beyond 2^63.
     pub fn of(config: &Config, sizes: &Sizes, scratch: usize, weights: u64, dump: u64) -> Option<Need> {
-        let Sizes { batch, context, prompt, step_tokens, logits_rows, activation_bytes } = *sizes;
+        let Sizes { batch, context, prompt, step_tokens, logits_rows, activation_bytes, .. } = *sizes;
         let heads = config.heads;
-        let per_token = activation_columns(config).checked_mul(activation_bytes)?.checked_add(4 + 16 * config.top_k)?;
-        let angles = product(&[context, heads.head_dim(), 4])?;
+        let per_token = Columns::of(config)
+            .sum()
+            .checked_mul(activation_bytes)?
+            .checked_add(4 + 16 * config.experts.map_or(0, |experts| experts.top_k))?;
+        let angles = product(&[context, config.rope.rotary_dim, 4])?;
         // The prompts are there twice: sequence by sequence, and as one.
         let workspace = product(&[step_tokens, per_token])?
             .checked_add(angles)?
@@ -54,7 +60,7 @@ impl Need {
             .checked_add(scratch as u64)?;
         let need = Need {
             weights,
-            kv_cache: product(&[2, config.num_layers, batch, context, heads.kv_cols(), activation_bytes])?,
+            kv_cache: product(&[config.num_layers, batch, context, heads.kv_cols() + heads.v_cols(), activation_bytes])?,
             workspace,
             logits: product(&[logits_rows, config.vocab, 4])?,
             dump,
@@ -102,8 +108,12 @@ impl Need {
 /// Bytes of a checkpoint's parts: what is of no layer, and each of its layers.
 #[derive(Clone, Copy, Debug)]
 pub struct Share {
+    /// With the layers that always stay.
     pub outside: u64,
+    /// Of each other layer.
     pub layer: u64,
+    /// Layers that always stay: the first ones, where they differ from the others.
+    pub first: usize,
     pub layers: usize,
 }
 
@@ -139,7 +149,7 @@ pub fn settle(need: Option<Need>, available: Option<u64>, share: Option<Share>, 
         return Ok((Need::check(need, available)?, None));
     };
     let with = |layers: usize| Need { weights: share.outside + layers as u64 * share.layer, ..need };
-    let (least, layers) = (with(Streaming::SLOTS), share.layers);
+    let (least, layers) = (with(Streaming::SLOTS), share.layers - share.first);
     let Some(least_bytes) = least.total().filter(|_| layers > Streaming::SLOTS) else { return Err(refusal) };
     if least_bytes > available {
         return refuse(format!(
@@ -152,18 +162,13 @@ pub fn settle(need: Option<Need>, available: Option<u64>, share: Option<Share>, 
         ));
     }
     let more = (available - least_bytes).saturating_sub(spare) / share.layer.max(1);
-    let resident = (more as usize).min(layers - Streaming::SLOTS - 1);
-    let streaming = Streaming { resident, streamed: layers - resident, layer_bytes: share.layer };
-    Ok((with(resident + Streaming::SLOTS), Some(streaming)))
+    let more = (more as usize).min(layers - Streaming::SLOTS - 1);
+    let streaming = Streaming { resident: share.first + more, streamed: layers - more, layer_bytes: share.layer };
+    Ok((with(more + Streaming::SLOTS), Some(streaming)))
 }
 
 /// What may help where memory is short.
 const TRY: &str = "try a smaller --context, --batch or --chunk, or fewer --layers";
-
-/// Columns of all activation buffers together: residual, norm, output, queries, context; the fused projection.
-pub fn activation_columns(config: &Config) -> usize {
-    3 * config.d_model + 2 * config.heads.q_cols() + config.heads.qkv_cols()
-}
 
 /// A product of sizes, or none beyond 2^63.
 pub fn product(factors: &[usize]) -> Option<u64> {
@@ -407,7 +412,7 @@ mod tests {
     /// As many layers stay as fit beside the two that take turns; where all fit, nothing is streamed.
     #[test]
     fn layers_share_what_there_is() {
-        let share = Share { outside: 100, layer: 1000, layers: 6 };
+        let share = Share { outside: 100, layer: 1000, first: 0, layers: 6 };
         let need = Need { weights: 6100, kv_cache: 30, workspace: 20, logits: 10, dump: 0 };
         let settled = |available, spare| settle(Some(need), Some(available), Some(share), spare);
         let plan = |available, spare| settled(available, spare).unwrap().1.map(|plan| (plan.resident, plan.streamed, plan.step_bytes()));
@@ -418,6 +423,12 @@ mod tests {
         assert_eq!([2160, 3159, 3160].map(|bytes| plan(bytes, 0)), [Some((0, 6, 6000)), Some((0, 6, 6000)), Some((1, 5, 5000))]);
         assert_eq!([6160, 4160, 2160].map(|bytes| plan(bytes, 500)), [None, Some((1, 5, 5000)), Some((0, 6, 6000))]);
         assert_eq!(settled(3160, 0).unwrap().0, Need { weights: 3100, ..need });
+        // A first layer that differs from the others stays: it is counted with what is of no layer.
+        let mixed = Share { outside: 600, first: 1, layers: 7, ..share };
+        let need_of_mixed = Need { weights: 6600, ..need };
+        let of_mixed = |available| settle(Some(need_of_mixed), Some(available), Some(mixed), 0).unwrap().1;
+        let plan = |available| of_mixed(available).map(|plan| (plan.resident, plan.streamed, plan.step_bytes()));
+        assert_eq!([6660, 6659, 2660].map(plan), [None, Some((4, 3, 3000)), Some((1, 6, 6000))]);
         let text = settled(2159, 0).unwrap_err().text().unwrap();
         let (all, least) = ("6.02 KiB (weights 5.96 KiB, ", "2.11 KiB (weights 2.05 KiB, ");
         assert!([all, least, "with its layers streamed, 2.11 KiB are available"].iter().all(|part| text.contains(part)), "{text}");

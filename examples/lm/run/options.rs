@@ -14,6 +14,8 @@ pub struct Options {
     pub source: Source,
     pub prompt: Prompt,
     pub generate: Option<usize>,
+    /// How tokens are drawn. None: the likeliest is taken.
+    pub sampling: Option<Sampling>,
     /// None: `auto`.
     pub device: Option<Where>,
     pub activations: Option<DType>,
@@ -27,6 +29,14 @@ pub struct Options {
     pub dump_layers: bool,
     pub check: Option<PathBuf>,
     pub json: bool,
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    pub temperature: f32,
+    pub top_p: f32,
+    pub seed: u64,
 }
 
 /// Where a run takes place.
@@ -74,6 +84,12 @@ Without --model, --random or --check, a small checkpoint of the repository runs 
 A checkpoint is used where it lies: truncating one of its files during the run ends the process (SIGBUS).
 Exit codes: 0 fine, 1 results differ, 2 the input or the environment was refused, 3 the device failed.";
 
+/// Name of the example that is built; `dbrx` in tests, which are not built as one.
+pub const PROGRAM: &str = match option_env!("CARGO_BIN_NAME") {
+    Some(name) => name,
+    None => "dbrx",
+};
+
 fn command() -> Command {
     let path = |name: &'static str, value| Arg::new(name).long(name).value_name(value).value_parser(value_parser!(PathBuf));
     let within = |name: &'static str, range: RangeInclusive<u64>| {
@@ -84,27 +100,42 @@ fn command() -> Command {
     let word = |name: &'static str, value: &'static str| {
         Arg::new(name).long(name).value_name(value).value_parser(value.split('|').collect::<Vec<_>>()).hide_possible_values(true)
     };
+    let real = |name: &'static str, parser: fn(&str) -> Result<f32, String>| {
+        Arg::new(name).long(name).value_name("X").value_parser(parser).allow_negative_numbers(true).conflicts_with("check")
+    };
     let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
 
-    Command::new("dbrx")
+    Command::new(PROGRAM)
         .version(env!("CARGO_PKG_VERSION"))
-        .about("The full forward pass of a checkpoint: DBRX or Mixtral, as its config.json says")
+        .about("The full forward pass of a checkpoint, of any family that its config.json may name: DBRX, Mixtral, Llama and others")
         .after_help(AFTER_HELP)
         .args([
             path("model", "DIR").help("config.json with model.safetensors, or with shards and their index; tokenizer.json if present"),
             path("random", "CONFIG").help("No checkpoint: seeded random weights in the shape of that config.json, for timing"),
-            word("weights", "f32|bf16").help("With --random: type of the weights [default: as the config says]").requires("random"),
+            word("weights", "f32|bf16|f16")
+                .help("With --random: type of the weights [default: as the config says, else f32]")
+                .requires("random"),
             number("layers", 1).help("Only the first N layers"),
             Arg::new("prompt").long("prompt").value_name("TEXT").help("Needs tokenizer.json and the feature `text`"),
             Arg::new("tokens").long("tokens").value_name("1,2,3").help("The prompt as token ids"),
             path("tokens-file", "FILE").help("The prompt as token ids between white space; a pipe will do"),
             number("random-tokens", 1).help("A prompt of N seeded random tokens [default with --random: 512]"),
-            number("generate", 0).help("Tokens to generate, greedily [default: 16]").conflicts_with("check"),
+            number("generate", 0).help("Tokens to generate [default: 16]").conflicts_with("check"),
+            real("temperature", positive).help("Draw tokens, from logits divided by this [default: take the likeliest token]"),
+            real("top-p", share)
+                .help("Draw only among the likeliest tokens whose probabilities add up to this; without --temperature that is 1"),
+            Arg::new("seed")
+                .long("seed")
+                .value_name("N")
+                .value_parser(value_parser!(u64))
+                .allow_negative_numbers(true)
+                .requires("drawing")
+                .help("Seed of the draws; needs --temperature or --top-p [default: 0]"),
             number("batch", 1).help("Sequences, all with a prompt of the same length [default: 1]"),
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
             Arg::new("device").long("device").value_name("cpu|cuda[:N]|emulated|auto").value_parser(place).help(DEVICE_HELP),
-            word("activations", "auto|f32|bf16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
+            word("activations", "auto|f32|bf16|f16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
             within("threads", 1..=MAX_THREADS).help("Worker threads of the CPU [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")
@@ -116,8 +147,9 @@ fn command() -> Command {
                 .conflicts_with("check"),
             flag("dump-layers").help("With --dump: every intermediate result as well").requires("dump"),
             path("check", "FILE").help("Run the prompts of a file of reference results and compare"),
-            flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is looked at every 10 ms"),
+            flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is sampled every 10 ms"),
         ])
+        .group(ArgGroup::new("drawing").args(["temperature", "top-p"]).multiple(true))
         .group(ArgGroup::new("source").args(["model", "random"]))
         .group(ArgGroup::new("input").args(["prompt", "tokens", "tokens-file", "random-tokens", "check"]))
 }
@@ -139,6 +171,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
             _ => path("tokens-file").map(Prompt::File).or(number("random-tokens").map(Prompt::Random)).unwrap_or(Prompt::Default),
         },
         generate: number("generate"),
+        sampling: sampling(&matches),
         device: matches.get_one::<Option<Where>>("device").copied().unwrap_or(Some(Where::Cpu)),
         activations: dtype(&matches, "activations"),
         layers: number("layers"),
@@ -152,6 +185,27 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
         check: path("check"),
         json: matches.get_flag("json"),
     })
+}
+
+/// None where neither a temperature nor a share is given.
+fn sampling(matches: &ArgMatches) -> Option<Sampling> {
+    let number = |name: &str| matches.get_one::<f32>(name).copied();
+    let (temperature, top_p) = (number("temperature"), number("top-p"));
+    let seed = matches.get_one::<u64>("seed").copied().unwrap_or(0);
+    temperature.or(top_p)?;
+    Some(Sampling { temperature: temperature.unwrap_or(1.0), top_p: top_p.unwrap_or(1.0), seed })
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    number_where(text, "a positive number", |number| number > 0.0 && number.is_finite())
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number_where(text, "above 0, and at most 1", |number| number > 0.0 && number <= 1.0)
+}
+
+fn number_where(text: &str, need: &str, fits: fn(f32) -> bool) -> Result<f32, String> {
+    text.parse().ok().filter(|number| fits(*number)).ok_or_else(|| format!("must be {need}"))
 }
 
 /// `auto`, `cpu`, `cuda`, `cuda:3`, `emulated`.
@@ -170,6 +224,7 @@ fn dtype(matches: &ArgMatches, name: &str) -> Option<DType> {
     match matches.get_one::<String>(name)?.as_str() {
         "f32" => Some(DType::F32),
         "bf16" => Some(DType::Bf16),
+        "f16" => Some(DType::F16),
         _ => None,
     }
 }

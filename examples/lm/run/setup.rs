@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use dropless::{Bf16, DType, Device, Error, Place};
+use dropless::router::{Normalize, Score};
+use dropless::{Bf16, DType, Device, Error, F16, Place};
 
 use super::checkpoint::Checkpoint;
-use super::config::Config;
+use super::config::{Config, Count, Dense, Experts};
 use super::failure::{Failure, refuse, refuse_file};
 use super::families;
 use super::input::printable;
@@ -17,6 +18,7 @@ use super::progress::Progress;
 use super::prompt::{self, Ids};
 use super::reference::{Case, Reference};
 use super::report::{Console, Table, bytes_text, count_text};
+use super::spec::Spec;
 use super::trace::{self, Detail};
 use super::weights;
 
@@ -150,7 +152,8 @@ impl Setup {
         let jobs = jobs(options, &config, folder.as_deref())?;
         // The last token is not fed back.
         let need_tokens = |job: &Job| job.prompt.len() + job.generate.saturating_sub(1);
-        let context = options.context.unwrap_or_else(|| jobs.iter().map(need_tokens).max().unwrap_or(1));
+        let reached = jobs.iter().map(need_tokens).max().unwrap_or(1);
+        let context = options.context.unwrap_or(reached);
         for job in &jobs {
             job.prompt.check(&config)?;
             prompt::check_length(job.prompt.len(), job.generate, &config)?;
@@ -159,7 +162,11 @@ impl Setup {
         let weights = match (&folder, &options.source) {
             (Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
             (None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
-            (None, _) => WeightSource::Random(if config.dtype.as_deref() == Some("bfloat16") { DType::Bf16 } else { DType::F32 }),
+            (None, _) => WeightSource::Random(match config.dtype.as_deref() {
+                Some("bfloat16") => DType::Bf16,
+                Some("float16") => DType::F16,
+                _ => DType::F32,
+            }),
         };
         if let Some(file) = &options.dump {
             let mut inputs = vec![config_file.as_path()];
@@ -173,7 +180,7 @@ impl Setup {
         }
         let on_gpu = device.place() != Place::Host;
         let activations = match (options.activations, weights.dtype()) {
-            (None, DType::Bf16) if on_gpu => DType::Bf16,
+            (None, narrow @ (DType::Bf16 | DType::F16)) if on_gpu => narrow,
             (asked, _) => asked.unwrap_or(DType::F32),
         };
         if on_gpu && activations != weights.dtype() {
@@ -187,6 +194,7 @@ impl Setup {
             batch: options.batch,
             context,
             prompt: longest,
+            reached,
             step_tokens,
             logits_rows: options.batch + if all_logits { step_tokens } else { 0 },
             activation_bytes: activations.size_bytes(),
@@ -203,6 +211,7 @@ impl Setup {
         };
         let scratch = match activations {
             DType::Bf16 => model::scratch_bytes::<Bf16>(&config, &sizes),
+            DType::F16 => model::scratch_bytes::<F16>(&config, &sizes),
             _ => model::scratch_bytes::<f32>(&config, &sizes),
         };
         let need = match (scratch, weight_bytes, dump) {
@@ -216,7 +225,7 @@ impl Setup {
             None => memory::available_bytes(),
         };
         let share = match &weights {
-            WeightSource::Mapped(checkpoint) if on_gpu => Some(share(&config, checkpoint.dtype())),
+            WeightSource::Mapped(checkpoint) if on_gpu => share(&config, checkpoint.dtype()),
             _ => None,
         };
         let spare = if options.memory_limit.is_some() { 0 } else { SPARE_BYTES };
@@ -252,25 +261,21 @@ impl Setup {
         let mut table = Table::new(&["", " each", "number", "parameters", "active", "bytes"]);
         let (mut total, mut active) = (0, 0);
         let bytes = |count: u64| bytes_text(count.saturating_mul(dtype.size_bytes() as u64));
-        for part in config.parts() {
-            let cells =
-                [part.name.into(), part.shape, part.copies.to_string(), count_text(part.total), count_text(part.active), bytes(part.total)];
-            table.row(cells);
-            (total, active) = (total + part.total, active + part.active);
+        for Count { part, shape, copies, total: all, active: used } in config.counts() {
+            table.row([part.title().into(), shape, copies.to_string(), count_text(all), count_text(used), bytes(all)]);
+            (total, active) = (total + all, active + used);
         }
         table.row(["all".into(), String::new(), String::new(), count_text(total), count_text(active), bytes(total)]);
         table.print(console)?;
         console.line("")?;
 
-        let heads = config.heads;
-        let (layers, width, count, top_k) = (config.num_layers, config.d_model, config.num_experts, config.top_k);
+        let (layers, width) = (config.num_layers, config.d_model);
         let plural = if layers == 1 { "" } else { "s" };
         console.item("layers", format!("{layers} layer{plural} of width {width}, vocabulary of {}", config.vocab))?;
-        let clip = config.clip.map_or("no clip".into(), |clip| format!("clip {clip}"));
-        let (queries, keys, dim) = (heads.num_heads(), heads.num_kv_heads(), heads.head_dim());
-        console.item("attention", format!("{queries} heads over {keys} KV heads of {dim}, {clip}, rope theta {}", config.rope_theta))?;
-        let norm = config.weight_norm.map_or("weights not normalised".into(), |p| format!("weights of p-norm {p} = 1"));
-        console.item("experts", format!("{count} of width {}, {top_k} for each token, {norm}", config.d_ffn))?;
+        console.item("attention", attention_text(config))?;
+        if let Some(experts) = &config.experts {
+            console.item("experts", experts_text(experts))?;
+        }
         let place = match (self.device.place(), self.threads) {
             (Place::Host, 1) => "cpu with 1 thread".to_owned(),
             (Place::Host, threads) => format!("cpu with {threads} threads"),
@@ -311,11 +316,53 @@ impl Setup {
     }
 }
 
-/// How the bytes of a checkpoint are shared out.
-fn share(config: &Config, dtype: DType) -> Share {
-    let bytes = |specs: &[_]| weights::bytes_of(specs, dtype);
-    let outside = bytes(&config.family.first_specs(config, 0));
-    Share { outside, layer: bytes(&(config.family.of_layer)(config, 0)), layers: config.num_layers }
+/// How the bytes of a checkpoint are shared out. None where its layers cannot take turns, since they are of
+/// several shapes; but the first ones may differ, and stay.
+fn share(config: &Config, dtype: DType) -> Option<Share> {
+    let first = match (&config.experts, &config.dense) {
+        (Some(_), Dense::First(count)) => config.num_layers.min(*count),
+        (Some(_), Dense::Except { .. }) if (0..config.num_layers).any(|l| config.is_dense(l)) => return None,
+        _ => 0,
+    };
+    let mut last = config.family.of_layer(config, config.num_layers - 1);
+    last.retain(|spec| !spec.is_f32); // such vectors stay
+    let always: Vec<Spec> = config.family.first_specs(config, first).collect();
+    let (outside, layer) = (weights::bytes_of(&always, dtype), weights::bytes_of(&last, dtype));
+    Some(Share { outside, layer, first, layers: config.num_layers })
+}
+
+/// What a report says of attention.
+fn attention_text(config: &Config) -> String {
+    let (heads, rope, attention) = (config.heads, &config.rope, &config.attention);
+    let mut text = format!("{} heads over {} KV heads of {}", heads.num_heads(), heads.num_kv_heads(), heads.head_dim());
+    if heads.value_dim() != heads.head_dim() {
+        text += &format!(", values of {}", heads.value_dim());
+    }
+    text += &match attention.clip {
+        Some(clip) => format!(", clip {clip}"),
+        None => ", no clip".into(),
+    };
+    text += &format!(", rope theta {}{}", rope.theta, rope.scaling_text());
+    if rope.rotary_dim != heads.head_dim() {
+        text += &format!(", of {} elements", rope.rotary_dim);
+    }
+    if let Some(window) = attention.window {
+        let layers = (0..config.num_layers).filter(|l| config.window(*l).is_some()).count();
+        text += &format!(", window of {window} in {layers} of {} layers", config.num_layers);
+    }
+    text
+}
+
+/// What a report says of experts.
+fn experts_text(experts: &Experts) -> String {
+    let norm = match (experts.score, experts.normalize) {
+        (Score::SoftmaxOverChosen, _) => "weights that add up to 1".into(),
+        (_, Normalize::P(1.0)) => format!("weights that add up to {}", experts.scale),
+        (_, Normalize::P(p)) => format!("weights of p-norm {p}, times {}", experts.scale),
+        _ => "weights not normalised".into(),
+    };
+    let shared = if experts.shared_d_ffn > 0 { format!(", a shared one of width {}", experts.shared_d_ffn) } else { String::new() };
+    format!("{} of width {}, {} for each token, {norm}{shared}", experts.num_experts, experts.d_ffn, experts.top_k)
 }
 
 /// The checkpoint of a run without arguments, in the repository.

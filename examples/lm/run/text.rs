@@ -5,6 +5,7 @@ use std::path::Path;
 use super::failure::{Failure, refuse, refuse_file};
 #[cfg(feature = "text")]
 use super::input::{MAX_TEXT_BYTES, brief, read_text};
+use super::options::PROGRAM;
 
 /// The tokenizer.json of a checkpoint.
 #[cfg(feature = "text")]
@@ -21,9 +22,9 @@ impl Tokenizer {
             return refuse("--prompt needs a tokenizer, and random weights have none; give --tokens 1,2,3");
         };
         if cfg!(not(feature = "text")) {
-            return refuse(
-                "--prompt needs the feature `text`: cargo run --release --features text --example dbrx -- ...; or give --tokens 1,2,3",
-            );
+            return refuse(format!(
+                "--prompt needs the feature `text`: cargo run --release --features text --example {PROGRAM} -- ...; or give --tokens 1,2,3"
+            ));
         }
         match Tokenizer::find(folder)? {
             Some(tokenizer) => Ok(tokenizer),

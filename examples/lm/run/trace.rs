@@ -27,11 +27,12 @@ pub enum Detail {
 
 /// Bytes that a run of one prompt keeps. None: beyond 2^63.
 pub fn need_bytes(config: &Config, prompt: usize, generate: usize, detail: Detail) -> Option<u64> {
-    let Config { d_model, num_layers, num_experts, top_k, vocab, heads, .. } = *config;
-    let layer = 6 * d_model + 2 * heads.qkv_cols() + 2 * heads.q_cols() + heads.kv_cols() + num_experts + 3 * top_k + 1;
+    let Config { d_model, num_layers, vocab, heads, .. } = *config;
+    let routing = config.experts.map_or(0, |experts| experts.num_experts + 3 * experts.top_k + 1);
+    let layer = 6 * d_model + 2 * heads.qkv_cols() + heads.q_cols() + heads.context_cols() + heads.kv_cols() + routing;
     let logits = product(&[prompt.checked_add(generate)?, vocab, 4])?;
     let layers = product(&[prompt, num_layers, layer, 4])?.checked_add(product(&[prompt, 2 * d_model, 4])?)?;
-    let cache = product(&[prompt.checked_add(generate)?, num_layers, 2 * heads.kv_cols(), 4])?;
+    let cache = product(&[prompt.checked_add(generate)?, num_layers, heads.kv_cols() + heads.v_cols(), 4])?;
     match detail {
         Detail::LastLogits => Some(0),
         Detail::Logits => Some(logits),
@@ -56,7 +57,7 @@ pub enum Seen<'a, A> {
     /// The rotated queries `[T, H d]`, and the step's keys as they lie in the cache.
     Rotated { q: Rows<'a, A>, cache: &'a KvLayer<'a, A>, heads: HeadLayout },
     /// What the router chose for `x`.
-    Routed { x: Rows<'a, A>, router: WeightRows<'a>, routing: &'a Routing<'a> },
+    Routed { x: Rows<'a, A>, router: WeightRows<'a>, bias: Option<Rows<'a, f32>>, routing: &'a Routing<'a> },
 }
 
 /// Tensors by name, filled as the steps run.
@@ -127,31 +128,43 @@ impl Trace {
                 self.floats(named("k_rope"), Form::Heads(heads.num_kv_heads(), dim), &host(stream, keys)?);
                 Ok(())
             }
-            Seen::Routed { x, router, routing } => self.routing(stream, named, x, router, routing),
+            Seen::Routed { x, router, bias, routing } => {
+                let logits = self.router_logits(stream, x, router, bias)?;
+                self.routing(stream, named, &logits, routing)
+            }
         }
     }
 
-    /// The router's results; its logits are computed again, since the model does not keep them.
-    fn routing<A: Float>(
-        &mut self,
+    /// The router's logits, computed again, since the model does not keep them; with their bias.
+    fn router_logits<A: Float>(
+        &self,
         stream: &Stream,
-        named: impl Fn(&str) -> String,
         x: Rows<'_, A>,
         router: WeightRows<'_>,
-        routing: &Routing<'_>,
-    ) -> Result<(), Failure> {
-        let (experts, top_k) = (routing.num_experts(), routing.top_k());
+        bias: Option<Rows<'_, f32>>,
+    ) -> Result<Vec<f32>, Failure> {
+        let experts = router.rows();
         let mut logits = Buffer::zeros(stream, x.rows() * experts)?;
         router::logits(stream, x, router, &mut logits.rows_mut(x.rows(), experts)?)?;
-        let logits = logits.rows(x.rows(), experts)?;
-        self.matrix(stream, named("router_logits"), logits)?;
+        let mut logits = self.kept(stream, logits.rows(x.rows(), experts)?)?.into_owned();
+        if let Some(bias) = bias {
+            let bias = host(stream, bias)?;
+            logits.chunks_exact_mut(experts).flat_map(|row| row.iter_mut().zip(bias.iter())).for_each(|(logit, bias)| *logit += bias);
+        }
+        Ok(logits)
+    }
+
+    /// The router's results.
+    fn routing(&mut self, stream: &Stream, named: impl Fn(&str) -> String, logits: &[f32], routing: &Routing<'_>) -> Result<(), Failure> {
+        let (experts, top_k) = (routing.num_experts(), routing.top_k());
+        self.floats(named("router_logits"), Form::Matrix(experts), logits);
         self.matrix(stream, named("router_weights"), routing.weights())?;
         let gap = |row: &[f32]| {
             let mut row = row.to_vec();
             row.sort_unstable_by(|a, b| b.total_cmp(a));
             row.get(top_k).map_or(f32::INFINITY, |next| row[top_k - 1] - next)
         };
-        let gaps: Vec<f32> = self.kept(stream, logits)?.chunks_exact(experts).map(gap).collect();
+        let gaps: Vec<f32> = logits.chunks_exact(experts).map(gap).collect();
         self.floats(named("router_gap"), Form::Vector, &gaps);
 
         let ids = self.kept(stream, routing.expert_ids())?;
@@ -197,9 +210,9 @@ impl Trace {
         len: usize,
     ) -> Result<(), Failure> {
         if self.detail == Detail::Layers {
-            let form = Form::Heads(heads.num_kv_heads(), heads.head_dim());
-            self.floats(format!("cache.L{layer}.k"), form, &host(stream, cache.keys().row_range(0..len)?)?);
-            self.floats(format!("cache.L{layer}.v"), form, &host(stream, cache.values().row_range(0..len)?)?);
+            let form = |cols| Form::Heads(heads.num_kv_heads(), cols);
+            self.floats(format!("cache.L{layer}.k"), form(heads.head_dim()), &host(stream, cache.keys().row_range(0..len)?)?);
+            self.floats(format!("cache.L{layer}.v"), form(heads.value_dim()), &host(stream, cache.values().row_range(0..len)?)?);
         }
         Ok(())
     }

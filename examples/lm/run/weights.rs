@@ -6,18 +6,22 @@ use dropless::{DType, WeightRows};
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
-use super::decoder::{Matrix, Spec};
+use super::decoder::Matrix;
 use super::failure::{Failure, refuse};
 use super::progress::Progress;
+use super::spec::Spec;
 
 mod buffers;
 mod seeded;
 mod streamed;
 mod upload;
+mod vectors;
 
+pub use self::buffers::stride;
 pub use self::seeded::seeded;
 pub use self::streamed::{Source, layers};
 pub use self::upload::{Uploaded, upload};
+pub use self::vectors::vectors;
 
 /// Matrices of a model, somewhere.
 pub trait Tensors: Sync {
@@ -25,33 +29,44 @@ pub trait Tensors: Sync {
     fn parts(&self, index: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure>;
 }
 
-/// Views of all matrices of a model, by the first of their names.
-pub struct Matrices<'a>(BTreeMap<String, Vec<WeightRows<'a>>>);
+/// Views of matrices, by the name of their first tensor, and of the f32 vectors.
+pub struct Matrices<'a> {
+    views: BTreeMap<String, Vec<WeightRows<'a>>>,
+    vectors: Option<&'a Matrices<'a>>,
+}
 
 impl<'a> Matrices<'a> {
     /// Those of a list.
     pub fn new(tensors: &'a dyn Tensors, specs: &[Spec]) -> Result<Matrices<'a>, Failure> {
-        let views = |(index, spec): (usize, &Spec)| Ok((spec.names[0].clone(), tensors.parts(index, spec)?));
-        Ok(Matrices(specs.iter().enumerate().map(views).collect::<Result<_, Failure>>()?))
+        let view = |(index, spec): (usize, &Spec)| Ok((spec.name(), tensors.parts(index, spec)?));
+        Ok(Matrices { views: specs.iter().enumerate().map(view).collect::<Result<_, Failure>>()?, vectors: None })
     }
 
-    /// Some matrices.
-    pub fn of<const N: usize>(&self, specs: [Spec; N]) -> Result<[Matrix<'_>; N], Failure> {
-        let mut found = [Matrix(&[]); N];
-        for (matrix, spec) in found.iter_mut().zip(&specs) {
-            match self.0.get(&spec.names[0]) {
-                Some(parts) => *matrix = Matrix(parts),
-                None => return refuse(format!("tensor `{}` was not loaded", spec.names[0])),
-            }
+    /// With vectors that lie elsewhere.
+    pub fn beside(self, vectors: &'a Matrices<'a>) -> Matrices<'a> {
+        Matrices { vectors: Some(vectors), ..self }
+    }
+
+    /// The vectors beside these matrices.
+    pub fn vectors(&self) -> Option<&'a Matrices<'a>> {
+        self.vectors
+    }
+
+    /// One of them.
+    pub fn get(&self, spec: &Spec) -> Result<Matrix<'_>, Failure> {
+        let name = spec.name();
+        match (self.views.get(&name), self.vectors) {
+            (Some(parts), _) => Ok(Matrix::new(spec, parts)),
+            (None, Some(vectors)) => vectors.get(spec),
+            (None, None) => refuse(format!("tensor `{name}` was not loaded")),
         }
-        Ok(found)
     }
 }
 
 /// A checkpoint that was checked against the configuration: nothing is copied.
 impl Tensors for Checkpoint {
     fn parts(&self, _: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure> {
-        spec.names.iter().map(|name| self.rows(name, spec.dims())).collect()
+        spec.names().map(|name| self.rows(&name, spec.dims())).collect()
     }
 }
 
@@ -84,14 +99,15 @@ mod tests {
             let folder = Path::new("tests/data").join(model);
             let config = super::super::families::read_config(&folder.join("config.json")).unwrap();
             let checkpoint = Checkpoint::open(&folder, &config, &Progress::new(false)).unwrap();
-            let matrices = Matrices::new(&checkpoint, &config.family.specs(&config)).unwrap();
+            let specs: Vec<Spec> = config.family.specs(&config).collect();
+            let matrices = Matrices::new(&checkpoint, &specs).unwrap();
             let mut elements = 0;
-            for spec in config.family.specs(&config) {
-                let [Matrix(parts)] = matrices.of([spec.clone()]).unwrap();
-                assert_eq!(parts.len(), spec.names.len());
-                for (name, part) in spec.names.iter().zip(parts) {
+            for spec in &specs {
+                let parts = matrices.get(spec).unwrap().parts;
+                assert_eq!(parts.len(), spec.tensors);
+                for (name, part) in spec.names().zip(parts) {
                     let WeightRows::F32(rows) = part else { panic!("{name} is f32 in the file") };
-                    let (view, bytes) = (rows.as_slice().unwrap(), checkpoint.bytes(name).unwrap());
+                    let (view, bytes) = (rows.as_slice().unwrap(), checkpoint.bytes(&name).unwrap());
                     assert_eq!(view.as_ptr().cast(), bytes.as_ptr(), "{name}");
                     assert_eq!(size_of_val(view), bytes.len(), "{name}");
                     elements += view.len() as u64;

@@ -1,6 +1,7 @@
-//! Weights in a device's memory: a buffer for each matrix, those of its experts stacked.
+//! Weights in a device's memory: a buffer for each matrix, those of its experts stacked. On a GPU every row
+//! begins on 16 bytes, as its kernels want it, whatever the width of a matrix is.
 
-use dropless::{Bf16, Buffer, F16, Float, Stream, WeightRows};
+use dropless::{Bf16, Buffer, F16, Float, Place, Stream, WeightRows};
 
 use super::{Failure, Spec, Tensors, refuse};
 
@@ -21,6 +22,11 @@ macro_rules! weights {
 }
 weights!(f32 = F32, Bf16 = Bf16, F16 = F16);
 
+/// Elements from one row of `cols` elements to the next.
+pub fn stride<T>(place: Place, cols: usize) -> usize {
+    if place == Place::Host { cols } else { cols.next_multiple_of(16 / size_of::<T>()) }
+}
+
 /// The first matrices of a list, in its order.
 pub struct Buffers<W>(pub Vec<Buffer<W>>);
 
@@ -29,9 +35,9 @@ impl<W: Weight> Buffers<W> {
     pub fn zeros(stream: &Stream, specs: &[Spec]) -> Result<Buffers<W>, Failure> {
         let buffer = |spec: &Spec| {
             let [rows, cols] = spec.stacked_dims();
-            Buffer::zeros(stream, rows * cols).or_else(|error| match error {
+            Buffer::zeros(stream, rows * stride::<W>(stream.place(), cols)).or_else(|error| match error {
                 dropless::Error::OutOfMemory { need_bytes, .. } => {
-                    refuse(format!("out of memory: weights `{}` need {need_bytes} bytes", spec.names[0]))
+                    refuse(format!("out of memory: weights `{}` need {need_bytes} bytes", spec.name()))
                 }
                 error => Err(error.into()),
             })
@@ -44,8 +50,8 @@ impl<W: Weight> Tensors for Buffers<W> {
     fn parts(&self, index: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure> {
         let [rows, cols] = spec.stacked_dims();
         match self.0.get(index) {
-            Some(matrix) => Ok(vec![matrix.rows(rows, cols)?.into()]),
-            None => refuse(format!("tensor `{}` was not loaded", spec.names[0])),
+            Some(matrix) => Ok(vec![matrix.rows(rows, stride::<W>(matrix.place(), cols))?.col_range(0..cols)?.into()]),
+            None => refuse(format!("tensor `{}` was not loaded", spec.name())),
         }
     }
 }

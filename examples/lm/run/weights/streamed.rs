@@ -33,19 +33,30 @@ pub fn layers<'w>(
     source: Option<Source<'w>>,
 ) -> Result<Box<dyn Layers + 'w>, Failure> {
     let count = source.map_or(config.num_layers, |source| source.streaming.resident);
-    let resident: Vec<Box<dyn Layer + 'w>> = (0..count).map(|l| (config.family.layer)(config, l, resident)).collect::<Result<_, _>>()?;
-    let Some(source) = source else { return Ok(Box::new(resident)) };
+    let layers: Vec<Layer<'w>> = (0..count).map(|l| layer(config, l, resident)).collect::<Result<_, _>>()?;
+    let Some(source) = source else { return Ok(Box::new(layers)) };
     Ok(match source.dtype {
-        DType::F32 => Box::new(Streamed::<f32>::new(stream, config, resident, source)?),
-        DType::Bf16 => Box::new(Streamed::<Bf16>::new(stream, config, resident, source)?),
-        DType::F16 => Box::new(Streamed::<F16>::new(stream, config, resident, source)?),
+        DType::F32 => Box::new(Streamed::<f32>::new(stream, config, layers, resident.vectors(), source)?),
+        DType::Bf16 => Box::new(Streamed::<Bf16>::new(stream, config, layers, resident.vectors(), source)?),
+        DType::F16 => Box::new(Streamed::<F16>::new(stream, config, layers, resident.vectors(), source)?),
         other => return not_weights(other),
     })
 }
 
+/// A layer whose weights are there.
+fn layer<'w>(config: &Config, l: usize, matrices: &'w Matrices<'w>) -> Result<Layer<'w>, Failure> {
+    Layer::new(config, &(config.family.describe)(config, l).map(&mut |spec| matrices.get(spec))?)
+}
+
+/// The matrices of a layer, without the vectors that stay where they are.
+fn matrices(config: &Config, l: usize) -> Vec<Spec> {
+    config.family.of_layer(config, l).into_iter().filter(|spec| !spec.is_f32).collect()
+}
+
 struct Streamed<'w, W> {
     config: &'w Config,
-    resident: Vec<Box<dyn Layer + 'w>>,
+    resident: Vec<Layer<'w>>,
+    vectors: Option<&'w Matrices<'w>>,
     host: &'w dyn Tensors,
     moving: RefCell<Moving<W>>,
 }
@@ -57,15 +68,21 @@ struct Moving<W> {
 }
 
 impl<'w, W: Weight> Streamed<'w, W> {
-    fn new(stream: &Stream, config: &'w Config, resident: Vec<Box<dyn Layer + 'w>>, source: Source<'w>) -> Result<Self, Failure> {
-        let specs = (config.family.of_layer)(config, 0);
+    fn new(
+        stream: &Stream,
+        config: &'w Config,
+        resident: Vec<Layer<'w>>,
+        vectors: Option<&'w Matrices<'w>>,
+        source: Source<'w>,
+    ) -> Result<Self, Failure> {
+        let specs = matrices(config, resident.len()); // the streamed layers are all of one shape
         let slots = [Buffers::zeros(stream, &specs)?, Buffers::zeros(stream, &specs)?];
         let moving = RefCell::new(Moving { uploader: Uploader::new(stream, source.threads)?, slots });
-        Ok(Streamed { config, resident, host: source.tensors, moving })
+        Ok(Streamed { config, resident, vectors, host: source.tensors, moving })
     }
 
     fn specs(&self, layer: usize) -> Vec<Spec> {
-        (self.config.family.of_layer)(self.config, layer)
+        matrices(self.config, layer)
     }
 
     /// Copies the weights of `layer` to `slot`, and calls `work` meanwhile. What the step did so far may read
@@ -85,9 +102,13 @@ impl<'w, W: Weight> Streamed<'w, W> {
     }
 
     /// The step of `layer`, whose weights are in `slot`.
-    fn layer(&self, layer: usize, slot: &Buffers<W>, s: &mut dyn Step) -> Result<(), Failure> {
-        let matrices = Matrices::new(slot, &self.specs(layer))?;
-        (self.config.family.layer)(self.config, layer, &matrices)?.step(s)
+    fn layer(&self, l: usize, slot: &Buffers<W>, s: &mut dyn Step) -> Result<(), Failure> {
+        let found = Matrices::new(slot, &self.specs(l))?;
+        let found = match self.vectors {
+            Some(vectors) => found.beside(vectors),
+            None => found,
+        };
+        layer(self.config, l, &found)?.step(s)
     }
 }
 

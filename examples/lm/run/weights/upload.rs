@@ -12,7 +12,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::super::report::{bytes_text, seconds_text};
-use super::buffers::{Buffers, Weight};
+use super::buffers::{Buffers, Weight, stride};
 use super::{Failure, Progress, Spec, Tensors, bytes_of, not_weights, refuse};
 
 /// Threads that copy, at most: more of them do not make the bus faster.
@@ -129,22 +129,25 @@ pub fn pieces<'a, W: Weight>(buffers: &'a mut Buffers<W>, from: From<'a>) -> Res
     for (index, (buffer, spec)) in buffers.0.iter_mut().zip(from.specs).enumerate() {
         let parts = from.tensors.parts(index, spec)?;
         let Some(parts) = parts.iter().map(W::elements).collect::<Option<Vec<_>>>() else {
-            let (name, dtype) = (&spec.names[0], W::DTYPE.name());
+            let (name, dtype) = (spec.name(), W::DTYPE.name());
             return refuse(format!("tensor `{name}` must be {dtype} and on the host"));
         };
-        cut(buffer, &parts, &mut pieces)?;
+        cut(buffer, spec.dims()[1], &parts, &mut pieces)?;
     }
     Ok(pieces)
 }
 
-/// Parts that are to lie one behind the other in a buffer, which they fill.
-fn cut<'a, W: Weight>(buffer: &'a mut Buffer<W>, parts: &[&'a [W]], pieces: &mut Vec<Piece<'a, W>>) -> Result<(), Failure> {
+/// Parts of `cols` columns whose rows are to lie one behind the other in a buffer, which they fill. Rows that
+/// do not begin where the one before ends are pieces of their own.
+fn cut<'a, W: Weight>(buffer: &'a mut Buffer<W>, cols: usize, parts: &[&'a [W]], pieces: &mut Vec<Piece<'a, W>>) -> Result<(), Failure> {
     let len = buffer.len();
     let (place, begin) = (buffer.place(), buffer.rows_mut(1, len)?.address());
+    let gap = stride::<W>(place, cols) - cols;
+    let piece = if gap == 0 { PIECE_BYTES / size_of::<W>() } else { cols };
     let mut at = 0;
-    for from in parts.iter().flat_map(|part| part.chunks(PIECE_BYTES / size_of::<W>())) {
+    for from in parts.iter().flat_map(|part| part.chunks(piece)) {
         let address = begin + (at * size_of::<W>()) as u64;
-        at += from.len();
+        at += from.len() + gap;
         if at > len {
             return refuse(format!("{at} elements or more for a buffer of {len}"));
         }
@@ -241,7 +244,7 @@ mod tests {
             let (folder, progress) = (Path::new("tests/data").join(model), Progress::new(false));
             let config = families::read_config(&folder.join("config.json")).unwrap();
             let checkpoint = Checkpoint::open(&folder, &config, &progress).unwrap();
-            let specs = config.family.specs(&config);
+            let specs: Vec<Spec> = config.family.specs(&config).collect();
             for threads in [1, 4] {
                 let (driver, stream) = device::emulated();
                 let from = From { tensors: &checkpoint, specs: &specs };
@@ -267,7 +270,7 @@ mod tests {
         let mut uploader = Uploader::new(&stream, STREAMS).unwrap();
         let (begin, mut during) = (driver.calls().len(), Vec::new());
         let mut pieces = Vec::new();
-        cut(&mut buffer, &[&values, &values], &mut pieces).unwrap();
+        cut(&mut buffer, 2500, &[&values, &values], &mut pieces).unwrap();
         uploader.wait_for(&stream).unwrap();
         let work = || {
             during = driver.calls();
@@ -288,7 +291,7 @@ mod tests {
     fn more_than_a_buffer_holds_is_refused() {
         let stream = device::cpu(1);
         let (mut buffer, values) = (Buffer::<f32>::zeros(&stream, 500).unwrap(), [1.0; 501]);
-        assert!(cut(&mut buffer, &[&values], &mut Vec::new()).is_err());
+        assert!(cut(&mut buffer, 501, &[&values], &mut Vec::new()).is_err());
     }
 
     #[test]
