@@ -3,6 +3,7 @@
 //! of every expert in use are read once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dropless::activation::Glu;
 use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::{Bf16, Device, ExpertWeights, Float, RoutingBuffers, Rows, RowsMut, Stream, Workspace};
 use dropless_kit::bench::Cost;
@@ -10,21 +11,25 @@ use dropless_kit::compare::relative_l2;
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::oracle::moe as oracle;
 
-fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, d_model: usize, d_ffn: usize) {
+/// `interleaved`: gate and up are the columns of one matrix in order `Kn`, as gpt-oss has them in transformers.
+fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, [d_model, d_ffn]: [usize; 2], interleaved: bool) {
     let shape = Shape::new(d_model, d_ffn, 16, 4);
+    let shape = if interleaved { shape.with_interleaved() } else { shape };
     let elements = shape.num_experts * d_ffn * d_model;
     let scale = (d_model as f64).sqrt().recip();
     let router = normal::<W>(1, shape.num_experts * d_model, scale);
     let stacks = [2, 3, 4].map(|seed| normal::<W>(seed, elements, scale));
     let [w1, v1, w2] = stacks.each_ref().map(|w| Rows::from_slice(w, shape.num_experts * d_ffn, d_model).unwrap());
-    let weights = Weights::new(
-        Rows::from_slice(&router, shape.num_experts, d_model).unwrap(),
-        Experts::gated(
-            ExpertWeights::nk(w1, shape.num_experts).unwrap(),
-            ExpertWeights::nk(v1, shape.num_experts).unwrap(),
-            ExpertWeights::kn(w2, shape.num_experts).unwrap(),
-        ),
-    );
+    let both = if interleaved { columns_in_turn(&stacks, &shape) } else { Vec::new() };
+    let down = ExpertWeights::kn(w2, shape.num_experts).unwrap();
+    let [gate, up] = [w1, v1].map(|w| ExpertWeights::nk(w, shape.num_experts).unwrap());
+    let experts = if interleaved {
+        let both = Rows::from_slice(&both, shape.num_experts * d_model, 2 * d_ffn).unwrap();
+        Experts::interleaved(ExpertWeights::kn(both, shape.num_experts).unwrap(), None, Glu::Silu, down)
+    } else {
+        Experts::gated(gate, up, down)
+    };
+    let weights = Weights::new(Rows::from_slice(&router, shape.num_experts, d_model).unwrap(), experts);
     let x = normal::<A>(5, num_tokens * d_model, 1.0);
     let mut y = vec![A::default(); x.len()];
     let plan = Plan::<A>::new(shape, num_tokens).unwrap();
@@ -43,7 +48,8 @@ fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usiz
         flop: (2 * num_tokens * d_model * shape.num_experts + 6 * rows * d_model * d_ffn) as u64,
         bytes: (3 * used * d_ffn * d_model * size_of::<W>()) as u64,
     };
-    let mut group = c.benchmark_group(format!("moe/{}x{}", A::DTYPE.name(), W::DTYPE.name()));
+    let mut group =
+        c.benchmark_group(format!("moe{}/{}x{}", if interleaved { " interleaved" } else { "" }, A::DTYPE.name(), W::DTYPE.name()));
     group.throughput(if num_tokens <= 8 { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
     group.bench_function(cost.label(format!("T={num_tokens} D={d_model} F={d_ffn}")), |b| {
         b.iter(|| run(&mut y));
@@ -60,13 +66,29 @@ fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usiz
     assert!(error <= if size_of::<A>() == 2 { 2f64.powi(-7) } else { 5e-6 }, "relative L2 {error:e}");
 }
 
+/// The gates and ups `[E, F, D]` as one matrix `[E, D, 2F]` with a gate in every even column.
+fn columns_in_turn<W: Float>([gate, up, _]: &[Vec<W>; 3], shape: &Shape) -> Vec<W> {
+    let Shape { d_model, d_ffn, num_experts, .. } = *shape;
+    let mut both = vec![W::default(); num_experts * d_model * 2 * d_ffn];
+    for (row, columns) in both.chunks_exact_mut(2 * d_ffn).enumerate() {
+        let (expert, d) = (row / d_model, row % d_model);
+        for (f, pair) in columns.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            let at = (expert * d_ffn + f) * d_model + d;
+            *pair = [gate[at], up[at]];
+        }
+    }
+    both
+}
+
 fn benches(c: &mut Criterion) {
     let stream = Device::cpu().stream().unwrap();
     let scale = std::env::var("DROPLESS_BENCH_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(6);
     for num_tokens in [1, 8, 32, 512] {
-        case::<f32, f32>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
-        case::<f32, Bf16>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
-        case::<Bf16, Bf16>(c, &stream, num_tokens, 6144 / scale, 10752 / scale);
+        let widths = [6144 / scale, 10752 / scale];
+        case::<f32, f32>(c, &stream, num_tokens, widths, false);
+        case::<f32, Bf16>(c, &stream, num_tokens, widths, false);
+        case::<Bf16, Bf16>(c, &stream, num_tokens, widths, false);
+        case::<Bf16, Bf16>(c, &stream, num_tokens, widths, true);
     }
 }
 
