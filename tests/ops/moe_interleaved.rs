@@ -196,7 +196,7 @@ fn tensor_cores_against_oracle() {
 }
 
 /// The whole layer from its router on, its steps, and one whose ids are partly elsewhere: rows that no expert
-/// owns are read by nobody.
+/// owns are not read.
 #[test]
 fn the_layer_and_its_steps() {
     let shape = Shape::new(40, 24, 4, 2);

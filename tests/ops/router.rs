@@ -683,7 +683,7 @@ fn goldens_of_whole_routers() {
     }
 }
 
-/// By hand: who competes, with whom left, whatever the signs.
+/// By hand: which experts compete, for logits of any sign.
 #[test]
 fn sparse_mixers_weigh_among_what_is_close() {
     let e = |z: f64| z.exp();

@@ -1,5 +1,5 @@
 //! Weights in a device's memory: a buffer for each matrix, those of its experts stacked. On a GPU every row
-//! begins on 16 bytes, as its kernels want it, whatever the width of a matrix is.
+//! begins on 16 bytes, as its kernels want it, however wide a matrix is.
 
 use dropless::{Bf16, Buffer, F16, Float, Place, Stream, WeightRows};
 
