@@ -1,8 +1,8 @@
-//! Bench of `attention` at DBRX's heads (H = 48, Hkv = 8, d = 128), and at 16 of DeepSeek-V3's, whose values are
-//! narrower than keys (d = 192, dv = 128). Verifies, then times.
+//! Bench of `attention` at DBRX's heads (H = 48, Hkv = 8, d = 128), and at 16 of DeepSeek-V3's, whose values
+//! are narrower than keys (d = 192, dv = 128). Verifies, then times.
 //!
-//! 2 H (d + dv) FLOP for each pair of a query and a key it sees; queries read and results written once, keys and
-//! values once.
+//! 2 H (d + dv) FLOP for each pair of a query and a key it sees. Queries are read once, results written once,
+//! keys and values read once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dropless::attention::{Options, decode, decode_workspace_bytes, prefill};

@@ -11,7 +11,7 @@ use dropless_kit::compare::relative_l2;
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::oracle::moe as oracle;
 
-/// `interleaved`: gate and up are the columns of one matrix in order `Kn`, as gpt-oss has them in transformers.
+/// `interleaved`: gate and up are the columns of one matrix in order `Kn`, as in gpt-oss.
 fn case<A: Float, W: Float>(c: &mut Criterion, stream: &Stream, num_tokens: usize, [d_model, d_ffn]: [usize; 2], interleaved: bool) {
     let shape = Shape::new(d_model, d_ffn, 16, 4);
     let shape = if interleaved { shape.with_interleaved() } else { shape };

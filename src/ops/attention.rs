@@ -37,12 +37,12 @@ const SPLIT_KEYS: usize = 256;
 ///
 /// A window, a cap of the scores and sinks, which change that, are [`Options`].
 ///
-/// | argument  | shape       | meaning                                                                       |
-/// |-----------|-------------|-------------------------------------------------------------------------------|
-/// | `q`       | `[T, H d]`  | queries of the step's tokens, sequence after sequence                         |
-/// | `options` |             | H, Hkv, d, dv, the scale and what else varies                                 |
-/// | `cache`   |             | one layer, which already holds the keys and values of the step's tokens       |
-/// | `out`     | `[T, H dv]` | written in full; what it held before does not matter                          |
+/// | argument | shape | meaning |
+/// | --- | --- | --- |
+/// | `q` | `[T, H d]` | queries of the step's tokens, sequence after sequence |
+/// | `options` |  | H, Hkv, d, dv, the scale and what else varies |
+/// | `cache` |  | one layer, which already holds the keys and values of the step's tokens |
+/// | `out` | `[T, H dv]` | written in full; what it held before does not matter |
 ///
 /// dv, the width of a value, is d unless [`HeadLayout::with_value_dim`] says otherwise, as for DeepSeek-V3
 /// (d 192, dv 128).

@@ -40,14 +40,14 @@ use crate::view::{Rows, RowsMut};
 /// is rotated: the first `r` of a head are, or the last `r` with [`Projected::Latent`]. Other elements stay
 /// as they are. Values are neither normalised nor rotated.
 ///
-/// | argument  | shape         | meaning                                                                     |
-/// |-----------|---------------|-----------------------------------------------------------------------------|
-/// | `qkv`     | [`Projected`] | queries, keys, values of the step's T tokens; rows: `[T, H d + Hkv (d + dv)]` |
-/// | `heads`   |               | H, Hkv, d, dv                                                               |
-/// | `options` |               | the norm, the clip, the pairs                                               |
-/// | `table`   |               | cosines and sines of `rotary_dim <= d` elements, for every position reached |
-/// | `cache`   |               | one layer; the step's places are written, all else stays as it is           |
-/// | `q`       | `[T, H d]`    | written in full; what it held before does not matter                        |
+/// | argument | shape | meaning |
+/// | --- | --- | --- |
+/// | `qkv` | [`Projected`] | queries, keys, values of the step's T tokens; rows: `[T, H d + Hkv (d + dv)]` |
+/// | `heads` |  | H, Hkv, d, dv |
+/// | `options` |  | the norm, the clip, the pairs |
+/// | `table` |  | cosines and sines of `rotary_dim <= d` elements, for every position reached |
+/// | `cache` |  | one layer; the step's places are written, all else stays as it is |
+/// | `q` | `[T, H d]` | written in full; what it held before does not matter |
 ///
 /// Computed in `f32`, each element rounded once to the type, after the rotation. Dtypes: `f32`, `bf16`,
 /// `f16`; the weights of a norm on the CPU in any of them, on a GPU in the type of the rest.

@@ -20,8 +20,8 @@ use crate::error::{Error, Op, check_shape};
 /// `b` are `c(beta_fast)` and `c(beta_slow)` with `c(n) = r ln(L / (2 pi n)) / (2 ln theta)`, rounded down
 /// and up with `truncate`, then limited: `a >= 0`, `b <= r - 1`; where they are equal, `b` is 0.001 more.
 ///
-/// Frequencies are computed in `f32`, the ends of YaRN's ramp in `f64`, each step in the order of the
-/// reference, so that they agree with what a model was trained with.
+/// Frequencies are computed in `f32`, the ends of YaRN's ramp in `f64`, in the order of operations of Hugging
+/// Face transformers. So they round as the reference does.
 ///
 /// Source: `modeling_rope_utils` of Hugging Face transformers; Peng et al. 2023, "YaRN: Efficient Context
 /// Window Extension of Large Language Models"; Ding et al. 2024, "LongRoPE".

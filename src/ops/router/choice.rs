@@ -129,18 +129,18 @@ impl Groups {
 /// w      = w * scale
 /// ```
 ///
-/// | family                  | score                 | logit bias | choice bias | groups        | norm      | epsilon | scale  |
-/// |-------------------------|-----------------------|------------|-------------|---------------|-----------|---------|--------|
-/// | DBRX, Mixtral           | softmax               |            |             |               | 1         |         |        |
-/// | Qwen3-MoE               | softmax               |            |             |               | 1 or none |         |        |
-/// | OLMoE, Qwen2-MoE        | softmax               |            |             |               | none      |         |        |
-/// | Granite                 | softmax over chosen   |            |             |               | none      |         |        |
-/// | gpt-oss                 | softmax over chosen   | yes        |             |               | none      |         |        |
-/// | DeepSeek-V2             | softmax               |            |             | by best       | none      |         | 16     |
-/// | DeepSeek-V3, GLM-4.5    | sigmoid               |            | yes         | by two best   | 1         | 1e-20   | 2.5    |
-/// | MiniMax-M2              | sigmoid               |            | yes         |               | 1         |         |        |
-/// | Grok-1                  | softmax               |            |             |               | none      |         |        |
-/// | Phi-3.5-MoE             | sparse mixer, 0.01    |            |             |               | none      |         |        |
+/// | family | score | logit bias | choice bias | groups | norm | epsilon | scale |
+/// | --- | --- | --- | --- | --- | --- | --- | --- |
+/// | DBRX, Mixtral | softmax |  |  |  | 1 |  |  |
+/// | Qwen3-MoE | softmax |  |  |  | 1 or none |  |  |
+/// | OLMoE, Qwen2-MoE | softmax |  |  |  | none |  |  |
+/// | Granite | softmax over chosen |  |  |  | none |  |  |
+/// | gpt-oss | softmax over chosen | yes |  |  | none |  |  |
+/// | DeepSeek-V2 | softmax |  |  | by best | none |  | 16 |
+/// | DeepSeek-V3, GLM-4.5 | sigmoid |  | yes | by two best | 1 | 1e-20 | 2.5 |
+/// | MiniMax-M2 | sigmoid |  | yes |  | 1 |  |  |
+/// | Grok-1 | softmax |  |  |  | none |  |  |
+/// | Phi-3.5-MoE | sparse mixer, 0.01 |  |  |  | none |  |  |
 ///
 /// Scores that are 0 in `f32`, as a sigmoid's below -103, have a norm of 0, and without an epsilon their
 /// weights are NaN. Scales are those of the published configurations. A bias of zeros is a choice bias all
