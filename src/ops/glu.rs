@@ -77,7 +77,7 @@ pub fn gated<T: Float>(stream: &Stream, glu: Glu, gate: Rows<'_, T>, up: Rows<'_
 /// | argument | shape | meaning |
 /// | --- | --- | --- |
 /// | `glu` |  | what gate and up become |
-/// | `gate_up` | `[R, 2F]` | output of a product with `gate_up_proj`, as gpt-oss has it in Hugging Face transformers |
+/// | `gate_up` | `[R, 2F]` | output of a product with gpt-oss's `gate_up_proj` |
 /// | `y` | `[R, F]` | written in full; what it held before does not matter |
 ///
 /// The bits are those of [`gated`] with the even columns as its gate and the odd ones as its up. Otherwise as
