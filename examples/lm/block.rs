@@ -20,18 +20,18 @@ pub struct Block<W> {
     pub attention: Attention<W>,
     pub norm_2: Affine<W>,
     pub ffn: Ffn<W>,
-    pub residual: Residual<W>,
+    pub residual: Residual<Affine<W>>,
 }
 
-/// How the outputs of attention and FFN are added.
+/// How the outputs of attention and FFN are added, with norms of type `N`.
 #[derive(Clone, Debug)]
-pub enum Residual<W> {
+pub enum Residual<N> {
     /// `x = x + attention(norm_1(x))`, then `x = x + ffn(norm_2(x))`.
     Sequential,
     /// `x = x + attention(norm_1(x)) + ffn(norm_2(x))`.
     Parallel,
     /// As `Sequential`, each output normalised before it is added (sandwich norms).
-    Normed([Affine<W>; 2]),
+    Normed([N; 2]),
 }
 
 /// Projections, rotation, attention, projection.
@@ -157,11 +157,18 @@ impl<W> Block<W> {
             attention: attention.map(f)?,
             norm_2: norm_2.map(f)?,
             ffn: ffn.map(f)?,
-            residual: match residual {
-                Residual::Sequential => Residual::Sequential,
-                Residual::Parallel => Residual::Parallel,
-                Residual::Normed([first, second]) => Residual::Normed([first.map(f)?, second.map(f)?]),
-            },
+            residual: residual.map(&mut |norm| norm.map(f))?,
+        })
+    }
+}
+
+impl<N> Residual<N> {
+    /// The same with other norms.
+    pub fn map<M, E>(&self, f: Map<'_, N, M, E>) -> Result<Residual<M>, E> {
+        Ok(match self {
+            Residual::Sequential => Residual::Sequential,
+            Residual::Parallel => Residual::Parallel,
+            Residual::Normed([first, second]) => Residual::Normed([f(first)?, f(second)?]),
         })
     }
 }

@@ -7,7 +7,7 @@ use dropless::layout::WeightOrder;
 use dropless::router::Choice;
 use dropless::{ExpertWeights, Rows, Stream, WeightRows, moe, norm};
 
-use super::block::{self, Affine, Block, Ffn, Hidden, Mlp, Outside, Projection};
+use super::block::{self, Affine, Block, Ffn, Hidden, Mlp, Outside, Projection, Residual};
 use super::config::{Config, Experts};
 use super::run::failure::{Failure, refuse};
 use super::spec::Spec;
@@ -133,13 +133,6 @@ pub struct Layer<'w> {
     residual: Residual<norm::Weights<'w>>,
 }
 
-/// How the outputs of attention and FFN are added: [`block::Residual`], found.
-enum Residual<N> {
-    Sequential,
-    Parallel,
-    Normed([N; 2]),
-}
-
 impl<'w> Layer<'w> {
     /// Of weights that were found.
     pub fn new(config: &Config, block: &Block<Matrix<'w>>) -> Result<Layer<'w>, Failure> {
@@ -165,11 +158,7 @@ impl<'w> Layer<'w> {
             out: Linear::new(out)?,
             norm_2: norm_of(&block.norm_2),
             second,
-            residual: match &block.residual {
-                block::Residual::Sequential => Residual::Sequential,
-                block::Residual::Parallel => Residual::Parallel,
-                block::Residual::Normed(both) => Residual::Normed(both.each_ref().map(norm_of)),
-            },
+            residual: block.residual.map(&mut |norm| Ok::<_, Failure>(norm_of(norm)))?,
         })
     }
 

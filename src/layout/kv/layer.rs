@@ -278,7 +278,7 @@ impl<'a, T: Element> KvLayerMut<'a, T> {
 
     /// The addresses of keys and values. Only CUDA backends call this, after dispatch.
     #[cfg(feature = "cuda")]
-    pub(crate) fn addresses(&mut self) -> [u64; 2] {
+    pub(crate) fn addresses(&self) -> [u64; 2] {
         [self.keys.address(), self.values.address()]
     }
 

@@ -70,9 +70,10 @@ pub(super) fn clip_rotate_append<A: Float>(
         return Ok(());
     }
     let key = Key { normed: options.qk_norm.is_some() };
-    let in_vectors = in_vectors_all(parts, heads, &options, table, cache, q);
+    let call = Call { parts, heads, options: &options, table, cache, q };
+    let in_vectors = call.consists_of_vectors();
     let kernel = find(Op::Rope, KERNELS, key, Types::all(A::DTYPE), |kernel| in_vectors || !kernel.needs_vectors)?;
-    let params = params(parts, heads, &options, table, cache, q);
+    let params = call.params();
     let cuda = stream.cuda();
     let grid = cuda.grid(num_tokens as u64, 1, kernel.threads);
     // SAFETY: `RopeParams` is the struct of these entries; the parts and `q` hold the step's tokens, the
@@ -83,57 +84,78 @@ pub(super) fn clip_rotate_append<A: Float>(
     unsafe { cuda.launch_kernel(Op::Rope, kernel, grid, &params) }
 }
 
-fn params<A: Float>(
-    parts: &Parts<'_, A>,
+/// What a launch reads and writes.
+struct Call<'c, 'a, A> {
+    parts: &'c Parts<'a, A>,
     heads: HeadLayout,
-    options: &Options<'_>,
-    table: [Rows<'_, f32>; 2],
-    cache: &mut KvLayerMut<'_, A>,
-    q: &mut RowsMut<'_, A>,
-) -> RopeParams {
-    let [keys, values] = cache.addresses();
-    let [key_pool, value_pool] = cache.layouts().map(|layout| layout.params());
-    let norm = options.qk_norm;
-    let (weight_stride, lanes) = match norm.map(|norm| norm.span) {
-        Some(Span::AllHeads) => (heads.head_dim(), 0),
-        Some(Span::Head) => (0, lanes::<A>(heads.head_dim())),
-        None => (0, 0),
-    };
-    RopeParams {
-        queries: of_heads(&parts.queries),
-        rotated: of_heads(&parts.rotated_keys),
-        rest: of_heads(&parts.rest_of_keys),
-        origin: of_heads(&parts.values),
-        q_weight: norm.map_or(0, |norm| norm.q.address()),
-        k_weight: norm.map_or(0, |norm| norm.k.address()),
-        cos: table[0].address(),
-        sin: table[1].address(),
-        q: q.address(),
-        keys,
-        values,
-        pages: cache.pages().params(),
-        key_pool,
-        value_pool,
-        num_tokens: q.rows() as i64,
-        num_heads: heads.num_heads() as i64,
-        num_kv_heads: heads.num_kv_heads() as i64,
-        group: heads.group() as i64,
-        head_dim: heads.head_dim() as i64,
-        value_dim: heads.value_dim() as i64,
-        rotary_dim: 2 * table[0].cols() as i64,
-        rotated_at: parts.rotated_at as i64,
-        rest_at: parts.rest_at as i64,
-        weight_stride: weight_stride as i64,
-        q_stride: q.stride() as i64,
-        cos_stride: table[0].stride() as i64,
-        sin_stride: table[1].stride() as i64,
-        clip: options.limit(),
-        eps: norm.map_or(0.0, |norm| norm.eps),
-        interleaved: match options.pairing {
-            Pairing::Half => 0,
-            Pairing::Interleaved => 1,
-        },
-        lanes,
+    options: &'c Options<'a>,
+    table: [Rows<'a, f32>; 2],
+    cache: &'c KvLayerMut<'a, A>,
+    q: &'c RowsMut<'a, A>,
+}
+
+impl<A: Float> Call<'_, '_, A> {
+    fn params(&self) -> RopeParams {
+        let Call { parts, heads, options, table, cache, q } = self;
+        let [keys, values] = cache.addresses();
+        let [key_pool, value_pool] = cache.layouts().map(|layout| layout.params());
+        let norm = options.qk_norm;
+        let (weight_stride, lanes) = match norm.map(|norm| norm.span) {
+            Some(Span::AllHeads) => (heads.head_dim(), 0),
+            Some(Span::Head) => (0, lanes::<A>(heads.head_dim())),
+            None => (0, 0),
+        };
+        RopeParams {
+            queries: of_heads(&parts.queries),
+            rotated: of_heads(&parts.rotated_keys),
+            rest: of_heads(&parts.rest_of_keys),
+            origin: of_heads(&parts.values),
+            q_weight: norm.map_or(0, |norm| norm.q.address()),
+            k_weight: norm.map_or(0, |norm| norm.k.address()),
+            cos: table[0].address(),
+            sin: table[1].address(),
+            q: q.address(),
+            keys,
+            values,
+            pages: cache.pages().params(),
+            key_pool,
+            value_pool,
+            num_tokens: q.rows() as i64,
+            num_heads: heads.num_heads() as i64,
+            num_kv_heads: heads.num_kv_heads() as i64,
+            group: heads.group() as i64,
+            head_dim: heads.head_dim() as i64,
+            value_dim: heads.value_dim() as i64,
+            rotary_dim: 2 * table[0].cols() as i64,
+            rotated_at: parts.rotated_at as i64,
+            rest_at: parts.rest_at as i64,
+            weight_stride: weight_stride as i64,
+            q_stride: q.stride() as i64,
+            cos_stride: table[0].stride() as i64,
+            sin_stride: table[1].stride() as i64,
+            clip: options.limit(),
+            eps: norm.map_or(0.0, |norm| norm.eps),
+            interleaved: match options.pairing {
+                Pairing::Half => 0,
+                Pairing::Interleaved => 1,
+            },
+            lanes,
+        }
+    }
+
+    /// Whether all that is read and written consists of whole vectors.
+    fn consists_of_vectors(&self) -> bool {
+        let Call { parts, heads, options, table, cache, q } = self;
+        let widths = [heads.head_dim(), heads.value_dim(), table[0].cols()]; // then also what is not rotated
+        let sources = [&parts.queries, &parts.rotated_keys, &parts.rest_of_keys, &parts.values];
+        let weights = options.qk_norm.iter().flat_map(|norm| [norm.q, norm.k]);
+        let (layouts, pools) = (cache.layouts(), cache.addresses());
+        widths.into_iter().all(whole_vectors::<A>)
+            && sources.into_iter().all(part_of_vectors)
+            && q.vectors(Op::Rope, "q").is_ok()
+            && table.iter().all(|part| part.vectors(Op::Rope, "table").is_ok())
+            && weights.into_iter().all(|weight| weight.address().is_multiple_of(16))
+            && layouts.iter().zip(pools).all(|(layout, first)| pool_of_vectors::<A>(layout, first))
     }
 }
 
@@ -146,27 +168,6 @@ fn of_heads<A: Float>(part: &Part<'_, A>) -> HeadsParams {
 /// alone, because it decides the order of the sums.
 fn lanes<A>(head_dim: usize) -> u32 {
     (head_dim * size_of::<A>()).div_ceil(16).next_power_of_two().min(32) as u32
-}
-
-/// Whether all that is read and written consists of whole vectors.
-fn in_vectors_all<A: Float>(
-    parts: &Parts<'_, A>,
-    heads: HeadLayout,
-    options: &Options<'_>,
-    table: [Rows<'_, f32>; 2],
-    cache: &mut KvLayerMut<'_, A>,
-    q: &mut RowsMut<'_, A>,
-) -> bool {
-    let widths = [heads.head_dim(), heads.value_dim(), table[0].cols()]; // then also what is not rotated
-    let sources = [&parts.queries, &parts.rotated_keys, &parts.rest_of_keys, &parts.values];
-    let weights = options.qk_norm.iter().flat_map(|norm| [norm.q, norm.k]);
-    let (layouts, pools) = (cache.layouts(), cache.addresses());
-    widths.into_iter().all(whole_vectors::<A>)
-        && sources.into_iter().all(part_of_vectors)
-        && q.vectors(Op::Rope, "q").is_ok()
-        && table.iter().all(|part| part.vectors(Op::Rope, "table").is_ok())
-        && weights.into_iter().all(|weight| weight.address().is_multiple_of(16))
-        && layouts.iter().zip(pools).all(|(layout, first)| pool_of_vectors::<A>(layout, first))
 }
 
 fn whole_vectors<A>(elements: usize) -> bool {
