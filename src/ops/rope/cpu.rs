@@ -8,7 +8,7 @@ use crate::dtype::Float;
 use crate::error::{Error, Op};
 use crate::layout::{HeadLayout, KvLayerMut};
 use crate::shape::filled;
-use crate::simd::{moments, widen};
+use crate::simd::{self, Kernel, Simd, moments, widen, with_scratch};
 use crate::view::{Rows, RowsMut, for_each_row};
 use crate::weights::{WeightRows, with_rows};
 
@@ -45,12 +45,13 @@ pub(super) fn clip_rotate_append<A: Float>(
         turn.heads(k_norm, heads.num_kv_heads(), |head| key(token, head), |head, rotate| slot.keys.head(head, rotate));
         for head in 0..heads.num_kv_heads() {
             let value = values.head(token, head, 0, heads.value_dim());
-            slot.values.head(head, |y| y.iter_mut().zip(value).for_each(|(y, x)| *y = A::from_f32(limited(x.to_f32(), limit))));
+            slot.values.head(head, |y| simd::run(Limited { x: value, y, limit }));
         }
     });
     Ok(())
 }
 
+#[inline(always)]
 fn limited(x: f32, limit: f32) -> f32 {
     x.clamp(-limit, limit) // NaN passes
 }
@@ -63,6 +64,7 @@ struct Head<'a, A> {
 }
 
 /// What turns the heads of one token. `cos` and `sin` have half as many elements as are rotated.
+#[derive(Clone, Copy)]
 struct Turn<'a> {
     rotated_at: usize,
     rest_at: usize,
@@ -82,42 +84,96 @@ impl Turn<'_> {
         mut write: impl FnMut(usize, &mut dyn FnMut(&mut [A])),
     ) {
         let Some(norm) = norm else {
-            return (0..count).for_each(|i| write(i, &mut |y| self.rotate(head(i), y, |_, x| x)));
+            return (0..count).for_each(|i| write(i, &mut |y| self.rotate(head(i), y)));
         };
         let of_all = (norm.span == Span::AllHeads).then(|| norm.inverse((0..count).map(&head)));
         for i in 0..count {
             let head = head(i);
             let inverse = of_all.unwrap_or_else(|| norm.inverse([head]));
-            let weight = norm.weight(i, head.rotated.len() + head.rest.len());
-            write(i, &mut |y| self.rotate(head, y, |j, x| x * inverse * weight[j]));
+            let (rotary_dim, d) = (head.rotated.len(), head.rotated.len() + head.rest.len());
+            let weight = norm.weight(i, d);
+            with_scratch(d, |normal| {
+                let (rotated, rest) = normal.split_at_mut(rotary_dim);
+                simd::run(Scaled { x: head.rotated, inverse, weight: &weight[self.rotated_at..], y: rotated });
+                simd::run(Scaled { x: head.rest, inverse, weight: &weight[self.rest_at..], y: rest });
+                write(i, &mut |y| self.rotate(Head { rotated, rest }, y));
+            });
         }
     }
 
-    /// A head, normalised, limited and rotated. `normal` is given the number of an element and the element.
-    fn rotate<A: Float>(&self, head: Head<'_, A>, y: &mut [A], normal: impl Fn(usize, f32) -> f32) {
-        let (half, limit) = (self.cos.len(), self.limit);
-        let value = |j: usize, x: A| limited(normal(j, x.to_f32()), limit);
+    /// A head, limited and rotated.
+    fn rotate<X: Float, A: Float>(&self, head: Head<'_, X>, y: &mut [A]) {
+        simd::run(Rotated { turn: self, head, y });
+    }
+}
+
+/// Limits and rotates a head. Slices are as long as their loops, so that the compiler makes vectors of these.
+struct Rotated<'r, 't, X, A> {
+    turn: &'r Turn<'t>,
+    head: Head<'r, X>,
+    y: &'r mut [A],
+}
+
+impl<X: Float, A: Float> Kernel for Rotated<'_, '_, X, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (Turn { rotated_at, rest_at, pairing, limit, cos, sin }, x) = (*self.turn, self.head.rotated);
+        let half = cos.len();
+        let (sin, y) = (&sin[..half], &mut self.y[rotated_at..][..2 * half]);
+        let value = |x: X| limited(x.to_f32(), limit);
         let turned = |a: f32, b: f32, cos: f32, sin: f32| (A::from_f32(a * cos - b * sin), A::from_f32(b * cos + a * sin));
-        let (first, y_pairs) = (self.rotated_at, &mut y[self.rotated_at..][..2 * half]);
-        let angles = self.cos.iter().zip(self.sin).enumerate();
-        match self.pairing {
+        match pairing {
             Pairing::Half => {
-                let ((x_a, x_b), (y_a, y_b)) = (head.rotated.split_at(half), y_pairs.split_at_mut(half));
-                for (j, (cos, sin)) in angles {
-                    let (a, b) = (value(first + j, x_a[j]), value(first + half + j, x_b[j]));
-                    (y_a[j], y_b[j]) = turned(a, b, *cos, *sin);
+                let ((x_a, x_b), (y_a, y_b)) = ((&x[..half], &x[half..][..half]), y.split_at_mut(half));
+                let y_b = &mut y_b[..half];
+                for j in 0..half {
+                    (y_a[j], y_b[j]) = turned(value(x_a[j]), value(x_b[j]), cos[j], sin[j]);
                 }
             }
             Pairing::Interleaved => {
-                let pairs = head.rotated.as_chunks::<2>().0.iter().zip(y_pairs.as_chunks_mut::<2>().0);
-                for ((j, (cos, sin)), (x, y)) in angles.zip(pairs) {
-                    let (a, b) = (value(first + 2 * j, x[0]), value(first + 2 * j + 1, x[1]));
-                    (y[0], y[1]) = turned(a, b, *cos, *sin);
+                let (x, y) = (&x.as_chunks::<2>().0[..half], &mut y.as_chunks_mut::<2>().0[..half]);
+                for j in 0..half {
+                    (y[j][0], y[j][1]) = turned(value(x[j][0]), value(x[j][1]), cos[j], sin[j]);
                 }
             }
         }
-        let rest = y[self.rest_at..].iter_mut().zip(head.rest).enumerate();
-        rest.for_each(|(j, (y, x))| *y = A::from_f32(value(self.rest_at + j, *x)));
+        Limited { x: self.head.rest, y: &mut self.y[rest_at..][..self.head.rest.len()], limit }.run(simd);
+    }
+}
+
+/// Limits elements.
+struct Limited<'r, X, A> {
+    x: &'r [X],
+    y: &'r mut [A],
+    limit: f32,
+}
+
+impl<X: Float, A: Float> Kernel for Limited<'_, X, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, x)| *y = A::from_f32(limited(x.to_f32(), self.limit)));
+    }
+}
+
+/// Normalises elements, whose mean square is known.
+struct Scaled<'r, X> {
+    x: &'r [X],
+    inverse: f32,
+    weight: &'r [f32],
+    y: &'r mut [f32],
+}
+
+impl<X: Float> Kernel for Scaled<'_, X> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let elements = self.y.iter_mut().zip(self.x).zip(self.weight);
+        elements.for_each(|((y, x), weight)| *y = x.to_f32() * self.inverse * weight);
     }
 }
 
