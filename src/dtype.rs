@@ -3,6 +3,8 @@
 //! `Bf16` and `F16` are this crate's own transparent 16-bit types, so that no other crate's version is part of the API. With the
 //! feature `half`, that crate's types are elements too (`interop/half.rs`).
 
+use crate::format::Format;
+
 /// The types an operation can be asked for, as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -12,24 +14,30 @@ pub enum DType {
     Bf16,
     F16,
     U32,
+    U8,
+    /// Weights that share bytes and scales.
+    Quantized(Format),
 }
 
 impl DType {
-    /// The name in entry points and messages: `f32`, `bf16`, `f16`, `u32`.
+    /// The name in entry points and messages: `f32`, `bf16`, `f16`, `u32`, `u8`, or that of the format.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::F16 => "f16",
             DType::U32 => "u32",
+            DType::U8 => "u8",
+            DType::Quantized(format) => format.name(),
         }
     }
 
-    /// Bytes of one element.
+    /// Bytes of one element; 1 for quantised weights, of which views count bytes.
     pub const fn size_bytes(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::Bf16 | DType::F16 => 2,
+            DType::U8 | DType::Quantized(_) => 1,
         }
     }
 }
@@ -39,11 +47,12 @@ pub(crate) mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for u32 {}
+    impl Sealed for u8 {}
     impl Sealed for super::Bf16 {}
     impl Sealed for super::F16 {}
 }
 
-/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`; with the feature `half` also `half::bf16` and `half::f16`.
+/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`, `u8`; with the feature `half` also `half::bf16` and `half::f16`.
 /// Every bit pattern is a value. Sealed.
 ///
 /// Several types may share one [`DType`]. They then have the same size, alignment and bits: code reads a slice by `DTYPE`.
@@ -52,7 +61,7 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug
     const DTYPE: DType;
 }
 
-/// An element that is a number with a fraction: all but `u32`.
+/// An element that is a number with a fraction: all but `u32` and `u8`.
 pub trait Float: Element {
     /// The exact value in `f32`.
     fn to_f32(self) -> f32;
@@ -93,6 +102,9 @@ impl Element for f32 {
 }
 impl Element for u32 {
     const DTYPE: DType = DType::U32;
+}
+impl Element for u8 {
+    const DTYPE: DType = DType::U8;
 }
 impl Element for Bf16 {
     const DTYPE: DType = DType::Bf16;

@@ -66,6 +66,7 @@ impl<'a> Bias<'a> {
     }
 
     pub(crate) fn check(&self, op: Op, arg: &'static str, [num_experts, n]: [usize; 2]) -> Result<(), Error> {
+        self.rows.check_floats(op, arg)?;
         check_shape(op, arg, "[E, N]", &[num_experts, n], &[self.rows.rows(), self.n])
     }
 

@@ -117,6 +117,9 @@ pub enum Error {
     /// The same expert twice for one token.
     #[allow(missing_docs)]
     Duplicate { op: Op, arg: &'static str, token: usize, id: u32 },
+    /// A number of a row of weights is infinite or none: that of a group or block of elements.
+    #[allow(missing_docs)]
+    NotFinite { op: Op, arg: &'static str, row: usize, block: usize },
     /// Blocks are listed row by row, each once, and this one is not.
     #[allow(missing_docs)]
     Order { op: Op, arg: &'static str, at: usize, got: [u32; 2], after: [u32; 2] },
@@ -272,6 +275,9 @@ impl fmt::Display for Error {
                 write!(f, "{op}: `{arg}[{at}]` is {got}, must be at least {least}, as its predecessor")
             }
             Error::Value { op, arg, need, got } => write!(f, "{op}: `{arg}` must be {need}, got {got}"),
+            Error::NotFinite { op, arg, row, block } => {
+                write!(f, "{op}: `{arg}` must be finite numbers, that of row {row}, block {block} is not")
+            }
             Error::Duplicate { op, arg, token, id } => write!(f, "{op}: `{arg}` names expert {id} twice for token {token}"),
             Error::Order { op, arg, at, got, after } => write!(f, "{op}: `{arg}[{at}]` is {got:?}, must come after {after:?}"),
             Error::TooLarge { op, what, got, limit } => write!(f, "{op}: {what} is {got}, must be <= {limit}"),

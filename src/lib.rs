@@ -93,11 +93,13 @@ pub mod device;
 mod dtype;
 pub mod epilogue;
 mod error;
+mod format;
 pub mod interop;
 pub mod layout;
 #[macro_use]
 pub mod ops;
 pub mod moe;
+mod quantized;
 mod shape;
 mod simd;
 mod splitmix;
@@ -107,10 +109,12 @@ mod weights;
 pub use self::device::{Buffer, Device, Stream, Workspace};
 pub use self::dtype::{Bf16, DType, Element, F16, Float};
 pub use self::error::{Error, Op, Place};
+pub use self::format::Format;
 pub use self::layout::{
     ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeScaling, RopeTable, Routing, RoutingBuffers, TokenIds, Topology,
 };
 pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample};
+pub use self::quantized::{QuantizedRows, ScaleRows};
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};
 pub use self::weights::WeightRows;

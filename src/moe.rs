@@ -375,6 +375,7 @@ impl<'a> Experts<'a> {
         let of_shared = Shape { d_ffn: shape.shared_d_ffn, num_experts: 1, top_k: 1, ..*shape };
         shared.halves().check_halves::<A>(stream, &of_shared, &SHARED)?;
         let Some(gate) = shared.gate else { return Ok(()) };
+        gate.check_floats(Op::Moe, "shared gate")?;
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
         kernels_need!(stream, gate.vectors(Op::Moe, "shared gate"));
         kernels_need!(stream, router::check_kernels::<A>(Op::Moe, gate.dtype()).map_err(|error| error.about("shared gate")));

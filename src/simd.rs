@@ -9,6 +9,7 @@
 //! | `activation.rs` | activations and gates on rows of sums |
 //! | `ahead.rs` | asking for memory before it is needed |
 //! | `product.rs`, `gemm.rs` | the micro-kernel of matrix products: its arguments; itself, and packing |
+//! | `decode.rs` | quantised weights as floats |
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names
@@ -21,6 +22,7 @@
 
 mod activation;
 mod ahead;
+pub(crate) mod decode;
 pub(crate) mod gemm;
 mod moments;
 mod portable;

@@ -5,7 +5,8 @@
 
 use crate::device::Access;
 use crate::dtype::{Bf16, DType, F16, Float};
-use crate::error::{Error, Place};
+use crate::error::{Error, Op, Place};
+use crate::quantized::QuantizedRows;
 use crate::view::Rows;
 
 /// A `[rows, cols]` matrix of weights of any type, row-major, borrowed for reading where it lies.
@@ -27,15 +28,19 @@ pub enum WeightRows<'a> {
     Bf16(Rows<'a, Bf16>),
     /// Elements of type [`F16`].
     F16(Rows<'a, F16>),
+    /// Elements that share bytes and scales: matrices of products, and tables of embeddings.
+    Quantized(QuantizedRows<'a>),
 }
 
-/// Evaluates an expression for whichever type the rows have: `with_rows!(weights, rows => rows.stride())`.
+/// Evaluates an expression for rows of whichever float: `with_rows!(weights, rows => rows.stride())`. Contracts
+/// have refused or taken aside those that are quantised.
 macro_rules! with_rows {
     ($weights:expr, $rows:ident => $value:expr) => {
         match $weights {
             $crate::weights::WeightRows::F32($rows) => $value,
             $crate::weights::WeightRows::Bf16($rows) => $value,
             $crate::weights::WeightRows::F16($rows) => $value,
+            $crate::weights::WeightRows::Quantized(_) => unreachable!("quantised weights were not taken aside"),
         }
     };
 }
@@ -48,6 +53,7 @@ macro_rules! map_rows {
             WeightRows::F32($rows) => WeightRows::F32($value),
             WeightRows::Bf16($rows) => WeightRows::Bf16($value),
             WeightRows::F16($rows) => WeightRows::F16($value),
+            WeightRows::Quantized($rows) => WeightRows::Quantized($value),
         }
     };
 }
@@ -58,8 +64,14 @@ impl<'a, T: Float> From<Rows<'a, T>> for WeightRows<'a> {
             DType::F32 => WeightRows::F32(rows.cast()),
             DType::Bf16 => WeightRows::Bf16(rows.cast()),
             DType::F16 => WeightRows::F16(rows.cast()),
-            DType::U32 => unreachable!("u32 has no fraction"),
+            other => unreachable!("{} is no float", other.name()),
         }
+    }
+}
+
+impl<'a> From<QuantizedRows<'a>> for WeightRows<'a> {
+    fn from(rows: QuantizedRows<'a>) -> WeightRows<'a> {
+        WeightRows::Quantized(rows)
     }
 }
 
@@ -70,6 +82,7 @@ impl<'a> WeightRows<'a> {
             WeightRows::F32(_) => DType::F32,
             WeightRows::Bf16(_) => DType::Bf16,
             WeightRows::F16(_) => DType::F16,
+            WeightRows::Quantized(rows) => DType::Quantized(rows.format()),
         }
     }
 
@@ -85,17 +98,23 @@ impl<'a> WeightRows<'a> {
 
     /// `[rows, cols]`.
     pub fn dims(&self) -> [usize; 2] {
-        with_rows!(self, rows => rows.dims())
+        match self {
+            WeightRows::Quantized(rows) => rows.dims(),
+            _ => with_rows!(self, rows => rows.dims()),
+        }
     }
 
-    /// Elements from one row to the next.
+    /// Elements from one row to the next; bytes, where weights are quantised.
     pub fn stride(&self) -> usize {
-        with_rows!(self, rows => rows.stride())
+        match self {
+            WeightRows::Quantized(rows) => rows.codes().stride(),
+            _ => with_rows!(self, rows => rows.stride()),
+        }
     }
 
     /// Where the elements live.
     pub fn place(&self) -> Place {
-        with_rows!(self, rows => rows.place())
+        self.access().place
     }
 
     /// The rows of `range`.
@@ -111,7 +130,8 @@ impl<'a> WeightRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] if the range ends behind the last column.
+    /// [`Error::Index`] if the range ends behind the last column; [`Error::Unsupported`] for some columns of quantised
+    /// weights.
     pub fn col_range(&self, range: std::ops::Range<usize>) -> Result<WeightRows<'a>, Error> {
         Ok(map_rows!(self, rows => rows.col_range(range)?))
     }
@@ -121,29 +141,57 @@ impl<'a> WeightRows<'a> {
         map_rows!(self, rows => rows.every(first, step, count))
     }
 
-    /// The matrix of the same shape that begins `elements` further on.
+    /// The matrix of the same shape that begins `elements` further on; bytes, where weights are quantised.
     pub(crate) fn at(&self, elements: usize) -> WeightRows<'a> {
         map_rows!(self, rows => rows.at(elements))
     }
 
+    /// Refuses quantised weights, for ops that take none.
+    pub(crate) fn check_floats(&self, op: Op, arg: &'static str) -> Result<(), Error> {
+        let WeightRows::Quantized(rows) = self else { return Ok(()) };
+        Err(Error::unsupported(op, format!("`{arg}` of type"), rows.format().name(), "f32, bf16, f16"))
+    }
+
+    /// The first element's buffer; all buffers of quantised weights are [`accesses`](Self::accesses).
     pub(crate) fn access(&self) -> Access<'a> {
-        with_rows!(self, rows => rows.access())
+        match self {
+            WeightRows::Quantized(rows) => rows.codes().access(),
+            _ => with_rows!(self, rows => rows.access()),
+        }
+    }
+
+    /// Each buffer that holds some of it, for admission.
+    pub(crate) fn accesses(&self) -> impl Iterator<Item = Access<'a>> + use<'a> {
+        let all = match self {
+            WeightRows::Quantized(rows) => rows.accesses(),
+            _ => [Some(self.access()), None, None],
+        };
+        all.into_iter().flatten()
     }
 
     /// For ops whose kernels read whole vectors of 16 bytes.
     pub(crate) fn vector_access(&self) -> Access<'a> {
-        with_rows!(self, rows => rows.vector_access())
+        match self {
+            WeightRows::Quantized(rows) => rows.codes().vector_access(),
+            _ => with_rows!(self, rows => rows.vector_access()),
+        }
     }
 
     /// The address of the first element, a device's or the host's.
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
-        with_rows!(self, rows => rows.address())
+        match self {
+            WeightRows::Quantized(rows) => rows.codes().address(),
+            _ => with_rows!(self, rows => rows.address()),
+        }
     }
 
     /// Refuses rows that do not all begin on 16 bytes.
     #[cfg(feature = "cuda")]
-    pub(crate) fn vectors(&self, op: crate::error::Op, arg: &'static str) -> Result<u64, Error> {
-        with_rows!(self, rows => rows.vectors(op, arg))
+    pub(crate) fn vectors(&self, op: Op, arg: &'static str) -> Result<u64, Error> {
+        match self {
+            WeightRows::Quantized(rows) => rows.codes().vectors(op, arg),
+            _ => with_rows!(self, rows => rows.vectors(op, arg)),
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! The crate's floors: what may use what, and where unsafe code is allowed. Read from the sources.
 //!
 //! ```text
-//! 0  error  dtype  shape  activation     use nothing
+//! 0  error  dtype  format  shape  activation     use nothing
 //! 1  simd  device                        use 0         know no operation
-//! 2  view  weights  layout  epilogue     use 0-1
+//! 2  view  weights  quantized  layout  epilogue  use 0-1
 //! 3  ops/<op>, ops/<op>/{cpu,cuda}       use 0-2       never another operation
 //! 3  interop                             uses 0-2      other crates' types as elements and views
 //! 4  moe                                 uses 3        the only composition
@@ -51,9 +51,9 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 /// The floor of a module path such as `ops/router/cpu`.
 fn floor(module: &str) -> u32 {
     match module.split('/').next().unwrap() {
-        "error" | "dtype" | "shape" | "activation" | "splitmix" => 0,
+        "error" | "dtype" | "format" | "shape" | "activation" | "splitmix" => 0,
         "simd" | "device" => 1,
-        "view" | "weights" | "layout" | "epilogue" => 2,
+        "view" | "weights" | "quantized" | "layout" | "epilogue" => 2,
         "ops" | "interop" => 3,
         "moe" | "lib" => 4,
         other => panic!("src/{other} stands on no floor: give it one here"),

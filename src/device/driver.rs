@@ -156,6 +156,7 @@ impl TensorMapDesc {
         tile: [u32; RANK],
     ) -> TensorMapDesc {
         // As `CUtensorMapDataType`, `CUtensorMapSwizzle` and `CUtensorMapL2promotion` count.
+        const U8: u32 = 0;
         const F16: u32 = 6;
         const BF16: u32 = 9;
         const SWIZZLE_128: u32 = 3;
@@ -165,7 +166,8 @@ impl TensorMapDesc {
             data_type: match dtype {
                 DType::Bf16 => BF16,
                 DType::F16 => F16,
-                DType::F32 | DType::U32 => unreachable!("boxes in the 128-byte swizzle are of 16-bit elements"),
+                DType::U8 | DType::Quantized(_) => U8,
+                DType::F32 | DType::U32 => unreachable!("boxes in the 128-byte swizzle are of elements of 8 or 16 bits"),
             },
             rank: RANK as u32,
             dims: [1; 5],

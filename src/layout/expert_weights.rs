@@ -12,13 +12,14 @@
 use crate::device::Access;
 use crate::dtype::DType;
 use crate::error::{Error, Op, check_shape};
+use crate::quantized::QuantizedRows;
 use crate::shape::checked_bytes;
 use crate::weights::WeightRows;
 
 /// How one expert's matrix lies in memory.
 ///
 /// There is no third order, so a `match` needs no other arm: packed and quantised weights are other types of
-/// elements.
+/// elements. Quantised ones are in order `Nk`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightOrder {
     /// Row `n` holds the K weights of output `n`: used transposed, `D = A * W^T` (`nt`). DBRX's `w1` and `v1`, all of Mixtral's.
@@ -133,6 +134,9 @@ impl<'a> ExpertWeights<'a> {
             return Err(Error::Value { op: Op::ExpertWeights, arg: "num_experts", need, got: num_experts as f64 });
         }
         let rows = stacked.rows() / num_experts;
+        if let WeightRows::Quantized(quantized) = &stacked {
+            check_stack(quantized, num_experts, rows, order)?;
+        }
         let source = Source::Strided { first: stacked.every(0, 1, rows), stride: rows * stacked.stride() };
         Ok(Self::whole(source, num_experts, order, [rows, stacked.cols()]))
     }
@@ -156,6 +160,7 @@ impl<'a> ExpertWeights<'a> {
         order: WeightOrder,
     ) -> Result<Self, Error> {
         let (op, first) = (Op::ExpertWeights, first.into());
+        first.check_floats(op, "first")?; // their scales would need a stride of their own
         if num_experts == 0 {
             return Err(Error::Value { op, arg: "num_experts", need: "at least 1", got: 0.0 });
         }
@@ -170,6 +175,9 @@ impl<'a> ExpertWeights<'a> {
             return Err(Error::Value { op, arg: "matrices", need: "one for each expert", got: 0.0 });
         };
         for matrix in matrices {
+            if let WeightRows::Quantized(quantized) = matrix {
+                check_stack(quantized, 1, matrix.rows(), order)?;
+            }
             check_shape(op, "matrices", "[rows, cols] of the first", &first.dims(), &matrix.dims())?;
             if matrix.dtype() != first.dtype() {
                 return Err(Error::mismatch(op, "matrices", format!("of one type, {}", first.dtype().name()), matrix.dtype().name()));
@@ -281,10 +289,10 @@ impl<'a> ExpertWeights<'a> {
     /// Each buffer that holds some of it, for admission.
     pub(crate) fn accesses(&self) -> impl Iterator<Item = Access<'a>> + use<'a> {
         let (stacked, each): (_, &'a [WeightRows<'a>]) = match self.source {
-            Source::Strided { first, .. } => (Some(first.access()), &[]),
+            Source::Strided { first, .. } => (Some(first), &[]),
             Source::Each(matrices) => (None, matrices),
         };
-        stacked.into_iter().chain(each.iter().map(WeightRows::access))
+        stacked.into_iter().chain(each.iter().copied()).flat_map(|matrix| matrix.accesses())
     }
 
     /// Elements from one expert's matrix to the next.
@@ -310,6 +318,18 @@ impl<'a> ExpertWeights<'a> {
             Err(Error::unsupported(op, what, format!("matrix {at}"), "one distance from each expert's matrix to the next"))
         })
     }
+}
+
+/// Refuses quantised weights that cannot be cut into matrices of so many rows, or whose rows are inputs.
+fn check_stack(all: &QuantizedRows<'_>, num_experts: usize, rows: usize, order: WeightOrder) -> Result<(), Error> {
+    if order == WeightOrder::Kn {
+        return Err(Error::unsupported(Op::ExpertWeights, "quantised weights in order", "Kn", "Nk"));
+    }
+    if num_experts == 1 || all.splits_into(rows) {
+        return Ok(());
+    }
+    let need = "an expert's rows that are whole blocks of scales and zero points; `nk_each` takes others";
+    Err(Error::Layout { op: Op::ExpertWeights, arg: "stacked", need, got: rows })
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ use crate::weights::WeightRows;
 /// | `y`      | `[T, D]` | written in full; what it held before does not matter |
 ///
 /// Values are exact where the element type of `y` holds them, and rounded once where it does not. Dtypes: `f32`, `bf16`, `f16`
-/// for the table and for `y`, in any combination.
+/// for the table and for `y`, in any combination; on the CPU quantised tables, too.
 /// `T = 0` or `D = 0` is a no-op. A NaN in a row of the table reaches the tokens of that id only.
 ///
 /// # Errors
@@ -85,6 +85,8 @@ pub fn lookup_scaled<'w, A: Float>(
     }
     let run = dispatch!(stream, cpu::lookup, cuda::lookup);
     kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
-    stream.admit(Op::Embedding, &[("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())])?;
+    let mut arguments = vec![("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())];
+    arguments.extend(table.accesses().skip(1).map(|access| ("table", access)));
+    stream.admit(Op::Embedding, &arguments)?;
     run(stream, ids, table, scale, y)
 }

@@ -49,6 +49,7 @@ pub fn logits<'w, A: Float>(
     let weight = weight.into();
     let [num_tokens, d_model] = x.dims();
     checked_product(Op::Router, "tokens", &[num_tokens], MAX_ROWS)?;
+    weight.check_floats(Op::Router, "weight")?;
     check_shape(Op::Router, "weight", "[E, D]", &[weight.rows(), d_model], &weight.dims())?;
     check_shape(Op::Router, "logits", "[T, E]", &[num_tokens, weight.rows()], &logits.dims())?;
     let run = dispatch!(stream, cpu::logits, cuda::logits);

@@ -88,7 +88,7 @@ fn transpose<T: Float>(rows: &[&[T]; 8], columns: &mut [f32], stride: usize) -> 
                     store(k + 2 * i + 1, odd);
                 }
                 DType::F32 => store(k + i, column),
-                DType::U32 => unreachable!("u32 has no fraction"),
+                other => unreachable!("{} is no float", other.name()),
             }
         }
     }

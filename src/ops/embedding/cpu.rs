@@ -4,7 +4,8 @@ use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
 use crate::layout::TokenIds;
-use crate::simd::{narrow, scale, widen};
+use crate::simd::decode::decode;
+use crate::simd::{narrow, scale, widen, with_scratch};
 use crate::view::{RowsMut, for_each_row, rows_per_task};
 use crate::weights::{WeightRows, with_rows};
 
@@ -19,6 +20,15 @@ pub(super) fn lookup<A: Float>(
     y: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
     let ids = ids.ids().host().row(0);
+    if let WeightRows::Quantized(table) = table {
+        for_each_row(stream, y.host(), rows_per_task(table.dims()[1]), |token, y| {
+            with_scratch(y.len(), |row| {
+                decode(&table.host_row(ids[token] as usize), 0, row);
+                convert(y, row, factor);
+            });
+        });
+        return Ok(());
+    }
     with_rows!(table, table => {
         let table = table.host();
         for_each_row(stream, y.host(), rows_per_task(table.cols()), |token, y| convert(y, table.row(ids[token] as usize), factor));

@@ -54,7 +54,10 @@ impl<'a> Weights<'a> {
     }
 
     pub(super) fn check(&self, names: Names, cols: usize) -> Result<(), Error> {
-        self.rows(names).try_for_each(|(arg, rows)| check_shape(Op::Norm, arg, "[1, D]", &[1, cols], &rows.dims()))
+        self.rows(names).try_for_each(|(arg, rows)| {
+            rows.check_floats(Op::Norm, arg)?;
+            check_shape(Op::Norm, arg, "[1, D]", &[1, cols], &rows.dims())
+        })
     }
 
     pub(super) fn accesses(&self, names: Names) -> impl Iterator<Item = (&'static str, Access<'a>)> + use<'a> {

@@ -63,6 +63,8 @@ impl<'a> QkNorm<'a> {
             Span::Head => (["[1, d]"; 2], [heads.head_dim(); 2]),
             Span::AllHeads => (["[1, H d]", "[1, Hkv d]"], [heads.q_cols(), heads.kv_cols()]),
         };
+        self.q.check_floats(Op::Rope, "qk_norm.q")?;
+        self.k.check_floats(Op::Rope, "qk_norm.k")?;
         check_shape(Op::Rope, "qk_norm.q", q_shape, &[1, q_cols], &self.q.dims())?;
         check_shape(Op::Rope, "qk_norm.k", k_shape, &[1, k_cols], &self.k.dims())?;
         if self.eps.is_finite() && self.eps >= 0.0 {

@@ -62,7 +62,7 @@ impl Simd for Avx2 {
                 DType::Bf16 => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
                 DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
                 DType::F32 => _mm256_loadu_ps(from.cast()),
-                DType::U32 => unreachable!("u32 has no fraction"),
+                other => unreachable!("{} is no float", other.name()),
             }
         })
     }
@@ -76,7 +76,7 @@ impl Simd for Avx2 {
                 DType::Bf16 => _mm_storeu_si128(to.cast(), round_to_bf16(values)),
                 DType::F16 => _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)),
                 DType::F32 => _mm256_storeu_ps(to.cast(), values),
-                DType::U32 => unreachable!("u32 has no fraction"),
+                other => unreachable!("{} is no float", other.name()),
             }
         });
     }

@@ -52,7 +52,7 @@ impl Simd for Avx512 {
                 DType::Bf16 => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))),
                 DType::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
                 DType::F32 => _mm512_loadu_ps(from.cast()),
-                DType::U32 => unreachable!("u32 has no fraction"),
+                other => unreachable!("{} is no float", other.name()),
             }
         }
     }
@@ -65,7 +65,7 @@ impl Simd for Avx512 {
                 DType::Bf16 => _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(round_to_bf16(values))),
                 DType::F16 => _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)),
                 DType::F32 => _mm512_storeu_ps(to.cast(), values),
-                DType::U32 => unreachable!("u32 has no fraction"),
+                other => unreachable!("{} is no float", other.name()),
             }
         }
     }

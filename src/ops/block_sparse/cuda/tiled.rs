@@ -34,7 +34,7 @@ fn stores<O: Float>(y: &RowsMut<'_, O>) -> bool {
 fn has_tensor_cores<T: Float>() -> bool {
     match T::DTYPE {
         DType::Bf16 | DType::F16 => true,
-        DType::F32 | DType::U32 => false,
+        _ => false,
     }
 }
 
