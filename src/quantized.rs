@@ -197,13 +197,7 @@ impl<'a> QuantizedRows<'a> {
         Ok(QuantizedRows { format, cols, codes: blocks, scales: None, zeros: None, first: 0, step: 1, exact_inputs: false })
     }
 
-    fn with_scales(
-        format: Format,
-        codes: Rows<'a, u8>,
-        cols: usize,
-        values: ScaleRows<'a>,
-        block: [usize; 2],
-    ) -> Result<Self, Error> {
+    fn with_scales(format: Format, codes: Rows<'a, u8>, cols: usize, values: ScaleRows<'a>, block: [usize; 2]) -> Result<Self, Error> {
         let op = Op::ExpertWeights;
         if let Some(&got) = block.iter().find(|&&size| size == 0) {
             return Err(Error::Value { op, arg: "block", need: "at least one row and column", got: got as f64 });

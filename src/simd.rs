@@ -9,11 +9,11 @@
 //! | `activation.rs` | activations and gates on rows of sums |
 //! | `ahead.rs` | asking for memory before it is needed |
 //! | `product.rs`, `gemm.rs` | the micro-kernel of matrix products: its arguments; itself, and packing |
-//! | `decode.rs` | quantised weights as floats |
+//! | `decode.rs`, `integers.rs` | quantised weights as floats; dot products with them in integers |
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names
-//! (`portable`, `avx2`, `avx512`; empty: the best). With a name that is unknown, or that this machine does
+//! (`portable`, `avx2`, `avx2vnni`, `avx512`, `avx512vnni`; empty: the best). With a name that is unknown, or that this machine does
 //! not have, opening a stream on the CPU is an error.
 //!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its
@@ -24,6 +24,7 @@ mod activation;
 mod ahead;
 pub(crate) mod decode;
 pub(crate) mod gemm;
+pub(crate) mod integers;
 mod moments;
 mod portable;
 mod product;
@@ -52,9 +53,13 @@ use crate::error::{Error, Op};
 enum Level {
     Portable(portable::Portable),
     #[cfg(target_arch = "x86_64")]
-    Avx2(x86::avx2::Avx2),
+    Avx2(x86::avx2::Avx2<false>),
     #[cfg(target_arch = "x86_64")]
-    Avx512(x86::avx512::Avx512),
+    Avx2Vnni(x86::avx2::Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(x86::avx512::Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(x86::avx512::Avx512<true>),
 }
 
 impl Level {
@@ -62,7 +67,11 @@ impl Level {
     fn all() -> Vec<(&'static str, Level)> {
         [
             #[cfg(target_arch = "x86_64")]
+            ("avx512vnni", x86::avx512::Avx512::detect().map(Level::Avx512Vnni)),
+            #[cfg(target_arch = "x86_64")]
             ("avx512", x86::avx512::Avx512::detect().map(Level::Avx512)),
+            #[cfg(target_arch = "x86_64")]
+            ("avx2vnni", x86::avx2::Avx2::detect().map(Level::Avx2Vnni)),
             #[cfg(target_arch = "x86_64")]
             ("avx2", x86::avx2::Avx2::detect().map(Level::Avx2)),
             ("portable", Some(Level::Portable(portable::Portable))),
@@ -85,7 +94,23 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni(simd) => simd.without_vnni().run(kernel),
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni(simd) => simd.without_vnni().run(kernel),
+        }
+    }
+
+    /// The same for kernels that multiply bytes, with the instructions for that. They are compiled once more, so other kernels
+    /// go without.
+    fn run_bytes<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni(simd) => simd.run(kernel),
+            other => other.run(kernel),
         }
     }
 }
@@ -108,8 +133,17 @@ pub(crate) fn check() -> Result<(), Error> {
 /// Runs a kernel with this process's instruction set. Where there is a stream, the one that was asked for is
 /// there.
 pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
+    level().run(kernel)
+}
+
+/// The same for kernels that multiply bytes.
+pub(crate) fn run_bytes<K: Kernel>(kernel: K) -> K::Output {
+    level().run_bytes(kernel)
+}
+
+fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable))).run(kernel)
+    *LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable)))
 }
 
 #[cfg(test)]

@@ -44,7 +44,13 @@ impl RowScales<'_> {
         }
     }
 
-    fn len(&self) -> usize {
+    /// The exponents of scales that are powers of two.
+    #[inline(always)]
+    pub(crate) fn exponents(&self) -> &[u8] {
+        if let RowScales::E8m0(scales) = self { scales } else { &[] }
+    }
+
+    pub(crate) fn len(&self) -> usize {
         match self {
             RowScales::F32(scales) => scales.len(),
             RowScales::Bf16(scales) => scales.len(),
@@ -145,10 +151,7 @@ impl Kernel for Decode<'_, '_> {
             }),
             Format::GgufMxfp4 => blocks::<17, 32>(row, first, y, |block, y| {
                 let half = half_e8m0(block[0]);
-                halves(&block[1..], y, |_, q| {
-                    let twice = f32::from(TWICE_E2M1[usize::from(q)]) * half;
-                    if q == 8 { -0.0 * half } else { twice }
-                });
+                halves(&block[1..], y, |_, q| f32::from(TWICE_E2M1[usize::from(q)]) * half); // of both zeros 0
             }),
             Format::Q4K => blocks::<144, 256>(row, first, y, |block, y| {
                 k_nibbles(block, &block[16..], y, |_, _, q| q);

@@ -207,7 +207,7 @@ pub(crate) fn dots<'a, W: Float>(
 }
 
 /// Rows of weights that are read side by side.
-const DOT_COLS: usize = 4;
+pub(crate) const DOT_COLS: usize = 4;
 
 pub(super) struct Dots<'s, R> {
     pub(super) x: &'s [f32],
@@ -230,7 +230,7 @@ impl<'a, W: Float, R: Fn(usize) -> [&'a [W]; 2]> Kernel for Dots<'_, R> {
             for (i, w) in w.iter_mut().enumerate().take(in_range).skip(1) {
                 *w = row(col + i);
             }
-            let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_exact_mut(sum_stride));
+            let mut rows = x.chunks_exact(x_stride).zip(sums.chunks_mut(sum_stride));
             while S::DOT_ROWS >= 4 && rows.len() >= 4 {
                 let four = &mut std::array::from_fn(|_| rows.next().expect("four rows"));
                 dot_tile::<S, W, 4, DOT_COLS>(simd, four, w, col, in_range);

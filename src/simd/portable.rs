@@ -18,6 +18,7 @@ fn each(f: impl Fn(usize) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
+    type B = [u8; 64];
     const DOT_ROWS: usize = 1;
 
     #[inline(always)]
@@ -75,5 +76,37 @@ impl Simd for Portable {
     #[inline(always)]
     fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4);
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: [&[u8; 32]; 2]) -> [u8; 64] {
+        std::array::from_fn(|i| from[i / 32][i % 32])
+    }
+    #[inline(always)]
+    fn nibbles(self, from: [&[u8; 16]; 2]) -> [u8; 64] {
+        std::array::from_fn(|i| from[i / 16 % 2][i % 16] >> (4 * (i / 32)) & 15)
+    }
+    #[inline(always)]
+    fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> [u8; 64] {
+        let upper = usize::from(upper);
+        std::array::from_fn(|i| low[i] >> (4 * upper) & 15 | (high[i % 32] >> (4 * upper + 2 * (i / 32)) & 3) << 4)
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: [u8; 64]) -> [u8; 64] {
+        codes.map(|code| table[usize::from(code & 15)])
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, codes: [u8; 64], x: &[i8; 64], offsets: &[i32; LANES]) -> V {
+        let product = |i: usize| i32::from(codes[i]) * i32::from(x[i]);
+        each(|i| (offsets[i] + (4 * i..4 * i + 4).map(product).sum::<i32>()) as f32)
+    }
+    #[inline(always)]
+    fn dot_signed(self, codes: [u8; 64], x: &[i8; 64], _: &[i32; LANES]) -> V {
+        let product = |i: usize| i32::from(codes[i] as i8) * i32::from(x[i]);
+        each(|i| (4 * i..4 * i + 4).map(product).sum::<i32>() as f32)
+    }
+    #[inline(always)]
+    fn spread(self, from: V, lanes: [usize; 4]) -> V {
+        each(|i| from[lanes[i / 4]])
     }
 }

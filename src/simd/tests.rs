@@ -42,6 +42,45 @@ fn same<K: Kernel<Output = Vec<f32>>>(kernel: impl Fn() -> K, near: impl Fn(f32,
     }
 }
 
+/// Each operation on bytes, seen through dot products.
+struct OnBytes<'a>(&'a [u8; 64], &'a [i8; 64]);
+
+impl Kernel for OnBytes<'_> {
+    type Output = Vec<f32>;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+        let OnBytes(bytes, x) = self;
+        let (halves, quarters) = (bytes.as_chunks::<32>().0, bytes.as_chunks::<16>().0);
+        let offsets = |factor: i32| std::array::from_fn(|i| factor * x[4 * i..4 * i + 4].iter().map(|x| i32::from(*x)).sum::<i32>());
+        let table = std::array::from_fn(|i| (7 * i as u8 + 3) % 128);
+        let nibbles = simd.nibbles([&quarters[1], &quarters[3]]);
+        let unsigned =
+            [nibbles, simd.look_up(&table, nibbles), simd.sextets(bytes, &halves[1], false), simd.sextets(bytes, &halves[0], true)];
+        let mut out: Vec<f32> = unsigned.into_iter().flat_map(|codes| simd.to_array(simd.dot_unsigned(codes, x, &offsets(-9)))).collect();
+        let signed = simd.dot_signed(simd.bytes([&halves[1], &halves[0]]), x, &offsets(-128));
+        out.extend(simd.to_array(signed));
+        for lanes in [[0, 0, 1, 1], [6, 7, 6, 7], [12, 13, 14, 15], [3, 2, 9, 8]] {
+            out.extend(simd.to_array(simd.spread(signed, lanes)));
+        }
+        out
+    }
+}
+
+#[test]
+fn bytes_are_multiplied_exactly_on_every_level() {
+    for seed in 0..200u32 {
+        let byte = |i: usize, salt: u32| samples::<f32>(12 + i, seed + salt).last().expect("a sample").to_bits().to_le_bytes()[1];
+        let extreme = |i: usize, byte: u8| if seed < 8 { [0x80, 0x7f, 0xff, 0][(i + seed as usize) % 4] } else { byte };
+        let bytes = std::array::from_fn(|i| extreme(i, byte(i, 0)));
+        let x = std::array::from_fn(|i| (extreme(i + 1, byte(i, 1000)) as i8).max(-127));
+        let want = PORTABLE.run_bytes(OnBytes(&bytes, &x));
+        for (name, level) in others() {
+            assert_eq!(level.run_bytes(OnBytes(&bytes, &x)), want, "{name}");
+            assert_eq!(level.run(OnBytes(&bytes, &x)), want, "{name}");
+        }
+    }
+}
+
 struct Convert<'a, X, Y>(&'a [X], std::marker::PhantomData<Y>);
 
 impl<X: Float, Y: Float> Kernel for Convert<'_, X, Y> {

@@ -25,6 +25,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Simd: Copy {
     /// Sixteen floats.
     type V: Copy;
+    /// Sixty-four bytes.
+    type B: Copy;
 
     /// Rows of input that `gemm::dots` multiplies by four rows of weights at once, as registers allow: 4, 2 or 1.
     const DOT_ROWS: usize;
@@ -66,6 +68,24 @@ pub(crate) trait Simd: Copy {
 
     /// `sums[i, j] += sum_k a[i, k] * panel[k, j]` for all rows of `a`; see `gemm::add_product`.
     fn add_product(self, product: super::product::AddProduct<'_>);
+
+    /// The bytes of one, then of the other.
+    fn bytes(self, from: [&[u8; 32]; 2]) -> Self::B;
+    /// The low nibbles of one and of the other, then the high ones.
+    fn nibbles(self, from: [&[u8; 16]; 2]) -> Self::B;
+    /// Nibbles of `low`, the low ones or the `upper`, below pairs of bits of `high`: of each byte the first two pairs, or the
+    /// `upper` two, one after the other.
+    fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> Self::B;
+    /// `table[code]` for codes below 16.
+    fn look_up(self, table: &[u8; 16], codes: Self::B) -> Self::B;
+    /// Lane `i` is `offsets[i]` and the sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, exact, for codes below 128 and `x` that is
+    /// not -128.
+    fn dot_unsigned(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
+    /// The sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, for signed codes and `x` that is not -128. `offsets[i]` is the sum of
+    /// those `x` times -128, which some instruction sets need.
+    fn dot_signed(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
+    /// Four lanes each of four: those of quarter `q` are lane `lanes[q]`. The first two are of one half, and so are the last two.
+    fn spread(self, from: Self::V, lanes: [usize; 4]) -> Self::V;
 
     /// All lanes as an array.
     #[inline(always)]

@@ -9,12 +9,18 @@
 //! | `by_rows` | order `Kn`, few rows in the tile | weights are read once, row after row, and added to all sums at once |
 //! | `by_dots` | order `Nk`, few rows in the call | weights are read once, some rows side by side, as dot products |
 //!
+//! Quantised weights (`quantized.rs`) go the same ways: as panels that are decoded before they are packed, or as dot products
+//! of integers, for which the inputs are rounded to 8 bits.
+//!
 //! `packed` and `by_rows` give the same bits: each sum is a chain over the k of a block, and blocks are added in order; only
 //! [`KC`] shows. `by_dots` has another order, so it is chosen by what the caller knows: at most [`FEW_ROWS`] rows for each expert
 //! there is, on average. How rows, columns and threads are cut shows in no bit.
 
+mod quantized;
+
 use std::ops::Range;
 
+use self::quantized::QuantizedInputs;
 use super::Product;
 use crate::device::Stream;
 use crate::dtype::Float;
@@ -136,7 +142,7 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
         // What the greediest way needs: all k of a few rows, or a block of k of many, even if there is no k;
         // a panel, or chains, which are no more.
         let inputs = num_rows * if few { blocks * A_STRIDE } else { A_STRIDE };
-        with_scratch(P * len + inputs + KC * NR, |scratch| {
+        with_scratch(P * len + inputs + KC * NR + self.quantized_floats(few), |scratch| {
             let (data, scratch) = scratch.split_at_mut(P * len);
             data.fill(0.0);
             way(self, Sums { data, len, stride }, scratch);
@@ -148,6 +154,16 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
                 narrow(tile.row_mut(row), first);
             }
         });
+    }
+
+    /// Scratch beyond that of plain weights.
+    fn quantized_floats(&self, few: bool) -> usize {
+        match self.weights.iter().any(|weights| matches!(weights, WeightRows::Quantized(_))) {
+            true if few => QuantizedInputs::floats(self.out_rows.len(), self.x.cols()),
+            true => KC * NR,
+            // A row more than there are, which `by_dots` takes apart.
+            false => round_up(self.x.cols(), LANES),
+        }
     }
 
     /// What becomes of a row's sums, in `first`. The second product's are changed, too.
@@ -187,14 +203,20 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
     fn by_dots(&self, sums: Sums<'_>, scratch: &mut [f32]) {
         let (num_k, cols) = (self.x.cols(), self.out_cols.len());
         let x_stride = round_up(num_k, LANES);
-        let x = &mut scratch[..self.out_rows.len() * x_stride];
-        if x.is_empty() {
-            return; // no k: the sums are zeros
+        if num_k == 0 {
+            return; // the sums are zeros
         }
+        let (x, scratch) = scratch.split_at_mut((self.out_rows.len() + 1) * x_stride);
+        let mut quantized = QuantizedInputs::new(x_stride, scratch);
         for (x, row) in x.chunks_exact_mut(x_stride).zip(self.out_rows.clone()) {
             widen(&mut x[..num_k], self.input(row, 0..num_k));
         }
         for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
+            if let WeightRows::Quantized(weights) = weights {
+                quantized.multiply(x, num_k, weights, self.out_cols.clone(), sums_of, sums.stride);
+                continue;
+            }
+            let x = &x[..self.out_rows.len() * x_stride];
             with_rows!(weights, weights => {
                 let weights = weights.host();
                 dots(x, x_stride, cols, |col| ahead(&weights, self.out_cols.start + col, 0..num_k), sums_of, sums.stride);
@@ -224,13 +246,13 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
 
     fn packed(&self, sums: Sums<'_>, scratch: &mut [f32]) {
         let (a, scratch) = scratch.split_at_mut(self.out_rows.len() * A_STRIDE);
-        let packed = &mut scratch[..KC * NR];
+        let (packed, scratch) = scratch.split_at_mut(KC * NR);
         let mut panels = self.panels().peekable();
         while let Some(panel) = panels.next() {
             if panel.product == 0 && panel.cols.start == self.out_cols.start {
                 self.widen_block(&panel.k, a);
             }
-            self.pack(&panel, packed);
+            self.pack(&panel, packed, scratch);
             let mut ahead = panels.peek().map_or_else(Ahead::default, |next| self.ahead(next));
             let at = panel.product * sums.len + panel.cols.start - self.out_cols.start;
             add_product(a, &packed[..panel.k.len() * NR], &mut sums.data[at..], sums.stride, &mut ahead);
@@ -250,8 +272,11 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
     }
 
     /// Writes a panel as `[k, NR]`. Columns beyond its own keep what was there.
-    fn pack(&self, panel: &Panel, to: &mut [f32]) {
+    fn pack(&self, panel: &Panel, to: &mut [f32], scratch: &mut [f32]) {
         let Panel { product, cols, k } = panel;
+        if let WeightRows::Quantized(weights) = &self.weights[*product] {
+            return quantized::pack(weights, cols, k, to, scratch);
+        }
         with_rows!(&self.weights[*product], weights => {
             let weights = weights.host();
             match self.order {
@@ -265,6 +290,10 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
     fn ahead(&self, panel: &Panel) -> Ahead {
         let Panel { product, cols, k } = panel;
         let mut ahead = Ahead::default();
+        if let WeightRows::Quantized(weights) = &self.weights[*product] {
+            ahead.list(cols.len(), |col| quantized::codes(weights, cols.start + col, k));
+            return ahead;
+        }
         with_rows!(&self.weights[*product], weights => {
             let weights = weights.host();
             match self.order {

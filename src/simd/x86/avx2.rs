@@ -7,19 +7,37 @@ use crate::simd::gemm::add_tiles;
 use crate::simd::product::AddProduct;
 use crate::simd::vector::{Kernel, LANES, Simd};
 
-/// Proof that this machine has AVX2, FMA and F16C.
+/// Proof that this machine has AVX2, FMA and F16C, and with `VNNI` AVX-VNNI, too.
 #[derive(Clone, Copy)]
-pub(in crate::simd) struct Avx2(());
+pub(in crate::simd) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
-    pub(in crate::simd) fn detect() -> Option<Avx2> {
+impl<const VNNI: bool> Avx2<VNNI> {
+    pub(in crate::simd) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        all.then_some(Avx2(()))
+        (all && (!VNNI || is_x86_feature_detected!("avxvnni"))).then_some(Avx2(()))
+    }
+}
+
+impl Avx2<false> {
+    pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn with_features<K: Kernel>(simd: Avx2<false>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { with_features(self, kernel) }
+    }
+}
+
+impl Avx2<true> {
+    /// The same instructions but those.
+    pub(in crate::simd) fn without_vnni(self) -> Avx2<false> {
+        Avx2(())
     }
 
     pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn with_features<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        fn with_features<K: Kernel>(simd: Avx2<true>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
         // SAFETY: the token exists only where the features were detected.
@@ -44,8 +62,9 @@ macro_rules! both {
     };
 }
 
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type V = V;
+    type B = [__m256i; 2];
     const DOT_ROWS: usize = 2;
 
     #[inline(always)]
@@ -136,6 +155,80 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 1, rows: 1 2 3 4 5 6);
+    }
+    #[inline(always)]
+    fn bytes(self, from: [&[u8; 32]; 2]) -> [__m256i; 2] {
+        // SAFETY: thirty-two bytes each, and detected features.
+        both!(|half| _mm256_loadu_si256(from[half].as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn nibbles(self, from: [&[u8; 16]; 2]) -> [__m256i; 2] {
+        // SAFETY: sixteen bytes each, and detected features.
+        unsafe {
+            let [first, second] = from.map(|from| _mm_loadu_si128(from.as_ptr().cast()));
+            let all = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), second);
+            let low = _mm256_set1_epi8(15);
+            [_mm256_and_si256(all, low), _mm256_and_si256(_mm256_srli_epi16::<4>(all), low)]
+        }
+    }
+    #[inline(always)]
+    fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> [__m256i; 2] {
+        // SAFETY: thirty-two bytes of sixty-four and thirty-two bytes, and detected features.
+        both!(|half| {
+            let mut low = _mm256_loadu_si256(low.as_ptr().add(32 * half).cast());
+            let mut high = _mm256_loadu_si256(high.as_ptr().cast());
+            if upper {
+                (low, high) = (_mm256_srli_epi16::<4>(low), _mm256_srli_epi16::<4>(high));
+            }
+            if half == 1 {
+                high = _mm256_srli_epi16::<2>(high);
+            }
+            let pairs = _mm256_and_si256(high, _mm256_set1_epi8(3));
+            _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), _mm256_slli_epi16::<4>(pairs))
+        })
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: sixteen bytes, and detected features.
+        both!(|half| _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), codes[half]))
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, codes: [__m256i; 2], x: &[i8; 64], offsets: &[i32; LANES]) -> V {
+        // SAFETY: thirty-two bytes of sixty-four, and detected features.
+        both!(|half| {
+            let (x, offsets) = (x.as_ptr().add(32 * half), offsets.as_ptr().add(8 * half));
+            let (x, offsets) = (_mm256_loadu_si256(x.cast()), _mm256_loadu_si256(offsets.cast()));
+            _mm256_cvtepi32_ps(add_dots::<VNNI>(codes[half], x, offsets))
+        })
+    }
+    #[inline(always)]
+    fn dot_signed(self, codes: [__m256i; 2], x: &[i8; 64], _: &[i32; LANES]) -> V {
+        // Magnitudes, times `x` with the signs of the codes.
+        // SAFETY: thirty-two bytes of sixty-four, and detected features.
+        both!(|half| {
+            let x = _mm256_loadu_si256(x.as_ptr().add(32 * half).cast());
+            let (magnitudes, x) = (_mm256_abs_epi8(codes[half]), _mm256_sign_epi8(x, codes[half]));
+            _mm256_cvtepi32_ps(add_dots::<VNNI>(magnitudes, x, _mm256_setzero_si256()))
+        })
+    }
+    #[inline(always)]
+    fn spread(self, from: V, lanes: [usize; 4]) -> V {
+        both!(|half| {
+            let [a, b] = [2 * half, 2 * half + 1].map(|quarter| (lanes[quarter] % 8) as i32);
+            _mm256_permutevar8x32_ps(from[lanes[2 * half] / 8], _mm256_set_epi32(b, b, b, b, a, a, a, a))
+        })
+    }
+}
+
+/// `sums`, and sums of four products of codes of at most 128.
+#[inline(always)]
+unsafe fn add_dots<const VNNI: bool>(codes: __m256i, x: __m256i, sums: __m256i) -> __m256i {
+    // SAFETY: callers hold a token.
+    unsafe {
+        if VNNI {
+            return _mm256_dpbusd_avx_epi32(sums, codes, x);
+        }
+        _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)))
     }
 }
 

@@ -7,19 +7,38 @@ use crate::simd::gemm::add_tiles;
 use crate::simd::product::AddProduct;
 use crate::simd::vector::{Kernel, LANES, Simd};
 
-/// Proof that this machine has AVX-512 F and VL. The latter for its registers: without it what a 256-bit instruction touches must be in
-/// the lower sixteen, and with that all sums of a product's tile.
+/// Proof that this machine has AVX-512 F, BW and VL, and with `VNNI` that, too. VL for its registers: without it what a 256-bit
+/// instruction touches must be in the lower sixteen, and with that all sums of a product's tile.
 #[derive(Clone, Copy)]
-pub(in crate::simd) struct Avx512(());
+pub(in crate::simd) struct Avx512<const VNNI: bool>(());
 
-impl Avx512 {
-    pub(in crate::simd) fn detect() -> Option<Avx512> {
-        (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")).then_some(Avx512(()))
+impl<const VNNI: bool> Avx512<VNNI> {
+    pub(in crate::simd) fn detect() -> Option<Self> {
+        let all = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+        (all && (!VNNI || is_x86_feature_detected!("avx512vnni"))).then_some(Avx512(()))
+    }
+}
+
+impl Avx512<false> {
+    pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        fn with_features<K: Kernel>(simd: Avx512<false>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { with_features(self, kernel) }
+    }
+}
+
+impl Avx512<true> {
+    /// The same instructions but those.
+    pub(in crate::simd) fn without_vnni(self) -> Avx512<false> {
+        Avx512(())
     }
 
     pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512vl")]
-        fn with_features<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+        fn with_features<K: Kernel>(simd: Avx512<true>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
         // SAFETY: the token exists only where the features were detected.
@@ -35,8 +54,9 @@ macro_rules! op {
     };
 }
 
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type V = __m512;
+    type B = __m512i;
     const DOT_ROWS: usize = 4;
 
     #[inline(always)]
@@ -126,6 +146,83 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn add_product(self, product: AddProduct<'_>) {
         add_tiles!(self, product, vectors: 2, rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    }
+    #[inline(always)]
+    fn bytes(self, from: [&[u8; 32]; 2]) -> __m512i {
+        // SAFETY: thirty-two bytes each, and detected features.
+        unsafe { join(from.map(|from| _mm256_loadu_si256(from.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn nibbles(self, from: [&[u8; 16]; 2]) -> __m512i {
+        // SAFETY: sixteen bytes each, and detected features.
+        unsafe {
+            let [first, second] = from.map(|from| _mm_loadu_si128(from.as_ptr().cast()));
+            let all = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), second);
+            _mm512_and_si512(join([all, _mm256_srli_epi16::<4>(all)]), _mm512_set1_epi8(15))
+        }
+    }
+    #[inline(always)]
+    fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> __m512i {
+        // SAFETY: sixty-four and thirty-two bytes, and detected features.
+        unsafe {
+            let (mut low, mut high) = (_mm512_loadu_si512(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast()));
+            if upper {
+                (low, high) = (_mm512_srli_epi16::<4>(low), _mm256_srli_epi16::<4>(high));
+            }
+            let pairs = _mm512_and_si512(join([high, _mm256_srli_epi16::<2>(high)]), _mm512_set1_epi8(3));
+            _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), _mm512_slli_epi16::<4>(pairs))
+        }
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: __m512i) -> __m512i {
+        // SAFETY: sixteen bytes, and detected features.
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), codes) }
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, codes: __m512i, x: &[i8; 64], offsets: &[i32; LANES]) -> __m512 {
+        // SAFETY: sixty-four bytes each, and detected features.
+        unsafe { _mm512_cvtepi32_ps(add_dots::<VNNI>(codes, x, offsets)) }
+    }
+    #[inline(always)]
+    fn dot_signed(self, codes: __m512i, x: &[i8; 64], offsets: &[i32; LANES]) -> __m512 {
+        // SAFETY: sixty-four bytes each, and detected features.
+        unsafe {
+            if VNNI {
+                // 128 more, for which the offsets make up.
+                return _mm512_cvtepi32_ps(add_dots::<true>(_mm512_xor_si512(codes, _mm512_set1_epi8(-128)), x, offsets));
+            }
+            // Magnitudes, times `x` with the signs of the codes.
+            let x = _mm512_loadu_si512(x.as_ptr().cast());
+            let x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
+            let pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(codes), x);
+            _mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    fn spread(self, from: __m512, lanes: [usize; 4]) -> __m512 {
+        let [a, b, c, d] = lanes.map(|lane| lane as i32);
+        op!(_mm512_permutexvar_ps(_mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a), from))
+    }
+}
+
+/// The lower half and the upper half.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn join([lower, upper]: [__m256i; 2]) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lower), upper)
+}
+
+/// `offsets`, and sums of four products of codes below 128, or with `VNNI` below 256.
+#[inline(always)]
+unsafe fn add_dots<const VNNI: bool>(codes: __m512i, x: &[i8; 64], offsets: &[i32; LANES]) -> __m512i {
+    // SAFETY: sixty-four bytes each; callers hold a token.
+    unsafe {
+        let (x, offsets) = (_mm512_loadu_si512(x.as_ptr().cast()), _mm512_loadu_si512(offsets.as_ptr().cast()));
+        if VNNI {
+            return _mm512_dpbusd_epi32(offsets, codes, x);
+        }
+        let pairs = _mm512_maddubs_epi16(codes, x);
+        _mm512_add_epi32(offsets, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
     }
 }
 
