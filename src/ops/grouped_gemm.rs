@@ -43,6 +43,14 @@ use crate::view::{Rows, RowsMut};
 /// rows. Neither other rows, nor how many rows an expert got, nor the number of threads show in the bits. They
 /// may differ between instruction sets.
 ///
+/// **Quantised weights** ([`QuantizedRows`](crate::QuantizedRows)) are decoded as they are read. On the CPU, calls of the class of
+/// few rows round each input row to 8 bits by blocks of 32, to the nearest multiple of the block's largest magnitude
+/// divided by 127, and multiply integers; the error that this adds to `y[r, n]` is at most `sum_k |w[n, k]| max |x| / 254`,
+/// `max |x|` being of the block that holds `k`. A NaN or an infinity in an input row makes that row NaN. This holds
+/// for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4 whose groups are all of K or a power of two times 32. Other formats,
+/// more rows, and weights [with exact inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the
+/// result is that of the decoded weights.
+///
 /// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is
 /// computed by plain kernels, right, but not fast.
 ///

@@ -20,6 +20,7 @@ mod norm;
 mod norm_addend;
 mod parallel;
 mod permute;
+mod quantized_cpu;
 mod random;
 mod rope;
 mod router;
