@@ -3,10 +3,10 @@
 //! experts that have any, and writes its output, each once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::{Bf16, Device, ExpertRows, ExpertWeights, Float, Rows, RowsMut, Stream, grouped_gemm};
+use dropless::{Bf16, Device, ExpertRows, ExpertWeights, Float, Format, QuantizedRows, Rows, RowsMut, Stream, grouped_gemm};
 use dropless_kit::bench::Cost;
 use dropless_kit::compare::{sum_bound, within};
-use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::fill::{Random, normal, to_f64};
 use dropless_kit::guard::Bits;
 use dropless_kit::oracle::grouped_gemm as oracle;
 
@@ -74,6 +74,57 @@ fn case<A: Float + Bits, W: Float>(c: &mut Criterion, stream: &Stream, num_token
     group.finish();
 }
 
+/// `nt` with quantised weights of random codes, whose scales are near 2^-7.
+fn quantized_case(c: &mut Criterion, stream: &Stream, format: Format, num_tokens: usize, d: usize, f: usize) {
+    let offsets = offsets(num_tokens);
+    let owner: Vec<usize> = (0..EXPERTS).flat_map(|e| (offsets[e]..offsets[e + 1]).map(move |_| e)).collect();
+    let (rows, used) = (owner.len(), (0..EXPERTS).filter(|e| offsets[*e] < offsets[e + 1]).count());
+    let row_bytes = d / format.block_elements() * format.block_bytes();
+    let mut random = Random::new(1);
+    let mut codes: Vec<u8> = (0..EXPERTS * f * row_bytes).map(|_| random.bits() as u8 & 0x3f).collect();
+    let halves: &[usize] = match format {
+        Format::Q4K => &[0, 2],
+        Format::Q6K => &[208],
+        _ => &[0],
+    };
+    if !format.has_scales_apart() {
+        codes.chunks_exact_mut(format.block_bytes()).for_each(|block| halves.iter().for_each(|at| block[at + 1] = 0x20));
+    }
+    let (scales, exponents) = (vec![Bf16(0x3c00); EXPERTS * f * d / 128], vec![120; EXPERTS * f * d / 32]);
+    let codes = Rows::from_slice(&codes, EXPERTS * f, row_bytes).unwrap();
+    let w = match format {
+        Format::Int4 => QuantizedRows::int4(codes, Rows::from_slice(&scales, EXPERTS * f, d / 128).unwrap(), d, 128),
+        Format::E4m3 => QuantizedRows::e4m3(codes, Rows::from_slice(&scales, EXPERTS * f, d / 128).unwrap(), [1, 128]),
+        Format::Mxfp4 => QuantizedRows::mxfp4(codes, Rows::from_slice(&exponents, EXPERTS * f, d / 32).unwrap()),
+        _ => QuantizedRows::gguf(format, codes, d),
+    };
+    let w = w.unwrap();
+    let (x, mut y) = (normal::<f32>(4, rows * d, 1.0), vec![0.0f32; rows * f]);
+    let (x_view, experts_rows) = (Rows::from_slice(&x, rows, d).unwrap(), ExpertRows::from_host(&offsets).unwrap());
+    let nt = |w: QuantizedRows<'_>, y: &mut [f32]| {
+        let w = ExpertWeights::nk(w, EXPERTS).unwrap();
+        grouped_gemm::nt(stream, x_view, w, experts_rows, &mut RowsMut::from_slice(y, rows, f).unwrap()).unwrap();
+    };
+    let decoded = |e: usize, j: usize| {
+        let mut row = vec![0.0; d];
+        w.dequantize(e * f + j, &mut row).unwrap();
+        row
+    };
+    let checked: Vec<Vec<f32>> = (0..EXPERTS * CHECKED).map(|i| decoded(i / CHECKED, i % CHECKED)).collect();
+    nt(w.with_exact_inputs(), &mut y);
+    verify(&y, &to_f64(&x), &owner, f, d, |e, j, k| f64::from(checked[e * CHECKED + j][k]));
+    let scale_bytes = match format {
+        Format::Int4 | Format::E4m3 => d / 128 * 2,
+        Format::Mxfp4 => d / 32,
+        _ => 0,
+    };
+    let cost = Cost { flop: (2 * rows * d * f) as u64, bytes: (used * f * (row_bytes + scale_bytes) + rows * (d + f) * 4) as u64 };
+    let mut group = c.benchmark_group(format!("grouped_gemm/f32x{}", format.name()));
+    group.throughput(if num_tokens <= 8 { Throughput::Bytes(cost.bytes) } else { Throughput::Elements(cost.flop) });
+    group.bench_function(cost.label(format!("nt T={num_tokens} D={d} F={f}")), |b| b.iter(|| nt(w, &mut y)));
+    group.finish();
+}
+
 fn benches(c: &mut Criterion) {
     let stream = Device::cpu().stream().unwrap();
     let scale = std::env::var("DROPLESS_BENCH_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(6);
@@ -82,6 +133,9 @@ fn benches(c: &mut Criterion) {
         case::<f32, f32>(c, &stream, num_tokens, d, f);
         case::<f32, Bf16>(c, &stream, num_tokens, d, f);
         case::<Bf16, Bf16>(c, &stream, num_tokens, d, f);
+        for format in [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::Mxfp4, Format::Int4, Format::E4m3] {
+            quantized_case(c, &stream, format, num_tokens, d / 256 * 256, f);
+        }
     }
 }
 

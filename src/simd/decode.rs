@@ -246,12 +246,12 @@ fn word(block: &[u8], at: usize) -> u32 {
 /// Factor and offset of each of the eight parts of a block of Q4_K or Q5_K: six bits each in twelve bytes.
 #[inline(always)]
 pub(crate) fn k_scales(b: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
-    let (mut factors, mut offsets) = ([0; 8], [0; 8]);
-    for s in 0..4 {
-        (factors[s], offsets[s]) = (b[s] & 63, b[s + 4] & 63);
-        (factors[s + 4], offsets[s + 4]) = (b[s + 8] & 15 | b[s] >> 6 << 4, b[s + 8] >> 4 | b[s + 4] >> 6 << 4);
-    }
-    (factors, offsets)
+    // Four at a time, a byte each.
+    let [low, middle, high] = [word(b, 0), word(b, 4), word(b, 8)];
+    let six = |word: u32| word & 0x3f3f_3f3f;
+    let joined = |four: u32, two: u32| four & 0x0f0f_0f0f | (two >> 6 & 0x0303_0303) << 4;
+    let eight = |first: u32, last: u32| (u64::from(first) | u64::from(last) << 32).to_le_bytes();
+    (eight(six(low), joined(high, low)), eight(six(middle), joined(high >> 4, middle)))
 }
 
 /// Q4_K and Q5_K: runs of 32 bytes hold two parts each. `code(part, i, nibble)`.

@@ -22,7 +22,7 @@
 //! | INT4 with zero points | nibbles | pairs | 32 | scale times zero point |
 
 use super::ahead::prefetch_line;
-use super::decode::{QuantizedRow, RowScales, TWICE_E2M1, half_e8m0, k_scales, zero_point};
+use super::decode::{QuantizedRow, RowScales, TWICE_E2M1, k_scales, zero_point};
 use super::gemm::DOT_COLS;
 use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::{Bf16, F16, Float};
@@ -192,13 +192,21 @@ fn round_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, i32) {
     (most / 127.0, sum)
 }
 
+/// Rows of weights of one matrix.
+pub(crate) trait WeightRow<'a> {
+    /// Row `j`.
+    fn row(&self, j: usize) -> QuantizedRow<'a>;
+    /// The bytes that memory is asked for while row `j` is multiplied.
+    fn ahead(&self, j: usize) -> &'a [u8];
+}
+
 /// `sums[i, j] += sum_k x[i, k] * row(j)[k]` for `j < cols`: rows of inputs as chunks, `chunk_floats(K)` apart, and rows of weights
-/// whose integers lie as those that the inputs were rounded for. `row` gives also the row that memory is asked for meanwhile.
+/// whose integers lie as those that the inputs were rounded for.
 pub(crate) fn integer_dots<'a>(
     x: &mut [f32],
     x_stride: usize,
     cols: usize,
-    row: impl Fn(usize) -> [QuantizedRow<'a>; 2],
+    weights: &impl WeightRow<'a>,
     sums: &mut [f32],
     sum_stride: usize,
 ) {
@@ -207,12 +215,13 @@ pub(crate) fn integer_dots<'a>(
     if cols == 0 || x_stride == 0 {
         return;
     }
-    let first = row(0)[0];
-    let has_zeros = first.zeros.is_some();
+    let first = weights.row(0);
+    let (has_zeros, group_shift) = (first.zeros.is_some(), group_shift(&first).unwrap_or(0));
     macro_rules! run {
-        ($coded:ty, $bytes:literal) => {
-            super::run_bytes(IntegerDots::<$coded, _, $bytes> { x, x_stride, cols, row, sums, sum_stride, coded: std::marker::PhantomData })
-        };
+        ($coded:ty, $bytes:literal) => {{
+            let coded = std::marker::PhantomData::<($coded, &'a ())>;
+            super::run_bytes(IntegerDots::<$coded, _, $bytes> { x, x_stride, cols, weights, group_shift, sums, sum_stride, coded })
+        }};
     }
     match first.format {
         Format::Q8_0 => run!(Q8_0, 272),
@@ -227,67 +236,59 @@ pub(crate) fn integer_dots<'a>(
     }
 }
 
-struct IntegerDots<'s, C, R, const BYTES: usize> {
+struct IntegerDots<'s, 'a, C, R, const BYTES: usize> {
     x: &'s [InputChunk],
     x_stride: usize,
     cols: usize,
-    row: R,
+    weights: &'s R,
+    group_shift: u32,
     sums: &'s mut [f32],
     sum_stride: usize,
-    coded: std::marker::PhantomData<C>,
+    coded: std::marker::PhantomData<(C, &'a ())>,
 }
 
-impl<'a, C: Coded<BYTES>, R: Fn(usize) -> [QuantizedRow<'a>; 2], const BYTES: usize> Kernel for IntegerDots<'_, C, R, BYTES> {
+impl<'a, C: Coded<BYTES>, R: WeightRow<'a>, const BYTES: usize> Kernel for IntegerDots<'_, 'a, C, R, BYTES> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let IntegerDots { x, x_stride, cols, row, sums, sum_stride, .. } = self;
-        for col in (0..cols).step_by(DOT_COLS) {
-            let in_range = DOT_COLS.min(cols - col);
-            // Beyond the last column its weights again, not stored.
-            let mut rows = [row(col); DOT_COLS];
-            for (i, w) in rows.iter_mut().enumerate().take(in_range).skip(1) {
-                *w = row(col + i);
+    fn run<S: Simd>(mut self, simd: S) {
+        for col in (0..self.cols).step_by(DOT_COLS) {
+            let (mut row, rows) = (0, self.x.len() / self.x_stride);
+            while rows - row >= 4 {
+                self.tile::<S, 4>(simd, row, col);
+                row += 4;
             }
-            let mut inputs = x.chunks_exact(x_stride).zip(sums.chunks_mut(sum_stride));
-            while inputs.len() >= 4 {
-                let four = &mut std::array::from_fn(|_| inputs.next().expect("four rows"));
-                tile::<S, C, BYTES, 4>(simd, &rows, four, col, in_range);
+            if rows - row >= 2 {
+                self.tile::<S, 2>(simd, row, col);
+                row += 2;
             }
-            while inputs.len() >= 2 {
-                let two = &mut std::array::from_fn(|_| inputs.next().expect("two rows"));
-                tile::<S, C, BYTES, 2>(simd, &rows, two, col, in_range);
-            }
-            for one in inputs {
-                tile::<S, C, BYTES, 1>(simd, &rows, &mut [one], col, in_range);
+            if rows - row == 1 {
+                self.tile::<S, 1>(simd, row, col);
             }
         }
     }
 }
 
-/// `M` rows of the input times four rows of weights.
-#[inline(always)]
-fn tile<S: Simd, C: Coded<BYTES>, const BYTES: usize, const M: usize>(
-    simd: S,
-    rows: &[[QuantizedRow<'_>; 2]; DOT_COLS],
-    inputs: &mut [(&[InputChunk], &mut [f32]); M],
-    col: usize,
-    in_range: usize,
-) {
-    let mut totals = [[simd.splat(0.0); DOT_COLS]; M];
-    for (i, [weights, next]) in rows.iter().enumerate().take(in_range) {
-        let mut x = [inputs[0].0; M];
-        for (x, input) in x.iter_mut().zip(inputs.iter()) {
-            *x = input.0;
+impl<'a, C: Coded<BYTES>, R: WeightRow<'a>, const BYTES: usize> IntegerDots<'_, 'a, C, R, BYTES> {
+    /// `M` rows of the input from `row` on times four rows of weights, or as many as there are.
+    #[inline(always)]
+    fn tile<S: Simd, const M: usize>(&mut self, simd: S, row: usize, col: usize) {
+        let in_range = DOT_COLS.min(self.cols - col);
+        let mut x = [self.x; M];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(row + i) * self.x_stride..][..self.x_stride];
         }
-        let column = column::<S, C, BYTES, M>(simd, weights, next, x);
-        for (totals, column) in totals.iter_mut().zip(column) {
-            totals[i] = column;
+        let mut totals = [[simd.splat(0.0); DOT_COLS]; M];
+        for i in 0..in_range {
+            let (weights, ahead) = (self.weights.row(col + i), self.weights.ahead(col + i));
+            let column = column::<S, C, BYTES, M>(simd, &weights, ahead, self.group_shift, x);
+            for (totals, column) in totals.iter_mut().zip(column) {
+                totals[i] = column;
+            }
         }
-    }
-    for (totals, (_, sums)) in totals.into_iter().zip(inputs) {
-        let totals = simd.sums(totals);
-        sums[col..].iter_mut().zip(totals).take(in_range).for_each(|(sum, total)| *sum += total);
+        for (i, totals) in totals.into_iter().enumerate() {
+            let sums = &mut self.sums[(row + i) * self.sum_stride + col..][..in_range];
+            sums.iter_mut().zip(simd.sums(totals)).for_each(|(sum, total)| *sum += total);
+        }
     }
 }
 
@@ -296,18 +297,18 @@ fn tile<S: Simd, C: Coded<BYTES>, const BYTES: usize, const M: usize>(
 fn column<S: Simd, C: Coded<BYTES>, const BYTES: usize, const M: usize>(
     simd: S,
     weights: &QuantizedRow<'_>,
-    next: &QuantizedRow<'_>,
+    ahead: &[u8],
+    group_shift: u32,
     x: [&[InputChunk]; M],
 ) -> [S::V; M] {
     let (mut sums, mut mins) = ([simd.splat(0.0); M], [simd.splat(0.0); M]);
     let (whole, rest) = weights.codes.as_chunks::<BYTES>();
     let mut last = [0; BYTES];
     last[..rest.len()].copy_from_slice(rest);
-    let group_shift = group_shift(weights).unwrap_or(0);
     for at in 0..x[0].len() {
         let bytes = whole.get(at).unwrap_or(&last);
         for line in 0..BYTES.div_ceil(64) {
-            prefetch_line(next.codes.as_ptr().wrapping_add(at * BYTES + 64 * line));
+            prefetch_line(ahead.as_ptr().wrapping_add(at * BYTES + 64 * line));
         }
         let Factors { scales, mins: of_mins } = C::factors(simd, weights, group_shift, at, bytes);
         let codes = [C::codes(simd, bytes, 0), C::codes(simd, bytes, 1), C::codes(simd, bytes, 2), C::codes(simd, bytes, 3)];
@@ -370,25 +371,31 @@ trait Coded<const BYTES: usize> {
     fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, bytes: &[u8; BYTES]) -> Factors<S::V>;
 }
 
-/// Scales by block, and no minimum.
+/// `2^(exponent - 128)` of blocks; infinite for the exponent that stands for no number.
 #[inline(always)]
-fn of_blocks<S: Simd, T: Float>(simd: S, scale: impl Fn(usize) -> T) -> Factors<S::V> {
-    let mut scales = [T::default(); LANES];
-    for (block, to) in scales.iter_mut().enumerate().take(CHUNK / BLOCK) {
-        *to = scale(block);
+fn of_exponents<S: Simd>(simd: S, exponents: [u8; 8]) -> Factors<S::V> {
+    let mut scales = [0.0; LANES];
+    for (scale, exponent) in scales.iter_mut().zip(exponents) {
+        *scale = f32::from_bits((u32::from(exponent) << 23).max(1 << 22)); // 2^-127 is no normal number
     }
+    Factors { scales: simd.mul(simd.load(&scales), simd.splat(0.5)), mins: simd.splat(0.0) }
+}
+
+/// Scales that are the f16 at the beginnings of blocks of so many bytes. They are put together as words: that takes other parts of a
+/// processor than those which multiply.
+#[inline(always)]
+fn of_halves<S: Simd, const STEP: usize>(simd: S, bytes: &[u8]) -> Factors<S::V> {
+    let half = |block: usize| u64::from(u16::from_le_bytes(*piece(bytes, STEP * block)));
+    let four = |first: usize| half(first) | half(first + 1) << 16 | half(first + 2) << 32 | half(first + 3) << 48;
+    let words = [four(0), four(4), 0, 0];
+    let scales = std::array::from_fn(|lane| F16((words[lane / 4] >> (lane % 4 * 16)) as u16));
     Factors { scales: simd.load(&scales), mins: simd.splat(0.0) }
 }
 
 /// The f16 at a byte, in every lane: one conversion of a vector takes less than one of a number.
 #[inline(always)]
 fn splat_f16<S: Simd>(simd: S, bytes: &[u8], at: usize) -> S::V {
-    simd.load(&[half(bytes, at); LANES])
-}
-
-#[inline(always)]
-fn half(bytes: &[u8], at: usize) -> F16 {
-    F16(u16::from_le_bytes(*piece(bytes, at)))
+    simd.load(&[F16(u16::from_le_bytes(*piece(bytes, at))); LANES])
 }
 
 /// Integers as floats.
@@ -417,7 +424,7 @@ impl Coded<272> for Q8_0 {
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 272]) -> Factors<S::V> {
-        of_blocks(simd, |block| half(bytes, 34 * block))
+        of_halves::<S, 34>(simd, bytes)
     }
 }
 
@@ -426,11 +433,11 @@ impl Coded<144> for Q4_0 {
     const SPREAD: Spread = Spread::InTurn;
     #[inline(always)]
     fn codes<S: Simd>(simd: S, bytes: &[u8; 144], part: usize) -> S::B {
-        simd.nibbles([piece(bytes, 36 * part + 2), piece(bytes, 36 * part + 20)])
+        simd.nibbles_of_two([piece(bytes, 36 * part + 2), piece(bytes, 36 * part + 20)])
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> Factors<S::V> {
-        of_blocks(simd, |block| half(bytes, 18 * block))
+        of_halves::<S, 18>(simd, bytes)
     }
 }
 
@@ -440,7 +447,7 @@ impl Coded<144> for Q4K {
     const HAS_MINS: bool = true;
     #[inline(always)]
     fn codes<S: Simd>(simd: S, bytes: &[u8; 144], part: usize) -> S::B {
-        simd.nibbles([piece(bytes, 32 * part + 16), piece(bytes, 32 * part + 32)])
+        simd.nibbles(piece(bytes, 32 * part + 16))
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> Factors<S::V> {
@@ -483,11 +490,11 @@ impl Coded<136> for GgufMxfp4 {
     const SPREAD: Spread = Spread::InTurn;
     #[inline(always)]
     fn codes<S: Simd>(simd: S, bytes: &[u8; 136], part: usize) -> S::B {
-        simd.look_up(&RAISED, simd.nibbles([piece(bytes, 34 * part + 1), piece(bytes, 34 * part + 18)]))
+        simd.look_up(&RAISED, simd.nibbles_of_two([piece(bytes, 34 * part + 1), piece(bytes, 34 * part + 18)]))
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 136]) -> Factors<S::V> {
-        of_blocks(simd, |block| half_e8m0(bytes[17 * block]))
+        of_exponents(simd, std::array::from_fn(|block| bytes[17 * block]))
     }
 }
 
@@ -496,15 +503,17 @@ impl Coded<128> for Mxfp4 {
     const SPREAD: Spread = Spread::InTurn;
     #[inline(always)]
     fn codes<S: Simd>(simd: S, bytes: &[u8; 128], part: usize) -> S::B {
-        simd.look_up(&RAISED, simd.nibbles([piece(bytes, 32 * part), piece(bytes, 32 * part + 16)]))
+        simd.look_up(&RAISED, simd.nibbles(piece(bytes, 32 * part)))
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, _: u32, at: usize, _: &[u8; 128]) -> Factors<S::V> {
         let exponents = row.scales.exponents().get(8 * at..).unwrap_or(&[]);
-        match exponents.first_chunk::<8>() {
-            Some(exponents) => of_blocks(simd, |block| half_e8m0(exponents[block])),
-            None => of_blocks(simd, |block| exponents.get(block).map_or(0.0, |exponent| half_e8m0(*exponent))),
+        let mut eight = [0; 8]; // blocks beyond the row count nothing
+        match exponents.first_chunk() {
+            Some(all) => eight = *all,
+            None => eight[..exponents.len()].copy_from_slice(exponents),
         }
+        of_exponents(simd, eight)
     }
 }
 
@@ -515,7 +524,7 @@ impl<const ZEROS: bool> Coded<128> for Int4<ZEROS> {
     const HAS_MINS: bool = ZEROS;
     #[inline(always)]
     fn codes<S: Simd>(simd: S, bytes: &[u8; 128], part: usize) -> S::B {
-        simd.nibbles([piece(bytes, 32 * part), piece(bytes, 32 * part + 16)])
+        simd.nibbles(piece(bytes, 32 * part))
     }
     #[inline(always)]
     fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, _: &[u8; 128]) -> Factors<S::V> {
@@ -553,13 +562,17 @@ fn of_some_groups<S: Simd, T: Float, const N: usize, const ZEROS: bool>(
     scales: &[T],
     first: usize,
 ) -> Factors<S::V> {
-    let last = scales.len() - 1; // for blocks beyond the row, which count nothing
+    let mut groups = [T::default(); N]; // blocks beyond the row count nothing
+    match scales.get(first..).and_then(|scales| scales.first_chunk()) {
+        Some(all) => groups = *all,
+        None => groups.iter_mut().zip(scales.iter().skip(first)).for_each(|(to, scale)| *to = *scale),
+    }
     let (mut of_blocks, mut zeros) = ([T::default(); LANES], [0.0; LANES]);
     for i in 0..N {
-        let (group, blocks) = ((first + i).min(last), 8 / N * i..8 / N * (i + 1));
-        of_blocks[blocks.clone()].fill(scales[group]);
-        if ZEROS {
-            zeros[blocks].fill(f32::from(zero_point(row, group)));
+        let blocks = 8 / N * i..8 / N * (i + 1);
+        of_blocks[blocks.clone()].fill(groups[i]);
+        if ZEROS && first + i < scales.len() {
+            zeros[blocks].fill(f32::from(zero_point(row, first + i)));
         }
     }
     let scales = simd.load(&of_blocks);

@@ -83,7 +83,11 @@ impl Simd for Portable {
         std::array::from_fn(|i| from[i / 32][i % 32])
     }
     #[inline(always)]
-    fn nibbles(self, from: [&[u8; 16]; 2]) -> [u8; 64] {
+    fn nibbles(self, from: &[u8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| from[i % 32] >> (4 * (i / 32)) & 15)
+    }
+    #[inline(always)]
+    fn nibbles_of_two(self, from: [&[u8; 16]; 2]) -> [u8; 64] {
         std::array::from_fn(|i| from[i / 16 % 2][i % 16] >> (4 * (i / 32)) & 15)
     }
     #[inline(always)]

@@ -71,8 +71,10 @@ pub(crate) trait Simd: Copy {
 
     /// The bytes of one, then of the other.
     fn bytes(self, from: [&[u8; 32]; 2]) -> Self::B;
+    /// The low nibbles, then the high ones.
+    fn nibbles(self, from: &[u8; 32]) -> Self::B;
     /// The low nibbles of one and of the other, then the high ones.
-    fn nibbles(self, from: [&[u8; 16]; 2]) -> Self::B;
+    fn nibbles_of_two(self, from: [&[u8; 16]; 2]) -> Self::B;
     /// Nibbles of `low`, the low ones or the `upper`, below pairs of bits of `high`: of each byte the first two pairs, or the
     /// `upper` two, one after the other.
     fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> Self::B;

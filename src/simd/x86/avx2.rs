@@ -162,13 +162,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         both!(|half| _mm256_loadu_si256(from[half].as_ptr().cast()))
     }
     #[inline(always)]
-    fn nibbles(self, from: [&[u8; 16]; 2]) -> [__m256i; 2] {
+    fn nibbles(self, from: &[u8; 32]) -> [__m256i; 2] {
+        // SAFETY: thirty-two bytes, and detected features.
+        unsafe { low_and_high(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn nibbles_of_two(self, from: [&[u8; 16]; 2]) -> [__m256i; 2] {
         // SAFETY: sixteen bytes each, and detected features.
         unsafe {
             let [first, second] = from.map(|from| _mm_loadu_si128(from.as_ptr().cast()));
-            let all = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), second);
-            let low = _mm256_set1_epi8(15);
-            [_mm256_and_si256(all, low), _mm256_and_si256(_mm256_srli_epi16::<4>(all), low)]
+            low_and_high(_mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), second))
         }
     }
     #[inline(always)]
@@ -218,6 +221,13 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             _mm256_permutevar8x32_ps(from[lanes[2 * half] / 8], _mm256_set_epi32(b, b, b, b, a, a, a, a))
         })
     }
+}
+
+/// The low nibbles and the high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn low_and_high(bytes: __m256i) -> [__m256i; 2] {
+    [bytes, _mm256_srli_epi16::<4>(bytes)].map(|nibbles| _mm256_and_si256(nibbles, _mm256_set1_epi8(15)))
 }
 
 /// `sums`, and sums of four products of codes of at most 128.

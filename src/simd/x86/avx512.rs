@@ -153,12 +153,16 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { join(from.map(|from| _mm256_loadu_si256(from.as_ptr().cast()))) }
     }
     #[inline(always)]
-    fn nibbles(self, from: [&[u8; 16]; 2]) -> __m512i {
+    fn nibbles(self, from: &[u8; 32]) -> __m512i {
+        // SAFETY: thirty-two bytes, and detected features.
+        unsafe { low_and_high(_mm512_broadcast_i64x4(_mm256_loadu_si256(from.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn nibbles_of_two(self, from: [&[u8; 16]; 2]) -> __m512i {
         // SAFETY: sixteen bytes each, and detected features.
         unsafe {
             let [first, second] = from.map(|from| _mm_loadu_si128(from.as_ptr().cast()));
-            let all = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), second);
-            _mm512_and_si512(join([all, _mm256_srli_epi16::<4>(all)]), _mm512_set1_epi8(15))
+            low_and_high(_mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(first), 0xf0f0, second))
         }
     }
     #[inline(always)]
@@ -204,6 +208,17 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         op!(_mm512_permutexvar_ps(_mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a), from))
     }
 }
+
+/// The low nibbles of the lower half, and the high ones of the upper half.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn low_and_high(bytes: __m512i) -> __m512i {
+    let shifts = _mm512_set_epi64(FOUR, FOUR, FOUR, FOUR, 0, 0, 0, 0);
+    _mm512_and_si512(_mm512_srlv_epi16(bytes, shifts), _mm512_set1_epi8(15))
+}
+
+/// Four, in each of four words.
+const FOUR: i64 = 0x0004_0004_0004_0004;
 
 /// The lower half and the upper half.
 #[inline]

@@ -5,9 +5,9 @@ use std::ops::Range;
 use crate::quantized::QuantizedRows;
 use crate::shape::round_up;
 use crate::simd::LANES;
-use crate::simd::decode::decode;
+use crate::simd::decode::{QuantizedRow, decode};
 use crate::simd::gemm::{AHEAD, DOT_COLS, KC, dots, pack_nk};
-use crate::simd::integers::{Layout, chunk_floats, integer_dots, layout, round_input};
+use crate::simd::integers::{Layout, WeightRow, chunk_floats, integer_dots, layout, round_input};
 
 /// Elements of a row that are decoded at a time where products are taken in floats: four rows of them stay in the first-level
 /// cache.
@@ -54,9 +54,7 @@ impl<'s> QuantizedInputs<'s> {
             }
             self.rounded = Some(integers);
         }
-        let last = weights.dims()[0] - 1;
-        let row = |col: usize| [cols.start + col, (cols.start + col + AHEAD).min(last)].map(|row| weights.host_row(row));
-        integer_dots(chunks, stride, cols.len(), row, sums, sum_stride);
+        integer_dots(chunks, stride, cols.len(), &FromRow { weights, first: cols.start }, sums, sum_stride);
     }
 
     /// The same with inputs as they are.
@@ -81,6 +79,25 @@ impl<'s> QuantizedInputs<'s> {
                 dots(&x[k.start..][..used], self.x_stride, rows.len(), row, &mut sums[first - cols.start..], sum_stride);
             }
         }
+    }
+}
+
+/// The rows of a matrix from the `first` on.
+struct FromRow<'w, 'a> {
+    weights: &'w QuantizedRows<'a>,
+    first: usize,
+}
+
+impl<'a> WeightRow<'a> for FromRow<'_, 'a> {
+    #[inline(always)]
+    fn row(&self, j: usize) -> QuantizedRow<'a> {
+        self.weights.host_row(self.first + j)
+    }
+
+    #[inline(always)]
+    fn ahead(&self, j: usize) -> &'a [u8] {
+        let codes = self.weights.codes().host();
+        codes.row((self.first + j + AHEAD).min(codes.rows() - 1))
     }
 }
 
