@@ -243,6 +243,7 @@ impl<'a> Shared<'a> {
 /// The first half of an expert.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
+#[allow(clippy::large_enum_variant)] // a view is `Copy`, which a box is not
 pub enum Hidden<'a> {
     /// `glu(x gate^T, x up^T)`.
     Gated {

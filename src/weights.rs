@@ -21,6 +21,7 @@ use crate::view::Rows;
 /// ```
 #[derive(Clone, Copy)]
 #[non_exhaustive]
+#[allow(clippy::large_enum_variant)] // a view is `Copy`, which a box is not
 pub enum WeightRows<'a> {
     /// Elements of type `f32`.
     F32(Rows<'a, f32>),

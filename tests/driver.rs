@@ -223,7 +223,7 @@ fn open_and_say() {
         let device = Device::cuda(0)?;
         let stream = device.stream()?;
         // No event is ever done here, so that no block is used twice before the stream is waited for.
-        let buffers: Vec<_> = (0..20).map(|i| Buffer::from_slice(&stream, &vec![i; 1 << 20])).collect::<Result<_, _>>()?;
+        let buffers: Vec<_> = (0..20).map(|i: u32| Buffer::from_slice(&stream, &vec![i; 1 << 20])).collect::<Result<_, _>>()?;
         for (i, buffer) in (0..).zip(&buffers) {
             assert_eq!(buffer.to_vec(&stream)?, vec![i; 1 << 20]);
         }

@@ -62,6 +62,7 @@ pub struct ExpertWeights<'a> {
 
 /// Where the matrices lie.
 #[derive(Clone, Copy)]
+#[allow(clippy::large_enum_variant)] // a view is `Copy`, which a box is not
 enum Source<'a> {
     /// The first expert's, and so many elements from each to the next.
     Strided { first: WeightRows<'a>, stride: usize },

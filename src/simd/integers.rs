@@ -315,10 +315,10 @@ fn column<S: Simd, C: Coded<BYTES>, const BYTES: usize, const M: usize>(
         for m in 0..M {
             let x = &x[m][at];
             let factors = simd.mul(scales, simd.load(&x.scales));
-            for part in 0..CHUNK / PART {
+            for (part, codes) in codes.into_iter().enumerate() {
                 let products = match C::SIGNED {
-                    true => simd.dot_signed(codes[part], &x.x[part], &x.offsets[part]),
-                    false => simd.dot_unsigned(codes[part], &x.x[part], &x.offsets[part]),
+                    true => simd.dot_signed(codes, &x.x[part], &x.offsets[part]),
+                    false => simd.dot_unsigned(codes, &x.x[part], &x.offsets[part]),
                 };
                 let [a, b] = [2 * part, 2 * part + 1];
                 let factor = match C::SPREAD {
@@ -568,9 +568,9 @@ fn of_some_groups<S: Simd, T: Float, const N: usize, const ZEROS: bool>(
         None => groups.iter_mut().zip(scales.iter().skip(first)).for_each(|(to, scale)| *to = *scale),
     }
     let (mut of_blocks, mut zeros) = ([T::default(); LANES], [0.0; LANES]);
-    for i in 0..N {
+    for (i, scale) in groups.into_iter().enumerate() {
         let blocks = 8 / N * i..8 / N * (i + 1);
-        of_blocks[blocks.clone()].fill(groups[i]);
+        of_blocks[blocks.clone()].fill(scale);
         if ZEROS && first + i < scales.len() {
             zeros[blocks].fill(f32::from(zero_point(row, first + i)));
         }

@@ -53,9 +53,14 @@ impl Kernel for OnBytes<'_> {
         let (halves, quarters) = (bytes.as_chunks::<32>().0, bytes.as_chunks::<16>().0);
         let offsets = |factor: i32| std::array::from_fn(|i| factor * x[4 * i..4 * i + 4].iter().map(|x| i32::from(*x)).sum::<i32>());
         let table = std::array::from_fn(|i| (7 * i as u8 + 3) % 128);
-        let nibbles = simd.nibbles([&quarters[1], &quarters[3]]);
-        let unsigned =
-            [nibbles, simd.look_up(&table, nibbles), simd.sextets(bytes, &halves[1], false), simd.sextets(bytes, &halves[0], true)];
+        let nibbles = simd.nibbles_of_two([&quarters[1], &quarters[3]]);
+        let unsigned = [
+            nibbles,
+            simd.nibbles(&halves[1]),
+            simd.look_up(&table, nibbles),
+            simd.sextets(bytes, &halves[1], false),
+            simd.sextets(bytes, &halves[0], true),
+        ];
         let mut out: Vec<f32> = unsigned.into_iter().flat_map(|codes| simd.to_array(simd.dot_unsigned(codes, x, &offsets(-9)))).collect();
         let signed = simd.dot_signed(simd.bytes([&halves[1], &halves[0]]), x, &offsets(-128));
         out.extend(simd.to_array(signed));

@@ -32,10 +32,7 @@ fn stores<O: Float>(y: &RowsMut<'_, O>) -> bool {
 }
 
 fn has_tensor_cores<T: Float>() -> bool {
-    match T::DTYPE {
-        DType::Bf16 | DType::F16 => true,
-        _ => false,
-    }
+    matches!(T::DTYPE, DType::Bf16 | DType::F16)
 }
 
 /// Static shape and layout alone decide. Boxes begin on 16 bytes of a row in memory: TMA takes others for an illegal instruction. So where the
