@@ -15,17 +15,18 @@ use dropless::activation::Glu;
 use dropless::attention::{self, decode, decode_workspace_bytes, prefill};
 use dropless::block_sparse::{Dense, Sparse, arrange, dds, dsd, sdd};
 use dropless::device::driver::{Driver, hardware::Hardware};
-use dropless::epilogue::GluEpilogue;
+use dropless::epilogue::{Epilogue, GluEpilogue};
 use dropless::layout::KvShape;
 use dropless::rope::{Projected, QkNorm};
 use dropless::router::{Choice, Here, Normalize, Score, count, index, logits, route};
 use dropless::{
-    Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Stream,
-    TokenIds, Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, random, rope, sample,
+    Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, Place, QuantizedRows, RopeTable, Routing,
+    RoutingBuffers, Stream, Tiles, TokenIds, Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, quantize, random, repack,
+    rope, sample,
 };
 use dropless_kit::compare::relative_l2;
 use dropless_kit::emulated::{Emulated, Options};
-use dropless_kit::fill::{normal, to_f64};
+use dropless_kit::fill::{Random, normal, to_f64};
 use dropless_kit::guard::{Bits, Guarded, POISONS};
 
 const MANIFEST: &str = include_str!("../ptx/MANIFEST");
@@ -138,6 +139,17 @@ fn kernels(device: &Device) -> bool {
     products::<Bf16>(&mut report, "bf16", 2f64.powi(-7));
     of_type::<F16>(&mut report, "f16", 2f64.powi(-10));
     products::<F16>(&mut report, "f16", 2f64.powi(-10));
+    for (name, format) in [
+        ("int4", Quantized::Int4(128)),
+        ("int4_64", Quantized::Int4(64)),
+        ("int4_32", Quantized::Int4(32)),
+        ("mxfp4", Quantized::Mxfp4),
+        ("e4m3", Quantized::E4m3),
+    ] {
+        for (form, class) in [("few8", 8), ("few32", 32), ("few64", 64), ("many128", usize::MAX)] {
+            quantized_products(&mut report, &format!("{name}_{form}"), format, class);
+        }
+    }
     let sigmoid = Choice::default().with_score(Score::Sigmoid).with_scale(2.5);
     let mixer = Choice::from(Normalize::None).with_score(Score::SparseMixer { jitter: 0.2 });
     for (name, tokens, experts, choice) in [
@@ -238,6 +250,8 @@ fn products<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
         }
     }
     products_of::<T>(report, dtype, allowed, 36, usize::MAX);
+    // The tensor core cuts each product at 2^-13 of the largest partial sum of 128.
+    report.check(&format!("grouped_gemm_{{nt, glu_nt}}_e4m3_to_{dtype}"), allowed.max(2f64.powi(-8)), fp8_products::<T>);
 }
 
 fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64, d_ffn: usize, class: usize) {
@@ -293,6 +307,113 @@ fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64,
             Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
         })
     });
+}
+
+/// Rows and weights of e4m3, their scales between 1/2 and 1.
+fn fp8_products<T: Float + Bits>(stream: &Stream) -> Result<Vec<f64>, Error> {
+    const K: usize = 144;
+    const N: usize = 40;
+    routed(stream, &|routing| {
+        let codes = |seed: u64, rows: usize| {
+            // Of both signs, up to 3.75.
+            let bytes: Vec<u8> = normal::<f32>(seed, rows * K, 1.0).iter().map(|x| ((x * 20.0) as i8 as u8 & 0x87) | 0x30).collect();
+            Guarded::with(stream, &bytes, rows, K, 0)
+        };
+        let scales = |seed: u64, rows: usize, cols: usize| {
+            let scales: Vec<f32> = normal::<f32>(seed, rows * cols, 0.1).iter().map(|x| 0.75 + x.clamp(-0.25, 0.25)).collect();
+            Guarded::with(stream, &scales, rows, cols, 0)
+        };
+        let (x, x_scales, w, v) = (codes(30, 2 * TOKENS), scales(31, 2, 2 * TOKENS), codes(32, 3 * N), codes(33, 3 * N));
+        let [w_scales, v_scales] = [34, 35].map(|seed| scales(seed, 3, 2));
+        let x = quantize::QuantizedInputs::new(x.view(), x_scales.view())?;
+        let w = ExpertWeights::nk(QuantizedRows::e4m3(w.view(), w_scales.view(), [N, 128])?, 3)?;
+        let v = ExpertWeights::nk(QuantizedRows::e4m3(v.view(), v_scales.view(), [N, 128])?, 3)?;
+        let [mut y, mut h] = [(); 2].map(|()| Guarded::<T>::new(stream, 2 * TOKENS, N, 0, POISONS[0]));
+        grouped_gemm::linear_quantized(stream, x, w, routing.expert_rows(), &Epilogue::default(), &mut y.view_mut())?;
+        grouped_gemm::glu_quantized(stream, x, w, v, routing.expert_rows(), &GluEpilogue::default(), &mut h.view_mut())?;
+        Ok([to_f64(&y.take(stream)), to_f64(&h.take(stream))].concat())
+    })
+}
+
+/// How weights are stored; of int4 how much of k shares a scale.
+#[derive(Clone, Copy)]
+enum Quantized {
+    Int4(usize),
+    Mxfp4,
+    E4m3,
+}
+
+/// Products of bf16 with quantised weights, on a GPU in the order that it takes; nt into both types.
+fn quantized_products(report: &mut Report, suffix: &str, format: Quantized, class: usize) {
+    let input = |stream: &Stream, rows: usize| Guarded::with(stream, &normal::<Bf16>(11, rows * 2 * D, 1.0), rows, 2 * D, 0);
+    report.check(&format!("grouped_gemm_glu_nt_bf16_{suffix}"), 2f64.powi(-7), |stream| {
+        routed(stream, &|routing| {
+            let (x, mut h) = (input(stream, TOKENS), Guarded::<Bf16>::new(stream, 2 * TOKENS, 40, 0, POISONS[0]));
+            with_quantized(stream, format, 12, |gate| {
+                with_quantized(stream, format, 13, |up| {
+                    grouped_gemm::glu_nt(stream, x.view(), gate, up, routing.gathered_rows().in_class(class), &mut h.view_mut())
+                })
+            })?;
+            Ok(to_f64(&h.take(stream)))
+        })
+    });
+    report.check(&format!("grouped_gemm_nt_bf16_{suffix}"), 2f64.powi(-7), |stream| {
+        routed(stream, &|routing| {
+            let (x, rows) = (input(stream, 2 * TOKENS), routing.expert_rows().in_class(class));
+            let mut y = Guarded::<Bf16>::new(stream, 2 * TOKENS, 40, 0, POISONS[0]);
+            let mut z = Guarded::<f32>::new(stream, 2 * TOKENS, 40, 0, POISONS[0]);
+            with_quantized(stream, format, 14, |w| {
+                grouped_gemm::nt(stream, x.view(), w, rows, &mut y.view_mut())?;
+                grouped_gemm::nt(stream, x.view(), w, rows, &mut z.view_mut())
+            })?;
+            Ok([to_f64(&y.take(stream)), to_f64(&z.take(stream))].concat())
+        })
+    });
+}
+
+/// Three experts of 40 outputs and 128 inputs: in checkpoint order for the CPU, which takes inputs as they are, and in tiles for a GPU.
+fn with_quantized(
+    stream: &Stream,
+    format: Quantized,
+    seed: u64,
+    work: impl FnOnce(ExpertWeights<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (rows, k, mut random) = (3 * 40, 2 * D, Random::new(seed));
+    let mut bytes = |count: usize, mask: u8| (0..count).map(|_| random.bits() as u8 & mask).collect::<Vec<_>>();
+    let row_bytes = if matches!(format, Quantized::E4m3) { k } else { k / 2 };
+    // Without the codes of e4m3 that are no numbers.
+    let codes = Buffer::from_slice(stream, &bytes(rows * row_bytes, if row_bytes == k { 0xbf } else { 0xff }))?;
+    let (codes, group) = (codes.rows(rows, row_bytes)?, if let Quantized::Int4(group) = format { group } else { 32 });
+    let scales = Buffer::from_slice(stream, &normal::<Bf16>(seed, rows * k / group, 0.1))?;
+    let exponents = Buffer::from_slice(stream, &bytes(rows * k / 32, 3).iter().map(|byte| 120 + byte).collect::<Vec<_>>())?;
+    let zeros = Buffer::from_slice(stream, &bytes(rows / 8 * 4 * k / group, 0xff))?;
+    let weights = match format {
+        Quantized::Int4(group) => {
+            let weights = QuantizedRows::int4(codes, scales.rows(rows, k / group)?, k, group)?;
+            weights.with_zeros(zeros.rows(rows / 8, 4 * k / group)?)?
+        }
+        Quantized::Mxfp4 => QuantizedRows::mxfp4(codes, exponents.rows(rows, k / 32)?)?,
+        Quantized::E4m3 => {
+            // One scale for each output.
+            let scales = Buffer::from_slice(stream, &normal::<f32>(seed, rows, 0.1))?;
+            return work(ExpertWeights::nk(QuantizedRows::e4m3(codes, scales.rows(rows, 1)?, [1, k])?.with_exact_inputs(), 3)?);
+        }
+    };
+    let weights = ExpertWeights::nk(weights.with_exact_inputs(), 3)?;
+    if stream.place() == Place::Host {
+        return work(weights);
+    }
+    let tiles = Tiles::of(&weights)?;
+    let buffer = |[rows, bytes]: [usize; 2]| Buffer::<u8>::zeros(stream, rows * bytes);
+    let ([panels, code_bytes], [_, scale_bytes]) = (tiles.codes(), tiles.scales());
+    let [_, zero_bytes] = tiles.zeros().unwrap_or([0, 0]);
+    let (mut codes, mut scales, mut zeros) = (buffer(tiles.codes())?, buffer(tiles.scales())?, buffer([panels, zero_bytes])?);
+    let mut zero_rows = if zero_bytes > 0 { Some(zeros.rows_mut(panels, zero_bytes)?) } else { None };
+    let (mut code_rows, mut scale_rows) = (codes.rows_mut(panels, code_bytes)?, scales.rows_mut(panels, scale_bytes)?);
+    repack::repack(stream, weights, &mut code_rows, &mut scale_rows, zero_rows.as_mut())?;
+    let zeros = if zero_bytes > 0 { Some(zeros.rows(panels, zero_bytes)?) } else { None };
+    let all = QuantizedRows::tiles(tiles, codes.rows(panels, code_bytes)?, scales.rows(panels, scale_bytes)?, zeros)?;
+    work(ExpertWeights::nk(all, 3)?)
 }
 
 /// Sparse products that no tensor core serves: of rows that begin anywhere, and of a width that no vector divides.
@@ -388,6 +509,15 @@ fn of_type<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
             let (x, mut y) = (input(stream, 10, 2 * TOKENS, D, 1.0), output(stream, TOKENS, D));
             permute::combine(stream, x.view(), routing, &mut y.view_mut())?;
             Ok(to_f64(&y.take(stream)))
+        })
+    });
+    check("quantize", &|stream| {
+        routed(stream, &|routing| {
+            let x = input(stream, 29, TOKENS, 150, 1.0);
+            let mut codes = Guarded::<u8>::new(stream, 2 * TOKENS, 150, 0, POISONS[0]);
+            let mut scales = Guarded::<f32>::new(stream, 2, 2 * TOKENS, 0, POISONS[0]);
+            quantize::gather_e4m3(stream, x.view(), routing, &mut codes.view_mut(), &mut scales.view_mut())?;
+            Ok(codes.take(stream).into_iter().map(f64::from).chain(to_f64(&scales.take(stream))).collect())
         })
     });
     if dtype != "f32" {

@@ -39,7 +39,8 @@
 //! | [`attention`] | `prefill`, `decode` | `softmax(q k^T * scale + causal) v`, grouped heads; window, soft-cap, sinks | compute, memory |
 //! | [`router`] | `logits`, `route`, `index`, `count` | scores of experts, top-k, norms, and the permutation that follows | latency |
 //! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
-//! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
+//! | [`quantize`] | `e4m3`, `gather_e4m3` | `codes = fp8(x / scale)`, a scale for each row and 128 columns | memory |
+//! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu`; `linear_quantized`, `glu_quantized` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
 //! | [`glu`] | `glu`, `gated`, `gated_interleaved` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax`, `top_p` | greedy choice; a random one of the most probable | memory |
@@ -99,7 +100,7 @@ pub mod layout;
 #[macro_use]
 pub mod ops;
 pub mod moe;
-mod quantized;
+pub mod quantized;
 mod shape;
 mod simd;
 mod splitmix;
@@ -113,8 +114,8 @@ pub use self::format::Format;
 pub use self::layout::{
     ExpertRows, ExpertWeights, HeadLayout, KvCache, RopeScaling, RopeTable, Routing, RoutingBuffers, TokenIds, Topology,
 };
-pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample};
-pub use self::quantized::{QuantizedRows, ScaleRows};
+pub use self::ops::{attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, quantize, random, repack, rope, router, sample};
+pub use self::quantized::{QuantizedRows, ScaleRows, Tiles};
 pub use self::shape::MAX_ROWS;
 pub use self::view::{Rows, RowsMut};
 pub use self::weights::WeightRows;

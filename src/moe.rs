@@ -24,10 +24,11 @@ use crate::epilogue::{Bias, Epilogue, GluEpilogue};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, MAX_EXPERTS, Routing, RoutingBuffers};
 pub use crate::ops::permute::{Base, combine, combine_onto};
+use crate::ops::quantize::QuantizedInputs;
 use crate::ops::router::Choice;
-use crate::ops::{glu, grouped_gemm, permute, router};
+use crate::ops::{glu, grouped_gemm, permute, quantize, router};
 use crate::shape::{MAX_ROWS, checked_product};
-use crate::view::{Rows, RowsMut};
+use crate::view::{Carver, Rows, RowsMut};
 use crate::weights::WeightRows;
 
 /// What the layer's sizes are.
@@ -46,12 +47,14 @@ pub struct Shape {
     pub shared_d_ffn: usize,
     /// Whether there is room for first halves of the form [`Hidden::Interleaved`].
     pub interleaved: bool,
+    /// Whether there is room for rows as FP8, which weights of that type are multiplied by.
+    pub fp8_inputs: bool,
 }
 
 impl Shape {
     /// Of a layer in which each token goes to `top_k` of `num_experts`.
     pub const fn new(d_model: usize, d_ffn: usize, num_experts: usize, top_k: usize) -> Shape {
-        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0, interleaved: false }
+        Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn: 0, interleaved: false, fp8_inputs: false }
     }
 
     /// With a shared expert of this width.
@@ -66,6 +69,23 @@ impl Shape {
     #[must_use]
     pub const fn with_interleaved(self) -> Shape {
         Shape { interleaved: true, ..self }
+    }
+
+    /// With room for rows as FP8: on a GPU, weights of [`Format::E4m3`](crate::Format::E4m3) are then multiplied by rows that are
+    /// rounded to that type ([`quantize`]), where there are more than 64 tokens; those that say so
+    /// ([`with_exact_inputs`](crate::QuantizedRows::with_exact_inputs)) are not. The workspace holds
+    /// `max_tokens * top_k` rows of as many
+    /// bytes as the wider of D and F has elements, and a scale for each 128 of them; with a shared expert `max_tokens`
+    /// rows more, of the wider of D and its width.
+    #[must_use]
+    pub const fn with_fp8_inputs(self) -> Shape {
+        Shape { fp8_inputs: true, ..self }
+    }
+
+    /// Columns of rows as FP8: of the routed experts, and of the shared one.
+    fn code_cols(&self) -> [usize; 2] {
+        let widest = |d_ffn: usize| if self.fp8_inputs { self.d_model.max(d_ffn) } else { 0 };
+        [widest(self.d_ffn), widest(self.shared_d_ffn)]
     }
 
     /// Columns of the products that are stored before the gate is applied: of the routed experts, and of the
@@ -91,7 +111,7 @@ impl<A: Float> Plan<A> {
     /// [`Error::Value`] if `top_k` is 0 (it may pass the number of experts where a routing is given);
     /// [`Error::TooLarge`] beyond 1024 experts, 2^31 - 1 rows or the address space.
     pub fn new(shape: Shape, max_tokens: usize) -> Result<Plan<A>, Error> {
-        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, interleaved } = shape;
+        let Shape { d_model, d_ffn, num_experts, top_k, shared_d_ffn, interleaved, fp8_inputs: _ } = shape;
         checked_product(Op::Moe, "num_experts", &[num_experts], MAX_EXPERTS)?;
         // So that they can be rounded up; no matrix is as wide.
         checked_product(Op::Moe, "d_model", &[d_model], isize::MAX as usize)?;
@@ -108,6 +128,7 @@ impl<A: Float> Plan<A> {
         let rows = checked_product(Op::Moe, "max_tokens * top_k", &[max_tokens, top_k], MAX_ROWS)?;
         let shared_tokens = if shared_d_ffn == 0 { 0 } else { max_tokens };
         let [interleaved_cols, shared_interleaved_cols] = shape.interleaved_cols();
+        let [code_cols, shared_code_cols] = shape.code_cols();
         let parts = [
             Workspace::bytes_for::<f32>(Op::Moe, max_tokens, num_experts)?,
             Workspace::bytes_for::<A>(Op::Moe, rows, aligned::<A>(interleaved_cols))?,
@@ -118,7 +139,8 @@ impl<A: Float> Plan<A> {
             Workspace::bytes_for::<A>(Op::Moe, shared_tokens, aligned::<A>(d_model))?,
             Workspace::bytes_for::<f32>(Op::Moe, shared_tokens, 1)?,
         ];
-        let total = parts.iter().map(|bytes| *bytes as u128).sum::<u128>();
+        let codes = [Codes::bytes(rows, code_cols)?, Codes::bytes(shared_tokens, shared_code_cols)?];
+        let total = parts.iter().chain(codes.as_flattened()).map(|bytes| *bytes as u128).sum::<u128>();
         let limit = isize::MAX as u128;
         if total > limit {
             return Err(Error::TooLarge { op: Op::Moe, what: "workspace bytes", got: total, limit });
@@ -164,7 +186,7 @@ impl<A: Float> Plan<A> {
 
     /// What a [`Workspace`] for this plan must hold: router logits, the rows between the halves (of a shape
     /// [`with_interleaved`](Shape::with_interleaved) before the gate is applied, too), the experts' output
-    /// rows.
+    /// rows; of a shape [`with_fp8_inputs`](Shape::with_fp8_inputs) rows as FP8.
     pub fn workspace_bytes(&self) -> usize {
         self.workspace_bytes
     }
@@ -342,6 +364,12 @@ impl<'a> Experts<'a> {
         Experts { shared: Some(shared), ..self }
     }
 
+    /// The matrix of the first half, or the second of its two.
+    fn up(&self) -> ExpertWeights<'a> {
+        let (Hidden::Gated { up, .. } | Hidden::Plain { up, .. } | Hidden::Interleaved { gate_up: up, .. }) = self.hidden;
+        up
+    }
+
     /// The matrices of both halves, by their names.
     fn matrices(&self, names: &Names) -> impl Iterator<Item = (&'static str, ExpertWeights<'a>)> + use<'a> {
         let (gate, up) = match self.hidden {
@@ -364,8 +392,8 @@ impl<'a> Experts<'a> {
     }
 
     /// Everything that the products would refuse.
-    fn check<A: Float>(&self, stream: &Stream, shape: &Shape) -> Result<(), Error> {
-        self.check_halves::<A>(stream, shape, &ROUTED)?;
+    fn check<A: Float>(&self, stream: &Stream, shape: &Shape, class_rows: usize) -> Result<(), Error> {
+        self.check_halves::<A>(stream, shape, class_rows, &ROUTED)?;
         let width = |need| Err(Error::Value { op: Op::Moe, arg: "shared_d_ffn", need, got: shape.shared_d_ffn as f64 });
         let shared = match (self.shared, shape.shared_d_ffn) {
             (None, 0) => return Ok(()),
@@ -374,7 +402,7 @@ impl<'a> Experts<'a> {
             (Some(shared), _) => shared,
         };
         let of_shared = Shape { d_ffn: shape.shared_d_ffn, num_experts: 1, top_k: 1, ..*shape };
-        shared.halves().check_halves::<A>(stream, &of_shared, &SHARED)?;
+        shared.halves().check_halves::<A>(stream, &of_shared, class_rows, &SHARED)?;
         let Some(gate) = shared.gate else { return Ok(()) };
         gate.check_floats(Op::Moe, "shared gate")?;
         check_shape(Op::Moe, "shared gate", "[1, D]", &[1, shape.d_model], &gate.dims())?;
@@ -383,7 +411,7 @@ impl<'a> Experts<'a> {
         Ok(())
     }
 
-    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, names: &Names) -> Result<(), Error> {
+    fn check_halves<A: Float>(&self, stream: &Stream, shape: &Shape, class_rows: usize, names: &Names) -> Result<(), Error> {
         let Shape { d_model, d_ffn, num_experts, interleaved, .. } = *shape;
         if matches!(self.hidden, Hidden::Interleaved { .. }) && !interleaved {
             let need = "1, for interleaved gate and up (`Shape::with_interleaved`)";
@@ -415,8 +443,17 @@ impl<'a> Experts<'a> {
             Hidden::Plain { epilogue, .. } => epilogue.activation.check(Op::Moe)?,
             Hidden::Interleaved { glu, .. } => glu.check(Op::Moe)?,
         }
-        if stream.place() != Place::Host {
-            grouped_gemm::check_kernels(Op::Moe, A::DTYPE, self.matrices(names), self.biases(names))?;
+        if stream.place() == Place::Host {
+            return Ok(());
+        }
+        let takes_codes = |(_, w): &(&'static str, ExpertWeights<'_>)| shape.fp8_inputs && grouped_gemm::takes_codes(stream, w, class_rows);
+        let others = self.matrices(names).filter(|matrix| !takes_codes(matrix));
+        grouped_gemm::check_kernels(Op::Moe, A::DTYPE, others, self.biases(names))?;
+        grouped_gemm::check_fp8(Op::Moe, self.matrices(names).filter(takes_codes))?;
+        if let Hidden::Gated { gate, up, .. } = self.hidden
+            && (gate.dtype() != up.dtype() || takes_codes(&(names.gate, gate)) != takes_codes(&(names.up, up)))
+        {
+            return Err(Error::unsupported(Op::Moe, "another type of weights, or exact inputs of one alone,", names.up, names.gate));
         }
         Ok(())
     }
@@ -524,7 +561,8 @@ impl<'a> Weights<'a> {
 /// bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on
 /// a GPU `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one.
 /// On a GPU the layer of up to 256 experts is 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a
-/// shared expert is two more, and one for its gate; interleaved gate and up are one more. None waits for the
+/// shared expert is two more, and one for its gate; interleaved gate and up are one more; so are rows as FP8
+/// ([`Shape::with_fp8_inputs`]), and two of a shared expert. None waits for the
 /// host. No token is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A
 /// NaN in token `t` stays in row `t`.
 ///
@@ -549,7 +587,7 @@ pub fn forward<'r, A: Float>(
 ) -> Result<Routing<'r>, Error> {
     let num_tokens = plan.check_tokens(stream, &x, workspace)?;
     plan.check_router(stream, &weights.router, &weights.choice, routing)?;
-    weights.experts.check::<A>(stream, &plan.shape)?;
+    weights.experts.check::<A>(stream, &plan.shape, plan.class_rows(num_tokens))?;
     check_output(stream, plan, num_tokens, y)?;
     let parts = routing.parts_mut(Op::Moe, num_tokens)?;
     let mut arguments = vec![("x", x.access()), ("router", weights.router.access()), ("y", y.access())];
@@ -624,8 +662,8 @@ pub fn experts<A: Float>(
     check_shape(Op::Moe, "outputs", "[R, D]", &[routing.rows(), plan.shape.d_model], &outputs.dims())?;
     kernels_need!(stream, outputs.vectors(Op::Moe, "outputs"));
     admit_routed(stream, &x, &routed, routing, workspace, ("outputs", outputs.access()))?;
-    let Parts { mut interleaved, mut hidden, .. } = plan.carve_rows(workspace, x.rows())?;
-    let mut steps = || both_halves(stream, plan, x, experts, routing, [&mut interleaved, &mut hidden], outputs);
+    let Parts { mut interleaved, mut hidden, mut codes, .. } = plan.carve_rows(workspace, x.rows())?;
+    let mut steps = || both_halves(stream, plan, x, experts, routing, [&mut interleaved, &mut hidden], &mut codes, outputs);
     stream.rehearse(Op::Moe, &mut steps)?;
     steps()
 }
@@ -647,7 +685,7 @@ pub fn shared<'w, A: Float>(
     workspace: &'w mut Workspace<'_>,
 ) -> Result<Base<'w, A>, Error> {
     plan.check_tokens(stream, &x, workspace)?;
-    experts.check::<A>(stream, &plan.shape)?;
+    experts.check::<A>(stream, &plan.shape, plan.class_rows(x.rows()))?;
     let Some(shared) = experts.shared else {
         return Err(Error::Value { op: Op::Moe, arg: "shared_d_ffn", need: "at least 1 for this step", got: 0.0 });
     };
@@ -683,7 +721,7 @@ pub fn forward_routed<A: Float>(
     let mut steps = || {
         let mut parts = plan.carve_rows(workspace, x.rows())?;
         let hidden = [&mut parts.interleaved, &mut parts.hidden];
-        both_halves(stream, plan, x, experts, routing, hidden, &mut parts.outputs)?;
+        both_halves(stream, plan, x, experts, routing, hidden, &mut parts.codes, &mut parts.outputs)?;
         let Some(shared) = experts.shared else { return combine(stream, parts.outputs.as_rows(), routing, y) };
         let base = shared_expert(stream, plan, x, &shared, parts.shared)?;
         permute::combine_onto(stream, parts.outputs.as_rows(), routing, base, y)
@@ -715,7 +753,7 @@ fn shared_expert<'p, A: Float>(
     shared: &Shared<'_>,
     parts: SharedParts<'p, A>,
 ) -> Result<Base<'p, A>, Error> {
-    let SharedParts { mut interleaved, mut hidden, mut outputs, mut gate } = parts;
+    let SharedParts { mut interleaved, mut hidden, mut outputs, mut gate, mut codes } = parts;
     let mut rows = ExpertRows::dense(x.rows())?;
     if stream.place() == Place::Host {
         // In the class of the routed rows, so that a token's bits change with the batch where the layer says
@@ -725,13 +763,20 @@ fn shared_expert<'p, A: Float>(
         rows = rows.in_class(if is_few { few } else { usize::MAX });
     }
     let rows = plan.rows(rows);
-    first_half(stream, x, &shared.halves(), rows, [&mut interleaved, &mut hidden])?;
-    grouped_gemm::linear(stream, hidden.as_rows(), shared.down, rows, &Epilogue::default(), &mut outputs)?;
+    let halves = shared.halves();
+    if codes.serve(stream, &halves.up(), &rows) {
+        let x = codes.quantize(stream, x, None, rows)?;
+        first_half_of_codes(stream, x, &halves, rows, [&mut interleaved, &mut hidden])?;
+    } else {
+        first_half(stream, x, &halves, rows, [&mut interleaved, &mut hidden])?;
+    }
+    second_half(stream, hidden.as_rows(), &halves, rows, &mut codes, &mut outputs)?;
     let Some(of_gate) = shared.gate else { return Ok(Base::new(outputs.into_rows())) };
     router::logits(stream, x, of_gate, &mut gate)?;
     Ok(Base::new(outputs.into_rows()).with_gate(gate.into_rows()))
 }
 
+#[allow(clippy::too_many_arguments)] // the parts of the workspace
 fn both_halves<A: Float>(
     stream: &Stream,
     plan: &Plan<A>,
@@ -739,17 +784,21 @@ fn both_halves<A: Float>(
     experts: &Experts<'_>,
     routing: &Routing<'_>,
     [interleaved, hidden]: [&mut RowsMut<'_, A>; 2],
+    codes: &mut Codes<'_>,
     outputs: &mut RowsMut<'_, A>,
 ) -> Result<(), Error> {
-    if stream.place() != Place::Host && x.rows() > MAX_GATHERED {
+    let rows = plan.rows(routing.expert_rows());
+    if codes.serve(stream, &experts.up(), &rows) {
+        let x = codes.quantize(stream, x, Some(routing), rows)?;
+        first_half_of_codes(stream, x, experts, rows, [interleaved, hidden])?;
+    } else if stream.place() != Place::Host && x.rows() > MAX_GATHERED {
         // The sorted rows lie where the outputs will: those are written when these have been read.
         permute::gather(stream, x, routing, outputs)?;
-        first_half(stream, outputs.as_rows(), experts, plan.rows(routing.expert_rows()), [interleaved, hidden])?;
+        first_half(stream, outputs.as_rows(), experts, rows, [interleaved, hidden])?;
     } else {
         first_half(stream, x, experts, plan.rows(routing.gathered_rows()), [interleaved, hidden])?;
     }
-    let epilogue = experts.down_bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias));
-    grouped_gemm::linear(stream, hidden.as_rows(), experts.down, plan.rows(routing.expert_rows()), &epilogue, outputs)
+    second_half(stream, hidden.as_rows(), experts, rows, codes, outputs)
 }
 
 /// `interleaved` has columns where the plan has room for [`Hidden::Interleaved`].
@@ -764,11 +813,48 @@ fn first_half<A: Float>(
         Hidden::Gated { gate, up, epilogue } => grouped_gemm::glu(stream, x, gate, up, rows, &epilogue, hidden),
         Hidden::Plain { up, epilogue } => grouped_gemm::linear(stream, x, up, rows, &epilogue, hidden),
         Hidden::Interleaved { gate_up, bias, glu } => {
-            let epilogue = bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias));
-            grouped_gemm::linear(stream, x, gate_up, rows, &epilogue, interleaved)?;
+            grouped_gemm::linear(stream, x, gate_up, rows, &biased(bias), interleaved)?;
             glu::interleaved_of(stream, glu, interleaved.as_rows(), Some(rows), hidden)
         }
     }
+}
+
+/// The same of rows as FP8.
+fn first_half_of_codes<A: Float>(
+    stream: &Stream,
+    x: QuantizedInputs<'_>,
+    experts: &Experts<'_>,
+    rows: ExpertRows<'_>,
+    [interleaved, hidden]: [&mut RowsMut<'_, A>; 2],
+) -> Result<(), Error> {
+    match experts.hidden {
+        Hidden::Gated { gate, up, epilogue } => grouped_gemm::glu_quantized(stream, x, gate, up, rows, &epilogue, hidden),
+        Hidden::Plain { up, epilogue } => grouped_gemm::linear_quantized(stream, x, up, rows, &epilogue, hidden),
+        Hidden::Interleaved { gate_up, bias, glu } => {
+            grouped_gemm::linear_quantized(stream, x, gate_up, rows, &biased(bias), interleaved)?;
+            glu::interleaved_of(stream, glu, interleaved.as_rows(), Some(rows), hidden)
+        }
+    }
+}
+
+fn second_half<A: Float>(
+    stream: &Stream,
+    hidden: Rows<'_, A>,
+    experts: &Experts<'_>,
+    rows: ExpertRows<'_>,
+    codes: &mut Codes<'_>,
+    outputs: &mut RowsMut<'_, A>,
+) -> Result<(), Error> {
+    let (down, epilogue) = (experts.down, biased(experts.down_bias));
+    if !codes.serve(stream, &down, &rows) {
+        return grouped_gemm::linear(stream, hidden, down, rows, &epilogue, outputs);
+    }
+    let hidden = codes.quantize(stream, hidden, None, rows)?;
+    grouped_gemm::linear_quantized(stream, hidden, down, rows, &epilogue, outputs)
+}
+
+fn biased(bias: Option<Bias<'_>>) -> Epilogue<'_> {
+    bias.map_or(Epilogue::default(), |bias| Epilogue::default().with_bias(bias))
 }
 
 /// Of more tokens a GPU copies the rows in order of their experts, before it multiplies them. A copy costs 2 % of the first half's time, at
@@ -788,6 +874,7 @@ struct Parts<'w, A> {
     hidden: RowsMut<'w, A>,
     outputs: RowsMut<'w, A>,
     shared: SharedParts<'w, A>,
+    codes: Codes<'w>,
 }
 
 /// The same of a shared expert, and the products that its factors are made from.
@@ -796,6 +883,56 @@ struct SharedParts<'w, A> {
     hidden: RowsMut<'w, A>,
     outputs: RowsMut<'w, A>,
     gate: RowsMut<'w, f32>,
+    codes: Codes<'w>,
+}
+
+/// Room for rows as FP8, of any width up to one: before the first half, then before the second.
+struct Codes<'w> {
+    codes: RowsMut<'w, u8>,
+    scales: RowsMut<'w, f32>,
+    rows: usize,
+}
+
+impl<'w> Codes<'w> {
+    fn dims(rows: usize, cols: usize) -> [[usize; 2]; 2] {
+        let rows_of_scales = if cols == 0 { 0 } else { aligned::<f32>(rows) };
+        [[rows, aligned::<u8>(cols)], [cols.div_ceil(quantize::BLOCK), rows_of_scales]]
+    }
+
+    fn bytes(rows: usize, cols: usize) -> Result<[usize; 2], Error> {
+        let [codes, scales] = Codes::dims(rows, cols);
+        let codes = Workspace::bytes_for::<u8>(Op::Moe, codes[0], codes[1])?;
+        Ok([codes, Workspace::bytes_for::<f32>(Op::Moe, scales[0], scales[1])?])
+    }
+
+    fn carve(carver: &mut Carver<'w>, rows: usize, cols: usize) -> Result<Codes<'w>, Error> {
+        let [codes, scales] = Codes::dims(rows, cols);
+        Ok(Codes { codes: carver.rows(codes[0], codes[1])?, scales: carver.rows(scales[0], scales[1])?, rows })
+    }
+
+    /// Whether these weights are multiplied by rows as FP8: where there is room for them.
+    fn serve(&self, stream: &Stream, w: &ExpertWeights<'_>, rows: &ExpertRows<'_>) -> bool {
+        let class_rows = rows.asked_class().unwrap_or(rows.max_rows_per_expert());
+        self.codes.cols() > 0 && grouped_gemm::takes_codes(stream, w, class_rows)
+    }
+
+    /// The rows as FP8: those of tokens in the order of their experts where there is a routing, else those that experts own.
+    fn quantize<A: Float>(
+        &mut self,
+        stream: &Stream,
+        x: Rows<'_, A>,
+        routing: Option<&Routing<'_>>,
+        owned: ExpertRows<'_>,
+    ) -> Result<QuantizedInputs<'_>, Error> {
+        let mut codes = self.codes.reborrow().col_range(0..x.cols())?;
+        let scales = self.scales.reborrow().row_range(0..x.cols().div_ceil(quantize::BLOCK))?;
+        let mut scales = scales.col_range(0..self.rows)?;
+        match routing {
+            Some(routing) => quantize::gather_e4m3(stream, x, routing, &mut codes, &mut scales)?,
+            None => quantize::e4m3_of(stream, x, owned, &mut codes, &mut scales)?,
+        }
+        QuantizedInputs::new(codes.into_rows(), scales.into_rows())
+    }
 }
 
 /// What every step would refuse, before the first one writes.
@@ -843,7 +980,7 @@ impl<A: Float> Plan<A> {
         let Shape { num_experts, top_k, .. } = self.shape;
         let got = [routing.num_tokens(), routing.top_k(), routing.num_experts()];
         check_shape(Op::Moe, "routing", "[T, k, E]", &[num_tokens, top_k, num_experts], &got)?;
-        experts.check::<A>(stream, &self.shape)
+        experts.check::<A>(stream, &self.shape, self.class_rows(num_tokens))
     }
 
     /// The parts of the workspace but for the logits.
@@ -852,21 +989,30 @@ impl<A: Float> Plan<A> {
         let (rows, shared_tokens) = (num_tokens * top_k, if shared_d_ffn == 0 { 0 } else { num_tokens });
         let mut carver = workspace.carve(Op::Moe);
         carver.rows::<f32>(num_tokens, num_experts)?; // the logits
-        let mut part = |rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
+        let part = |carver: &mut Carver<'w>, rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
         let [interleaved_cols, shared_interleaved_cols] = self.shape.interleaved_cols();
-        let (interleaved, hidden, outputs) = (part(rows, interleaved_cols)?, part(rows, d_ffn)?, part(rows, d_model)?);
+        let [code_cols, shared_code_cols] = self.shape.code_cols();
+        let [interleaved, hidden, outputs] =
+            [part(&mut carver, rows, interleaved_cols)?, part(&mut carver, rows, d_ffn)?, part(&mut carver, rows, d_model)?];
         let shared = SharedParts {
-            interleaved: part(shared_tokens, shared_interleaved_cols)?,
-            hidden: part(shared_tokens, shared_d_ffn)?,
-            outputs: part(shared_tokens, d_model)?,
+            interleaved: part(&mut carver, shared_tokens, shared_interleaved_cols)?,
+            hidden: part(&mut carver, shared_tokens, shared_d_ffn)?,
+            outputs: part(&mut carver, shared_tokens, d_model)?,
             gate: carver.rows::<f32>(shared_tokens, 1)?,
+            codes: Codes::carve(&mut carver, shared_tokens, shared_code_cols)?,
         };
-        Ok(Parts { interleaved, hidden, outputs, shared })
+        let codes = Codes::carve(&mut carver, rows, code_cols)?;
+        Ok(Parts { interleaved, hidden, outputs, shared, codes })
     }
 
     /// The same for steps that leave the shared expert out.
     fn without_shared(&self) -> Plan<A> {
         Plan { shape: Shape { shared_d_ffn: 0, ..self.shape }, ..*self }
+    }
+
+    /// The most rows that an expert owns in calls of the class of so many tokens.
+    fn class_rows(&self, num_tokens: usize) -> usize {
+        self.class_rows.unwrap_or(num_tokens)
     }
 
     /// In the plan's class.

@@ -35,7 +35,9 @@ pub mod glu;
 pub mod grouped_gemm;
 pub mod norm;
 pub mod permute;
+pub mod quantize;
 pub mod random;
+pub mod repack;
 pub mod rope;
 pub mod router;
 pub mod sample;
@@ -55,7 +57,9 @@ pub fn kernels() -> Vec<crate::device::kernel::Kernel<()>> {
         .chain(rows(grouped_gemm::cuda::KERNELS))
         .chain(rows(norm::cuda::KERNELS))
         .chain(rows(permute::cuda::KERNELS))
+        .chain(rows(quantize::cuda::KERNELS))
         .chain(rows(random::cuda::KERNELS))
+        .chain(rows(repack::cuda::KERNELS))
         .chain(rows(rope::cuda::KERNELS))
         .chain(rows(router::cuda::KERNELS))
         .chain(rows(sample::cuda::KERNELS))

@@ -7,17 +7,40 @@
 //! gguf(format, blocks [N, bytes of a row], K)            scales lie in the blocks
 //! ```
 //!
-//! Rows are outputs, and K runs along a row. [`Format`] has the formulas.
+//! Rows are outputs, and K runs along a row. [`Format`] has the formulas. What GPTQ and AWQ store lies the other way
+//! round: [`Gptq`] and [`Awq`] read it, and make [`Int4`] of it.
+
+/// Evaluates an expression for whichever type the scales have.
+macro_rules! with_scales {
+    ($scales:expr, $rows:ident => $value:expr) => {
+        match $scales {
+            ScaleRows::F32($rows) => $value,
+            ScaleRows::Bf16($rows) => $value,
+            ScaleRows::F16($rows) => $value,
+            ScaleRows::E8m0($rows) => $value,
+        }
+    };
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) mod device;
+pub(crate) mod tiles;
 
 use std::ops::Range;
 
+pub use self::tiles::Tiles;
 use crate::device::Access;
 use crate::dtype::{Bf16, DType, F16, Float};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::format::Format;
 use crate::shape::{checked_bytes, filled};
 use crate::simd::decode::{QuantizedRow, RowScales, decode, finite_scales};
-use crate::view::Rows;
+use crate::view::{Rows, check_range};
+
+pub(crate) mod inputs;
+mod packed;
+
+pub use self::packed::{Awq, Gptq, Int4};
 
 /// Rows of zero points that one row of packed zero points holds.
 const ZERO_ROWS: usize = 8;
@@ -34,18 +57,6 @@ pub enum ScaleRows<'a> {
     F16(Rows<'a, F16>),
     /// Powers of two, `2^(byte - 127)`; 255 stands for no number.
     E8m0(Rows<'a, u8>),
-}
-
-/// Evaluates an expression for whichever type the scales have.
-macro_rules! with_scales {
-    ($scales:expr, $rows:ident => $value:expr) => {
-        match $scales {
-            ScaleRows::F32($rows) => $value,
-            ScaleRows::Bf16($rows) => $value,
-            ScaleRows::F16($rows) => $value,
-            ScaleRows::E8m0($rows) => $value,
-        }
-    };
 }
 
 impl<'a, T: Float> From<Rows<'a, T>> for ScaleRows<'a> {
@@ -116,10 +127,21 @@ pub struct QuantizedRows<'a> {
     codes: Rows<'a, u8>,
     scales: Option<Scales<'a>>,
     zeros: Option<Rows<'a, u8>>,
+    /// Of weights in tiles, whose `codes` are those of all panels, and which have no scales and zero points of rows.
+    in_tiles: Option<InTiles<'a>>,
     /// Row `i` here is row `first + i * step` of the matrix that the scales and the zero points are of.
     first: usize,
     step: usize,
     exact_inputs: bool,
+}
+
+/// Weights in tiles: how they lie, how many rows of them are meant, and what lies beside the codes.
+#[derive(Clone, Copy)]
+struct InTiles<'a> {
+    tiles: Tiles,
+    rows: usize,
+    scales: Rows<'a, u8>,
+    zeros: Option<Rows<'a, u8>>,
 }
 
 /// Scales, and the block of rows and columns that each is for.
@@ -194,7 +216,12 @@ impl<'a> QuantizedRows<'a> {
             return Err(Error::unsupported(Op::ExpertWeights, "blocks of", format.name(), "the formats of GGUF"));
         }
         Self::check_blocks(format, &blocks, cols)?;
-        Ok(QuantizedRows { format, cols, codes: blocks, scales: None, zeros: None, first: 0, step: 1, exact_inputs: false })
+        Ok(QuantizedRows { cols, ..Self::bare(format, blocks) })
+    }
+
+    /// No columns yet, and nothing beside the codes.
+    fn bare(format: Format, codes: Rows<'a, u8>) -> Self {
+        QuantizedRows { format, cols: 0, codes, scales: None, zeros: None, in_tiles: None, first: 0, step: 1, exact_inputs: false }
     }
 
     fn with_scales(format: Format, codes: Rows<'a, u8>, cols: usize, values: ScaleRows<'a>, block: [usize; 2]) -> Result<Self, Error> {
@@ -206,7 +233,7 @@ impl<'a> QuantizedRows<'a> {
         let dims = [codes.rows().div_ceil(block[0]), cols.div_ceil(block[1])];
         check_shape(op, "scales", "[rows of blocks, columns of blocks]", &dims, &values.dims())?;
         let scales = Some(Scales { values, block });
-        let all = QuantizedRows { format, cols, codes, scales, zeros: None, first: 0, step: 1, exact_inputs: false };
+        let all = QuantizedRows { cols, scales, ..Self::bare(format, codes) };
         all.check_place("scales", values.place())?;
         Ok(all)
     }
@@ -246,10 +273,10 @@ impl<'a> QuantizedRows<'a> {
 
     /// `[rows, cols]`.
     pub fn dims(&self) -> [usize; 2] {
-        [self.codes.rows(), self.cols]
+        [self.in_tiles.map_or(self.codes.rows(), |in_tiles| in_tiles.rows), self.cols]
     }
 
-    /// The bytes of each row.
+    /// The bytes of each row; in tiles, of each panel.
     pub fn codes(&self) -> Rows<'a, u8> {
         self.codes
     }
@@ -266,7 +293,6 @@ impl<'a> QuantizedRows<'a> {
 
     /// Row `i` of this matrix is row `first + i * step` of that which scales and zero points are of.
     #[cfg(feature = "cuda")]
-    #[allow(dead_code)] // until there are kernels
     pub(crate) fn rows_of_scales(&self) -> (usize, usize) {
         (self.first, self.step)
     }
@@ -277,6 +303,10 @@ impl<'a> QuantizedRows<'a> {
     ///
     /// [`Error::Index`] if the range ends behind the last row.
     pub fn row_range(&self, range: Range<usize>) -> Result<QuantizedRows<'a>, Error> {
+        if self.in_tiles.is_some() {
+            check_range("row_range", &range, self.dims()[0])?;
+            return Ok(self.every(range.start, 1, range.len()));
+        }
         let first = self.first + range.start.min(self.codes.rows()) * self.step;
         Ok(QuantizedRows { codes: self.codes.row_range(range)?, first, ..*self })
     }
@@ -292,25 +322,34 @@ impl<'a> QuantizedRows<'a> {
 
     /// Rows `first`, `first + step`, ..., `count` of them, which there are.
     pub(crate) fn every(&self, first: usize, step: usize, count: usize) -> QuantizedRows<'a> {
-        let codes = self.codes.every(first, step, count);
-        QuantizedRows { codes, first: self.first + first * self.step, step: self.step * step, ..*self }
+        let in_tiles = self.in_tiles.map(|in_tiles| InTiles { rows: count, ..in_tiles });
+        let codes = if in_tiles.is_some() { self.codes } else { self.codes.every(first, step, count) };
+        QuantizedRows { codes, in_tiles, first: self.first + first * self.step, step: self.step * step, ..*self }
     }
 
     /// The matrix of as many rows that begins `bytes` of codes further on in a stack of whole matrices.
     pub(crate) fn at(&self, bytes: usize) -> QuantizedRows<'a> {
         let rows = bytes.checked_div(self.codes.stride()).unwrap_or(0);
-        QuantizedRows { codes: self.codes.at(bytes), first: self.first + rows * self.step, ..*self }
+        let codes = if self.in_tiles.is_some() { self.codes } else { self.codes.at(bytes) };
+        QuantizedRows { codes, first: self.first + rows * self.step, ..*self }
     }
 
     /// Whether scales end where a matrix of so many rows ends.
     pub(crate) fn splits_into(&self, rows: usize) -> bool {
+        if let Some(InTiles { tiles, .. }) = self.in_tiles {
+            return rows == tiles.n;
+        }
         let blocks = self.scales.is_none_or(|scales| rows.is_multiple_of(scales.block[0]));
         blocks && (self.zeros.is_none() || rows.is_multiple_of(ZERO_ROWS))
     }
 
     /// Each buffer that holds some of it.
     pub(crate) fn accesses(&self) -> [Option<Access<'a>>; 3] {
-        [Some(self.codes.access()), self.scales.map(|scales| scales.values.access()), self.zeros.map(|zeros| zeros.access())]
+        let codes = Some(self.codes.access());
+        if let Some(InTiles { scales, zeros, .. }) = self.in_tiles {
+            return [codes, Some(scales.access()), zeros.map(|zeros| zeros.access())];
+        }
+        [codes, self.scales.map(|scales| scales.values.access()), self.zeros.map(|zeros| zeros.access())]
     }
 
     /// One row on the host.
@@ -334,6 +373,7 @@ impl<'a> QuantizedRows<'a> {
         if self.codes.place() != Place::Host {
             return Err(Error::Place { op, arg: "weights", want: Place::Host, got: self.codes.place() });
         }
+        self.check_rows(op, "weights")?;
         let one = self.row_range(row..row.saturating_add(1))?;
         check_shape(op, "y", "[K]", &[self.cols], &[y.len()])?;
         decode(&one.host_row(0), 0, y);
@@ -363,6 +403,7 @@ impl<'a> QuantizedRows<'a> {
         if self.codes.place() != Place::Host {
             return Err(Error::Place { op, arg: "weights", want: Place::Host, got: self.codes.place() });
         }
+        self.check_rows(op, "weights")?;
         for row in 0..self.codes.rows() {
             if let Some(block) = finite_scales(&self.host_row(row)) {
                 return Err(Error::NotFinite { op, arg: "scales", row, block });

@@ -12,6 +12,7 @@ mod tiling;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+pub(crate) use self::carver::Carver;
 pub(crate) use self::host::{HostRows, HostRowsMut, RowOutputs, TileMut, for_each_row, rows_per_task};
 pub(crate) use self::tiling::Tiling;
 use crate::device::{Access, Buffer, Mark, Stream, Upload};
@@ -524,7 +525,7 @@ impl<'a, T: Element> RowsMut<'a, T> {
     }
 }
 
-fn check_range(arg: &'static str, range: &Range<usize>, bound: usize) -> Result<(), Error> {
+pub(crate) fn check_range(arg: &'static str, range: &Range<usize>, bound: usize) -> Result<(), Error> {
     if range.start <= range.end && range.end <= bound {
         return Ok(());
     }

@@ -153,6 +153,11 @@ impl<'a> WeightRows<'a> {
         Err(Error::unsupported(op, format!("`{arg}` of type"), rows.format().name(), "f32, bf16, f16"))
     }
 
+    /// Refuses quantised weights in tiles, for what reads rows.
+    pub(crate) fn check_rows(&self, op: Op, arg: &'static str) -> Result<(), Error> {
+        if let WeightRows::Quantized(rows) = self { rows.check_rows(op, arg) } else { Ok(()) }
+    }
+
     /// The first element's buffer; all buffers of quantised weights are [`accesses`](Self::accesses).
     pub(crate) fn access(&self) -> Access<'a> {
         match self {

@@ -14,7 +14,8 @@ use dropless::rope::{Pairing, Projected, QkNorm};
 use dropless::router::Normalize;
 use dropless::{
     Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream,
-    TokenIds, Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, random, rope, router, sample,
+    TokenIds, Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, quantize, random, rope, router,
+    sample,
 };
 use dropless_kit::device;
 use dropless_kit::fill::{Random, normal};
@@ -53,7 +54,7 @@ impl Run<'_> {
     }
 
     /// Adds the matrix that `work` writes.
-    fn output<T: Float + Bits>(&mut self, rows: usize, cols: usize, work: impl FnOnce(&Stream, &mut RowsMut<'_, T>)) {
+    fn output<T: Bits>(&mut self, rows: usize, cols: usize, work: impl FnOnce(&Stream, &mut RowsMut<'_, T>)) {
         let mut y = Buffer::<T>::zeros(self.stream, rows * cols).unwrap();
         work(self.stream, &mut y.rows_mut(rows, cols).unwrap());
         self.hash.all(&y.to_vec(self.stream).unwrap());
@@ -175,6 +176,16 @@ fn permute_bits<T: Float + Bits>(run: &mut Run<'_>) {
     let (x, rows) = (run.fill::<T>(1, tokens * cols), run.fill::<T>(2, ids.len() * cols));
     run.output::<T>(ids.len(), cols, |stream, y| permute::gather(stream, x.rows(tokens, cols).unwrap(), &routing, y).unwrap());
     run.output::<T>(tokens, cols, |stream, y| permute::combine(stream, rows.rows(ids.len(), cols).unwrap(), &routing, y).unwrap());
+}
+
+fn code_bits<T: Float + Bits>(run: &mut Run<'_>) {
+    let (rows, cols) = (7, 208);
+    let x = run.fill::<T>(1, rows * cols);
+    let mut scales = Buffer::<f32>::zeros(run.stream, 2 * rows).unwrap();
+    run.output::<u8>(rows, cols, |stream, codes| {
+        quantize::e4m3(stream, x.rows(rows, cols).unwrap(), codes, &mut scales.rows_mut(2, rows).unwrap()).unwrap();
+    });
+    run.hash.all(&scales.to_vec(run.stream).unwrap());
 }
 
 /// Products of few and of many rows, where the tensor cores serve and where they do not.
@@ -366,6 +377,7 @@ fn hashes(stream: &Stream) -> Vec<(&'static str, u64)> {
         ("glu", &[glu_bits::<f32>, glu_bits::<Bf16>, glu_bits::<F16>]),
         ("router", &[logits_bits::<f32>, logits_bits::<Bf16>, logits_bits::<F16>, route_bits]),
         ("permute", &[permute_bits::<f32>, permute_bits::<Bf16>, permute_bits::<F16>]),
+        ("quantize", &[code_bits::<f32>, code_bits::<Bf16>, code_bits::<F16>]),
         ("grouped_gemm f32", &[|run| products::<f32>(run, false)]),
         ("grouped_gemm bf16", &[|run| products::<Bf16>(run, false)]),
         ("grouped_gemm f16", &[|run| products::<F16>(run, false)]),
@@ -419,12 +431,13 @@ fn the_emulated_gpu_gives_the_bits_it_gave() {
     assert_eq!(driver.reports(), [""; 0]);
 }
 
-const CPU: [(&str, u64); 18] = [
+const CPU: [(&str, u64); 19] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0x3b45_ab8a_cc25_11be),
     ("glu", 0x5818_0ee3_1738_acd6),
     ("router", 0xe27f_5522_7fb3_bda7),
     ("permute", 0x7da3_f887_ea70_8ae0),
+    ("quantize", 7531202256546067792),
     ("grouped_gemm f32", 0xc319_6a2b_f9c6_5195),
     ("grouped_gemm bf16", 0xfaaf_6379_80cc_dc4b),
     ("grouped_gemm f16", 0xb633_5a77_93bf_de3c),
@@ -442,12 +455,13 @@ const CPU: [(&str, u64); 18] = [
 
 const MIXED: [(&str, u64); 1] = [("mixed", 0xa75f_23d9_de2e_ffbe)];
 
-const EMULATED: [(&str, u64); 18] = [
+const EMULATED: [(&str, u64); 19] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0xe623_4eaa_fc07_263d),
     ("glu", 0xe1b6_bd38_1430_ae92),
     ("router", 0x35a8_e629_9757_b472),
     ("permute", 0x7da3_f887_ea70_8ae0),
+    ("quantize", 7531202256546067792),
     ("grouped_gemm f32", 0xad72_ea1b_4ac1_cf7c),
     ("grouped_gemm bf16", 0x4c4d_b5a6_5574_6527),
     ("grouped_gemm f16", 0xe9ab_973a_cfbb_a532),

@@ -2,7 +2,7 @@
 //!
 //! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of
 //! the full set, all of them run. `mixtral` holds what is said of the second family, `families` of each other
-//! one, `hostile` what they refuse; the rest is said of DBRX, or of all.
+//! one, `hostile` what they refuse, `quantized` and `gguf` what is said of such weights; the rest is said of DBRX, or of all.
 
 #[path = "dbrx/devices.rs"]
 mod devices;
@@ -12,6 +12,8 @@ mod emulated;
 mod families;
 #[path = "dbrx/fixture.rs"]
 mod fixture;
+#[path = "dbrx/gguf.rs"]
+mod gguf;
 #[path = "dbrx/hostile.rs"]
 mod hostile;
 #[allow(dead_code)] // what only the example's `main` calls
@@ -19,6 +21,8 @@ mod hostile;
 mod lm;
 #[path = "dbrx/mixtral.rs"]
 mod mixtral;
+#[path = "dbrx/quantized.rs"]
+mod quantized;
 #[path = "dbrx/refusals.rs"]
 mod refusals;
 #[path = "dbrx/results.rs"]

@@ -137,7 +137,7 @@ fn kernels_wait_for_the_launch_before() {
             let at = |what: &str| text.find(what).unwrap_or(text.len());
             let next = at("griddepcontrol.launch_dependents;");
             let wait = at("griddepcontrol.wait;");
-            let memory = [".global.", "cp.async", "ld.v", "st.v", "atom.", "red."].iter().map(|what| at(what)).min().unwrap();
+            let memory = [".global.", "cp.async", "ld.v", "st.v", "\tatom.", "\tred."].iter().map(|what| at(what)).min().unwrap();
             assert!(next < wait && wait < memory && memory < text.len(), "{}: {next}, {wait}, {memory}", entry.name);
             count += 1;
         }
@@ -170,21 +170,43 @@ fn tensor_cores_are_used_as_meant() {
     }
 }
 
+/// The same of e4m3: a stage is two halves of its columns, four steps of 32 along k each, waited for one by one; the scales of its rows
+/// come by a copy of their own.
+#[test]
+fn codes_meet_the_tensor_cores() {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm_fp8.sm_90a.ptx"));
+    let tiled = entries(&manifest, &ptx);
+    assert_eq!(tiled.len(), 6);
+    for (entry, text) in tiled {
+        assert_eq!([entry.field("hgmma"), entry.field("depbar")], ["8", "2"], "{}", entry.name);
+        let boxes = if entry.name.contains("glu") { 4 } else { 2 };
+        let copies = [vec!["2d"; 2], vec!["3d"; boxes], vec!["3d.multicast"; boxes]].concat().join(",");
+        assert_eq!(entry.field("tma"), copies, "{}", entry.name);
+        assert_registers_handed(&entry, text);
+    }
+}
+
 /// What the emulator, which knows no scopes, cannot see of blocks that share weights: those of a cluster begin and end together, warps
 /// are whole again when they come to the last barrier, and nothing in between waits for the whole cluster's memory.
 #[test]
 fn clusters_are_synchronised_as_such() {
-    let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm.sm_90a.ptx"));
+    // Consumers release a stage while they multiply, 16-bit rows in one loop for gathered ones and in one for others, and where they have
+    // no row. They await their own block's barrier likewise, the producer the consumers of all blocks, and so does the warp that has the
+    // scales of e4m3. All of these await the tile's number.
+    for (image, releases, awaits) in [("grouped_gemm", 3, 6), ("grouped_gemm_fp8", 2, 7)] {
+        synchronised(image, releases, awaits);
+    }
+}
+
+fn synchronised(image: &str, releases: usize, awaits: usize) {
+    let (manifest, ptx) = (read("ptx/MANIFEST"), read(&format!("ptx/{image}.sm_90a.ptx")));
     for (entry, text) in entries(&manifest, &ptx) {
         let code: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.starts_with(".loc") && !line.is_empty()).collect();
         let with = |part: &str| code.iter().filter(|line| line.contains(part)).count();
-        // Consumers release a stage while they multiply, gathered rows or others, and where they have no row; a tile's number is sent to
-        // both blocks.
+        // A tile's number is sent to both blocks.
         let (arrivals, numbers) = (with("mbarrier.arrive.shared::cluster.b64"), with("st.async.shared::cluster"));
-        assert_eq!([arrivals, numbers, with("[remote]")], [3, 2, 5], "{}", entry.name);
-        // The producer awaits the consumers of all blocks; they await their own block's barrier, while they multiply or skip. Both await
-        // the tile's number.
-        assert_eq!([with("mbarrier.try_wait.parity.shared::cta.b64"), with("mbarrier.try_wait")], [6, 6], "{}", entry.name);
+        assert_eq!([arrivals, numbers, with("[remote]")], [releases, 2, releases + 2], "{}", entry.name);
+        assert_eq!([with("mbarrier.try_wait.parity.shared::cta.b64"), with("mbarrier.try_wait")], [awaits; 2], "{}", entry.name);
         assert_eq!([with("barrier.cluster.arrive.release.aligned"), with("barrier.cluster.arrive")], [2, 2], "{}", entry.name);
         assert_eq!([with("barrier.cluster.wait.acquire.aligned"), with("barrier.cluster.wait")], [2, 2], "{}", entry.name);
         let last = code.iter().rposition(|line| line.contains("barrier.cluster.arrive")).unwrap();

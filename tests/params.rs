@@ -209,7 +209,8 @@ fn every_field_arrives() {
             &machine,
             EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams InTurnParams ArgmaxParams TopPParams UniformParams LogitsParams ChooseParams IndexParams
             PageParams PoolParams HeadsParams RopeParams AttentionParams TiledAttentionParams ProductParams GivenParams RouteParams CountParams AxisParams SddParams DsdParams
-            ArrangeParams TiledProductParams BlockProductParams
+            ArrangeParams TiledProductParams BlockProductParams QuantizeParams WeightScaleParams Fp8ProductParams
+            QuantizedMatrixParams RepackParams QuantizedProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");
         for (name, fields) in echoed {

@@ -520,3 +520,125 @@ struct BlockProductParams {
     uint32_t   unused;
     int64_t    unused_more[4];
 };
+
+// FP8: activations as e4m3 codes with a scale for each row and QUANTIZE_COLS columns, and their products with
+// e4m3 weights. `scales` and `x_scales` are [K / QUANTIZE_COLS, rows], so that those of a tile lie side by side.
+static const uint32_t QUANTIZE_COLS    = 128;
+static const uint32_t QUANTIZE_THREADS = 256;
+
+struct QuantizeParams {
+    In      x;           // [T, K]
+    InU32   row_to_slot; // [R]; null: row r is that of token r
+    InU32   rows_end;    // the first row that no expert owns, at most R; null: R
+    Out     codes;       // [R, K], a byte each
+    OutF32  scales;      // [ceil(K / 128), R]
+    int64_t rows;        // R
+    int64_t k;
+    int64_t top_k;
+    int64_t x_stride;
+    int64_t codes_stride;
+    int64_t scales_stride;
+};
+
+// How a scale is stored.
+static const uint32_t SCALE_F32  = 0;
+static const uint32_t SCALE_BF16 = 1;
+static const uint32_t SCALE_F16  = 2;
+
+// The scale of output n and input k of expert e lies at
+// e * expert_stride + (first + n * step) / block_rows * row_stride + k / 128 / k_blocks.
+// One scale for an output (block_rows 1) multiplies the finished sum; others multiply each 128 of k, of 128
+// outputs that share them.
+struct WeightScaleParams {
+    In       at;
+    int64_t  expert_stride;
+    int64_t  row_stride;
+    uint32_t first;
+    uint32_t step;
+    uint32_t block_rows;
+    uint32_t k_blocks;
+    uint32_t kind; // SCALE_F32 and so on
+    uint32_t unused;
+};
+
+// Shared memory of the e4m3 form: four stages, rows on their way out, scales of the stages, barriers.
+static const uint32_t FP8_DEPTH        = 128; // of k, in one stage
+static const uint32_t FP8_SCALE_ROWS   = 132; // whose scales a copy has: a tile's, from a multiple of 4 on
+static const uint32_t FP8_SHARED_BYTES = 4 * 48 * 1024 + 8 * 16 * 144 + 4 * 640 + 256;
+
+struct Fp8ProductParams {
+    TensorMap          x_scales; // {rows, K / 128}, box {FP8_SCALE_ROWS, 1}, f32
+    TiledProductParams product;  // of codes, boxes 128 of k wide; without `x`, `row_to_slot` and `top_k`
+    WeightScaleParams  w_scales;
+    WeightScaleParams  v_scales; // as w_scales; of the second product of glu_nt
+    int64_t            unused[4]; // a map begins on 64 bytes, and so does what follows a struct of maps
+};
+
+// Weights of 4 and 8 bits with activations of 16 (`grouped_gemm_quantized`, `repack`).
+//
+// Weights of 4 bits lie in tiles: a panel is 32 outputs, stored 64 of k at a time, 1024 bytes each; thread
+// 32 w + 4 g + t of a warpgroup finds its eight bytes at 8 times its number: output 8 w + g, and of each 16 of k
+// those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. Behind the last output and the last of k are zeros. What bits mean
+// stands in common/quantized_weights.cuh.
+static const uint32_t WEIGHT_PANEL_ROWS  = 32;
+static const uint32_t WEIGHT_PANEL_DEPTH = 64;
+static const uint32_t WEIGHT_PANEL_BYTES = WEIGHT_PANEL_ROWS * WEIGHT_PANEL_DEPTH / 2;
+
+// Of one matrix for each expert; all distances in bytes. In tiles, of which a row is a panel:
+// int4   scales [panels, groups, 32] of the type, zeros [panels, groups, 32] bytes; groups begin below K, rounded
+//        up to 64
+// mxfp4  scales [panels] of 32 factors in f32, then, for each 64 of k, [32, 2] exponents as bytes
+// e4m3   codes and scales as they lie: that of output n is in row (first + n * step) / block_rows
+struct QuantizedMatrixParams {
+    In       codes; // not used for e4m3, which has maps
+    In       scales;
+    In       zeros; // null: 8
+    int64_t  expert_codes; // from one expert to the next
+    int64_t  expert_scales;
+    int64_t  expert_zeros;
+    int64_t  row_codes; // from one row to the next
+    int64_t  row_scales;
+    int64_t  row_zeros;
+    uint32_t first;
+    uint32_t step;
+    uint32_t block_rows;
+    uint32_t unused;
+};
+
+// From checkpoint order to tiles. Output n of an expert is row n of its codes, row n * step of its scales, and
+// nibble (first + n * step) % 8 of row (first + n * step) / 8 of its zeros, a word for each group.
+static const uint32_t REPACK_THREADS = 128;
+
+struct RepackParams {
+    QuantizedMatrixParams from;
+    Out      codes; // rows are panels, the experts' one behind the other
+    Out      scales;
+    Out      zeros;
+    int64_t  row_codes;
+    int64_t  row_scales;
+    int64_t  row_zeros;
+    int64_t  num_experts;
+    int64_t  n;
+    int64_t  k;
+    int64_t  groups;     // of a row
+    int64_t  all_groups; // in tiles: those behind the last are zeros
+    uint32_t scale_size; // bytes of a scale
+    uint32_t unused;
+};
+
+// grouped_gemm_quantized: threads and shared memory of a block. The forms for few rows have four consumers of 64
+// weight rows; that for many has two of 128.
+static const uint32_t QUANTIZED_FEW_THREADS  = 640;
+static const uint32_t QUANTIZED_MANY_THREADS = 384;
+static const uint32_t QUANTIZED_MANY_TOKENS  = 128;
+static const uint32_t QUANTIZED_SHARED_BYTES = 224 * 1024;
+
+struct QuantizedProductParams {
+    TiledProductParams    product; // `w` and `v` for e4m3: {K, N, E}, box {128, 32, 1}; `taken` is not used
+    QuantizedMatrixParams w;
+    QuantizedMatrixParams v; // as w; the second product of glu_nt
+    int64_t               group; // of k, that share a scale: a multiple of 32, or for e4m3 of 128
+    uint32_t              scale_type;
+    uint32_t              is_f32; // y is f32, not of the type of x
+    int64_t               unused[8]; // what follows a struct of maps begins on 64 bytes
+};

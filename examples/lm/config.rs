@@ -6,7 +6,7 @@ use dropless::rope::Pairing;
 use dropless::router::{Choice, Groups, Normalize, Score};
 use dropless::{Error, HeadLayout, RopeScaling, RopeTable, Stream};
 
-use super::families::Family;
+use super::families::{Family, Quantization};
 use super::spec::{Part, Spec};
 
 /// A model's sizes and constants.
@@ -36,6 +36,8 @@ pub struct Config {
     pub is_tied: bool,
     /// Attention and what follows it read the same residual.
     pub is_parallel: bool,
+    /// How a checkpoint holds its matrices, where some are quantised.
+    pub quantization: Option<Quantization>,
     /// The type that `config.json` names. Only random weights have it; those of a checkpoint are what they
     /// are.
     pub dtype: Option<String>,
@@ -285,7 +287,7 @@ impl Config {
     }
 
     /// Layers of one shape: how many there are, and one of them.
-    fn layer_groups(&self) -> Vec<(usize, usize)> {
+    pub fn layer_groups(&self) -> Vec<(usize, usize)> {
         let layers = self.num_layers;
         let (count, dense, other) = match &self.experts {
             None => (layers, Some(0), None),

@@ -23,7 +23,9 @@ pub struct Matrix<'a> {
 impl<'a> Matrix<'a> {
     /// Tensors that agree with a description; a GPU has them all in one.
     pub fn new(spec: &Spec, parts: &'a [WeightRows<'a>]) -> Matrix<'a> {
-        Matrix { parts, matrices: spec.matrices, order: spec.order }
+        // Rows of what is quantised are outputs, whatever they are of floats.
+        let order = if let Some(WeightRows::Quantized(_)) = parts.first() { WeightOrder::Nk } else { spec.order };
+        Matrix { parts, matrices: spec.matrices, order }
     }
 
     /// The rows of the only tensor.
@@ -79,7 +81,7 @@ fn norm_of<'w>(of: &Affine<Matrix<'w>>) -> norm::Weights<'w> {
 pub enum Projections<'w> {
     /// Outputs of one matrix, or of three.
     Rows(Vec<Linear<'w>>),
-    PerHead(Linear<'w>),
+    PerHead(Box<Linear<'w>>),
     Latent(Box<Latent<'w>>),
 }
 
@@ -142,7 +144,7 @@ impl<'w> Layer<'w> {
                 let layout = if parts.len() == 1 { Layout::Fused } else { Layout::Separate };
                 (Projections::Rows(parts.iter().map(Linear::new).collect::<Result<_, _>>()?), layout)
             }
-            Projection::PerHead(whole) => (Projections::PerHead(Linear::new(whole)?), Layout::PerHead),
+            Projection::PerHead(whole) => (Projections::PerHead(Box::new(Linear::new(whole)?)), Layout::PerHead),
             Projection::Latent(latent) => (Projections::Latent(Box::new(latent_of(latent)?)), Layout::Latent),
         };
         let (qk_norm, sinks) = (qk_norm.map(|both| both.map(Matrix::rows)), sinks.map(Matrix::numbers).transpose()?);
@@ -167,7 +169,7 @@ impl<'w> Layer<'w> {
         s.norm(self.norm_1)?; //                          n = norm_1(x)
         match &self.projections {
             Projections::Rows(parts) => s.project(parts)?,
-            Projections::PerHead(whole) => s.project(std::slice::from_ref(whole))?,
+            Projections::PerHead(whole) => s.project(std::slice::from_ref(&**whole))?,
             Projections::Latent(latent) => s.project_latent(latent)?,
         } //                                              q, k, v of n
         s.attend(self.attend)?; //                        c = attention(rotate(norm(q)), rotate(norm(k)), v)

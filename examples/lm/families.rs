@@ -20,6 +20,7 @@ mod common;
 mod dbrx;
 mod deepseek;
 mod fields;
+mod gguf;
 mod glm;
 mod gpt_neox;
 mod gpt_oss;
@@ -30,8 +31,12 @@ mod minimax;
 mod mixtral;
 mod olmoe;
 mod phimoe;
+mod quantization;
 mod qwen2;
 mod qwen3;
+
+pub use self::gguf::read_gguf;
+pub use self::quantization::{Quantization, Scheme, stem};
 
 /// All of them.
 const FAMILIES: [&Family; 16] = [
@@ -108,7 +113,7 @@ pub fn read_config(file: &Path) -> Result<Config, Failure> {
     let fields = Fields::read(file)?;
     let family = family(&fields)?;
     common::check(&fields, family)?;
-    let config = (family.config)(&fields)?;
+    let config = Config { quantization: Quantization::read(&fields)?, ..(family.config)(&fields)? };
     match config.elements() {
         Some(_) => Ok(config),
         None => refuse_file(file, "the model's parameters are more than 2^60, which no machine holds"),

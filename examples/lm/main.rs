@@ -4,6 +4,7 @@
 //! ```text
 //! cargo run --release --features text --example lm -- --model DIR --prompt "The capital of France is"
 //! cargo run --release --example lm -- --model DIR --tokens 1,2,3 --temperature 0.7 --top-p 0.9 --seed 5
+//! cargo run --release --example lm -- --model FILE.gguf --tokens 1,2,3 --exact-activations
 //! cargo run --release --example lm -- --random examples/configs/qwen3-30b-a3b.json --layers 2
 //! ```
 //!

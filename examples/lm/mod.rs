@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `families` | what a family of models is: its configuration, its tensors |
 //! | `config`, `spec`, `block` | what a family says of a model: constants, tensors, layers as data |
+//! | `target` | how matrices are quantised: formats, names and shapes of their tensors |
 //! | `decoder` | the model that comes of it, and the equations of a step |
 //! | `run` | what runs a model of any family |
 
 mod block;
-mod config;
+pub mod config;
 mod decoder;
-mod families;
+pub mod families;
 pub mod run;
-mod spec;
+pub mod spec;
+pub mod target;

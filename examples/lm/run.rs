@@ -3,36 +3,42 @@
 //! | file | holds |
 //! |---|---|
 //! | `options`, `prompt`, `text` | what was asked for |
-//! | `header`, `checkpoint`, `json`, `input` | what lies on disk, believed only after checks |
+//! | `header`, `gguf`, `checkpoint`, `stored`, `json`, `input` | what lies on disk, believed only after checks |
 //! | `setup`, `memory`, `columns` | everything that is settled before memory is taken |
+//! | `plan` | what fits on a GPU, without one |
 //! | `weights`, `random`, `model`, `step`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
 //! | `report`, `progress` | what is printed |
+//! | `parallel` | work on all threads |
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
 
-use super::{config, decoder, families, spec};
+use super::{config, decoder, families, spec, target};
 
 mod check;
-mod checkpoint;
+pub mod checkpoint;
 mod columns;
 mod course;
 pub mod failure;
 mod generate;
-mod header;
+pub mod gguf;
+pub mod header;
 pub mod input;
 pub mod json;
 mod memory;
 mod model;
 pub mod options;
-mod progress;
+mod parallel;
+mod plan;
+pub mod progress;
 mod prompt;
 mod random;
 mod reference;
-mod report;
+pub mod report;
 mod setup;
 mod step;
+mod stored;
 mod text;
 mod trace;
 pub mod weights;
@@ -65,7 +71,11 @@ pub fn run_on(open: &Open<'_>, args: impl IntoIterator<Item = OsString>, console
         }
     };
     console.go_on = options.dump.is_some();
-    match course::run(open, &options, console) {
+    let done = match options.plan {
+        Some(gpu) => plan::run(&options, gpu, console),
+        None => course::run(open, &options, console),
+    };
+    match done {
         Ok(()) => 0,
         Err(failure) => {
             if let Some(text) = failure.text() {

@@ -50,8 +50,20 @@ pub struct Spec {
     pub order: WeightOrder,
     /// Random weights have a variance of one over this. None: they are ones.
     pub inputs: Option<usize>,
+    pub kind: Kind,
     /// It is a vector that operations read as f32. A file may have it in another type than its matrices.
     pub is_f32: bool,
+}
+
+/// What operations take it as, where a file may hold it quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A matrix of products, or the table of an embedding: used as it lies.
+    Matrix,
+    /// A matrix whose elements are read as floats: what is quantised becomes f32 when it is loaded.
+    Floats,
+    /// Factors of norms, and what is added: no file has them quantised.
+    Vector,
 }
 
 impl Spec {
@@ -65,6 +77,7 @@ impl Spec {
             matrices: 1,
             order: WeightOrder::Nk,
             inputs: Some(k),
+            kind: if part == Part::Router { Kind::Floats } else { Kind::Matrix },
             is_f32: false,
         }
     }
@@ -102,7 +115,17 @@ impl Spec {
 
     /// What is added to outputs, `[N]`.
     pub fn bias(part: Part, name: impl Into<String>, len: usize) -> Spec {
-        Spec { shape: vec![len], inputs: Some(len), ..Spec::linear(part, name, [1, len]) }
+        Spec { shape: vec![len], inputs: Some(len), kind: Kind::Vector, ..Spec::linear(part, name, [1, len]) }
+    }
+
+    /// The same for each expert, `[E, N]`.
+    pub fn biases(part: Part, name: impl Into<String>, dims: [usize; 2]) -> Spec {
+        Spec { kind: Kind::Vector, ..Spec::linear(part, name, dims) }
+    }
+
+    /// A matrix whose elements are read as floats.
+    pub fn read_as_floats(self) -> Spec {
+        Spec { kind: Kind::Floats, ..self }
     }
 
     /// Read as f32, of whichever type it is in the file.
@@ -134,6 +157,16 @@ impl Spec {
     pub fn stacked_dims(&self) -> [usize; 2] {
         let [rows, cols] = self.dims();
         [self.tensors * rows, cols]
+    }
+
+    /// Matrices of each tensor, and their outputs and inputs.
+    pub fn matrix_dims(&self) -> (usize, [usize; 2]) {
+        let (count, [rows, cols]) = ((self.matrices / self.tensors.max(1)).max(1), self.dims());
+        let dims = match self.order {
+            WeightOrder::Nk => [rows / count, cols],
+            WeightOrder::Kn => [cols, rows / count],
+        };
+        (count, dims)
     }
 
     /// Parameters of all tensors, or none beyond 2^127.

@@ -146,8 +146,8 @@ pub struct TensorMapDesc {
 }
 
 impl TensorMapDesc {
-    /// A matrix of 16-bit elements by boxes in the 128-byte swizzle, the innermost dimension first; strides in elements, of which the
-    /// first does not matter.
+    /// A matrix by boxes in the 128-byte swizzle, of elements of 8 or 16 bits, the innermost dimension first; strides in elements, of
+    /// which the first does not matter.
     pub(crate) fn swizzled<const RANK: usize>(
         dtype: DType,
         address: u64,
@@ -155,25 +155,34 @@ impl TensorMapDesc {
         strides: [usize; RANK],
         tile: [u32; RANK],
     ) -> TensorMapDesc {
-        // As `CUtensorMapDataType`, `CUtensorMapSwizzle` and `CUtensorMapL2promotion` count.
-        const U8: u32 = 0;
-        const F16: u32 = 6;
-        const BF16: u32 = 9;
-        const SWIZZLE_128: u32 = 3;
+        const SWIZZLE_128: u32 = 3; // as `CUtensorMapSwizzle` counts
+        TensorMapDesc { swizzle: SWIZZLE_128, ..TensorMapDesc::plain(dtype, address, dims, strides, tile) }
+    }
+
+    /// The same by boxes that lie in shared memory as in global.
+    pub(crate) fn plain<const RANK: usize>(
+        dtype: DType,
+        address: u64,
+        dims: [usize; RANK],
+        strides: [usize; RANK],
+        tile: [u32; RANK],
+    ) -> TensorMapDesc {
+        // As `CUtensorMapDataType` and `CUtensorMapL2promotion` count.
         const PROMOTE_256: u32 = 3;
         let mut desc = TensorMapDesc {
             address,
             data_type: match dtype {
-                DType::Bf16 => BF16,
-                DType::F16 => F16,
-                DType::U8 | DType::Quantized(_) => U8,
-                DType::F32 | DType::U32 => unreachable!("boxes in the 128-byte swizzle are of elements of 8 or 16 bits"),
+                DType::U8 | DType::Quantized(_) => 0,
+                DType::U32 => 2,
+                DType::F16 => 6,
+                DType::F32 => 7,
+                DType::Bf16 => 9,
             },
             rank: RANK as u32,
             dims: [1; 5],
             strides_bytes: [0; 4],
             tile: [1; 5],
-            swizzle: SWIZZLE_128,
+            swizzle: 0,
             l2_promotion: PROMOTE_256,
         };
         for (i, stride) in strides.into_iter().enumerate() {

@@ -59,10 +59,14 @@ images! {
     GLU = "glu";
     GROUPED_GEMM = "grouped_gemm";
     GROUPED_GEMM_FEW = "grouped_gemm_few";
+    GROUPED_GEMM_FP8 = "grouped_gemm_fp8";
     GROUPED_GEMM_PLAIN = "grouped_gemm_plain";
+    GROUPED_GEMM_QUANTIZED = "grouped_gemm_quantized";
     NORM = "norm";
     PERMUTE = "permute";
+    QUANTIZE = "quantize";
     RANDOM = "random";
+    REPACK = "repack";
     ROPE = "rope";
     ROUTER = "router";
     SAMPLE = "sample";

@@ -955,3 +955,193 @@ const _: () = {
     ["Offset of field: BlockProductParams::unused"][::std::mem::offset_of!(BlockProductParams, unused) - 348usize];
     ["Offset of field: BlockProductParams::unused_more"][::std::mem::offset_of!(BlockProductParams, unused_more) - 352usize];
 };
+pub const QUANTIZE_COLS: u32 = 128;
+pub const QUANTIZE_THREADS: u32 = 256;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct QuantizeParams {
+    pub(crate) x: In,
+    pub(crate) row_to_slot: InU32,
+    pub(crate) rows_end: InU32,
+    pub(crate) codes: Out,
+    pub(crate) scales: OutF32,
+    pub(crate) rows: i64,
+    pub(crate) k: i64,
+    pub(crate) top_k: i64,
+    pub(crate) x_stride: i64,
+    pub(crate) codes_stride: i64,
+    pub(crate) scales_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QuantizeParams"][::std::mem::size_of::<QuantizeParams>() - 88usize];
+    ["Alignment of QuantizeParams"][::std::mem::align_of::<QuantizeParams>() - 8usize];
+    ["Offset of field: QuantizeParams::x"][::std::mem::offset_of!(QuantizeParams, x) - 0usize];
+    ["Offset of field: QuantizeParams::row_to_slot"][::std::mem::offset_of!(QuantizeParams, row_to_slot) - 8usize];
+    ["Offset of field: QuantizeParams::rows_end"][::std::mem::offset_of!(QuantizeParams, rows_end) - 16usize];
+    ["Offset of field: QuantizeParams::codes"][::std::mem::offset_of!(QuantizeParams, codes) - 24usize];
+    ["Offset of field: QuantizeParams::scales"][::std::mem::offset_of!(QuantizeParams, scales) - 32usize];
+    ["Offset of field: QuantizeParams::rows"][::std::mem::offset_of!(QuantizeParams, rows) - 40usize];
+    ["Offset of field: QuantizeParams::k"][::std::mem::offset_of!(QuantizeParams, k) - 48usize];
+    ["Offset of field: QuantizeParams::top_k"][::std::mem::offset_of!(QuantizeParams, top_k) - 56usize];
+    ["Offset of field: QuantizeParams::x_stride"][::std::mem::offset_of!(QuantizeParams, x_stride) - 64usize];
+    ["Offset of field: QuantizeParams::codes_stride"][::std::mem::offset_of!(QuantizeParams, codes_stride) - 72usize];
+    ["Offset of field: QuantizeParams::scales_stride"][::std::mem::offset_of!(QuantizeParams, scales_stride) - 80usize];
+};
+pub const SCALE_F32: u32 = 0;
+pub const SCALE_BF16: u32 = 1;
+pub const SCALE_F16: u32 = 2;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct WeightScaleParams {
+    pub(crate) at: In,
+    pub(crate) expert_stride: i64,
+    pub(crate) row_stride: i64,
+    pub(crate) first: u32,
+    pub(crate) step: u32,
+    pub(crate) block_rows: u32,
+    pub(crate) k_blocks: u32,
+    pub(crate) kind: u32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of WeightScaleParams"][::std::mem::size_of::<WeightScaleParams>() - 48usize];
+    ["Alignment of WeightScaleParams"][::std::mem::align_of::<WeightScaleParams>() - 8usize];
+    ["Offset of field: WeightScaleParams::at"][::std::mem::offset_of!(WeightScaleParams, at) - 0usize];
+    ["Offset of field: WeightScaleParams::expert_stride"][::std::mem::offset_of!(WeightScaleParams, expert_stride) - 8usize];
+    ["Offset of field: WeightScaleParams::row_stride"][::std::mem::offset_of!(WeightScaleParams, row_stride) - 16usize];
+    ["Offset of field: WeightScaleParams::first"][::std::mem::offset_of!(WeightScaleParams, first) - 24usize];
+    ["Offset of field: WeightScaleParams::step"][::std::mem::offset_of!(WeightScaleParams, step) - 28usize];
+    ["Offset of field: WeightScaleParams::block_rows"][::std::mem::offset_of!(WeightScaleParams, block_rows) - 32usize];
+    ["Offset of field: WeightScaleParams::k_blocks"][::std::mem::offset_of!(WeightScaleParams, k_blocks) - 36usize];
+    ["Offset of field: WeightScaleParams::kind"][::std::mem::offset_of!(WeightScaleParams, kind) - 40usize];
+    ["Offset of field: WeightScaleParams::unused"][::std::mem::offset_of!(WeightScaleParams, unused) - 44usize];
+};
+pub const FP8_DEPTH: u32 = 128;
+pub const FP8_SCALE_ROWS: u32 = 132;
+pub const FP8_SHARED_BYTES: u32 = 217856;
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct Fp8ProductParams {
+    pub(crate) x_scales: TensorMap,
+    pub(crate) product: TiledProductParams,
+    pub(crate) w_scales: WeightScaleParams,
+    pub(crate) v_scales: WeightScaleParams,
+    pub(crate) unused: [i64; 4usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Fp8ProductParams"][::std::mem::size_of::<Fp8ProductParams>() - 832usize];
+    ["Alignment of Fp8ProductParams"][::std::mem::align_of::<Fp8ProductParams>() - 64usize];
+    ["Offset of field: Fp8ProductParams::x_scales"][::std::mem::offset_of!(Fp8ProductParams, x_scales) - 0usize];
+    ["Offset of field: Fp8ProductParams::product"][::std::mem::offset_of!(Fp8ProductParams, product) - 128usize];
+    ["Offset of field: Fp8ProductParams::w_scales"][::std::mem::offset_of!(Fp8ProductParams, w_scales) - 704usize];
+    ["Offset of field: Fp8ProductParams::v_scales"][::std::mem::offset_of!(Fp8ProductParams, v_scales) - 752usize];
+    ["Offset of field: Fp8ProductParams::unused"][::std::mem::offset_of!(Fp8ProductParams, unused) - 800usize];
+};
+pub const WEIGHT_PANEL_ROWS: u32 = 32;
+pub const WEIGHT_PANEL_DEPTH: u32 = 64;
+pub const WEIGHT_PANEL_BYTES: u32 = 1024;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct QuantizedMatrixParams {
+    pub(crate) codes: In,
+    pub(crate) scales: In,
+    pub(crate) zeros: In,
+    pub(crate) expert_codes: i64,
+    pub(crate) expert_scales: i64,
+    pub(crate) expert_zeros: i64,
+    pub(crate) row_codes: i64,
+    pub(crate) row_scales: i64,
+    pub(crate) row_zeros: i64,
+    pub(crate) first: u32,
+    pub(crate) step: u32,
+    pub(crate) block_rows: u32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QuantizedMatrixParams"][::std::mem::size_of::<QuantizedMatrixParams>() - 88usize];
+    ["Alignment of QuantizedMatrixParams"][::std::mem::align_of::<QuantizedMatrixParams>() - 8usize];
+    ["Offset of field: QuantizedMatrixParams::codes"][::std::mem::offset_of!(QuantizedMatrixParams, codes) - 0usize];
+    ["Offset of field: QuantizedMatrixParams::scales"][::std::mem::offset_of!(QuantizedMatrixParams, scales) - 8usize];
+    ["Offset of field: QuantizedMatrixParams::zeros"][::std::mem::offset_of!(QuantizedMatrixParams, zeros) - 16usize];
+    ["Offset of field: QuantizedMatrixParams::expert_codes"][::std::mem::offset_of!(QuantizedMatrixParams, expert_codes) - 24usize];
+    ["Offset of field: QuantizedMatrixParams::expert_scales"][::std::mem::offset_of!(QuantizedMatrixParams, expert_scales) - 32usize];
+    ["Offset of field: QuantizedMatrixParams::expert_zeros"][::std::mem::offset_of!(QuantizedMatrixParams, expert_zeros) - 40usize];
+    ["Offset of field: QuantizedMatrixParams::row_codes"][::std::mem::offset_of!(QuantizedMatrixParams, row_codes) - 48usize];
+    ["Offset of field: QuantizedMatrixParams::row_scales"][::std::mem::offset_of!(QuantizedMatrixParams, row_scales) - 56usize];
+    ["Offset of field: QuantizedMatrixParams::row_zeros"][::std::mem::offset_of!(QuantizedMatrixParams, row_zeros) - 64usize];
+    ["Offset of field: QuantizedMatrixParams::first"][::std::mem::offset_of!(QuantizedMatrixParams, first) - 72usize];
+    ["Offset of field: QuantizedMatrixParams::step"][::std::mem::offset_of!(QuantizedMatrixParams, step) - 76usize];
+    ["Offset of field: QuantizedMatrixParams::block_rows"][::std::mem::offset_of!(QuantizedMatrixParams, block_rows) - 80usize];
+    ["Offset of field: QuantizedMatrixParams::unused"][::std::mem::offset_of!(QuantizedMatrixParams, unused) - 84usize];
+};
+pub const REPACK_THREADS: u32 = 128;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RepackParams {
+    pub(crate) from: QuantizedMatrixParams,
+    pub(crate) codes: Out,
+    pub(crate) scales: Out,
+    pub(crate) zeros: Out,
+    pub(crate) row_codes: i64,
+    pub(crate) row_scales: i64,
+    pub(crate) row_zeros: i64,
+    pub(crate) num_experts: i64,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) groups: i64,
+    pub(crate) all_groups: i64,
+    pub(crate) scale_size: u32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RepackParams"][::std::mem::size_of::<RepackParams>() - 184usize];
+    ["Alignment of RepackParams"][::std::mem::align_of::<RepackParams>() - 8usize];
+    ["Offset of field: RepackParams::from"][::std::mem::offset_of!(RepackParams, from) - 0usize];
+    ["Offset of field: RepackParams::codes"][::std::mem::offset_of!(RepackParams, codes) - 88usize];
+    ["Offset of field: RepackParams::scales"][::std::mem::offset_of!(RepackParams, scales) - 96usize];
+    ["Offset of field: RepackParams::zeros"][::std::mem::offset_of!(RepackParams, zeros) - 104usize];
+    ["Offset of field: RepackParams::row_codes"][::std::mem::offset_of!(RepackParams, row_codes) - 112usize];
+    ["Offset of field: RepackParams::row_scales"][::std::mem::offset_of!(RepackParams, row_scales) - 120usize];
+    ["Offset of field: RepackParams::row_zeros"][::std::mem::offset_of!(RepackParams, row_zeros) - 128usize];
+    ["Offset of field: RepackParams::num_experts"][::std::mem::offset_of!(RepackParams, num_experts) - 136usize];
+    ["Offset of field: RepackParams::n"][::std::mem::offset_of!(RepackParams, n) - 144usize];
+    ["Offset of field: RepackParams::k"][::std::mem::offset_of!(RepackParams, k) - 152usize];
+    ["Offset of field: RepackParams::groups"][::std::mem::offset_of!(RepackParams, groups) - 160usize];
+    ["Offset of field: RepackParams::all_groups"][::std::mem::offset_of!(RepackParams, all_groups) - 168usize];
+    ["Offset of field: RepackParams::scale_size"][::std::mem::offset_of!(RepackParams, scale_size) - 176usize];
+    ["Offset of field: RepackParams::unused"][::std::mem::offset_of!(RepackParams, unused) - 180usize];
+};
+pub const QUANTIZED_FEW_THREADS: u32 = 640;
+pub const QUANTIZED_MANY_THREADS: u32 = 384;
+pub const QUANTIZED_MANY_TOKENS: u32 = 128;
+pub const QUANTIZED_SHARED_BYTES: u32 = 229376;
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct QuantizedProductParams {
+    pub(crate) product: TiledProductParams,
+    pub(crate) w: QuantizedMatrixParams,
+    pub(crate) v: QuantizedMatrixParams,
+    pub(crate) group: i64,
+    pub(crate) scale_type: u32,
+    pub(crate) is_f32: u32,
+    pub(crate) unused: [i64; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QuantizedProductParams"][::std::mem::size_of::<QuantizedProductParams>() - 832usize];
+    ["Alignment of QuantizedProductParams"][::std::mem::align_of::<QuantizedProductParams>() - 64usize];
+    ["Offset of field: QuantizedProductParams::product"][::std::mem::offset_of!(QuantizedProductParams, product) - 0usize];
+    ["Offset of field: QuantizedProductParams::w"][::std::mem::offset_of!(QuantizedProductParams, w) - 576usize];
+    ["Offset of field: QuantizedProductParams::v"][::std::mem::offset_of!(QuantizedProductParams, v) - 664usize];
+    ["Offset of field: QuantizedProductParams::group"][::std::mem::offset_of!(QuantizedProductParams, group) - 752usize];
+    ["Offset of field: QuantizedProductParams::scale_type"][::std::mem::offset_of!(QuantizedProductParams, scale_type) - 760usize];
+    ["Offset of field: QuantizedProductParams::is_f32"][::std::mem::offset_of!(QuantizedProductParams, is_f32) - 764usize];
+    ["Offset of field: QuantizedProductParams::unused"][::std::mem::offset_of!(QuantizedProductParams, unused) - 768usize];
+};

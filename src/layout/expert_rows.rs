@@ -133,6 +133,11 @@ impl<'a> ExpertRows<'a> {
         self.input_rows
     }
 
+    /// Whether input rows are tokens', which several rows may be computed from.
+    pub(crate) fn is_gathered(&self) -> bool {
+        self.gather.is_some()
+    }
+
     /// The most rows that any expert may own, as the host knows it: T where rows come from a routing, else R.
     pub fn max_rows_per_expert(&self) -> usize {
         self.max_rows_per_expert
@@ -173,6 +178,12 @@ impl<'a> ExpertRows<'a> {
     pub(crate) fn addresses(&self) -> (u64, u64, usize) {
         let (row_to_slot, top_k) = self.gather.map_or((0, 1), |gather| (gather.row_to_slot.address(), gather.top_k));
         (self.offsets.map_or(0, |offsets| offsets.address()), row_to_slot, top_k)
+    }
+
+    /// The device address of the last offset, behind which no row is an expert's; 0 where one expert owns all rows.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn rows_end(&self) -> u64 {
+        self.offsets.map_or(0, |offsets| offsets.address() + (self.num_experts * size_of::<u32>()) as u64)
     }
 
     /// The host's view of the offsets. Only CPU backends call this, after dispatch.

@@ -287,6 +287,11 @@ impl<'a> ExpertWeights<'a> {
         }
     }
 
+    /// Refuses quantised weights in tiles, for what reads rows.
+    pub(crate) fn check_rows(&self, op: Op, arg: &'static str) -> Result<(), Error> {
+        self.matrix(0).check_rows(op, arg)
+    }
+
     /// Each buffer that holds some of it, for admission.
     pub(crate) fn accesses(&self) -> impl Iterator<Item = Access<'a>> + use<'a> {
         let (stacked, each): (_, &'a [WeightRows<'a>]) = match self.source {

@@ -83,6 +83,7 @@ pub fn lookup_scaled<'w, A: Float>(
     if !scale.is_finite() {
         return Err(Error::Value { op: Op::Embedding, arg: "scale", need: "finite", got: scale.into() });
     }
+    table.check_rows(Op::Embedding, "table")?;
     let run = dispatch!(stream, cpu::lookup, cuda::lookup);
     kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
     let mut arguments = vec![("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())];

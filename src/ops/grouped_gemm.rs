@@ -4,11 +4,13 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_plain.cu` for other types and
+//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_fp8.cu` for e4m3, `_plain.cu` for other types and
 //! shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 pub(crate) use self::cpu::FEW_ROWS;
+mod fp8;
+pub use self::fp8::{glu_quantized, linear_quantized};
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
 
@@ -20,7 +22,7 @@ pub use self::cuda::forms;
 use crate::device::{Access, Stream};
 use crate::dtype::{DType, Float};
 use crate::epilogue::{Epilogue, Finish, GluEpilogue};
-use crate::error::{Error, Op, check_shape};
+use crate::error::{Error, Op, Place, check_shape};
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::view::{Rows, RowsMut};
 
@@ -50,6 +52,13 @@ use crate::view::{Rows, RowsMut};
 /// for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4 whose groups are all of K or a power of two times 32. Other formats,
 /// more rows, and weights [with exact inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the
 /// result is that of the decoded weights.
+///
+/// On a GPU the tensor cores multiply `bf16` rows by INT4, MXFP4 and E4M3 weights, taken as they are, where K and N are
+/// multiples of 8 (K of 16 for E4M3). INT4 and MXFP4 lie in tiles, as [`repack`](crate::repack) writes them. INT4's groups are
+/// multiples of 32 or all of K, E4M3's blocks as wide as a multiple of 128 or all of K. Scales multiply sums in
+/// `f32`. Exponents of MXFP4 are folded into `bf16` operands relative to the largest of their output: a group
+/// whose power of two is smaller than that one by `2^126` and more loses bits, below what the others round away. No other
+/// quantised weights are multiplied on a GPU.
 ///
 /// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is
 /// computed by plain kernels, right, but not fast.
@@ -235,16 +244,7 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
         let (e, n, k) = (self.rows.num_experts(), y.cols(), self.x.cols());
         check_shape(Op::GroupedGemm, "x", "[input rows, K]", &[self.rows.input_rows(), k], &self.x.dims())?;
         check_shape(Op::GroupedGemm, out_arg, "[R, N]", &[self.rows.rows(), n], &y.dims())?;
-        for (arg, w) in weight_args.into_iter().zip(&self.weights) {
-            match w.order() {
-                WeightOrder::Nk => check_shape(Op::GroupedGemm, arg, "[E, N, K]", &[e, n, k], &[w.num_experts(), w.n(), w.k()])?,
-                WeightOrder::Kn => check_shape(Op::GroupedGemm, arg, "[E, K, N]", &[e, k, n], &[w.num_experts(), w.k(), w.n()])?,
-            }
-        }
-        for (arg, bias) in bias_args.into_iter().zip(&self.finish.biases) {
-            bias.map_or(Ok(()), |bias| bias.check(Op::GroupedGemm, arg, [e, n]))?;
-        }
-        Ok(())
+        operands_agree(&self.weights, weight_args, &self.finish, bias_args, [e, n, k])
     }
 
     /// Admits the arguments and runs the backend of the stream's place.
@@ -257,6 +257,10 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
         y: &mut RowsMut<'_, O>,
     ) -> Result<(), Error> {
         let run = dispatch!(stream, cpu::product, cuda::product);
+        if stream.place() == Place::Host {
+            let mut weights = weight_args.into_iter().zip(&self.weights);
+            weights.try_for_each(|(arg, w)| w.check_rows(Op::GroupedGemm, arg))?;
+        }
         kernels_need!(stream, cuda::check(&self, weight_args, bias_args, y));
         let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", self.x.access()), (out_arg, y.access())];
         arguments.extend(self.rows.accesses(stream.place()));
@@ -269,6 +273,26 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
         stream.admit(Op::GroupedGemm, &arguments)?;
         run(stream, self, y)
     }
+}
+
+/// Weights and biases of a product against its E, N and K.
+fn operands_agree<const P: usize>(
+    weights: &[ExpertWeights<'_>; P],
+    weight_args: [&'static str; P],
+    finish: &Finish<'_, P>,
+    bias_args: [&'static str; P],
+    [e, n, k]: [usize; 3],
+) -> Result<(), Error> {
+    for (arg, w) in weight_args.into_iter().zip(weights) {
+        match w.order() {
+            WeightOrder::Nk => check_shape(Op::GroupedGemm, arg, "[E, N, K]", &[e, n, k], &[w.num_experts(), w.n(), w.k()])?,
+            WeightOrder::Kn => check_shape(Op::GroupedGemm, arg, "[E, K, N]", &[e, k, n], &[w.num_experts(), w.k(), w.n()])?,
+        }
+    }
+    for (arg, bias) in bias_args.into_iter().zip(&finish.biases) {
+        bias.map_or(Ok(()), |bias| bias.check(Op::GroupedGemm, arg, [e, n]))?;
+    }
+    Ok(())
 }
 
 /// What the kernels need of types and of the places of matrices, for a composition that wants to know before
@@ -285,6 +309,28 @@ pub(crate) fn check_kernels<'a>(
     {
         let _ = (op, x, weights.into_iter().count(), biases.into_iter().count());
         Ok(())
+    }
+}
+
+/// The same of FP8 weights that inputs of FP8 are multiplied by.
+pub(crate) fn check_fp8<'a>(op: Op, weights: impl IntoIterator<Item = (&'static str, ExpertWeights<'a>)>) -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    return weights.into_iter().try_for_each(|(arg, w)| cuda::fp8::check_weights(op, arg, &w));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (op, weights.into_iter().count());
+        Ok(())
+    }
+}
+
+/// Whether inputs may be quantised for these weights, in calls in which experts own up to so many rows.
+pub(crate) fn takes_codes(stream: &Stream, w: &ExpertWeights<'_>, class_rows: usize) -> bool {
+    #[cfg(feature = "cuda")]
+    return stream.place() != crate::Place::Host && cuda::takes_codes(w, class_rows);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (stream, w, class_rows);
+        false
     }
 }
 

@@ -40,6 +40,26 @@ __device__ __forceinline__ void tma_load_3d_multicast(uint32_t to, const TensorM
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks)
                  : "memory");
 }
+// `bytes` that lie in a row, a multiple of 16 on 16 bytes on both sides; they count on `barrier`, and are the first
+// to leave the L2 cache.
+__device__ __forceinline__ void bulk_load_once(uint32_t to, const void* from, uint32_t bytes,
+                                               uint32_t barrier) {
+    asm volatile("{\n"
+                 ".reg .b64 policy;\n"
+                 "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], policy;\n"
+                 "}" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+// The same of bytes that other blocks will want soon.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 // 16 bytes to shared memory, of which the first `bytes` come from global memory and the rest are zero.

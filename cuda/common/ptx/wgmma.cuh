@@ -93,6 +93,21 @@ WGMMA(256, 128, "128", "129", "130", "%131, %132")
         if constexpr (bool(IsBf16<T>::VALUE)) WGMMA_FROM_REGISTERS_AS("bf16", N, COUNT, __VA_ARGS__);        \
         else WGMMA_FROM_REGISTERS_AS("f16", N, COUNT, __VA_ARGS__);                                          \
     }
+WGMMA_FROM_REGISTERS(8, 4, "4", "5", "6", "7", "8", "9", "10")
+WGMMA_FROM_REGISTERS(32, 16, "16", "17", "18", "19", "20", "21", "22")
 WGMMA_FROM_REGISTERS(64, 32, "32", "33", "34", "35", "36", "37", "38")
 WGMMA_FROM_REGISTERS(128, 64, "64", "65", "66", "67", "68", "69", "70")
 WGMMA_FROM_REGISTERS(256, 128, "128", "129", "130", "131", "132", "133", "134")
+
+// d[64 x 128] = a[64 x 32] * b[32 x 128] + (accumulate ? d : 0), of e4m3 in rows of 128 elements of k, both K-major:
+// the next 32 of k are K_MAJOR_STEP on. The sum keeps fewer bits than f32 has.
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint32_t a, uint32_t b, bool accumulate) {
+    asm volatile("{\n"
+                 ".reg .pred accumulate;\n"
+                 "setp.ne.b32 accumulate, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" WGMMA_NAMES_64 "}, %64, %65"
+                 ", accumulate, 1, 1;\n"
+                 "}"
+                 : WGMMA_HELD_64
+                 : "l"(uint64_t(SWIZZLED) << 32 | a), "l"(uint64_t(SWIZZLED) << 32 | b), "r"(int(accumulate)));
+}

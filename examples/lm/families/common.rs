@@ -51,6 +51,7 @@ pub fn base(
         factors: Factors::default(),
         is_tied: top.flag("tie_word_embeddings", false)?,
         is_parallel: false,
+        quantization: None,
         dtype: top.dtype(),
     })
 }
@@ -62,7 +63,7 @@ pub fn check(top: &Fields<'_>, family: &Family) -> Result<(), Failure> {
     {
         return top.refuse_value("model_type", family.model_types, name);
     }
-    top.must_be("quantization_config", Value::Null)
+    Ok(())
 }
 
 /// Heads by the usual fields. `head_dim` may be missing, and so may `num_key_value_heads`.

@@ -38,7 +38,6 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
     // What would make it another model than the one that is computed here.
     top.must_be("model_type", json!("dbrx"))?;
     top.must_be("tie_word_embeddings", json!(false))?;
-    top.must_be("quantization_config", Value::Null)?;
     ffn.must_be("ffn_act_fn", json!({ "name": "silu" }))?;
     for section in [top, &attention] {
         section.must_be("attn_type", json!("grouped_query_attention"))?;
@@ -88,6 +87,7 @@ fn config(top: &Fields<'_>) -> Result<Config, Failure> {
         factors: Factors::default(),
         is_tied: false,
         is_parallel: false,
+        quantization: None,
         dtype: top.dtype(),
     })
 }

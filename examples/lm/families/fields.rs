@@ -22,6 +22,8 @@ pub struct Fields<'a> {
     /// Its name and a dot, after those of the sections around it.
     section: String,
     entries: Vec<(String, Value)>,
+    /// What fields are called in the file, where that differs.
+    shown: Vec<(String, String)>,
 }
 
 impl<'a> Fields<'a> {
@@ -32,12 +34,30 @@ impl<'a> Fields<'a> {
             Err(error) => return refuse_file(file, format_args!("not a JSON object: {}", brief(error))),
         };
         let entries = object.0.into_iter().map(|(name, Strict(value))| (name, value)).collect();
-        Ok(Fields { file, section: String::new(), entries })
+        Ok(Fields { file, section: String::new(), entries, shown: Vec::new() })
+    }
+
+    /// Of another kind of file, whose names for some fields are `shown`.
+    pub fn of(file: &'a Path, fields: Value, shown: Vec<(String, String)>) -> Fields<'a> {
+        let entries = if let Value::Object(map) = fields { map.into_iter().collect() } else { Vec::new() };
+        Fields { file, section: String::new(), entries, shown }
+    }
+
+    /// A field's name in the file.
+    fn shown(&self, name: &str) -> String {
+        let full = format!("{}{name}", self.section);
+        self.shown.iter().find(|(field, _)| *field == full).map_or(full, |(_, shown)| shown.clone())
     }
 
     /// The file.
     pub fn file(&self) -> &'a Path {
         self.file
+    }
+
+    /// The same of another field, in this section or in none.
+    fn other<'n>(&'n self, name: &'n str) -> &'n str {
+        let full = format!("{}{name}", self.section);
+        self.shown.iter().find(|(field, _)| *field == full || field == name).map_or(name, |(_, shown)| shown)
     }
 
     /// A field's value; null is one.
@@ -47,7 +67,7 @@ impl<'a> Fields<'a> {
 
     /// A refusal that begins with the field at fault.
     pub fn refuse<T>(&self, name: &str, text: impl std::fmt::Display) -> Result<T, Failure> {
-        refuse_file(self.file, format_args!("`{}{name}` {text}", self.section))
+        refuse_file(self.file, format_args!("`{}` {text}", self.shown(name)))
     }
 
     /// A refusal of a value that is none of some words.
@@ -67,7 +87,20 @@ impl<'a> Fields<'a> {
             Some(Value::Object(map)) => map.clone().into_iter().collect(),
             Some(other) => return self.refuse(name, format_args!("must be an object, got {}", brief(other))),
         };
-        Ok(Fields { file: self.file, section: format!("{}{section}", self.section), entries })
+        Ok(Fields { file: self.file, section: format!("{}{section}", self.section), entries, shown: self.shown.clone() })
+    }
+
+    /// The object that is the only entry of this section.
+    pub fn only(&self) -> Result<Fields<'a>, Failure> {
+        let (section, count) = (self.section.trim_end_matches('.'), self.entries.len());
+        match self.entries.as_slice() {
+            [(name, Value::Object(map))] => {
+                let section = format!("{}{}.", self.section, brief(name));
+                Ok(Fields { file: self.file, section, entries: map.clone().into_iter().collect(), shown: Vec::new() })
+            }
+            [(_, other)] => refuse_file(self.file, format_args!("`{section}` must hold an object, got {}", brief(other))),
+            _ => refuse_file(self.file, format_args!("`{section}` must have one entry, got {count}")),
+        }
     }
 
     /// A whole number of at least 1.
@@ -99,7 +132,7 @@ impl<'a> Fields<'a> {
     pub fn divides(&self, name: &str, value: usize, other: &str, whole: usize) -> Result<(), Failure> {
         match whole.is_multiple_of(value) {
             true => Ok(()),
-            false => self.refuse(name, format_args!("must divide {other} = {whole}, got {value}")),
+            false => self.refuse(name, format_args!("must divide {} = {whole}, got {value}", self.other(other))),
         }
     }
 
@@ -107,7 +140,7 @@ impl<'a> Fields<'a> {
     pub fn at_most(&self, name: &str, value: usize, other: &str, limit: usize) -> Result<(), Failure> {
         match value <= limit {
             true => Ok(()),
-            false => self.refuse(name, format_args!("must be <= {other} = {limit}, got {value}")),
+            false => self.refuse(name, format_args!("must be <= {} = {limit}, got {value}", self.other(other))),
         }
     }
 

@@ -1,7 +1,8 @@
 //! gpt-oss 20b and 120b, OpenAI 2025: biases everywhere, attention sinks, a window in every second layer,
 //! YaRN, a clamped gate whose columns and those of up are interleaved.
 //!
-//! The layout is that of transformers with weights of 16 or 32 bits. The published MXFP4 blocks are refused.
+//! The layout is that of transformers: weights of 16 or 32 bits have an expert's inputs as rows, the
+//! published MXFP4 blocks its outputs.
 
 use dropless::activation::Glu;
 use dropless::router::{Normalize, Score};
@@ -76,7 +77,7 @@ fn describe(config: &Config, l: usize) -> Block<Spec> {
     let (e, f) = (experts.num_experts, experts.d_ffn);
     let stacked = |tensor: &str, [k, n]: [usize; 2]| {
         let name = |suffix: &str| names.name(&format!("mlp.experts.{tensor}{suffix}"));
-        Affine::biased(Spec::stacked_kn(Part::Experts, name(""), e, [k, n]), Spec::linear(Part::Experts, name("_bias"), [e, n]))
+        Affine::biased(Spec::stacked_kn(Part::Experts, name(""), e, [k, n]), Spec::biases(Part::Experts, name("_bias"), [e, n]))
     };
     let ffn = Ffn::Experts(Experts {
         logit_bias: Some(names.router_bias("mlp.router.bias", &experts)),

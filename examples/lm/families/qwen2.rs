@@ -40,7 +40,7 @@ fn describe(config: &Config, l: usize) -> Block<Spec> {
         Some(experts) => Ffn::Experts(Experts {
             shared: Some((
                 names.gated(Part::SharedExpert, "mlp.shared_expert", experts.shared_d_ffn),
-                Some(names.matrix(Part::SharedExpert, "mlp.shared_expert_gate", [1, config.d_model])),
+                Some(names.matrix(Part::SharedExpert, "mlp.shared_expert_gate", [1, config.d_model]).read_as_floats()),
             )),
             ..Experts::new(names.router("mlp.gate", &experts), names.each_expert("mlp.experts", &experts, PROJECTIONS))
         }),

@@ -3,7 +3,9 @@
 //! The references are computed in f64. With f32 activations every result must agree to 5e-6 in relative L2,
 //! the logits to 1e-4 in the largest difference besides, expert ids and tokens exactly. With activations of
 //! 16 bits rounding may choose another expert where two of them are close: the logits, the first layer and
-//! what is far from a tie have limits, the rest is only reported.
+//! what is far from a tie have limits, the rest is only reported. The same limits are those of f32
+//! activations that products with quantised weights round to 8 bits; what comes before the first product is
+//! exact then.
 
 use dropless::DType;
 
@@ -14,13 +16,14 @@ use super::trace::Trace;
 
 const F32_REL_L2: f64 = 5e-6;
 const F32_LOGITS_MAX_ABS: f64 = 1e-4;
-const BF16_LOGITS_REL_L2: f64 = 0.03;
-const BF16_LOGITS_MAX_ABS: f64 = 0.5;
+const ROUNDED_LOGITS_REL_L2: f64 = 0.03;
+const ROUNDED_LOGITS_MAX_ABS: f64 = 0.5;
 /// Share of prompt tokens after which the likeliest next token must be the reference's.
-const BF16_ARGMAX: f64 = 0.95;
+const ROUNDED_ARGMAX: f64 = 0.95;
 /// Expert ids must agree where the reference's last chosen logit leads the next one by more.
-const BF16_ROUTER_GAP: f64 = 0.1;
-/// Largest difference and relative L2 that Hugging Face transformers 5.23 has in its first layer in bf16; twice that is allowed.
+const ROUNDED_ROUTER_GAP: f64 = 0.1;
+/// Largest difference and relative L2 that Hugging Face transformers 5.23 has in its first layer in bf16;
+/// twice that is allowed.
 const BF16_FIRST_LAYER: &[(&str, f64, f64)] = &[
     ("L0.norm_1", 1.5e-2, 1.7e-3),
     ("L0.qkv", 4.1e-2, 2.2e-3),
@@ -38,6 +41,8 @@ const BF16_FIRST_LAYER: &[(&str, f64, f64)] = &[
 /// The outcome of all comparisons of a run.
 pub struct Checks {
     activations: DType,
+    /// Activations are f32, and what products take of them is rounded to 8 bits.
+    rounds_inputs: bool,
     lines: Vec<Line>,
     largest_of_logits: f64,
 }
@@ -59,8 +64,8 @@ enum Verdict {
 }
 
 impl Checks {
-    pub fn new(activations: DType) -> Checks {
-        Checks { activations, lines: Vec::new(), largest_of_logits: 0.0 }
+    pub fn new(activations: DType, rounds_inputs: bool) -> Checks {
+        Checks { activations, rounds_inputs, lines: Vec::new(), largest_of_logits: 0.0 }
     }
 
     /// Compares everything that both a run and the reference have.
@@ -81,7 +86,7 @@ impl Checks {
             let line = match kind {
                 "tokens" | "expert_counts" | "expert_indices" => {
                     // What is rounded is judged where it is far from a tie.
-                    let layer = full.strip_suffix("expert_indices").filter(|_| self.activations != DType::F32);
+                    let layer = full.strip_suffix("expert_indices").filter(|_| self.is_rounded());
                     let gaps = layer.map(|layer| reference.values(&format!("{layer}router_gap"))).transpose()?;
                     self.integers(full, kind, &got, &want, cols, gaps.as_deref())
                 }
@@ -92,13 +97,20 @@ impl Checks {
         Ok(())
     }
 
+    fn is_rounded(&self) -> bool {
+        self.activations != DType::F32 || self.rounds_inputs
+    }
+
     /// Numbers, within limits. A NaN is beyond every limit.
     fn floats(&mut self, full: String, name: &str, got: &[f64], want: &[f64], cols: usize) -> Line {
         let (max_abs, rel_l2, logits) = (max_abs(got, want), relative_l2(got, want), name == "logits");
         let (mut abs_limit, mut l2_limit, mut argmax_limit) = (None, Some(F32_REL_L2), None);
         match self.activations {
-            DType::Bf16 | DType::F16 if logits => {
-                (abs_limit, l2_limit, argmax_limit) = (Some(BF16_LOGITS_MAX_ABS), Some(BF16_LOGITS_REL_L2), Some(BF16_ARGMAX))
+            DType::F32 if self.rounds_inputs && !logits => {
+                l2_limit = l2_limit.filter(|_| matches!(name, "embed" | "scaled_embed" | "L0.norm_1"));
+            }
+            DType::F32 | DType::Bf16 | DType::F16 if logits && self.is_rounded() => {
+                (abs_limit, l2_limit, argmax_limit) = (Some(ROUNDED_LOGITS_MAX_ABS), Some(ROUNDED_LOGITS_REL_L2), Some(ROUNDED_ARGMAX))
             }
             DType::Bf16 | DType::F16 => {
                 let measured = BF16_FIRST_LAYER.iter().find(|(known, ..)| *known == name);
@@ -126,7 +138,8 @@ impl Checks {
         Line { name: full, max_abs: format!("{max_abs:.1e}"), rel_l2: format!("{rel_l2:.1e}"), limit: limit.join(", "), verdict }
     }
 
-    /// Ids and counts, exactly. Where `gaps` are given, a row is judged as a set, and only if it is far from a tie.
+    /// Ids and counts, exactly. Where `gaps` are given, a row is judged as a set, and only if it is far from
+    /// a tie.
     fn integers(&self, name: String, kind: &str, got: &[f64], want: &[f64], cols: usize, gaps: Option<&[f64]>) -> Line {
         let cols = if kind == "expert_indices" { cols } else { 1 };
         let sorted = |row: &[f64]| {
@@ -135,14 +148,14 @@ impl Checks {
             row
         };
         let rows = got.chunks(cols).zip(want.chunks(cols)).enumerate();
-        let judged = rows.filter(|(row, _)| gaps.is_none_or(|gaps| gaps.get(*row).is_some_and(|gap| *gap > BF16_ROUTER_GAP)));
+        let judged = rows.filter(|(row, _)| gaps.is_none_or(|gaps| gaps.get(*row).is_some_and(|gap| *gap > ROUNDED_ROUTER_GAP)));
         let (mut count, mut differing) = (0, 0);
         for (_, (got, want)) in judged {
             count += 1;
             differing += usize::from(if gaps.is_some() { sorted(got) != sorted(want) } else { got != want });
         }
         let verdict = match differing {
-            _ if kind == "expert_counts" && self.activations != DType::F32 => Verdict::NotJudged,
+            _ if kind == "expert_counts" && self.is_rounded() => Verdict::NotJudged,
             0 => Verdict::Agrees,
             _ => Verdict::Differs,
         };
@@ -186,7 +199,8 @@ impl Checks {
     }
 }
 
-/// Where a result comes in the forward pass, so that the first one that differs says where to look: layer, then place in it.
+/// Where a result comes in the forward pass, so that the first one that differs says where to look: layer,
+/// then place in it.
 fn place(name: &str) -> (usize, usize) {
     const OF_LAYER: [&str; 15] = [
         "norm_1",

@@ -1,135 +1,301 @@
-//! A checkpoint's files: one `model.safetensors`, or shards with a `model.safetensors.index.json` that says what lies where.
+//! A checkpoint's files: one `model.safetensors`, shards with a `model.safetensors.index.json` that says what
+//! lies where, or a GGUF file.
 //!
-//! Everything is mapped and nothing is copied. Opening checks that every tensor of the model is there, has the shape that
-//! `config.json` gives it, and is of one type with all others.
+//! Everything is mapped and nothing is copied. Opening checks that every tensor of the model is there, and
+//! has the shape and the type that the configuration gives it; of quantised ones it reads every scale.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use dropless::{Bf16, DType, F16, Rows, WeightRows};
+use dropless::{DType, Error, WeightRows};
 
 use super::config::Config;
 use super::failure::{Failure, refuse, refuse_file};
+use super::families::Quantization;
+use super::gguf::GgufFile;
 use super::header::{Tensor, TensorFile};
 use super::input::{MAX_TEXT_BYTES, brief, read_text};
 use super::json::{Object, Strict, Value};
+use super::parallel::in_parallel;
 use super::progress::Progress;
+use super::spec::{Kind, Part, Spec};
+use super::stored::{Piece, Stored, stored};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The mapped files of a model whose tensors were all found.
 pub struct Checkpoint {
-    files: Vec<TensorFile>,
-    dtype: DType,
+    files: Files,
+    quantization: Option<Quantization>,
+    holding: Holding,
 }
+
+enum Files {
+    SafeTensors(Shards),
+    Gguf(GgufFile),
+}
+
+/// The safetensors files of a folder.
+pub struct Shards {
+    dir: PathBuf,
+    files: Vec<TensorFile>,
+}
+
+/// What a model takes once it is loaded, by part and type.
+#[derive(Clone, Debug, Default)]
+pub struct Holding {
+    bytes: BTreeMap<Part, Vec<(DType, u64)>>,
+    /// The one type of all tensors, but for vectors that are read as f32.
+    only: Option<DType>,
+    /// Bytes that are made anew, and not mapped.
+    pub made: u64,
+}
+
+impl Holding {
+    fn add(&mut self, part: Part, dtype: DType, bytes: u64) {
+        let of_part = self.bytes.entry(part).or_default();
+        match of_part.iter_mut().find(|(known, _)| *known == dtype) {
+            Some((_, all)) => *all += bytes,
+            None => of_part.push((dtype, bytes)),
+        }
+    }
+
+    /// Bytes of a part.
+    pub fn bytes_of(&self, part: Part) -> u64 {
+        self.bytes.get(&part).into_iter().flatten().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Types of a part, that of most bytes first.
+    pub fn types_of(&self, part: Part) -> Vec<DType> {
+        ordered(self.bytes.get(&part).into_iter().flatten())
+    }
+
+    /// Types of all parts.
+    pub fn types(&self) -> Vec<DType> {
+        ordered(self.bytes.values().flatten())
+    }
+}
+
+/// Types by bytes, each once.
+fn ordered<'a>(all: impl Iterator<Item = &'a (DType, u64)>) -> Vec<DType> {
+    let mut sums: Vec<(DType, u64)> = Vec::new();
+    for (dtype, bytes) in all {
+        match sums.iter_mut().find(|(known, _)| known == dtype) {
+            Some((_, sum)) => *sum += bytes,
+            None => sums.push((*dtype, *bytes)),
+        }
+    }
+    sums.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    sums.into_iter().map(|(dtype, _)| dtype).collect()
+}
+
+/// Scales that wait to be read: a tensor's name, and the first of its rows that they are of.
+type Unread<'a> = (String, usize, WeightRows<'a>);
 
 impl Checkpoint {
     /// Opens the checkpoint in `dir` and checks it against its configuration.
     pub fn open(dir: &Path, config: &Config, progress: &Progress) -> Result<Checkpoint, Failure> {
-        if cfg!(target_endian = "big") {
-            return refuse("weights are used where they lie, in little-endian order; this machine is big-endian");
-        }
+        check_order()?;
         let single = dir.join(SINGLE);
         let index = if single.exists() { None } else { Some(Index::read(dir)?) };
         let paths = index.as_ref().map_or_else(|| vec![single], |index| index.shards.iter().map(|shard| dir.join(shard)).collect());
         let bar = progress.count("opening", paths.len() as u64, paths.len() > 1);
         let open = |path: &PathBuf| TensorFile::open(path).inspect(|_| bar.inc(1));
         let files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let mut checkpoint = Checkpoint { files, dtype: DType::F32 };
-        checkpoint.dtype = checkpoint.check(dir, config)?;
-        index.map_or(Ok(()), |index| index.check(&checkpoint.files))?;
-        Ok(checkpoint)
+        let shards = Shards { dir: dir.to_owned(), files };
+        let quantization = config.quantization.clone();
+        let checkpoint = Checkpoint { files: Files::SafeTensors(shards), quantization, holding: Holding::default() };
+        let holding = checkpoint.check(config, progress)?;
+        if let (Some(index), Files::SafeTensors(shards)) = (index, &checkpoint.files) {
+            index.check(&shards.files)?;
+        }
+        Ok(Checkpoint { holding, ..checkpoint })
     }
 
-    /// Shapes and the one type of all tensors.
-    fn check(&self, dir: &Path, config: &Config) -> Result<DType, Failure> {
-        let mut first: Option<(String, DType)> = None;
+    /// The same of a GGUF file whose configuration was read.
+    pub fn of_gguf(file: GgufFile, config: &Config, progress: &Progress) -> Result<Checkpoint, Failure> {
+        check_order()?;
+        let checkpoint = Checkpoint { files: Files::Gguf(file), quantization: None, holding: Holding::default() };
+        let holding = checkpoint.check(config, progress)?;
+        Ok(Checkpoint { holding, ..checkpoint })
+    }
+
+    /// Whether tensors may be of several types.
+    fn is_mixed(&self) -> bool {
+        self.quantization.is_some() || matches!(self.files, Files::Gguf(_))
+    }
+
+    /// Shapes, types and scales of all tensors.
+    fn check(&self, config: &Config, progress: &Progress) -> Result<Holding, Failure> {
+        let (mut holding, mut first, mut unread) = (Holding::default(), None::<(String, DType)>, Vec::new());
+        let mut types = BTreeSet::new();
         for spec in config.family.specs(config) {
+            let (mut of_spec, mut found) = (None::<(String, DType, bool)>, Vec::new());
             for name in spec.names() {
-                let dtype = self.check_tensor(dir, &name, &spec.shape)?;
+                let stored = self.stored(&spec, &name)?;
+                let dtype = self.check_tensor(&spec, &name, &stored, &mut unread)?;
                 match &first {
                     _ if spec.is_f32 => {} // it is copied, whichever type it has
-                    None => first = Some((name, dtype)),
-                    Some((other, want)) if *want != dtype => {
-                        let (file, _) = self.find(dir, &name)?;
-                        let (want, got) = (want.name(), dtype.name());
-                        return refuse_file(&file.path, format_args!("tensor `{name}` must be {want} as `{other}` is, got {got}"));
+                    None => first = Some((name.clone(), dtype)),
+                    Some((other, want)) if *want != dtype && !self.is_mixed() => {
+                        return self.refuse_type(&name, other, *want, dtype);
                     }
                     Some(_) => {}
                 }
+                let is_packed = matches!(stored, Stored::Packed(_));
+                match &of_spec {
+                    None => of_spec = Some((name.clone(), dtype, is_packed)),
+                    // GPTQ may have ordered some experts' inputs: then all of them become f32.
+                    Some((other, want, packed)) if *want != dtype && !(*packed && is_packed) => {
+                        return self.refuse_type(&name, other, *want, dtype);
+                    }
+                    Some(_) => {}
+                }
+                found.push(stored);
             }
+            if !spec.is_f32 {
+                types.extend(of_spec.iter().map(|(_, dtype, _)| dtype.name()));
+            }
+            self.count(&spec, &found, &mut holding);
         }
-        Ok(first.map_or(DType::F32, |(_, dtype)| dtype))
+        holding.only = first.map(|(_, dtype)| dtype).filter(|_| types.len() == 1);
+        let bar = progress.count("checking", unread.len() as u64, unread.len() > 1);
+        let all = in_parallel(&unread, |(_, first, rows)| {
+            bar.inc(1);
+            match rows {
+                WeightRows::Quantized(rows) => rows.check_scales().map_err(|error| (*first, error)),
+                _ => Ok(()),
+            }
+        });
+        for (result, (name, ..)) in all.into_iter().zip(&unread) {
+            result.or_else(|(first, error)| self.refuse_scales(name, first, &error))?;
+        }
+        Ok(holding)
     }
 
-    /// One tensor's shape and place. Gives its type.
-    fn check_tensor(&self, dir: &Path, name: &str, shape: &[usize]) -> Result<DType, Failure> {
-        let (file, tensor) = self.find(dir, name)?;
-        if tensor.shape != shape {
-            let got = &tensor.shape;
-            return refuse_file(&file.path, format_args!("tensor `{name}` must be {shape:?} by config.json, got {got:?}"));
-        }
-        let dtype = match tensor.dtype.as_str() {
-            "F32" => DType::F32,
-            "BF16" => DType::Bf16,
-            "F16" => DType::F16,
-            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be F32, BF16 or F16, got {other}")),
+    /// The type of one tensor once it is loaded. Scales that lie apart are left to be read with all others.
+    fn check_tensor<'a>(&self, spec: &Spec, name: &str, stored: &Stored<'a>, unread: &mut Vec<Unread<'a>>) -> Result<DType, Failure> {
+        let dtype = match stored {
+            Stored::InPlace(parts) => {
+                let mut row = 0;
+                for part in parts {
+                    if let WeightRows::Quantized(_) = part {
+                        unread.push((name.to_owned(), row, *part));
+                    }
+                    row += part.rows();
+                }
+                parts.first().map_or(DType::F32, WeightRows::dtype)
+            }
+            Stored::Packed(packed) => {
+                packed.check_scales().or_else(|error| self.refuse_scales(name, 0, &error))?;
+                packed.loaded()
+            }
         };
-        let alignment = dtype.size_bytes();
-        if !file.bytes(tensor).as_ptr().addr().is_multiple_of(alignment) {
-            return refuse_file(&file.path, format_args!("tensor `{name}` must begin at a multiple of {alignment} bytes"));
-        }
-        Ok(dtype)
+        Ok(if is_made(spec, dtype) { DType::F32 } else { dtype })
     }
 
-    fn find(&self, dir: &Path, name: &str) -> Result<(&TensorFile, &Tensor), Failure> {
-        let mut found = self.files.iter().filter_map(|file| Some((file, file.find(name)?)));
-        match (found.next(), found.next()) {
-            (Some(found), None) => Ok(found),
-            (Some((first, _)), Some((second, _))) => {
-                let first = first.path.strip_prefix(dir).unwrap_or(&first.path).display();
-                refuse_file(&second.path, format_args!("tensor `{name}` lies in {first} as well"))
-            }
-            (None, _) => {
-                let at = if let [single] = self.files.as_slice() { &single.path } else { dir };
-                refuse_file(at, format_args!("tensor `{name}` is missing"))
+    /// Adds the tensors of a description, in the types that they have once they are loaded.
+    fn count(&self, spec: &Spec, found: &[Stored<'_>], holding: &mut Holding) {
+        let elements = spec.stacked_dims().iter().map(|size| *size as u64).product::<u64>();
+        let becomes_f32 = found.iter().any(|stored| match stored {
+            Stored::Packed(packed) => packed.loaded() == DType::F32 || spec.kind == Kind::Floats,
+            Stored::InPlace(parts) => parts.iter().any(|part| is_made(spec, part.dtype())),
+        });
+        if becomes_f32 {
+            holding.made += elements * 4;
+            return holding.add(spec.part, DType::F32, elements * 4);
+        }
+        for stored in found {
+            match stored {
+                Stored::InPlace(parts) => parts.iter().for_each(|part| holding.add(spec.part, part.dtype(), bytes_of(part))),
+                Stored::Packed(packed) => {
+                    holding.made += packed.bytes();
+                    holding.add(spec.part, packed.loaded(), packed.bytes());
+                }
             }
         }
     }
 
-    /// The type of all weights.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    fn refuse_type<T>(&self, name: &str, other: &str, want: DType, got: DType) -> Result<T, Failure> {
+        let (want, got) = (want.name(), got.name());
+        refuse_file(&self.file_of(name)?, format_args!("tensor `{name}` must be {want} as `{other}` is, got {got}"))
+    }
+
+    /// A refusal of scales that are no numbers, of the matrix that begins with row `first` of its tensor.
+    fn refuse_scales<T>(&self, name: &str, first: usize, error: &Error) -> Result<T, Failure> {
+        let scales = match (&self.quantization, &self.files) {
+            (Some(quantization), Files::SafeTensors(_)) => quantization.scheme.scales(name),
+            _ => name.to_owned(),
+        };
+        let text = match error {
+            Error::NotFinite { row, block, .. } => {
+                format!("must have finite scales, that of row {}, block {block} is not", first + row)
+            }
+            other => format!("cannot be used: {other}"),
+        };
+        refuse_file(&self.file_of(&scales)?, format_args!("tensor `{scales}` {text}"))
+    }
+
+    /// The file that holds a tensor.
+    fn file_of(&self, name: &str) -> Result<PathBuf, Failure> {
+        Ok(match &self.files {
+            Files::SafeTensors(shards) => shards.find(name)?.map_or(shards.dir.clone(), |piece| piece.file.to_owned()),
+            Files::Gguf(file) => file.path.clone(),
+        })
+    }
+
+    /// One tensor of a description.
+    pub fn stored(&self, spec: &Spec, name: &str) -> Result<Stored<'_>, Failure> {
+        match &self.files {
+            Files::SafeTensors(shards) => stored(shards, self.quantization.as_ref(), spec, name),
+            Files::Gguf(file) => Ok(Stored::InPlace(vec![file.rows(spec, name)?])),
+        }
+    }
+
+    /// What it takes once it is loaded.
+    pub fn holding(&self) -> &Holding {
+        &self.holding
+    }
+
+    /// The type of all weights, where they have one.
+    pub fn only_dtype(&self) -> Option<DType> {
+        self.holding.only
+    }
+
+    /// Whether some of it is quantised, or was until it is loaded.
+    pub fn is_quantized(&self) -> bool {
+        self.holding.made > 0 || self.holding.types().iter().any(|dtype| matches!(dtype, DType::Quantized(_)))
     }
 
     /// The files that hold the tensors.
-    pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|file| file.path.as_path())
+    pub fn paths(&self) -> Vec<&Path> {
+        match &self.files {
+            Files::SafeTensors(shards) => shards.files.iter().map(|file| file.path.as_path()).collect(),
+            Files::Gguf(file) => vec![&file.path],
+        }
+    }
+
+    /// All bytes of all files.
+    fn all_bytes(&self) -> Vec<&[u8]> {
+        match &self.files {
+            Files::SafeTensors(shards) => shards.files.iter().map(TensorFile::all_bytes).collect(),
+            Files::Gguf(file) => vec![file.all_bytes()],
+        }
     }
 
     /// Size of all files.
     pub fn len_bytes(&self) -> u64 {
-        self.files.iter().map(TensorFile::len_bytes).sum()
+        self.all_bytes().iter().map(|bytes| bytes.len() as u64).sum()
     }
 
     /// A tensor's bytes, where they lie.
     #[cfg(test)]
     pub fn bytes(&self, name: &str) -> Result<&[u8], Failure> {
-        self.find(Path::new("checkpoint"), name).map(|(file, tensor)| file.bytes(tensor))
-    }
-
-    /// A tensor where it lies.
-    pub fn rows(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<WeightRows<'_>, Failure> {
-        let (file, tensor) = self.find(Path::new("checkpoint"), name)?;
-        let bytes = file.bytes(tensor);
-        let view = match tensor.dtype.as_str() {
-            "F32" => Rows::<f32>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            "BF16" => Rows::<Bf16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            "F16" => Rows::<F16>::from_bytes(bytes, rows, cols).map(WeightRows::from),
-            other => return refuse_file(&file.path, format_args!("tensor `{name}` must be of a type of weights, got {other}")),
-        };
-        view.or_else(|error| refuse_file(&file.path, format_args!("tensor `{name}`: {error}")))
+        match &self.files {
+            Files::SafeTensors(shards) => shards.get(name).map(|piece| piece.bytes),
+            Files::Gguf(_) => refuse("is no safetensors"),
+        }
     }
 
     /// Touches every page once, so that the first tokens do not wait for the disk.
@@ -137,10 +303,63 @@ impl Checkpoint {
         const PAGE_BYTES: usize = 4096;
         const BLOCK_BYTES: usize = 16 << 20;
         let bar = progress.bytes("loading", self.len_bytes());
-        for block in self.files.iter().flat_map(|file| file.all_bytes().chunks(BLOCK_BYTES)) {
+        for block in self.all_bytes().into_iter().flat_map(|file| file.chunks(BLOCK_BYTES)) {
             let touched = block.iter().step_by(PAGE_BYTES).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
             std::hint::black_box(touched);
             bar.inc(block.len() as u64);
+        }
+    }
+}
+
+fn check_order() -> Result<(), Failure> {
+    if cfg!(target_endian = "big") {
+        return refuse("weights are used where they lie, in little-endian order; this machine is big-endian");
+    }
+    Ok(())
+}
+
+/// Whether a matrix becomes f32 when it is loaded, since operations read its elements.
+pub fn is_made(spec: &Spec, dtype: DType) -> bool {
+    spec.kind == Kind::Floats && matches!(dtype, DType::Quantized(_))
+}
+
+/// Bytes of a matrix with its scales and zero points.
+fn bytes_of(rows: &WeightRows<'_>) -> u64 {
+    let product = |[rows, cols]: [usize; 2], size: usize| rows as u64 * cols as u64 * size as u64;
+    match rows {
+        WeightRows::Quantized(rows) => {
+            let scales = rows.scales().map_or(0, |(scales, _)| product(scales.dims(), scales.dtype().size_bytes()));
+            product(rows.codes().dims(), 1) + scales + rows.zeros().map_or(0, |zeros| product(zeros.dims(), 1))
+        }
+        floats => product(floats.dims(), floats.dtype().size_bytes()),
+    }
+}
+
+impl Shards {
+    /// The tensor of that name, in whichever file it lies.
+    pub fn find(&self, name: &str) -> Result<Option<Piece<'_>>, Failure> {
+        let mut found = self.files.iter().filter_map(|file| Some((file, file.find(name)?)));
+        match (found.next(), found.next()) {
+            (Some((file, tensor)), None) => {
+                let Tensor { name, dtype, shape, .. } = tensor;
+                Ok(Some(Piece { file: &file.path, name, dtype, shape, bytes: file.bytes(tensor) }))
+            }
+            (Some((first, _)), Some((second, _))) => {
+                let first = first.path.strip_prefix(&self.dir).unwrap_or(&first.path).display();
+                refuse_file(&second.path, format_args!("tensor `{name}` lies in {first} as well"))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// The same, which must be there.
+    pub fn get(&self, name: &str) -> Result<Piece<'_>, Failure> {
+        match self.find(name)? {
+            Some(piece) => Ok(piece),
+            None => {
+                let at = if let [single] = self.files.as_slice() { &single.path } else { &self.dir };
+                refuse_file(at, format_args!("tensor `{name}` is missing"))
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::check::Checks;
 use super::decoder::Decoder;
-use super::failure::Failure;
+use super::failure::{Failure, refuse};
 use super::generate::{Figures, decode, first_use, prefill};
 use super::memory::{AnonymousPeak, Streaming, peak_rss_bytes};
 use super::model::Model;
@@ -18,7 +18,7 @@ use super::setup::{Open, Setup, WeightSource};
 use super::spec::Spec;
 use super::text::Tokenizer;
 use super::trace::{Detail, Trace};
-use super::weights::{self, Matrices, Tensors, Uploaded};
+use super::weights::{self, Mapped, Matrices, Tensors, Uploaded};
 
 /// Does what was asked for.
 pub fn run(open: &Open<'_>, options: &Options, console: &mut Console<'_>) -> Result<(), Failure> {
@@ -60,10 +60,11 @@ impl<'a> Course<'a> {
                 if available.is_none_or(|available| checkpoint.len_bytes() <= available) {
                     checkpoint.read_ahead(&self.progress);
                 }
-                Ok((Box::new(checkpoint), None))
+                Ok((Box::new(Mapped::new(checkpoint, specs, self.setup.exact, &self.progress)?), None))
             }
             WeightSource::Mapped(checkpoint) => {
-                let (copies, uploaded) = weights::upload(stream, checkpoint, checkpoint.dtype(), specs, *threads, &self.progress)?;
+                let Some(dtype) = checkpoint.only_dtype() else { return refuse("weights of several types are not copied to a GPU") };
+                let (copies, uploaded) = weights::upload(stream, checkpoint, dtype, specs, *threads, &self.progress)?;
                 Ok((copies, Some(uploaded)))
             }
         }
@@ -73,7 +74,8 @@ impl<'a> Course<'a> {
     fn streamed(&self) -> Option<weights::Source<'a>> {
         match (&self.setup.weights, self.setup.streaming) {
             (WeightSource::Mapped(checkpoint), Some(streaming)) => {
-                Some(weights::Source { tensors: checkpoint, dtype: checkpoint.dtype(), streaming, threads: self.setup.threads })
+                let dtype = checkpoint.only_dtype()?;
+                Some(weights::Source { tensors: checkpoint, dtype, streaming, threads: self.setup.threads })
             }
             _ => None,
         }
@@ -101,7 +103,8 @@ impl<'a> Course<'a> {
             console.item("copies", uploaded.expected_text(streaming.step_bytes()))?;
         }
 
-        let (mut checks, mut figures) = (Checks::new(A::DTYPE), Figures { sequences: sizes.batch, ..Figures::default() });
+        let (mut checks, mut figures) =
+            (Checks::new(A::DTYPE, self.setup.rounds_inputs()), Figures { sequences: sizes.batch, ..Figures::default() });
         for (number, job) in self.setup.jobs.iter().enumerate() {
             let shown = number == 0 && self.options.check.is_none();
             let prompts: Vec<Vec<u32>> = (0..sizes.batch).map(|sequence| job.prompt.of(sequence)).collect();
@@ -158,7 +161,7 @@ impl<'a> Course<'a> {
 
     fn print_figures(&self, figures: &Figures, load: &Load, anonymous: Option<u64>, console: &mut Console<'_>) -> Result<(), Failure> {
         let Figures { prefill_tokens, decode_tokens, .. } = *figures;
-        let (weights, activations) = (self.setup.weights.dtype(), self.setup.activations);
+        let (weights, activations) = (self.setup.weights.types_text(), self.setup.activations);
         let (prefill_s, decode_s) = (figures.prefill.as_secs_f64(), figures.decode.as_secs_f64());
         let peak = peak_rss_bytes();
         console.heading("Figures")?;
@@ -191,7 +194,7 @@ impl<'a> Course<'a> {
                 ("peak_rss_bytes", json!(peak)),
                 ("peak_anonymous_bytes", json!(anonymous)),
                 ("device", json!(self.setup.place)),
-                ("dtypes", json!({ "weights": weights.name(), "activations": activations.name() })),
+                ("dtypes", json!({ "weights": weights, "activations": activations.name() })),
                 ("prefill_tokens_per_s", json!(figures.prefill_rate())),
                 ("decode_tokens_per_s", json!(figures.decode_rate())),
                 ("decode_tokens_per_s_per_user", json!(figures.decode_rate_of_one())),

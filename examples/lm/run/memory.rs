@@ -7,11 +7,13 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use dropless::{Bf16, DType, Error, F16};
 use serde_json::{Value, json};
 
 use super::columns::Columns;
 use super::config::Config;
 use super::failure::{Failure, refuse};
+use super::model;
 use super::report::bytes_text;
 
 /// What decides the size of everything that is allocated for a run.
@@ -33,7 +35,33 @@ pub struct Sizes {
     pub activation_bytes: usize,
 }
 
-/// Bytes by purpose. Mapped weights are not among them: their pages belong to the file and can be dropped at any time.
+/// What a run is asked for, of which its sizes follow.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    pub batch: usize,
+    pub context: usize,
+    /// Tokens of the longest prompt, and of the longest sequence.
+    pub prompt: usize,
+    pub reached: usize,
+    /// Tokens of one prefill step at most.
+    pub chunk: usize,
+    /// Logits of all tokens of a prompt are kept.
+    pub all_logits: bool,
+    pub activations: DType,
+}
+
+impl Sizes {
+    /// Those of a run.
+    pub fn of(asked: &Asked) -> Sizes {
+        let Asked { batch, context, prompt, reached, chunk, all_logits, activations } = *asked;
+        let step_tokens = chunk.min(prompt.saturating_mul(batch)).max(batch);
+        let logits_rows = batch + if all_logits { step_tokens } else { 0 };
+        Sizes { batch, context, prompt, reached, step_tokens, logits_rows, activation_bytes: activations.size_bytes() }
+    }
+}
+
+/// Bytes by purpose. Mapped weights are not among them: their pages belong to the file and can be dropped at
+/// any time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Need {
     pub weights: u64,
@@ -44,7 +72,29 @@ pub struct Need {
 }
 
 impl Need {
-    /// The need of a run; `weights` and `dump` are bytes, `scratch` the workspace the operations ask for. None: beyond 2^63.
+    /// The need of a run with activations of that type. `weights` and `dump` are bytes, none beyond 2^63, as
+    /// the result is.
+    pub fn of_run(
+        config: &Config,
+        sizes: &Sizes,
+        activations: DType,
+        weights: Option<u64>,
+        dump: Option<u64>,
+    ) -> Result<Option<Need>, Failure> {
+        let scratch = match activations {
+            DType::Bf16 => model::scratch_bytes::<Bf16>(config, sizes),
+            DType::F16 => model::scratch_bytes::<F16>(config, sizes),
+            _ => model::scratch_bytes::<f32>(config, sizes),
+        };
+        match (scratch, weights, dump) {
+            (Ok(scratch), Some(weights), Some(dump)) => Ok(Need::of(config, sizes, scratch, weights, dump)),
+            (Err(Error::TooLarge { .. }), ..) | (_, None, _) | (.., None) => Ok(None),
+            (Err(error), ..) => Err(error.into()),
+        }
+    }
+
+    /// The same; `weights` and `dump` are bytes, `scratch` the workspace the operations ask for. None: beyond
+    /// 2^63.
     pub fn of(config: &Config, sizes: &Sizes, scratch: usize, weights: u64, dump: u64) -> Option<Need> {
         let Sizes { batch, context, prompt, step_tokens, logits_rows, activation_bytes, .. } = *sizes;
         let heads = config.heads;

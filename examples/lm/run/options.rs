@@ -19,6 +19,8 @@ pub struct Options {
     /// None: `auto`.
     pub device: Option<Where>,
     pub activations: Option<DType>,
+    /// Quantised weights are multiplied by activations as they are.
+    pub exact_activations: bool,
     pub layers: Option<usize>,
     pub context: Option<usize>,
     pub batch: usize,
@@ -29,6 +31,8 @@ pub struct Options {
     pub dump_layers: bool,
     pub check: Option<PathBuf>,
     pub json: bool,
+    /// No run: what fits on a GPU of so many bytes, or on each of those that are known.
+    pub plan: Option<Option<u64>>,
 }
 
 /// How tokens are drawn.
@@ -54,7 +58,7 @@ pub enum Where {
 pub enum Source {
     /// The small checkpoint of the repository, compared with its reference results.
     Default,
-    /// A folder.
+    /// A folder, or a GGUF file.
     Folder(PathBuf),
     /// Seeded random numbers in the shape of a configuration.
     Random { config: PathBuf, weights: Option<DType> },
@@ -110,7 +114,8 @@ fn command() -> Command {
         .about("The full forward pass of a checkpoint, of any family that its config.json may name: DBRX, Mixtral, Llama and others")
         .after_help(AFTER_HELP)
         .args([
-            path("model", "DIR").help("config.json with model.safetensors, or with shards and their index; tokenizer.json if present"),
+            path("model", "DIR|GGUF")
+                .help("config.json with model.safetensors, or with shards and their index, or a GGUF file; tokenizer.json if present"),
             path("random", "CONFIG").help("No checkpoint: seeded random weights in the shape of that config.json, for timing"),
             word("weights", "f32|bf16|f16")
                 .help("With --random: type of the weights [default: as the config says, else f32]")
@@ -136,6 +141,8 @@ fn command() -> Command {
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
             Arg::new("device").long("device").value_name("cpu|cuda[:N]|emulated|auto").value_parser(place).help(DEVICE_HELP),
             word("activations", "auto|f32|bf16|f16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
+            flag("exact-activations")
+                .help("Multiply quantised weights by activations as they are, not rounded to 8 bits where rows are few"),
             within("threads", 1..=MAX_THREADS).help("Worker threads of the CPU [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")
@@ -147,6 +154,14 @@ fn command() -> Command {
                 .conflicts_with("check"),
             flag("dump-layers").help("With --dump: every intermediate result as well").requires("dump"),
             path("check", "FILE").help("Run the prompts of a file of reference results and compare"),
+            Arg::new("plan")
+                .long("plan")
+                .value_name("SIZE")
+                .value_parser(gpu_bytes)
+                .num_args(0..=1)
+                .require_equals(true)
+                .conflicts_with_all(["input", "generate", "drawing", "weights", "threads", "device", "memory-limit", "dump"])
+                .help("No run and no weights: what fits on an 80 GB and a 141 GB GPU, or one of SIZE (as 94.5GiB), for each format"),
             flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is sampled every 10 ms"),
         ])
         .group(ArgGroup::new("drawing").args(["temperature", "top-p"]).multiple(true))
@@ -174,6 +189,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
         sampling: sampling(&matches),
         device: matches.get_one::<Option<Where>>("device").copied().unwrap_or(Some(Where::Cpu)),
         activations: dtype(&matches, "activations"),
+        exact_activations: matches.get_flag("exact-activations"),
         layers: number("layers"),
         context: number("context"),
         batch: number("batch").unwrap_or(1),
@@ -184,6 +200,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::
         dump_layers: matches.get_flag("dump-layers"),
         check: path("check"),
         json: matches.get_flag("json"),
+        plan: matches.contains_id("plan").then(|| matches.get_one::<u64>("plan").copied()),
     })
 }
 
@@ -194,6 +211,14 @@ fn sampling(matches: &ArgMatches) -> Option<Sampling> {
     let seed = matches.get_one::<u64>("seed").copied().unwrap_or(0);
     temperature.or(top_p)?;
     Some(Sampling { temperature: temperature.unwrap_or(1.0), top_p: top_p.unwrap_or(1.0), seed })
+}
+
+/// `80GB`, `79.1GiB`, or bytes.
+fn gpu_bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 3] = [("GiB", (1u64 << 30) as f64), ("GB", 1e9), ("", 1.0)];
+    let (number, unit) = UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit))).unwrap_or((text, &1.0));
+    let bytes = number.trim().parse::<f64>().ok().map(|number| number * unit).filter(|bytes| (1.0..9e15).contains(bytes));
+    bytes.map(|bytes| bytes as u64).ok_or_else(|| "must be a size, as 80GB, 79.1GiB or a number of bytes".into())
 }
 
 fn positive(text: &str) -> Result<f32, String> {

@@ -1,18 +1,19 @@
-//! Everything that is settled before memory is taken: the model, the prompts, the sizes, and whether they fit.
+//! Everything that is settled before memory is taken: the model, the prompts, the sizes, and whether they
+//! fit.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use dropless::router::{Normalize, Score};
-use dropless::{Bf16, DType, Device, Error, F16, Place};
+use dropless::{DType, Device, Error, Place};
 
 use super::checkpoint::Checkpoint;
 use super::config::{Config, Count, Dense, Experts};
 use super::failure::{Failure, refuse, refuse_file};
 use super::families;
+use super::gguf::GgufFile;
 use super::input::printable;
-use super::memory::{self, Need, Share, Sizes, Streaming};
-use super::model;
+use super::memory::{self, Asked, Need, Share, Sizes, Streaming};
 use super::options::{Options, Prompt, Source, Where};
 use super::progress::Progress;
 use super::prompt::{self, Ids};
@@ -84,6 +85,8 @@ pub struct Setup {
     /// Threads of the host.
     pub threads: usize,
     pub activations: DType,
+    /// Quantised weights are multiplied by activations as they are.
+    pub exact: bool,
     pub sizes: Sizes,
     pub chunk: usize,
     pub need: Need,
@@ -104,12 +107,36 @@ pub enum WeightSource {
 }
 
 impl WeightSource {
-    pub fn dtype(&self) -> DType {
+    /// The type of all weights, where they have one.
+    pub fn only_dtype(&self) -> Option<DType> {
         match self {
-            WeightSource::Mapped(checkpoint) => checkpoint.dtype(),
-            WeightSource::Random(dtype) => *dtype,
+            WeightSource::Mapped(checkpoint) => checkpoint.only_dtype(),
+            WeightSource::Random(dtype) => Some(*dtype),
         }
     }
+
+    /// The types of all weights, that of most bytes first.
+    pub fn types_text(&self) -> String {
+        match (self.only_dtype(), self) {
+            (Some(dtype), _) => dtype.name().into(),
+            (None, WeightSource::Mapped(checkpoint)) => names(&checkpoint.holding().types()),
+            (None, WeightSource::Random(_)) => String::new(),
+        }
+    }
+
+    /// Bytes that are made when weights are loaded.
+    fn made_bytes(&self) -> u64 {
+        if let WeightSource::Mapped(checkpoint) = self { checkpoint.holding().made } else { 0 }
+    }
+
+    fn is_quantized(&self) -> bool {
+        if let WeightSource::Mapped(checkpoint) = self { checkpoint.is_quantized() } else { false }
+    }
+}
+
+/// `q4_k, f32`.
+fn names(types: &[DType]) -> String {
+    types.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// A prompt to run, what to generate and what to keep.
@@ -130,6 +157,7 @@ impl Setup {
         if device.place() != Place::Host && options.threads.is_some() {
             return refuse(format!("--threads is for the CPU, not for {place}"));
         }
+        let mut gguf = None;
         let (config_file, folder, label) = match &options.source {
             Source::Default => {
                 let folder = default_folder();
@@ -138,10 +166,23 @@ impl Setup {
                 }
                 (folder.join("config.json"), Some(folder), DEFAULT_MODEL.to_owned())
             }
-            Source::Folder(dir) => (dir.join("config.json"), Some(dir.clone()), dir.display().to_string()),
+            Source::Folder(path) => match gguf_of(path)? {
+                Some(file) => {
+                    gguf = Some(GgufFile::open(&file)?);
+                    let folder = file.parent().map(Path::to_owned); // which may hold a tokenizer
+                    (file, folder, path.display().to_string())
+                }
+                None => (path.join("config.json"), Some(path.clone()), path.display().to_string()),
+            },
             Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
         };
-        let config = families::read_config(&config_file)?;
+        let config = match &gguf {
+            Some(file) => families::read_gguf(file)?,
+            None => families::read_config(&config_file)?,
+        };
+        if config.quantization.is_some() && matches!(options.source, Source::Random { .. }) {
+            return refuse_file(&config_file, "`quantization_config` must be null: random weights are not quantised");
+        }
         let config = match options.layers {
             Some(layers) if layers > config.num_layers => {
                 return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
@@ -159,10 +200,11 @@ impl Setup {
             prompt::check_length(job.prompt.len(), job.generate, &config)?;
             prompt::check_fits(job.prompt.len(), job.generate, context)?;
         }
-        let weights = match (&folder, &options.source) {
-            (Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
-            (None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
-            (None, _) => WeightSource::Random(match config.dtype.as_deref() {
+        let weights = match (gguf, &folder, &options.source) {
+            (Some(file), ..) => WeightSource::Mapped(Checkpoint::of_gguf(file, &config, progress)?),
+            (None, Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
+            (None, None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
+            (None, None, _) => WeightSource::Random(match config.dtype.as_deref() {
                 Some("bfloat16") => DType::Bf16,
                 Some("float16") => DType::F16,
                 _ => DType::F32,
@@ -179,59 +221,46 @@ impl Setup {
             check_dump(file, &inputs)?;
         }
         let on_gpu = device.place() != Place::Host;
-        let activations = match (options.activations, weights.dtype()) {
-            (None, narrow @ (DType::Bf16 | DType::F16)) if on_gpu => narrow,
+        let dtype = weights.only_dtype();
+        if on_gpu && weights.is_quantized() {
+            let types = weights.types_text();
+            return refuse(format!("weights are {types}: quantised ones run on the CPU, kernels for them are not here yet; see --device"));
+        }
+        let activations = match (options.activations, dtype) {
+            (None, Some(narrow @ (DType::Bf16 | DType::F16))) if on_gpu => narrow,
             (asked, _) => asked.unwrap_or(DType::F32),
         };
-        if on_gpu && activations != weights.dtype() {
-            let (weights, activations) = (weights.dtype().name(), activations.name());
+        if on_gpu && Some(activations) != dtype {
+            let (weights, activations) = (weights.types_text(), activations.name());
             return refuse(format!("weights are {weights}, activations {activations}: kernels take both of one type; see --activations"));
         }
         let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
-        let step_tokens = options.chunk.min(longest.saturating_mul(options.batch)).max(options.batch);
         let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
-        let sizes = Sizes {
-            batch: options.batch,
-            context,
-            prompt: longest,
-            reached,
-            step_tokens,
-            logits_rows: options.batch + if all_logits { step_tokens } else { 0 },
-            activation_bytes: activations.size_bytes(),
-        };
+        let (batch, chunk) = (options.batch, options.chunk);
+        let sizes = Sizes::of(&Asked { batch, context, prompt: longest, reached, chunk, all_logits, activations });
         let dump = jobs
             .iter()
             .map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail))
             .try_fold(0, |most, bytes| Some(bytes?.max(most)));
         let weight_bytes = match &weights {
-            WeightSource::Mapped(_) if !on_gpu => Some(0),
+            WeightSource::Mapped(_) if !on_gpu => Some(weights.made_bytes()),
             WeightSource::Mapped(_) | WeightSource::Random(_) => {
-                memory::product(&[config.parameters() as usize, weights.dtype().size_bytes()])
+                memory::product(&[config.parameters() as usize, dtype.map_or(size_of::<f32>(), DType::size_bytes)])
             }
         };
-        let scratch = match activations {
-            DType::Bf16 => model::scratch_bytes::<Bf16>(&config, &sizes),
-            DType::F16 => model::scratch_bytes::<F16>(&config, &sizes),
-            _ => model::scratch_bytes::<f32>(&config, &sizes),
-        };
-        let need = match (scratch, weight_bytes, dump) {
-            (Ok(scratch), Some(weights), Some(dump)) => Need::of(&config, &sizes, scratch, weights, dump),
-            (Err(dropless::Error::TooLarge { .. }), ..) | (_, None, _) | (.., None) => None,
-            (Err(error), ..) => return Err(error.into()),
-        };
+        let need = Need::of_run(&config, &sizes, activations, weight_bytes, dump)?;
         let available = match options.memory_limit {
             Some(limit) => Some(limit),
             None if on_gpu => device.free_bytes()?,
             None => memory::available_bytes(),
         };
         let share = match &weights {
-            WeightSource::Mapped(checkpoint) if on_gpu => share(&config, checkpoint.dtype()),
+            WeightSource::Mapped(_) if on_gpu => dtype.and_then(|dtype| share(&config, dtype)),
             _ => None,
         };
         let spare = if options.memory_limit.is_some() { 0 } else { SPARE_BYTES };
         let (need, streaming) = memory::settle(need, available, share, spare)?;
         let threads = if on_gpu { Device::cpu().threads() } else { device.threads() };
-        let chunk = options.chunk;
         Ok(Setup {
             config,
             weights,
@@ -242,6 +271,7 @@ impl Setup {
             no_gpu,
             threads,
             activations,
+            exact: options.exact_activations,
             sizes,
             chunk,
             need,
@@ -251,21 +281,35 @@ impl Setup {
         })
     }
 
+    /// Whether products round activations to 8 bits.
+    pub fn rounds_inputs(&self) -> bool {
+        self.weights.is_quantized() && !self.exact
+    }
+
     /// The table of parameters, how the run is set up, and the memory it needs.
     pub fn print(&self, console: &mut Console<'_>) -> Result<(), Failure> {
         let config = &self.config;
-        let dtype = self.weights.dtype();
         let title = console.strong(config.family.title);
         let label = console.dim(&printable(&self.label));
         console.line(format!("{title}  {label}\n"))?;
-        let mut table = Table::new(&["", " each", "number", "parameters", "active", "bytes"]);
-        let (mut total, mut active) = (0, 0);
-        let bytes = |count: u64| bytes_text(count.saturating_mul(dtype.size_bytes() as u64));
+        let only = self.weights.only_dtype();
+        let headings: &[&str] = &["", " each", "number", "parameters", "active", "bytes", " type"];
+        let mut table = Table::new(&headings[..headings.len() - usize::from(only.is_some())]);
+        let (mut total, mut active, mut total_bytes) = (0, 0, 0u64);
+        let cells = |cells: [String; 6], types: String| cells.into_iter().chain(only.is_none().then_some(types));
         for Count { part, shape, copies, total: all, active: used } in config.counts() {
-            table.row([part.title().into(), shape, copies.to_string(), count_text(all), count_text(used), bytes(all)]);
-            (total, active) = (total + all, active + used);
+            let (bytes, types) = match (&self.weights, only) {
+                (WeightSource::Mapped(checkpoint), None) => {
+                    (checkpoint.holding().bytes_of(part), names(&checkpoint.holding().types_of(part)))
+                }
+                (_, dtype) => (all.saturating_mul(dtype.map_or(0, DType::size_bytes) as u64), String::new()),
+            };
+            let numbers = [part.title().into(), shape, copies.to_string(), count_text(all), count_text(used), bytes_text(bytes)];
+            table.row(cells(numbers, types));
+            (total, active, total_bytes) = (total + all, active + used, total_bytes.saturating_add(bytes));
         }
-        table.row(["all".into(), String::new(), String::new(), count_text(total), count_text(active), bytes(total)]);
+        let all = ["all".into(), String::new(), String::new(), count_text(total), count_text(active), bytes_text(total_bytes)];
+        table.row(cells(all, String::new()));
         table.print(console)?;
         console.line("")?;
 
@@ -286,12 +330,17 @@ impl Setup {
             WeightSource::Mapped(_) if self.device.place() == Place::Host => "mapped",
             WeightSource::Mapped(_) => "copied",
         };
+        let rounded = match (self.weights.is_quantized(), self.exact) {
+            (false, _) => "",
+            (true, false) => ", in 8 bits where products of few rows are integers",
+            (true, true) => " as they are",
+        };
         let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
         console.item(
             "run",
             format!(
-                "{place}; weights {} ({kind}), activations {}; context {}{batch}",
-                dtype.name(),
+                "{place}; weights {} ({kind}), activations {}{rounded}; context {}{batch}",
+                self.weights.types_text(),
                 self.activations.name(),
                 self.sizes.context
             ),
@@ -365,15 +414,35 @@ fn experts_text(experts: &Experts) -> String {
     format!("{} of width {}, {} for each token, {norm}{shared}", experts.num_experts, experts.d_ffn, experts.top_k)
 }
 
+/// The GGUF file that a path means: itself, or the only one in a folder without safetensors.
+fn gguf_of(path: &Path) -> Result<Option<PathBuf>, Failure> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if is_gguf(path) && !path.is_dir() {
+        return Ok(Some(path.to_owned()));
+    }
+    let has = |name: &str| path.join(name).exists();
+    if has("model.safetensors") || has("model.safetensors.index.json") {
+        return Ok(None);
+    }
+    let Ok(entries) = path.read_dir() else { return Ok(None) };
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_gguf(path)).collect();
+    files.sort_unstable();
+    match files.len() {
+        0 | 1 => Ok(files.pop()),
+        more => refuse_file(path, format_args!("has {more} GGUF files, {} first; name the one", files[0].display())),
+    }
+}
+
 /// The checkpoint of a run without arguments, in the repository.
 const DEFAULT_MODEL: &str = "tests/data/dbrx/tiny-dbrx-f32";
 
 /// Found at run time, so that the executable can be copied elsewhere and run in a copy of the repository.
-fn default_folder() -> PathBuf {
+pub fn default_folder() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from).join(DEFAULT_MODEL)
 }
 
-/// Refuses a dump that could not be written, or would take the place of something that is no dump. Found out before the run.
+/// Refuses a dump that could not be written, or would take the place of something that is no dump. Found out
+/// before the run.
 fn check_dump(file: &Path, inputs: &[&Path]) -> Result<(), Failure> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !folder.is_dir() {

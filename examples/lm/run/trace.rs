@@ -49,6 +49,7 @@ pub fn host<'a, T: Element>(stream: &Stream, rows: Rows<'a, T>) -> Result<Cow<'a
 }
 
 /// What a step shows as it goes.
+#[allow(clippy::large_enum_variant)] // made to be looked at once
 pub enum Seen<'a, A> {
     /// A result by its name, `[T, cols]`.
     Rows(&'static str, Rows<'a, A>),

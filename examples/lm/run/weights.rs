@@ -12,12 +12,14 @@ use super::progress::Progress;
 use super::spec::Spec;
 
 mod buffers;
+mod mapped;
 mod seeded;
 mod streamed;
 mod upload;
 mod vectors;
 
 pub use self::buffers::stride;
+pub use self::mapped::Mapped;
 pub use self::seeded::seeded;
 pub use self::streamed::{Source, layers};
 pub use self::upload::{Uploaded, upload};
@@ -60,13 +62,6 @@ impl<'a> Matrices<'a> {
             (None, Some(vectors)) => vectors.get(spec),
             (None, None) => refuse(format!("tensor `{name}` was not loaded")),
         }
-    }
-}
-
-/// A checkpoint that was checked against the configuration: nothing is copied.
-impl Tensors for Checkpoint {
-    fn parts(&self, _: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure> {
-        spec.names().map(|name| self.rows(&name, spec.dims())).collect()
     }
 }
 

@@ -72,13 +72,9 @@ pub(super) fn gated_interleaved<T: Float>(
     if rows == 0 || d_ffn == 0 {
         return Ok(());
     }
-    let last = |owned: ExpertRows<'_>| match owned.addresses() {
-        (0, ..) => 0, // one expert owns all of them
-        (offsets, ..) => offsets + (owned.num_experts() * size_of::<u32>()) as u64,
-    };
     let params = InTurnParams {
         gate_up: gate_up.address(),
-        rows_end: owned.map_or(0, last),
+        rows_end: owned.map_or(0, |owned| owned.rows_end()),
         y: y.address(),
         rows: rows as i64,
         d_ffn: d_ffn as i64,

@@ -3,27 +3,34 @@
 //! | form | rows of a tile | serves calls in which no expert owns more than | file |
 //! |---|---|---|---|
 //! | `few8`, `few32`, `few64` | as many | 8, 32, 64 rows | `cuda/grouped_gemm_few.cu` |
+//! | `few8`, .. | as many | the same, weights of 4 and 8 bits | `cuda/grouped_gemm_quantized.cu` |
+//! | `many128` | 128 | any, weights of 4 and 8 bits | `cuda/grouped_gemm_quantized.cu` |
 //! | `256x2` | 128, two blocks together | any | `cuda/grouped_gemm.cu` |
+//! | `256x2` of e4m3 | 128, two blocks together | any; inputs are quantised | `cuda/grouped_gemm_fp8.cu` |
 //! | `plain` | 32 | any, of any width and alignment | `cuda/grouped_gemm_plain.cu` |
 //!
 //! Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: a pair of blocks halves the traffic of weights from
 //! the L2 cache; where few rows of an expert are left, the blocks take two columns of them, each with weights of its own.
 
+pub(super) mod fp8;
 mod plain;
+mod quantized;
 mod tiled;
 
 use super::Product;
 use crate::device::kernel::{Kernel, Types, check_one_type, find};
 use crate::device::params::{
-    FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, PLAIN_THREADS, PLAIN_TILE, TILED_CLUSTER, TILED_COLS, TILED_ROWS, TILED_SHARED_BYTES,
-    TILED_THREADS,
+    FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, FP8_SHARED_BYTES, PLAIN_THREADS, PLAIN_TILE, QUANTIZED_FEW_THREADS, QUANTIZED_MANY_THREADS,
+    QUANTIZED_MANY_TOKENS, QUANTIZED_SHARED_BYTES, TILED_CLUSTER, TILED_COLS, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS,
 };
 use crate::device::{Stream, image};
 use crate::dtype::{DType, Float};
 use crate::epilogue::Bias;
 use crate::error::{Error, Op};
+use crate::format::Format;
 use crate::layout::{ExpertWeights, WeightOrder};
 use crate::view::RowsMut;
+use crate::weights::WeightRows;
 
 /// What a kernel of this table computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +39,12 @@ pub struct Key {
     pub order: WeightOrder,
     /// Products of one row: 1, or 2 for gate and up.
     pub products: usize,
+    /// Of k, that share a scale: a kernel serves multiples, too. 0 where there are no scales.
+    pub group: usize,
 }
 
-const NT: Key = Key { order: WeightOrder::Nk, products: 1 };
-const NN: Key = Key { order: WeightOrder::Kn, products: 1 };
+const NT: Key = Key { order: WeightOrder::Nk, products: 1, group: 0 };
+const NN: Key = Key { order: WeightOrder::Kn, ..NT };
 const GLU_NT: Key = Key { products: 2, ..NT };
 const GLU_NN: Key = Key { products: 2, ..NN };
 
@@ -44,6 +53,17 @@ const BF16: Types = Types::all(DType::Bf16);
 const F16: Types = Types::all(DType::F16);
 const BF16_TO_F32: Types = Types::to_f32(DType::Bf16);
 const F16_TO_F32: Types = Types::to_f32(DType::F16);
+const E4M3: DType = DType::Quantized(Format::E4m3);
+
+/// The most rows of an expert in the calls that the forms for few rows serve.
+pub(crate) const MOST_FEW: usize = 64;
+
+const BF16_INT4: Types = Types { w: DType::Quantized(Format::Int4), ..BF16 };
+const BF16_MXFP4: Types = Types { w: DType::Quantized(Format::Mxfp4), ..BF16 };
+const BF16_E4M3: Types = Types { w: DType::Quantized(Format::E4m3), ..BF16 };
+const BF16_INT4_TO_F32: Types = Types { y: DType::F32, ..BF16_INT4 };
+const BF16_MXFP4_TO_F32: Types = Types { y: DType::F32, ..BF16_MXFP4 };
+const BF16_E4M3_TO_F32: Types = Types { y: DType::F32, ..BF16_E4M3 };
 
 /// The table. A call takes the first row of its key and types that serves it.
 pub static KERNELS: &[Kernel<Key>] = &[
@@ -87,6 +107,72 @@ pub static KERNELS: &[Kernel<Key>] = &[
     few(32, "grouped_gemm_glu_nt_f16_few32", GLU_NT, F16),
     few(64, "grouped_gemm_glu_nt_f16_few64", GLU_NT, F16),
     tiled("grouped_gemm_glu_nt_f16_256x2", GLU_NT, F16),
+    fp8("grouped_gemm_nt_e4m3_to_bf16_256x2", NT, DType::Bf16),
+    fp8("grouped_gemm_nt_e4m3_to_f16_256x2", NT, DType::F16),
+    fp8("grouped_gemm_nt_e4m3_to_f32_256x2", NT, DType::F32),
+    fp8("grouped_gemm_glu_nt_e4m3_to_bf16_256x2", GLU_NT, DType::Bf16),
+    fp8("grouped_gemm_glu_nt_e4m3_to_f16_256x2", GLU_NT, DType::F16),
+    fp8("grouped_gemm_glu_nt_e4m3_to_f32_256x2", GLU_NT, DType::F32),
+    quantized(8, "grouped_gemm_nt_bf16_int4_few8", NT, 128, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_int4_few8", NT, 128, BF16_INT4_TO_F32),
+    quantized(32, "grouped_gemm_nt_bf16_int4_few32", NT, 128, BF16_INT4),
+    quantized(32, "grouped_gemm_nt_bf16_int4_few32", NT, 128, BF16_INT4_TO_F32),
+    quantized(64, "grouped_gemm_nt_bf16_int4_few64", NT, 128, BF16_INT4),
+    quantized(64, "grouped_gemm_nt_bf16_int4_few64", NT, 128, BF16_INT4_TO_F32),
+    quantized(128, "grouped_gemm_nt_bf16_int4_many128", NT, 128, BF16_INT4),
+    quantized(128, "grouped_gemm_nt_bf16_int4_many128", NT, 128, BF16_INT4_TO_F32),
+    quantized(8, "grouped_gemm_glu_nt_bf16_int4_few8", GLU_NT, 128, BF16_INT4),
+    quantized(32, "grouped_gemm_glu_nt_bf16_int4_few32", GLU_NT, 128, BF16_INT4),
+    quantized(64, "grouped_gemm_glu_nt_bf16_int4_few64", GLU_NT, 128, BF16_INT4),
+    quantized(128, "grouped_gemm_glu_nt_bf16_int4_many128", GLU_NT, 128, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_int4_64_few8", NT, 64, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_int4_64_few8", NT, 64, BF16_INT4_TO_F32),
+    quantized(32, "grouped_gemm_nt_bf16_int4_64_few32", NT, 64, BF16_INT4),
+    quantized(32, "grouped_gemm_nt_bf16_int4_64_few32", NT, 64, BF16_INT4_TO_F32),
+    quantized(64, "grouped_gemm_nt_bf16_int4_64_few64", NT, 64, BF16_INT4),
+    quantized(64, "grouped_gemm_nt_bf16_int4_64_few64", NT, 64, BF16_INT4_TO_F32),
+    quantized(128, "grouped_gemm_nt_bf16_int4_64_many128", NT, 64, BF16_INT4),
+    quantized(128, "grouped_gemm_nt_bf16_int4_64_many128", NT, 64, BF16_INT4_TO_F32),
+    quantized(8, "grouped_gemm_glu_nt_bf16_int4_64_few8", GLU_NT, 64, BF16_INT4),
+    quantized(32, "grouped_gemm_glu_nt_bf16_int4_64_few32", GLU_NT, 64, BF16_INT4),
+    quantized(64, "grouped_gemm_glu_nt_bf16_int4_64_few64", GLU_NT, 64, BF16_INT4),
+    quantized(128, "grouped_gemm_glu_nt_bf16_int4_64_many128", GLU_NT, 64, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_int4_32_few8", NT, 32, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_int4_32_few8", NT, 32, BF16_INT4_TO_F32),
+    quantized(32, "grouped_gemm_nt_bf16_int4_32_few32", NT, 32, BF16_INT4),
+    quantized(32, "grouped_gemm_nt_bf16_int4_32_few32", NT, 32, BF16_INT4_TO_F32),
+    quantized(64, "grouped_gemm_nt_bf16_int4_32_few64", NT, 32, BF16_INT4),
+    quantized(64, "grouped_gemm_nt_bf16_int4_32_few64", NT, 32, BF16_INT4_TO_F32),
+    quantized(128, "grouped_gemm_nt_bf16_int4_32_many128", NT, 32, BF16_INT4),
+    quantized(128, "grouped_gemm_nt_bf16_int4_32_many128", NT, 32, BF16_INT4_TO_F32),
+    quantized(8, "grouped_gemm_glu_nt_bf16_int4_32_few8", GLU_NT, 32, BF16_INT4),
+    quantized(32, "grouped_gemm_glu_nt_bf16_int4_32_few32", GLU_NT, 32, BF16_INT4),
+    quantized(64, "grouped_gemm_glu_nt_bf16_int4_32_few64", GLU_NT, 32, BF16_INT4),
+    quantized(128, "grouped_gemm_glu_nt_bf16_int4_32_many128", GLU_NT, 32, BF16_INT4),
+    quantized(8, "grouped_gemm_nt_bf16_mxfp4_few8", NT, 32, BF16_MXFP4),
+    quantized(8, "grouped_gemm_nt_bf16_mxfp4_few8", NT, 32, BF16_MXFP4_TO_F32),
+    quantized(32, "grouped_gemm_nt_bf16_mxfp4_few32", NT, 32, BF16_MXFP4),
+    quantized(32, "grouped_gemm_nt_bf16_mxfp4_few32", NT, 32, BF16_MXFP4_TO_F32),
+    quantized(64, "grouped_gemm_nt_bf16_mxfp4_few64", NT, 32, BF16_MXFP4),
+    quantized(64, "grouped_gemm_nt_bf16_mxfp4_few64", NT, 32, BF16_MXFP4_TO_F32),
+    quantized(128, "grouped_gemm_nt_bf16_mxfp4_many128", NT, 32, BF16_MXFP4),
+    quantized(128, "grouped_gemm_nt_bf16_mxfp4_many128", NT, 32, BF16_MXFP4_TO_F32),
+    quantized(8, "grouped_gemm_glu_nt_bf16_mxfp4_few8", GLU_NT, 32, BF16_MXFP4),
+    quantized(32, "grouped_gemm_glu_nt_bf16_mxfp4_few32", GLU_NT, 32, BF16_MXFP4),
+    quantized(64, "grouped_gemm_glu_nt_bf16_mxfp4_few64", GLU_NT, 32, BF16_MXFP4),
+    quantized(128, "grouped_gemm_glu_nt_bf16_mxfp4_many128", GLU_NT, 32, BF16_MXFP4),
+    quantized(8, "grouped_gemm_nt_bf16_e4m3_few8", NT, 128, BF16_E4M3),
+    quantized(8, "grouped_gemm_nt_bf16_e4m3_few8", NT, 128, BF16_E4M3_TO_F32),
+    quantized(32, "grouped_gemm_nt_bf16_e4m3_few32", NT, 128, BF16_E4M3),
+    quantized(32, "grouped_gemm_nt_bf16_e4m3_few32", NT, 128, BF16_E4M3_TO_F32),
+    quantized(64, "grouped_gemm_nt_bf16_e4m3_few64", NT, 128, BF16_E4M3),
+    quantized(64, "grouped_gemm_nt_bf16_e4m3_few64", NT, 128, BF16_E4M3_TO_F32),
+    quantized(128, "grouped_gemm_nt_bf16_e4m3_many128", NT, 128, BF16_E4M3),
+    quantized(128, "grouped_gemm_nt_bf16_e4m3_many128", NT, 128, BF16_E4M3_TO_F32),
+    quantized(8, "grouped_gemm_glu_nt_bf16_e4m3_few8", GLU_NT, 128, BF16_E4M3),
+    quantized(32, "grouped_gemm_glu_nt_bf16_e4m3_few32", GLU_NT, 128, BF16_E4M3),
+    quantized(64, "grouped_gemm_glu_nt_bf16_e4m3_few64", GLU_NT, 128, BF16_E4M3),
+    quantized(128, "grouped_gemm_glu_nt_bf16_e4m3_many128", GLU_NT, 128, BF16_E4M3),
     plain("grouped_gemm_nt_f32", NT, F32),
     plain("grouped_gemm_nt_bf16", NT, BF16),
     plain("grouped_gemm_nt_f16", NT, F16),
@@ -133,6 +219,31 @@ const fn tiled(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
     }
 }
 
+/// As `tiled`, of inputs and weights of e4m3.
+const fn fp8(entry: &'static str, key: Key, y: DType) -> Kernel<Key> {
+    let types = Types { x: E4M3, w: E4M3, y };
+    Kernel { image: &image::GROUPED_GEMM_FP8, shared_bytes: FP8_SHARED_BYTES, ..tiled(entry, key, types) }
+}
+
+const fn quantized(rows: u32, entry: &'static str, key: Key, group: usize, types: Types) -> Kernel<Key> {
+    let is_many = rows == QUANTIZED_MANY_TOKENS;
+    let (form, cols) = match rows {
+        8 => ("few8", 64),
+        32 => ("few32", 256),
+        64 => ("few64", 256),
+        _ => ("many128", 256),
+    };
+    Kernel {
+        form,
+        max_rows: if is_many { usize::MAX } else { rows as usize },
+        tile: [rows, cols / key.products as u32],
+        threads: if is_many { QUANTIZED_MANY_THREADS } else { QUANTIZED_FEW_THREADS },
+        shared_bytes: QUANTIZED_SHARED_BYTES,
+        needs_vectors: true,
+        ..Kernel::new(&image::GROUPED_GEMM_QUANTIZED, entry, Key { group, ..key }, types)
+    }
+}
+
 const fn plain(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
     let tile = [PLAIN_TILE, PLAIN_TILE];
     Kernel { tile, threads: PLAIN_THREADS, ..Kernel::new(&image::GROUPED_GEMM_PLAIN, entry, key, types) }
@@ -141,7 +252,8 @@ const fn plain(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
 /// The tensor-core forms by name, each with the class of calls that it serves: for tests and benches, which ask for a class by
 /// `ExpertRows::in_class`.
 pub fn forms() -> Vec<(&'static str, usize)> {
-    let mut forms: Vec<_> = KERNELS.iter().filter(|row| row.needs_vectors).map(|row| (row.form, row.max_rows)).collect();
+    let mut forms: Vec<_> =
+        KERNELS.iter().filter(|row| row.needs_vectors && row.key.group == 0).map(|row| (row.form, row.max_rows)).collect();
     forms.sort_by_key(|form| form.1);
     forms.dedup();
     forms
@@ -156,12 +268,18 @@ pub(super) fn check<A: Float, O: Float, const P: usize>(
 ) -> Result<(), Error> {
     for (arg, w) in weight_args.into_iter().zip(&product.weights) {
         check_one_type(Op::GroupedGemm, "two types of weights,", product.weights[0].dtype(), w.dtype())?;
-        w.expert_stride(Op::GroupedGemm, arg)?;
+        check_place_of(Op::GroupedGemm, arg, w)?;
     }
     for (arg, bias) in bias_args.into_iter().zip(&product.finish.biases) {
         bias.map_or(Ok(()), |bias| check_bias(Op::GroupedGemm, A::DTYPE, arg, &bias))?;
     }
     choose(product, y).map(|_| ())
+}
+
+/// Whether inputs may be quantised for these weights, in calls in which experts own up to so many rows: where there are few, reading
+/// weights takes longer than any product.
+pub(crate) fn takes_codes(w: &ExpertWeights<'_>, class_rows: usize) -> bool {
+    matches!(w.expert(0), WeightRows::Quantized(rows) if rows.format() == Format::E4m3 && !rows.has_exact_inputs()) && class_rows > MOST_FEW
 }
 
 /// The same of some products with outputs of the type of their input, before there are rows. The plain kernels serve every shape.
@@ -172,11 +290,20 @@ pub(super) fn check_types<'a>(
     biases: impl IntoIterator<Item = (&'static str, Bias<'a>)>,
 ) -> Result<(), Error> {
     for (arg, w) in weights {
-        find(op, KERNELS, Key { order: w.order(), products: 1 }, Types { w: w.dtype(), ..Types::all(x) }, |_| true)
-            .map_err(|error| error.about(arg))?;
-        w.expert_stride(op, arg)?;
+        find(op, KERNELS, key_of(&w, 1), Types { w: w.dtype(), ..Types::all(x) }, |_| true).map_err(|error| error.about(arg))?;
+        check_place_of(op, arg, &w)?;
     }
     biases.into_iter().try_for_each(|(arg, bias)| check_bias(op, x, arg, &bias))
+}
+
+/// What kernels of weights like these have as their key.
+fn key_of(w: &ExpertWeights<'_>, products: usize) -> Key {
+    Key { order: w.order(), products, group: quantized::group_of(w) }
+}
+
+/// Matrices at one distance, in an order that kernels read.
+fn check_place_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<(), Error> {
+    if let DType::Quantized(_) = w.dtype() { quantized::check(op, arg, w) } else { w.expert_stride(op, arg).map(|_| ()) }
 }
 
 /// Kernels read biases of `f32` and of the type of `x`.
@@ -190,9 +317,11 @@ fn check_bias(op: Op, x: DType, arg: &'static str, bias: &Bias<'_>) -> Result<()
 
 /// Static shape, layout and the class of the call alone decide.
 fn choose<A: Float, O: Float, const P: usize>(product: &Product<'_, A, P>, y: &RowsMut<'_, O>) -> Result<&'static Kernel<Key>, Error> {
-    let key = Key { order: product.weights[0].order(), products: P };
+    let key = key_of(&product.weights[0], P);
     let types = Types { x: A::DTYPE, w: product.weights[0].dtype(), y: O::DTYPE };
-    let (class_rows, fits_vectors) = (product.rows.class_rows(), tiled::fits(product, y));
+    let is_quantized = matches!(types.w, DType::Quantized(_));
+    let fits_vectors = if is_quantized { quantized::fits(product, y) } else { tiled::fits(product, y) };
+    let class_rows = product.rows.class_rows();
     find(Op::GroupedGemm, KERNELS, key, types, |kernel| class_rows <= kernel.max_rows && (fits_vectors || !kernel.needs_vectors))
 }
 
@@ -206,5 +335,8 @@ pub(super) fn product<A: Float, O: Float, const P: usize>(
         return Ok(());
     }
     let kernel = choose(&product, y)?;
+    if kernel.key.group > 0 {
+        return quantized::launch(stream, kernel, &product, y);
+    }
     if kernel.needs_vectors { tiled::launch(stream, kernel, &product, y) } else { plain::launch(stream, kernel, &product, y) }
 }

@@ -15,6 +15,11 @@ thread_local! {
     static EMULATED: (Arc<Emulated>, Stream) = emulated();
 }
 
+/// Whether a test on this thread runs on the emulated GPU now.
+pub fn is_emulating() -> bool {
+    EMULATING.get()
+}
+
 /// Calls `test` once per device: the CPU with one thread and with three, the emulated GPU in every schedule, the GPU where there is
 /// one. `DROPLESS_REQUIRE_GPU=1` turns a missing GPU into a failure; `DROPLESS_HARDWARE_ONLY=1` does, too, and leaves out all the others.
 pub fn each_device(test: impl Fn(&Stream)) {

@@ -35,6 +35,14 @@ impl Bits for u32 {
         self
     }
 }
+impl Bits for u8 {
+    fn from_bits(bits: u32) -> u8 {
+        bits as u8
+    }
+    fn bits(self) -> u32 {
+        self.into()
+    }
+}
 impl Bits for Bf16 {
     fn from_bits(bits: u32) -> Bf16 {
         Bf16(bits as u16)

@@ -3,7 +3,7 @@
 
 use super::Key;
 use crate::device::Stream;
-use crate::device::cuda::Grid;
+use crate::device::cuda::{Grid, RawStream};
 use crate::device::driver::{TensorMap, TensorMapDesc};
 use crate::device::kernel::Kernel;
 use crate::device::params::{TILED_COLS, TILED_DEPTH, TILED_ROWS, TiledProductParams};
@@ -16,15 +16,27 @@ use crate::view::{Rows, RowsMut};
 
 /// What TMA and 16-byte stores ask of widths and addresses. Static shape and layout alone decide.
 pub(super) fn fits<A: Float, O: Float, const P: usize>(product: &Product<'_, A, P>, y: &RowsMut<'_, O>) -> bool {
+    rows_fit(product, y)
+        && product.weights.iter().all(|w| {
+            let (matrix, size) = (w.expert(0), w.dtype().size_bytes());
+            let expert_bytes = w.expert_stride(Op::GroupedGemm, "w").map_or(-1, |elements| elements * size as i64);
+            vectors(matrix.address(), matrix.stride(), size) && expert_distance_fits(expert_bytes)
+        })
+}
+
+pub(super) fn vectors(address: u64, stride: usize, size: usize) -> bool {
+    address.is_multiple_of(16) && (stride * size).is_multiple_of(16)
+}
+
+/// Of a map's dimension.
+pub(super) fn expert_distance_fits(bytes: i64) -> bool {
     const MAX_STRIDE_BYTES: u64 = 1 << 40;
-    let Product { x, weights, rows, .. } = product;
-    let vectors = |address: u64, stride: usize, size: usize| address.is_multiple_of(16) && (stride * size).is_multiple_of(16);
-    let weights_fit = weights.iter().all(|w| {
-        let (matrix, size) = (w.expert(0), w.dtype().size_bytes());
-        let expert_bytes = w.expert_stride(Op::GroupedGemm, "w").map_or(-1, |elements| elements * size as i64);
-        vectors(matrix.address(), matrix.stride(), size)
-            && u64::try_from(expert_bytes).is_ok_and(|bytes| bytes < MAX_STRIDE_BYTES && bytes.is_multiple_of(16) && bytes > 0)
-    });
+    u64::try_from(bytes).is_ok_and(|bytes| bytes < MAX_STRIDE_BYTES && bytes.is_multiple_of(16) && bytes > 0)
+}
+
+/// The same of all but the weights.
+pub(super) fn rows_fit<A: Float, O: Float, const P: usize>(product: &Product<'_, A, P>, y: &RowsMut<'_, O>) -> bool {
+    let Product { x, rows, .. } = product;
     let (k, n, widest) = (x.cols(), y.cols(), i32::MAX as usize - 2 * TILED_COLS as usize); // coordinates are 32 bits
     let [x_stride, y_stride] = [x.pitch(), y.as_rows().pitch()];
     k > 0
@@ -34,7 +46,6 @@ pub(super) fn fits<A: Float, O: Float, const P: usize>(product: &Product<'_, A, 
         && rows.rows().max(rows.input_rows()) <= i32::MAX as usize - 2 * TILED_ROWS as usize
         && vectors(x.address(), x_stride, size_of::<A>())
         && vectors(y.address(), y_stride, size_of::<O>())
-        && weights_fit
 }
 
 pub(super) fn launch<A: Float, O: Float, const P: usize>(
@@ -45,7 +56,7 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
 ) -> Result<(), Error> {
     let cuda = stream.cuda();
     let Product { x, weights, rows, finish } = product;
-    let Kernel { tile: [tile_rows, tile_cols], cluster, threads, shared_bytes, .. } = *kernel;
+    let Kernel { tile: [tile_rows, tile_cols], cluster, .. } = *kernel;
     let [num_rows, n] = y.dims();
     let (offsets, row_to_slot, top_k) = rows.addresses();
     let map = |desc: &TensorMapDesc| cuda.tensor_map(Op::GroupedGemm, desc);
@@ -69,19 +80,25 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
         epilogue: epilogue::params::of(finish),
         unused: [0; 3],
     };
-    // Each expert may end in a tile of its own; clusters that find no tile leave.
-    let row_tiles = (num_rows as u64).div_ceil(u64::from(tile_rows)) + (rows.num_experts().min(num_rows) as u64) - 1;
-    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols * cluster));
-    let clusters = tiles.min(u64::from(cuda.attributes().sm_count / cluster)) as u32;
-    let grid = Grid { blocks: [clusters * cluster, 1, 1], threads, shared_bytes, cluster };
+    let grid = grid(cuda, kernel, num_rows, rows.num_experts(), n);
     // SAFETY: `TiledProductParams` is the struct of these entries; `x`, the weights, the biases and `y` have these extents, `rows` the
     // invariants of its type; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
     // raw views promise it.
     unsafe { cuda.launch_kernel(Op::GroupedGemm, kernel, grid, &params) }
 }
 
+/// A cluster for each tile that there may be, but no more than there is room for.
+pub(super) fn grid(cuda: &RawStream, kernel: &Kernel<Key>, num_rows: usize, num_experts: usize, n: usize) -> Grid {
+    let Kernel { tile: [tile_rows, tile_cols], cluster, threads, shared_bytes, .. } = *kernel;
+    // Each expert may end in a tile of its own; clusters that find no tile leave.
+    let row_tiles = (num_rows as u64).div_ceil(u64::from(tile_rows)) + (num_experts.min(num_rows) as u64) - 1;
+    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols * cluster));
+    let clusters = tiles.min(u64::from(cuda.attributes().sm_count / cluster)) as u32;
+    Grid { blocks: [clusters * cluster, 1, 1], threads, shared_bytes, cluster }
+}
+
 /// Input rows: a box is the rows of a tile.
-fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
+pub(super) fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
     TensorMapDesc::swizzled(A::DTYPE, x.address(), [x.cols(), x.rows()], [1, x.pitch()], [TILED_DEPTH, rows])
 }
 

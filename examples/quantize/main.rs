@@ -1,0 +1,21 @@
+//! Converts a checkpoint of any family that the example `lm` runs to FP8 blocks, MXFP4 or INT4, in
+//! safetensors with the names that engines read. `README.md` has the names, shapes and rounding.
+//!
+//! ```text
+//! cargo run --release --example quantize -- --model DIR --to fp8 --out DIR-fp8
+//! cargo run --release --example quantize -- --model dbrx-base --to int4 --only experts --out dbrx-base-int4
+//! ```
+//!
+//! Exit codes: 0 fine, 2 the input or the environment was refused; then nothing is left behind.
+
+use std::process::ExitCode;
+
+#[allow(dead_code)] // what only runs of a model call
+#[path = "../lm/mod.rs"]
+mod lm;
+#[path = "mod.rs"]
+mod quantize;
+
+fn main() -> ExitCode {
+    quantize::run_process().into()
+}

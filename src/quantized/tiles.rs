@@ -1,0 +1,193 @@
+//! 4-bit weights in tiles: the order in which a GPU multiplies them.
+//!
+//! A panel is 32 outputs of an expert; its row of bytes holds 64 of k at a time, 1024 bytes each, the eight
+//! bytes of a thread side by side. `cuda/common/params.h` has the places, `cuda/common/quantized_weights.cuh`
+//! the bits. Scales and zero points lie beside them, by panels, too.
+
+use crate::dtype::DType;
+use crate::error::{Error, Op, check_shape};
+use crate::format::Format;
+use crate::layout::{ExpertWeights, WeightOrder};
+use crate::quantized::{InTiles, QuantizedRows};
+use crate::view::Rows;
+use crate::weights::WeightRows;
+
+/// Outputs of a panel, and how much of k its bytes hold at a time.
+pub(crate) const PANEL_ROWS: usize = 32;
+pub(crate) const PANEL_DEPTH: usize = 64;
+/// Bytes of so much.
+pub(crate) const PANEL_BYTES: usize = PANEL_ROWS * PANEL_DEPTH / 2;
+
+/// How E matrices `[N, K]` of 4-bit weights lie in tiles, and what memory they take.
+///
+/// | part | rows | bytes of a row |
+/// |---|---|---|
+/// | codes | `E * ceil(N / 32)` | `1024 * ceil(K / 64)` |
+/// | scales, INT4 | as many | `32 * groups`, times the bytes of a scale, which keeps its type |
+/// | scales, MXFP4 | as many | `128 + 64 * ceil(K / 64)`: an `f32` factor for each output, then exponents relative to it |
+/// | zero points | as many | `32 * groups` |
+///
+/// That is what a checkpoint takes, but for what fills up the last panel and the last 64 of k, for the
+/// factors, and for zero points, which take a byte each. Groups are those that begin below K, rounded up to
+/// 64.
+///
+/// ```
+/// use dropless::{Bf16, ExpertWeights, QuantizedRows, Rows, Tiles};
+///
+/// let (codes, scales) = (vec![0x99; 64 * 48], vec![Bf16(0x3f80); 64 * 3]); // two experts, N = 32, K = 96
+/// let (codes, scales) = (Rows::from_slice(&codes, 64, 48)?, Rows::from_slice(&scales, 64, 3)?);
+/// let tiles = Tiles::of(&ExpertWeights::nk(QuantizedRows::int4(codes, scales, 96, 32)?, 2)?)?;
+/// assert_eq!((tiles.codes(), tiles.scales(), tiles.zeros()), ([2, 2048], [2, 32 * 4 * 2], None));
+/// # Ok::<(), dropless::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    pub(crate) format: Format,
+    pub(crate) num_experts: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    /// Of k, that share a scale: a multiple of 32; of 128 where one group is all of k.
+    pub(crate) group: usize,
+    pub(crate) scale_type: DType,
+    pub(crate) has_zeros: bool,
+}
+
+impl Tiles {
+    /// Those that weights in checkpoint order become.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for weights that are neither INT4 nor MXFP4, are in tiles already, or have
+    /// groups that are no multiple of 32 and less than K; for experts of several kinds of scales.
+    pub fn of(w: &ExpertWeights<'_>) -> Result<Tiles, Error> {
+        let first = Self::of_expert(w, 0)?;
+        for expert in 1..w.num_experts() {
+            let other = Self::of_expert(w, expert)?;
+            if other != first {
+                return Err(Error::unsupported(Op::Repack, format!("`w` whose expert {expert} has"), other.kind(), first.kind()));
+            }
+        }
+        Ok(first)
+    }
+
+    fn of_expert(w: &ExpertWeights<'_>, expert: usize) -> Result<Tiles, Error> {
+        let op = Op::Repack;
+        let WeightRows::Quantized(rows) = w.expert(expert) else {
+            return Err(Error::unsupported(op, "`w` of type", w.dtype().name(), "int4, mxfp4"));
+        };
+        let (Format::Int4 | Format::Mxfp4, WeightOrder::Nk) = (rows.format(), w.order()) else {
+            return Err(Error::unsupported(op, "`w` of type", w.dtype().name(), "int4, mxfp4"));
+        };
+        let Some((scales, [_, group])) = rows.scales() else {
+            return Err(Error::unsupported(op, "`w` in", "tiles", "weights in the order of a checkpoint"));
+        };
+        let whole = w.k().next_multiple_of(2 * PANEL_DEPTH).max(2 * PANEL_DEPTH);
+        let group = if group >= w.k() { whole } else { group };
+        if !group.is_multiple_of(32) {
+            return Err(Error::unsupported(op, "groups of", group.to_string(), "multiples of 32, or all of K"));
+        }
+        let (format, num_experts, has_zeros) = (rows.format(), w.num_experts(), rows.zeros().is_some());
+        Ok(Tiles { format, num_experts, n: w.n(), k: w.k(), group, scale_type: scales.dtype(), has_zeros })
+    }
+
+    fn kind(&self) -> String {
+        let zeros = if self.has_zeros { ", zero points" } else { "" };
+        format!("{} with {} scales of groups of {}{zeros}", self.format.name(), self.scale_type.name(), self.group)
+    }
+
+    /// The format of the codes.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// E.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Rows and bytes of a row of the codes.
+    pub fn codes(&self) -> [usize; 2] {
+        [self.panels(), self.steps() * PANEL_BYTES]
+    }
+
+    /// Rows and bytes of a row of the scales.
+    pub fn scales(&self) -> [usize; 2] {
+        let bytes = match self.format {
+            Format::Mxfp4 => PANEL_ROWS * (4 + 2 * self.steps()),
+            _ => PANEL_ROWS * self.groups() * self.scale_type.size_bytes(),
+        };
+        [self.panels(), bytes]
+    }
+
+    /// Rows and bytes of a row of the zero points, where there are some.
+    pub fn zeros(&self) -> Option<[usize; 2]> {
+        self.has_zeros.then(|| [self.panels(), PANEL_ROWS * self.groups()])
+    }
+
+    /// Panels of an expert.
+    pub(crate) fn panels_of_expert(&self) -> usize {
+        self.n.div_ceil(PANEL_ROWS)
+    }
+
+    fn panels(&self) -> usize {
+        self.num_experts * self.panels_of_expert()
+    }
+
+    /// Pieces of 64 of k.
+    pub(crate) fn steps(&self) -> usize {
+        self.k.div_ceil(PANEL_DEPTH)
+    }
+
+    /// Groups of an output, those of the zeros behind K included.
+    pub(crate) fn groups(&self) -> usize {
+        (self.steps() * PANEL_DEPTH).div_ceil(self.group)
+    }
+}
+
+impl<'a> QuantizedRows<'a> {
+    /// Weights in tiles, as [`repack`](crate::repack::repack) writes them: a stack of E matrices `[N, K]` for
+    /// [`ExpertWeights::nk`]. On a GPU products take INT4 and MXFP4 weights in no other order; on the CPU
+    /// none takes these.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for a part of another size than `tiles` says; [`Error::Mismatch`] if there are zero
+    /// points and should be none, or the other way round; [`Error::Place`] if parts live elsewhere.
+    pub fn tiles(tiles: Tiles, codes: Rows<'a, u8>, scales: Rows<'a, u8>, zeros: Option<Rows<'a, u8>>) -> Result<Self, Error> {
+        let op = Op::ExpertWeights;
+        check_shape(op, "codes", "[panels, bytes]", &tiles.codes(), &codes.dims())?;
+        check_shape(op, "scales", "[panels, bytes]", &tiles.scales(), &scales.dims())?;
+        check_zeros(op, &tiles, zeros.map(|zeros| zeros.dims()))?;
+        let rows = tiles.num_experts * tiles.n;
+        let in_tiles = Some(InTiles { tiles, rows, scales, zeros });
+        let all = QuantizedRows { cols: tiles.k, in_tiles, ..Self::bare(tiles.format, codes) };
+        all.check_place("scales", scales.place())?;
+        zeros.map_or(Ok(()), |zeros| all.check_place("zeros", zeros.place()))?;
+        Ok(all)
+    }
+
+    /// How the weights lie in tiles, if they do.
+    pub fn in_tiles(&self) -> Option<Tiles> {
+        self.in_tiles.map(|in_tiles| in_tiles.tiles)
+    }
+
+    /// Refuses weights in tiles, for what reads rows.
+    pub(crate) fn check_rows(&self, op: Op, arg: &'static str) -> Result<(), Error> {
+        if self.in_tiles.is_none() {
+            return Ok(());
+        }
+        Err(Error::unsupported(op, format!("`{arg}` in"), "tiles", "weights in the order of a checkpoint"))
+    }
+}
+
+/// Zero points, of which there are as many as the tiles say.
+pub(crate) fn check_zeros(op: Op, tiles: &Tiles, got: Option<[usize; 2]>) -> Result<(), Error> {
+    match (tiles.zeros(), got) {
+        (None, None) => Ok(()),
+        (Some(want), Some(got)) => check_shape(op, "zeros", "[panels, bytes]", &want, &got),
+        (want, _) => {
+            let text = |there: bool| if there { "zero points" } else { "none" };
+            Err(Error::mismatch(op, "zeros", text(want.is_some()).to_owned(), text(got.is_some())))
+        }
+    }
+}
