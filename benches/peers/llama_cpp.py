@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Times llama.cpp on GGUF files: tokens per second of a prompt of 512 and of decoding behind it, beside the
+machine's ceilings.
+
+    pip install numpy gguf; python3 benches/peers/gguf_model.py /tmp/models
+    LLAMA_BENCH=.../llama-bench python3 benches/peers/llama_cpp.py /tmp/models/*.gguf --rounds 3 [--out FILE]
+
+Needs llama.cpp's own `llama-bench`, in PATH or named by LLAMA_BENCH, and gcc for the ceilings. Without one
+of them the last line says what is missing, and the exit code is 0. In llama.cpp's source, for this machine:
+
+    cmake -S . -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
+    cmake --build build --target llama-bench
+
+Every model is timed with and without the repacking of weights at load, llama.cpp's default: which one is
+faster depends on type and phase. The ceilings are taken right before and right after each run. Shares:
+decode by the bytes of the weights that a token needs over the mean of both read rates (the KV cache, a few
+percent more, is not counted); prefill by the FLOP of the matrix products over the mean of both f32 rates,
+which integer products may pass. Figures are medians over the rounds; a share is taken within one round.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def find():
+    """llama-bench, or why there is none."""
+    named = os.environ.get("LLAMA_BENCH")
+    path = shutil.which(named or "llama-bench")
+    if path:
+        return path, None
+    if named:
+        return None, f"LLAMA_BENCH names no program: {named}"
+    return None, "no llama-bench in PATH, and LLAMA_BENCH names none"
+
+
+def missing():
+    """What this machine lacks, as a sentence; None if it lacks nothing."""
+    for module in ("numpy", "gguf"):
+        if not importlib.util.find_spec(module):
+            return f"this Python has no {module}"
+    return find()[1] or (None if shutil.which("gcc") else "no gcc for the ceilings")
+
+
+def costs(model):
+    """What a token needs: bytes of the weights that decoding reads, FLOP of the products of the layers and
+    of the head."""
+    import gguf
+
+    reader = gguf.GGUFReader(model)
+    field = lambda name: reader.fields[name].contents()
+    family = field("general.architecture")
+    active = field(f"{family}.expert_used_count") / field(f"{family}.expert_count")
+    cost = {"file_bytes": Path(model).stat().st_size, "bytes_per_token": 0, "layer_flop": 0, "head_flop": 0}
+    for tensor in reader.tensors:
+        if len(tensor.shape) < 2 or tensor.name.startswith("token_embd"):
+            continue
+        share = active if len(tensor.shape) == 3 else 1
+        cost["bytes_per_token"] += round(share * int(tensor.n_bytes))
+        part = "head_flop" if tensor.name.startswith("output") else "layer_flop"
+        cost[part] += round(2 * share * int(tensor.n_elements))
+    return cost
+
+
+def bench(model, threads, repack, options):
+    """One test of llama-bench, in a process of its own."""
+    settings = {
+        "-m": model,
+        "-t": threads,
+        "--repack": int(repack),
+        "-ngl": 0,
+        "-r": 1,
+        "-o": "json",
+        **options,
+    }
+    command = [find()[0], *(str(word) for setting in settings.items() for word in setting)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"{' '.join(command)}\n{out.stderr}")
+    return json.loads(out.stdout)[0]
+
+
+def measure(model, threads=2, repack=True, prompt=512, decode=32, context=512):
+    """Tokens per second of both phases, for scripts that time something else in turn."""
+    prefill = bench(model, threads, repack, {"-p": prompt, "-n": 0})
+    decoding = bench(model, threads, repack, {"-p": 0, "-n": decode, "-d": context})
+    return {
+        "peer": f"llama.cpp {prefill['build_commit']}",
+        "repack": repack,
+        "prefill_tokens_per_s": prefill["avg_ts"],
+        "decode_tokens_per_s": decoding["avg_ts"],
+    }
+
+
+def one_round(args, ceilings):
+    """A row for every model, with and without repacking, with the means of the ceilings around it."""
+
+    def around():
+        rates = {"read_gb_per_s": ceilings.read(12), "sgemm_gflops": ceilings.sgemm(3)}
+        time.sleep(0.2)  # OpenBLAS's threads go on waiting busily for a while
+        return rates | {"load": os.getloadavg()[0]}
+
+    rows, before = [], around()
+    for model in args.models:
+        for repack in args.repack:
+            row = measure(model, args.threads, repack, args.prompt_tokens, args.decode_tokens, args.context)
+            after = around()
+            row["ceilings"] = {name: (before[name] + after[name]) / 2 for name in after}
+            rows.append({"model": model.name, **row})
+            before = after
+    return rows
+
+
+def tabulate(rounds, cost, prompt):
+    """One entry per row of a round: medians over the rounds."""
+    entries = []
+    for number, first in enumerate(rounds[0]):
+        runs, need = [rows[number] for rows in rounds], cost[first["model"]]
+        over = lambda f: statistics.median(map(f, runs))
+        gigabytes = lambda run: run["decode_tokens_per_s"] * need["bytes_per_token"] / 1e9
+        flop = need["layer_flop"] + need["head_flop"] / prompt
+        gigaflops = lambda run: run["prefill_tokens_per_s"] * flop / 1e9
+        entries.append({"model": first["model"], "repack": first["repack"], **need})
+        entries[-1] |= {
+            "prefill_tokens_per_s": over(lambda run: run["prefill_tokens_per_s"]),
+            "prefill_gflops": over(gigaflops),
+            "prefill_over_sgemm": over(lambda run: gigaflops(run) / run["ceilings"]["sgemm_gflops"]),
+            "decode_tokens_per_s": over(lambda run: run["decode_tokens_per_s"]),
+            "decode_gb_per_s": over(gigabytes),
+            "decode_share_of_read": over(lambda run: gigabytes(run) / run["ceilings"]["read_gb_per_s"]),
+            "read_gb_per_s": over(lambda run: run["ceilings"]["read_gb_per_s"]),
+            "sgemm_gflops": over(lambda run: run["ceilings"]["sgemm_gflops"]),
+        }
+    return entries
+
+
+def main():
+    parser = argparse.ArgumentParser(description="llama.cpp on GGUF files")
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--decode-tokens", type=int, default=32)
+    parser.add_argument("--context", type=int, default=512, help="tokens before the first decoded one")
+    parser.add_argument("--repack", default="1,0", help="1: llama.cpp's default; 0: as the file has them")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.repack = [bool(int(word)) for word in args.repack.split(",")]
+
+    lacking = missing()
+    if lacking:
+        print(f"skipped: {lacking}")
+        return
+    # Before numpy is loaded, which counts threads once.
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    from ceilings import Ceilings
+
+    cost = {model.name: costs(model) for model in args.models}
+    ceilings, rounds = Ceilings(), []
+    for number in range(args.rounds):
+        rounds.append(one_round(args, ceilings))
+        loads = ", ".join(f"{row['ceilings']['load']:.1f}" for row in rounds[-1])
+        print(f"round {number + 1} of {args.rounds}: load {loads}", file=sys.stderr)
+    record = {"peer": rounds[0][0]["peer"], "threads": args.threads, "prompt_tokens": args.prompt_tokens}
+    record |= {"context": args.context, "decode_tokens": args.decode_tokens}
+    record["table"] = tabulate(rounds, cost, args.prompt_tokens)
+    print(json.dumps(record, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**record, "rounds": rounds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
