@@ -16,6 +16,8 @@ faster depends on type and phase. The ceilings are taken right before and right 
 decode by the bytes of the weights that a token needs over the mean of both read rates (the KV cache, a few
 percent more, is not counted); prefill by the FLOP of the matrix products over the mean of both f32 rates,
 which integer products may pass. Figures are medians over the rounds; a share is taken within one round.
+The load is told as well: llama.cpp's threads wait for one another hundreds of times per token, so that its
+figures fall much further than the ceilings do where other programs run, and then mean nothing.
 """
 
 import argparse
@@ -123,7 +125,7 @@ def tabulate(rounds, cost, prompt):
     entries = []
     for number, first in enumerate(rounds[0]):
         runs, need = [rows[number] for rows in rounds], cost[first["model"]]
-        over = lambda f: statistics.median(map(f, runs))
+        over = lambda f: float(f"{statistics.median(map(f, runs)):.4g}")
         gigabytes = lambda run: run["decode_tokens_per_s"] * need["bytes_per_token"] / 1e9
         flop = need["layer_flop"] + need["head_flop"] / prompt
         gigaflops = lambda run: run["prefill_tokens_per_s"] * flop / 1e9
@@ -137,6 +139,7 @@ def tabulate(rounds, cost, prompt):
             "decode_share_of_read": over(lambda run: gigabytes(run) / run["ceilings"]["read_gb_per_s"]),
             "read_gb_per_s": over(lambda run: run["ceilings"]["read_gb_per_s"]),
             "sgemm_gflops": over(lambda run: run["ceilings"]["sgemm_gflops"]),
+            "load": over(lambda run: run["ceilings"]["load"]),
         }
     return entries
 
