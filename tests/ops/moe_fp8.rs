@@ -327,7 +327,8 @@ fn what_is_refused_on_a_gpu() {
             let exact = layer.0[1].on(stream);
             let each: Vec<_> = exact.rows().into_iter().map(|rows| WeightRows::from(rows.with_exact_inputs())).collect();
             let up = ExpertWeights::nk_each(&each).unwrap();
-            assert_eq!(refused(shape.with_fp8_inputs(), tokens, Experts::gated(gate, up, down)), "");
+            let text = refused(shape.with_fp8_inputs(), tokens, Experts::gated(gate, up, down));
+            assert!(text.contains("another type of weights, or exact inputs of one alone, up"), "{text}");
         });
         // Widths that the kernel does not serve.
         let [narrow, back] = [Stack::new(3, 4, 24, D), Stack::new(4, 4, D, 24)].map(|stack| stack.on(stream));
