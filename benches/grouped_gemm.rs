@@ -82,6 +82,7 @@ fn quantized_case(c: &mut Criterion, stream: &Stream, format: Format, num_tokens
     let row_bytes = d / format.block_elements() * format.block_bytes();
     let mut random = Random::new(1);
     let mut codes: Vec<u8> = (0..EXPERTS * f * row_bytes).map(|_| random.bits() as u8 & 0x3f).collect();
+    // Where the f16 scales of a block begin. With 0x20 as upper byte they are near 2^-7, as are the others.
     let halves: &[usize] = match format {
         Format::Q4K => &[0, 2],
         Format::Q6K => &[208],

@@ -2,14 +2,14 @@
 //! byte of the weights is read once and written once; no FLOP.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dropless::{Bf16, Device, ExpertWeights, QuantizedRows, Rows, RowsMut, Tiles, repack};
+use dropless::{Bf16, Device, ExpertWeights, Format, QuantizedRows, Rows, RowsMut, Tiles, repack};
 use dropless_kit::bench::Cost;
 use dropless_kit::fill::{Random, normal};
 use dropless_kit::oracle::repack as oracle;
 
-fn case(c: &mut Criterion, name: &str, n: usize, k: usize) {
+fn case(c: &mut Criterion, format: Format, n: usize, k: usize) {
     let (stream, mut random) = (Device::cpu().stream().unwrap(), Random::new(1));
-    let is_mxfp4 = name == "mxfp4";
+    let is_mxfp4 = format == Format::Mxfp4;
     let codes: Vec<u8> = (0..n * k / 2).map(|_| random.bits() as u8).collect();
     let exponents: Vec<u8> = (0..n * k / 32).map(|_| 110 + random.below(20) as u8).collect();
     let scales = normal::<Bf16>(2, n * k / 128, 0.01);
@@ -33,15 +33,15 @@ fn case(c: &mut Criterion, name: &str, n: usize, k: usize) {
     assert!(to == oracle::tiles(nibble, n, k, is_mxfp4), "another order than the oracle's");
 
     let cost = Cost { flop: 0, bytes: 2 * (panels * (bytes + scale_bytes)) as u64 };
-    let mut group = c.benchmark_group(format!("repack/{name}"));
+    let mut group = c.benchmark_group(format!("repack/{}", format.name()));
     group.throughput(Throughput::Bytes(cost.bytes));
     group.bench_function(cost.label(format!("{n}x{k}")), |b| b.iter(|| run(&mut to)));
     group.finish();
 }
 
 fn benches(c: &mut Criterion) {
-    case(c, "int4", 10752, 6144);
-    case(c, "mxfp4", 10752, 6144);
+    case(c, Format::Int4, 10752, 6144);
+    case(c, Format::Mxfp4, 10752, 6144);
 }
 
 criterion_group!(all, benches);

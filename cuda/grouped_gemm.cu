@@ -65,7 +65,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
         }
     }
     if (is_loader) tiles.finish();
-    if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
+    if (gathered) cp_async_wait_all(); // no copy arrives after its thread has left
 }
 
 // One consumer's products over all of k. It waits for each stage's products and releases the stage at once, so that more stages are on their

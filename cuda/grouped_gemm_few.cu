@@ -63,7 +63,7 @@ template <typename F> __device__ __forceinline__ void produce(const TiledProduct
             ring.advance();
         }
     }
-    if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
+    if (gathered) cp_async_wait_all(); // no copy arrives after its thread has left
 }
 
 // All of k for one tile.

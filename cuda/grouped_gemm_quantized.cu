@@ -214,7 +214,7 @@ __device__ __forceinline__ void produce(const QuantizedProductParams& params, ui
             ring.advance();
         }
     }
-    if (gathered) cp_async_wait_all(); // nobody leaves with copies and their arrivals on the way
+    if (gathered) cp_async_wait_all(); // no copy arrives after its thread has left
 }
 
 // Where a thread's bytes lie in a panel. Of int4 without a branch for each type: a scale is the upper or the
@@ -246,7 +246,7 @@ template <typename F> struct Layout {
 template <typename F> struct WeightRows {
     uint32_t panels[2];                     // of the tile
     uint32_t codes[2], scales[2], zeros[2]; // addresses within a stage
-    uint32_t scale_rows[2];                 // e4m3: where the rows of scales begin, behind the expert's first
+    uint32_t scale_rows[2];                 // e4m3: where the rows of scales begin, from the expert's first on
 
     __device__ __forceinline__ void find(const QuantizedProductParams& p, const Layout<F>& layout,
                                          const ExpertTile& tile, uint32_t first_panel) {
@@ -356,7 +356,7 @@ __device__ __forceinline__ void multiply(const QuantizedProductParams& p, const 
                                          const WeightRows<F>& all_rows, Place& place, uint32_t stage,
                                          uint32_t x, uint32_t step, const uint32_t (&scale_bits)[2],
                                          float (&sum)[F::SUMS], float (&part)[F::SUMS]) {
-    static_assert(EXACT || COUNT == 1, "a group may end behind each step");
+    static_assert(EXACT || COUNT == 1, "a group may end after each step");
     enum : int {
         PARTS = F::GROUP < WEIGHT_PANEL_DEPTH ? 2 : 1,
         GROUP_STEPS = F::GROUP > WEIGHT_PANEL_DEPTH ? F::GROUP / WEIGHT_PANEL_DEPTH : 1

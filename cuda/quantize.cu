@@ -22,7 +22,7 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
     return pair;
 }
 
-// The eight elements from `at` on, as far as there are that many; zeros behind them.
+// The eight elements from `at` on. Those after the end of the row are zeros.
 template <typename T>
 __device__ __forceinline__ void load_eight(float (&x)[EACH], const T* at, int64_t left) {
 #pragma unroll

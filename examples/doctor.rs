@@ -371,7 +371,8 @@ fn quantized_products(report: &mut Report, suffix: &str, format: Quantized, clas
     });
 }
 
-/// Three experts of 40 outputs and 128 inputs: in checkpoint order for the CPU, which takes inputs as they are, and in tiles for a GPU.
+/// Three experts of 40 outputs and 128 inputs: in checkpoint order for the CPU, which takes inputs as they
+/// are, and in tiles for a GPU.
 fn with_quantized(
     stream: &Stream,
     format: Quantized,
@@ -381,7 +382,7 @@ fn with_quantized(
     let (rows, k, mut random) = (3 * 40, 2 * D, Random::new(seed));
     let mut bytes = |count: usize, mask: u8| (0..count).map(|_| random.bits() as u8 & mask).collect::<Vec<_>>();
     let row_bytes = if matches!(format, Quantized::E4m3) { k } else { k / 2 };
-    // Without the codes of e4m3 that are no numbers.
+    // The mask excludes the codes of e4m3 that are no numbers.
     let codes = Buffer::from_slice(stream, &bytes(rows * row_bytes, if row_bytes == k { 0xbf } else { 0xff }))?;
     let (codes, group) = (codes.rows(rows, row_bytes)?, if let Quantized::Int4(group) = format { group } else { 32 });
     let scales = Buffer::from_slice(stream, &normal::<Bf16>(seed, rows * k / group, 0.1))?;

@@ -32,7 +32,7 @@ impl DType {
         }
     }
 
-    /// Bytes of one element; 1 for quantised weights, of which views count bytes.
+    /// Bytes of one element; 1 for quantised weights, whose views count bytes.
     pub const fn size_bytes(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
@@ -52,8 +52,8 @@ pub(crate) mod sealed {
     impl Sealed for super::F16 {}
 }
 
-/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`, `u8`; with the feature `half` also `half::bf16` and `half::f16`.
-/// Every bit pattern is a value. Sealed.
+/// Plain data that may live in a buffer: `f32`, [`Bf16`], [`F16`], `u32`, `u8`; with the feature `half` also
+/// `half::bf16` and `half::f16`. Every bit pattern is a value. Sealed.
 ///
 /// Several types may share one [`DType`]. They then have the same size, alignment and bits: code reads a slice by `DTYPE`.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {

@@ -121,7 +121,7 @@ pub enum Error {
     /// The same expert twice for one token.
     #[allow(missing_docs)]
     Duplicate { op: Op, arg: &'static str, token: usize, id: u32 },
-    /// A number of a row of weights is infinite or none: that of a group or block of elements.
+    /// A scale of a row of weights is infinite or NaN: that of this group or block of elements.
     #[allow(missing_docs)]
     NotFinite { op: Op, arg: &'static str, row: usize, block: usize },
     /// Blocks are listed row by row, each once, and this one is not.

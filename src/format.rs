@@ -12,10 +12,10 @@
 //! | [`Q6K`](Format::Q6K) | 256, 210 | `(d * sc) * q` | GGUF |
 //! | [`GgufMxfp4`](Format::GgufMxfp4) | 32, 17 | `e2m1 * 2^(e - 127)` | GGUF |
 //!
-//! The first three have their scales in another tensor. The others hold them in the block. Every product and every sum
-//! above is rounded to `f32`, in the order of the formula.
+//! The first three have their scales in another tensor. The others hold them in the block. Every product and
+//! every sum above is rounded to `f32`, in the order of the formula.
 
-/// How some bytes become numbers.
+/// How the bytes of weights become numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {
@@ -41,12 +41,13 @@ pub enum Format {
     Q5K,
     /// GGUF's type 14.
     Q6K,
-    /// GGUF's type 39: elements in another order than [`Mxfp4`](Format::Mxfp4), their power of two before them.
+    /// GGUF's type 39: elements in another order than [`Mxfp4`](Format::Mxfp4), their power of two before
+    /// them.
     GgufMxfp4,
 }
 
 impl Format {
-    /// All there are.
+    /// All formats.
     pub const ALL: [Format; 12] = [
         Format::E4m3,
         Format::Mxfp4,

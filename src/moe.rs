@@ -47,7 +47,7 @@ pub struct Shape {
     pub shared_d_ffn: usize,
     /// Whether there is room for first halves of the form [`Hidden::Interleaved`].
     pub interleaved: bool,
-    /// Whether there is room for rows as FP8, which weights of that type are multiplied by.
+    /// Whether there is room for rows as FP8, which products of FP8 weights take.
     pub fp8_inputs: bool,
 }
 
@@ -71,12 +71,12 @@ impl Shape {
         Shape { interleaved: true, ..self }
     }
 
-    /// With room for rows as FP8: on a GPU, weights of [`Format::E4m3`](crate::Format::E4m3) are then multiplied by rows that are
-    /// rounded to that type ([`quantize`]), where there are more than 64 tokens; those that say so
-    /// ([`with_exact_inputs`](crate::QuantizedRows::with_exact_inputs)) are not. The workspace holds
-    /// `max_tokens * top_k` rows of as many
-    /// bytes as the wider of D and F has elements, and a scale for each 128 of them; with a shared expert `max_tokens`
-    /// rows more, of the wider of D and its width.
+    /// With room for rows as FP8. On a GPU, in calls of the class of more than 64 tokens, rows are then
+    /// rounded to FP8 ([`quantize`]) before they are multiplied by weights of
+    /// [`Format::E4m3`](crate::Format::E4m3), but not for weights
+    /// [with exact inputs](crate::QuantizedRows::with_exact_inputs). The workspace holds `max_tokens * top_k`
+    /// rows of a byte for each element of the wider of D and F, and a scale for each 128 of them; with a
+    /// shared expert `max_tokens` rows more, of the wider of D and its width.
     #[must_use]
     pub const fn with_fp8_inputs(self) -> Shape {
         Shape { fp8_inputs: true, ..self }
@@ -561,10 +561,10 @@ impl<'a> Weights<'a> {
 /// bits depend on the token, the weights and the class of `T`: on the CPU `T * top_k <= 16 * E`, or more; on
 /// a GPU `T <= 8`, `T <= 32`, `T <= 64`, or more (see [`grouped_gemm::nt`]); [`Plan::in_class`] makes it one.
 /// On a GPU the layer of up to 256 experts is 5 launches for `T <= 64`, 6 for `T <= 128` and 7 for more; a
-/// shared expert is two more, and one for its gate; interleaved gate and up are one more; so are rows as FP8
-/// ([`Shape::with_fp8_inputs`]), and two of a shared expert. None waits for the
-/// host. No token is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A
-/// NaN in token `t` stays in row `t`.
+/// shared expert is two more, and one for its gate; interleaved gate and up are one more; rows as FP8
+/// ([`Shape::with_fp8_inputs`]) are one more, and for a shared expert two. None waits for the host. No token
+/// is dropped for any distribution over experts. `T = 0` is a no-op with an empty routing. A NaN in token `t`
+/// stays in row `t`.
 ///
 /// # Errors
 ///
@@ -819,7 +819,7 @@ fn first_half<A: Float>(
     }
 }
 
-/// The same of rows as FP8.
+/// [`first_half`] of rows as FP8.
 fn first_half_of_codes<A: Float>(
     stream: &Stream,
     x: QuantizedInputs<'_>,
@@ -886,7 +886,8 @@ struct SharedParts<'w, A> {
     codes: Codes<'w>,
 }
 
-/// Room for rows as FP8, of any width up to one: before the first half, then before the second.
+/// Room for rows as FP8: first the inputs of the first half, then those of the second. Either may be narrower
+/// than the room.
 struct Codes<'w> {
     codes: RowsMut<'w, u8>,
     scales: RowsMut<'w, f32>,
@@ -916,7 +917,8 @@ impl<'w> Codes<'w> {
         self.codes.cols() > 0 && grouped_gemm::takes_codes(stream, w, class_rows)
     }
 
-    /// The rows as FP8: those of tokens in the order of their experts where there is a routing, else those that experts own.
+    /// The rows as FP8: with a routing those of tokens, in the order of their experts, else those that
+    /// experts own.
     fn quantize<A: Float>(
         &mut self,
         stream: &Stream,
@@ -989,15 +991,14 @@ impl<A: Float> Plan<A> {
         let (rows, shared_tokens) = (num_tokens * top_k, if shared_d_ffn == 0 { 0 } else { num_tokens });
         let mut carver = workspace.carve(Op::Moe);
         carver.rows::<f32>(num_tokens, num_experts)?; // the logits
-        let part = |carver: &mut Carver<'w>, rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
+        let mut part = |rows, cols| carver.rows::<A>(rows, aligned::<A>(cols))?.col_range(0..cols);
         let [interleaved_cols, shared_interleaved_cols] = self.shape.interleaved_cols();
         let [code_cols, shared_code_cols] = self.shape.code_cols();
-        let [interleaved, hidden, outputs] =
-            [part(&mut carver, rows, interleaved_cols)?, part(&mut carver, rows, d_ffn)?, part(&mut carver, rows, d_model)?];
+        let (interleaved, hidden, outputs) = (part(rows, interleaved_cols)?, part(rows, d_ffn)?, part(rows, d_model)?);
         let shared = SharedParts {
-            interleaved: part(&mut carver, shared_tokens, shared_interleaved_cols)?,
-            hidden: part(&mut carver, shared_tokens, shared_d_ffn)?,
-            outputs: part(&mut carver, shared_tokens, d_model)?,
+            interleaved: part(shared_tokens, shared_interleaved_cols)?,
+            hidden: part(shared_tokens, shared_d_ffn)?,
+            outputs: part(shared_tokens, d_model)?,
             gate: carver.rows::<f32>(shared_tokens, 1)?,
             codes: Codes::carve(&mut carver, shared_tokens, shared_code_cols)?,
         };

@@ -7,8 +7,8 @@
 //! gguf(format, blocks [N, bytes of a row], K)            scales lie in the blocks
 //! ```
 //!
-//! Rows are outputs, and K runs along a row. [`Format`] has the formulas. What GPTQ and AWQ store lies the other way
-//! round: [`Gptq`] and [`Awq`] read it, and make [`Int4`] of it.
+//! Rows are outputs, and K runs along a row. [`Format`] has the formulas. What GPTQ and AWQ store lies the
+//! other way round: [`Gptq`] and [`Awq`] read it, and make [`Int4`] of it.
 
 /// Evaluates an expression for whichever type the scales have.
 macro_rules! with_scales {
@@ -34,7 +34,7 @@ use crate::dtype::{Bf16, DType, F16, Float};
 use crate::error::{Error, Op, Place, check_shape};
 use crate::format::Format;
 use crate::shape::{checked_bytes, filled};
-use crate::simd::decode::{QuantizedRow, RowScales, decode, finite_scales};
+use crate::simd::decode::{QuantizedRow, RowScales, decode, first_not_finite};
 use crate::view::{Rows, check_range};
 
 pub(crate) mod inputs;
@@ -49,13 +49,13 @@ const ZERO_ROWS: usize = 8;
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum ScaleRows<'a> {
-    /// Numbers.
+    /// Scales of `f32`.
     F32(Rows<'a, f32>),
-    /// Numbers.
+    /// Scales of `bf16`.
     Bf16(Rows<'a, Bf16>),
-    /// Numbers.
+    /// Scales of `f16`.
     F16(Rows<'a, F16>),
-    /// Powers of two, `2^(byte - 127)`; 255 stands for no number.
+    /// Powers of two, `2^(byte - 127)`; 255 is NaN.
     E8m0(Rows<'a, u8>),
 }
 
@@ -127,7 +127,7 @@ pub struct QuantizedRows<'a> {
     codes: Rows<'a, u8>,
     scales: Option<Scales<'a>>,
     zeros: Option<Rows<'a, u8>>,
-    /// Of weights in tiles, whose `codes` are those of all panels, and which have no scales and zero points of rows.
+    /// For weights in tiles: `codes` then has a row for each panel, and `scales` and `zeros` are `None`.
     in_tiles: Option<InTiles<'a>>,
     /// Row `i` here is row `first + i * step` of the matrix that the scales and the zero points are of.
     first: usize,
@@ -135,7 +135,7 @@ pub struct QuantizedRows<'a> {
     exact_inputs: bool,
 }
 
-/// Weights in tiles: how they lie, how many rows of them are meant, and what lies beside the codes.
+/// Weights in tiles: their layout, the number of rows in this view, and the scales and zero points.
 #[derive(Clone, Copy)]
 struct InTiles<'a> {
     tiles: Tiles,
@@ -152,20 +152,21 @@ struct Scales<'a> {
 }
 
 impl<'a> QuantizedRows<'a> {
-    /// FP8 weights `codes [N, K]`, with a scale for each block of `block` rows and columns, `[ceil(N / a), ceil(K / b)]`
-    /// of `f32`, `bf16` or `f16`. Blocks at the edges are smaller. `[N, K]` is a scale for the tensor, `[1, K]` one for each
-    /// output, `[128, 128]` what DeepSeek-V3 and Qwen3 have (`weight_scale_inv`, which multiplies).
+    /// FP8 weights `codes [N, K]`, with a scale for each block of `block` rows and columns,
+    /// `[ceil(N / a), ceil(K / b)]` of `f32`, `bf16` or `f16`. Blocks at the edges are smaller. `[N, K]` is a
+    /// scale for the tensor, `[1, K]` one for each output, `[128, 128]` what DeepSeek-V3 and Qwen3 have
+    /// (`weight_scale_inv`, which multiplies).
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] for a block without rows or columns; [`Error::Shape`] for another number of scales;
-    /// [`Error::Place`] if they live elsewhere.
+    /// [`Error::Value`] for a block without rows or columns; [`Error::Unsupported`] for scales that are powers
+    /// of two; [`Error::Shape`] for another number of scales; [`Error::Place`] if they live elsewhere.
     pub fn e4m3(codes: Rows<'a, u8>, scales: impl Into<ScaleRows<'a>>, block: [usize; 2]) -> Result<Self, Error> {
         Self::with_scales(Format::E4m3, codes, codes.cols(), scales.into(), block)
     }
 
-    /// MXFP4 weights as gpt-oss has them: `codes [N, K / 2]`, element `2j` in the low bits of byte `j`, and exponents
-    /// `[N, K / 32]`.
+    /// MXFP4 weights as gpt-oss has them: `codes [N, K / 2]`, element `2j` in the low bits of byte `j`, and
+    /// exponents `[N, K / 32]`.
     ///
     /// # Errors
     ///
@@ -175,9 +176,9 @@ impl<'a> QuantizedRows<'a> {
         Self::with_scales(Format::Mxfp4, codes, cols, ScaleRows::E8m0(exponents), [1, 32])
     }
 
-    /// INT4 weights: `codes [N, K / 2]`, element `2j` in the low bits of byte `j`, a row of whole words of 4 bytes, with
-    /// a scale for each `group` of K, `[N, ceil(K / group)]`. The weight is `(code - 8) * scale`; with
-    /// [`with_zeros`](Self::with_zeros) the zero point replaces 8.
+    /// INT4 weights: `codes [N, K / 2]`, element `2j` in the low bits of byte `j`, a row of whole words of 4
+    /// bytes, with a scale for each `group` of K, `[N, ceil(K / group)]`. The weight is `(code - 8) * scale`;
+    /// with [`with_zeros`](Self::with_zeros) the zero point replaces 8.
     ///
     /// # Errors
     ///
@@ -189,8 +190,8 @@ impl<'a> QuantizedRows<'a> {
         Self::with_scales(Format::Int4, codes, cols, scales.into(), [1, group])
     }
 
-    /// With zero points, `[ceil(N / 8), 4 * groups]` bytes: a word of 4 bytes for each group holds those of 8 rows, row `8r + i`
-    /// in bits `4i..4i + 4`, as compressed-tensors packs them.
+    /// With zero points, `[ceil(N / 8), 4 * groups]` bytes: a word of 4 bytes for each group holds those of 8
+    /// rows, row `8r + i` in bits `4i..4i + 4`, as compressed-tensors packs them.
     ///
     /// # Errors
     ///
@@ -209,8 +210,8 @@ impl<'a> QuantizedRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] for a format whose scales lie elsewhere; [`Error::Shape`] if `cols` is no whole number of blocks, or
-    /// a row has another number of bytes than those take.
+    /// [`Error::Unsupported`] for a format whose scales lie elsewhere; [`Error::Shape`] if `cols` is no whole
+    /// number of blocks, or a row has another number of bytes than those take.
     pub fn gguf(format: Format, blocks: Rows<'a, u8>, cols: usize) -> Result<Self, Error> {
         if format.has_scales_apart() {
             return Err(Error::unsupported(Op::ExpertWeights, "blocks of", format.name(), "the formats of GGUF"));
@@ -228,6 +229,9 @@ impl<'a> QuantizedRows<'a> {
         let op = Op::ExpertWeights;
         if let Some(&got) = block.iter().find(|&&size| size == 0) {
             return Err(Error::Value { op, arg: "block", need: "at least one row and column", got: got as f64 });
+        }
+        if format != Format::Mxfp4 && values.dtype() == DType::U8 {
+            return Err(Error::unsupported(op, "scales of type", "e8m0", "f32, bf16, f16"));
         }
         Self::check_blocks(format, &codes, cols)?;
         let dims = [codes.rows().div_ceil(block[0]), cols.div_ceil(block[1])];
@@ -301,7 +305,7 @@ impl<'a> QuantizedRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] if the range ends behind the last row.
+    /// [`Error::Index`] if the range ends after the last row.
     pub fn row_range(&self, range: Range<usize>) -> Result<QuantizedRows<'a>, Error> {
         if self.in_tiles.is_some() {
             check_range("row_range", &range, self.dims()[0])?;
@@ -362,18 +366,16 @@ impl<'a> QuantizedRows<'a> {
         QuantizedRow { format: self.format, codes: self.codes.host().row(row), scales, group, zeros }
     }
 
-    /// Writes the elements of a row, as [`Format`] says, exactly or with the roundings that the format's formula has.
+    /// Writes the elements of a row, as [`Format`] says, exactly or with the roundings that the format's
+    /// formula has.
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] beyond the last row; [`Error::Shape`] if `y` is not as long as a row; [`Error::Place`] for
-    /// weights that are not on the host.
+    /// [`Error::Index`] beyond the last row; [`Error::Shape`] if `y` is not as long as a row;
+    /// [`Error::Place`] for weights that are not on the host; [`Error::Unsupported`] for weights in tiles.
     pub fn dequantize(&self, row: usize, y: &mut [f32]) -> Result<(), Error> {
         let op = Op::ExpertWeights;
-        if self.codes.place() != Place::Host {
-            return Err(Error::Place { op, arg: "weights", want: Place::Host, got: self.codes.place() });
-        }
-        self.check_rows(op, "weights")?;
+        self.check_host_rows()?;
         let one = self.row_range(row..row.saturating_add(1))?;
         check_shape(op, "y", "[K]", &[self.cols], &[y.len()])?;
         decode(&one.host_row(0), 0, y);
@@ -384,7 +386,8 @@ impl<'a> QuantizedRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Place`] for weights that are not on the host; [`Error::OutOfMemory`].
+    /// [`Error::Place`] for weights that are not on the host; [`Error::Unsupported`] for weights in tiles;
+    /// [`Error::OutOfMemory`].
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
         let [rows, cols] = self.dims();
         checked_bytes(Op::ExpertWeights, "elements", &[rows, cols], size_of::<f32>())?;
@@ -397,18 +400,29 @@ impl<'a> QuantizedRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`] with the row and the group or block of the first such scale; [`Error::Place`].
+    /// [`Error::NotFinite`] with the row and the group or block of the first such scale; [`Error::Place`];
+    /// [`Error::Unsupported`] for weights in tiles.
     pub fn check_scales(&self) -> Result<(), Error> {
-        let op = Op::ExpertWeights;
-        if self.codes.place() != Place::Host {
-            return Err(Error::Place { op, arg: "weights", want: Place::Host, got: self.codes.place() });
-        }
-        self.check_rows(op, "weights")?;
+        self.check_host_rows()?;
+        let block_rows = self.scales.map_or(1, |scales| scales.block[0]);
+        let row_of_scales = |row: usize| (self.first + row * self.step) / block_rows;
         for row in 0..self.codes.rows() {
-            if let Some(block) = finite_scales(&self.host_row(row)) {
-                return Err(Error::NotFinite { op, arg: "scales", row, block });
+            if row > 0 && row_of_scales(row) == row_of_scales(row - 1) && block_rows > 1 {
+                continue; // it has the scales of the row before
+            }
+            if let Some(block) = first_not_finite(&self.host_row(row)) {
+                return Err(Error::NotFinite { op: Op::ExpertWeights, arg: "scales", row, block });
             }
         }
         Ok(())
+    }
+
+    /// Refuses what has no rows in host memory.
+    fn check_host_rows(&self) -> Result<(), Error> {
+        let (op, got) = (Op::ExpertWeights, self.codes.place());
+        if got != Place::Host {
+            return Err(Error::Place { op, arg: "weights", want: Place::Host, got });
+        }
+        self.check_rows(op, "weights")
     }
 }

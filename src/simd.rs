@@ -13,8 +13,8 @@
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names
-//! (`portable`, `avx2`, `avx2vnni`, `avx512`, `avx512vnni`; empty: the best). With a name that is unknown, or that this machine does
-//! not have, opening a stream on the CPU is an error.
+//! (`portable`, `avx2`, `avx2vnni`, `avx512`, `avx512vnni`; empty: the best). With a name that is unknown, or
+//! that this machine does not have, opening a stream on the CPU is an error.
 //!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its
 //! inputs alone.
@@ -102,8 +102,8 @@ impl Level {
         }
     }
 
-    /// The same for kernels that multiply bytes, with the instructions for that. They are compiled once more, so other kernels
-    /// go without.
+    /// The same for kernels that multiply bytes, with the instructions for that. They are compiled once more,
+    /// so other kernels go without.
     fn run_bytes<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]

@@ -33,8 +33,8 @@ pub enum WeightRows<'a> {
     Quantized(QuantizedRows<'a>),
 }
 
-/// Evaluates an expression for rows of whichever float: `with_rows!(weights, rows => rows.stride())`. Contracts
-/// have refused or taken aside those that are quantised.
+/// Evaluates an expression for rows of whichever float: `with_rows!(weights, rows => rows.stride())`.
+/// Contracts have refused or taken aside those that are quantised.
 macro_rules! with_rows {
     ($weights:expr, $rows:ident => $value:expr) => {
         match $weights {
@@ -122,7 +122,7 @@ impl<'a> WeightRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] if the range ends behind the last row.
+    /// [`Error::Index`] if the range ends after the last row.
     pub fn row_range(&self, range: std::ops::Range<usize>) -> Result<WeightRows<'a>, Error> {
         Ok(map_rows!(self, rows => rows.row_range(range)?))
     }
@@ -131,8 +131,8 @@ impl<'a> WeightRows<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] if the range ends behind the last column; [`Error::Unsupported`] for some columns of quantised
-    /// weights.
+    /// [`Error::Index`] if the range ends after the last column; [`Error::Unsupported`] for some columns of
+    /// quantised weights.
     pub fn col_range(&self, range: std::ops::Range<usize>) -> Result<WeightRows<'a>, Error> {
         Ok(map_rows!(self, rows => rows.col_range(range)?))
     }
@@ -156,6 +156,11 @@ impl<'a> WeightRows<'a> {
     /// Refuses quantised weights in tiles, for what reads rows.
     pub(crate) fn check_rows(&self, op: Op, arg: &'static str) -> Result<(), Error> {
         if let WeightRows::Quantized(rows) = self { rows.check_rows(op, arg) } else { Ok(()) }
+    }
+
+    /// Whether these are quantised weights whose products take inputs as they are.
+    pub(crate) fn has_exact_inputs(&self) -> bool {
+        matches!(self, WeightRows::Quantized(rows) if rows.has_exact_inputs())
     }
 
     /// The first element's buffer; all buffers of quantised weights are [`accesses`](Self::accesses).

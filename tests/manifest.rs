@@ -137,7 +137,8 @@ fn kernels_wait_for_the_launch_before() {
             let at = |what: &str| text.find(what).unwrap_or(text.len());
             let next = at("griddepcontrol.launch_dependents;");
             let wait = at("griddepcontrol.wait;");
-            let memory = [".global.", "cp.async", "ld.v", "st.v", "\tatom.", "\tred."].iter().map(|what| at(what)).min().unwrap();
+            let memory =
+                [".global.", "cp.async", "ld.v", "st.v", "\tatom.", " atom.", "\tred.", " red."].iter().map(|what| at(what)).min().unwrap();
             assert!(next < wait && wait < memory && memory < text.len(), "{}: {next}, {wait}, {memory}", entry.name);
             count += 1;
         }
@@ -170,8 +171,8 @@ fn tensor_cores_are_used_as_meant() {
     }
 }
 
-/// The same of e4m3: a stage is two halves of its columns, four steps of 32 along k each, waited for one by one; the scales of its rows
-/// come by a copy of their own.
+/// The same of e4m3: a stage is two halves of its columns of four steps of 32 along k each, and each half is
+/// waited for; the scales of its rows come by a copy of their own.
 #[test]
 fn codes_meet_the_tensor_cores() {
     let (manifest, ptx) = (read("ptx/MANIFEST"), read("ptx/grouped_gemm_fp8.sm_90a.ptx"));
@@ -190,9 +191,11 @@ fn codes_meet_the_tensor_cores() {
 /// are whole again when they come to the last barrier, and nothing in between waits for the whole cluster's memory.
 #[test]
 fn clusters_are_synchronised_as_such() {
-    // Consumers release a stage while they multiply, 16-bit rows in one loop for gathered ones and in one for others, and where they have
-    // no row. They await their own block's barrier likewise, the producer the consumers of all blocks, and so does the warp that has the
-    // scales of e4m3. All of these await the tile's number.
+    // Consumers release a stage in the loop that multiplies, and in one for tiles in which they have no row.
+    // For rows of 16 bits there are two loops that multiply: one for gathered rows, and one for others.
+    // Consumers await their own block's barrier in the same places. The producer awaits the consumers of all
+    // blocks, and so does the warp that loads the scales of e4m3. Consumers, producer and that warp each
+    // await the tile's number.
     for (image, releases, awaits) in [("grouped_gemm", 3, 6), ("grouped_gemm_fp8", 2, 7)] {
         synchronised(image, releases, awaits);
     }

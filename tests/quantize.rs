@@ -18,7 +18,6 @@ mod oracle;
 mod quantize;
 #[path = "quantize/results.rs"]
 mod results;
-#[allow(dead_code)] // what another test calls
 #[path = "dbrx/rounded.rs"]
 mod rounded;
 #[path = "quantize/runs.rs"]

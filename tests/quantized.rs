@@ -6,13 +6,13 @@
 
 use dropless::quantized::{Awq, Gptq};
 use dropless::{Bf16, Error, F16, Float, Format, QuantizedRows, Rows, ScaleRows};
-use dropless_kit::goldens;
+use dropless_kit::{goldens, oracle};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-/// Equal bits; any NaN is as good as another.
+/// Asserts equal bits; a NaN may have any.
 #[track_caller]
 fn same(got: &[f32], want: &[f32], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -295,16 +295,6 @@ fn power(exponent: u8) -> f32 {
     if exponent == 255 { f32::NAN } else { 2f64.powi(i32::from(exponent) - 127) as f32 }
 }
 
-fn e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
-    let magnitude = match exponent {
-        15 if mantissa == 7.0 => f64::NAN,
-        0 => mantissa / 8.0 * 2f64.powi(-6),
-        exponent => (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
-    };
-    if code & 0x80 == 0 { magnitude as f32 } else { -magnitude as f32 }
-}
-
 /// Any bytes for `rows` rows of `blocks` blocks of a format of GGUF.
 fn gguf() -> impl Strategy<Value = (Format, usize, usize, Vec<u8>)> {
     let formats: Vec<Format> = Format::ALL.into_iter().filter(|format| !format.has_scales_apart()).collect();
@@ -343,7 +333,7 @@ proptest! {
         let [rows, cols] = [n.div_ceil(block[0]), k.div_ceil(block[1])];
         let codes_of = Rows::from_slice(&codes, n, k).unwrap();
         let want = |scale: &dyn Fn(u16) -> f32| -> Vec<f32> {
-            let value = |i: usize| e4m3(codes[i]) * scale(scales[i / k / block[0] * cols + i % k / block[1]]);
+            let value = |i: usize| oracle::quantize::value(codes[i]) as f32 * scale(scales[i / k / block[0] * cols + i % k / block[1]]);
             (0..n * k).map(value).collect()
         };
         let bf16: Vec<Bf16> = scales.iter().map(|bits| Bf16(*bits)).collect();

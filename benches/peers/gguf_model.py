@@ -7,10 +7,10 @@ same file.
 
 FOLDER/qwen3moe-TYPE.gguf has every matrix of the layers and the output head in that type; embeddings are
 F16, norms and the router F32, as llama.cpp keeps them. The numbers come from the seed and the tensor's name
-alone: files of different types hold the same weights, up to rounding. The default has 0.97 G parameters,
-178 M of them active: for a token far more than any cache holds. Types: those that the gguf package
-quantises (Q8_0, Q4_0, Q5_0, MXFP4 and others; F16 and BF16 too), and Q4_K. How closely a type comes to the
-f32 weights is printed, a check that the file is sound.
+alone: files of different types hold the same weights, up to rounding. The default has 0.97 G parameters, of
+which a token uses 178 M: more than caches hold. Types: those that the gguf package quantises (Q8_0, Q4_0,
+Q5_0, MXFP4 and others; F16 and BF16 too), and Q4_K. The relative error of the weights is printed, as a check
+of the file.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class Model:
         writer.add_expert_used_count(args.top)
         writer.add_expert_feed_forward_length(args.hidden)
         writer.add_vocab_size(args.vocab)
-        # Not a tokenizer that anyone would use: loaders ask for one.
+        # Loaders require a tokenizer; this one only has a word for each id.
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([f"t{token}" for token in range(args.vocab)])
         writer.add_token_types([gguf.TokenType.NORMAL] * args.vocab)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times llama.cpp on GGUF files: tokens per second of a prompt of 512 and of decoding behind it, beside the
+"""Times llama.cpp on GGUF files: tokens per second of a prompt of 512 and of decoding after it, beside the
 machine's ceilings.
 
     pip install numpy gguf; python3 benches/peers/gguf_model.py /tmp/models
@@ -16,8 +16,8 @@ faster depends on type and phase. The ceilings are taken right before and right 
 decode by the bytes of the weights that a token needs over the mean of both read rates (the KV cache, a few
 percent more, is not counted); prefill by the FLOP of the matrix products over the mean of both f32 rates,
 which integer products may pass. Figures are medians over the rounds; a share is taken within one round.
-The load is told as well: llama.cpp's threads wait for one another hundreds of times per token, so that its
-figures fall much further than the ceilings do where other programs run, and then mean nothing.
+The load average is recorded as well: llama.cpp's threads wait for one another hundreds of times per token.
+Where other programs run, its figures fall much further than the ceilings do, and mean nothing.
 """
 
 import argparse

@@ -69,7 +69,7 @@ template <typename F, bool BY_WARP> struct Tiles {
         if (rank != 0) return;
         for (uint32_t to = 0; to < CLUSTER; to++) store_async_remote(place(), counted, barrier(), to);
     }
-    // By the same thread, behind the last tile. There are as many counts as tiles, so the pair that holds the
+    // By the same thread, after the last tile. There are as many counts as tiles, so the pair that holds the
     // last number is the last to count: it sets the counter to zero.
     __device__ __forceinline__ void finish() const {
         if (rank == 0 && number + 1 == pairs + tiles.first) atomicExch(p.taken, 0);

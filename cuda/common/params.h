@@ -522,7 +522,8 @@ struct BlockProductParams {
 };
 
 // FP8: activations as e4m3 codes with a scale for each row and QUANTIZE_COLS columns, and their products with
-// e4m3 weights. `scales` and `x_scales` are [K / QUANTIZE_COLS, rows], so that those of a tile lie side by side.
+// e4m3 weights. `scales` and `x_scales` are [K / QUANTIZE_COLS, rows], so that those of a tile lie side by
+// side.
 static const uint32_t QUANTIZE_COLS    = 128;
 static const uint32_t QUANTIZE_THREADS = 256;
 
@@ -577,16 +578,16 @@ struct Fp8ProductParams {
 // Weights of 4 and 8 bits with activations of 16 (`grouped_gemm_quantized`, `repack`).
 //
 // Weights of 4 bits lie in tiles: a panel is 32 outputs, stored 64 of k at a time, 1024 bytes each; thread
-// 32 w + 4 g + t of a warpgroup finds its eight bytes at 8 times its number: output 8 w + g, and of each 16 of k
-// those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. Behind the last output and the last of k are zeros. What bits mean
-// stands in common/quantized_weights.cuh.
+// 32 w + 4 g + t of a warpgroup finds its eight bytes at 8 times its number: output 8 w + g, and of each 16
+// of k those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. After the last output and the last of k are zeros. What
+// bits mean stands in common/quantized_weights.cuh.
 static const uint32_t WEIGHT_PANEL_ROWS  = 32;
 static const uint32_t WEIGHT_PANEL_DEPTH = 64;
 static const uint32_t WEIGHT_PANEL_BYTES = WEIGHT_PANEL_ROWS * WEIGHT_PANEL_DEPTH / 2;
 
 // Of one matrix for each expert; all distances in bytes. In tiles, of which a row is a panel:
-// int4   scales [panels, groups, 32] of the type, zeros [panels, groups, 32] bytes; groups begin below K, rounded
-//        up to 64
+// int4   scales [panels, groups, 32] of the type, zeros [panels, groups, 32] bytes; groups begin below K,
+//        rounded up to 64
 // mxfp4  scales [panels] of 32 factors in f32, then, for each 64 of k, [32, 2] exponents as bytes
 // e4m3   codes and scales as they lie: that of output n is in row (first + n * step) / block_rows
 struct QuantizedMatrixParams {
@@ -605,13 +606,13 @@ struct QuantizedMatrixParams {
     uint32_t unused;
 };
 
-// From checkpoint order to tiles. Output n of an expert is row n of its codes, row n * step of its scales, and
-// nibble (first + n * step) % 8 of row (first + n * step) / 8 of its zeros, a word for each group.
+// From checkpoint order to tiles. Output n of an expert is row n of its codes, row n * step of its scales,
+// and nibble (first + n * step) % 8 of row (first + n * step) / 8 of its zeros, a word for each group.
 static const uint32_t REPACK_THREADS = 128;
 
 struct RepackParams {
     QuantizedMatrixParams from;
-    Out      codes; // rows are panels, the experts' one behind the other
+    Out      codes; // rows are panels, expert after expert
     Out      scales;
     Out      zeros;
     int64_t  row_codes;
@@ -621,13 +622,13 @@ struct RepackParams {
     int64_t  n;
     int64_t  k;
     int64_t  groups;     // of a row
-    int64_t  all_groups; // in tiles: those behind the last are zeros
+    int64_t  all_groups; // in tiles: those after the last are zeros
     uint32_t scale_size; // bytes of a scale
     uint32_t unused;
 };
 
-// grouped_gemm_quantized: threads and shared memory of a block. The forms for few rows have four consumers of 64
-// weight rows; that for many has two of 128.
+// grouped_gemm_quantized: threads and shared memory of a block. The forms for few rows have four consumers of
+// 64 weight rows; that for many has two of 128.
 static const uint32_t QUANTIZED_FEW_THREADS  = 640;
 static const uint32_t QUANTIZED_MANY_THREADS = 384;
 static const uint32_t QUANTIZED_MANY_TOKENS  = 128;

@@ -23,7 +23,7 @@ pub struct Matrix<'a> {
 impl<'a> Matrix<'a> {
     /// Tensors that agree with a description; a GPU has them all in one.
     pub fn new(spec: &Spec, parts: &'a [WeightRows<'a>]) -> Matrix<'a> {
-        // Rows of what is quantised are outputs, whatever they are of floats.
+        // The rows of a quantised matrix are outputs, also where those of its floats are inputs.
         let order = if let Some(WeightRows::Quantized(_)) = parts.first() { WeightOrder::Nk } else { spec.order };
         Matrix { parts, matrices: spec.matrices, order }
     }

@@ -3,9 +3,9 @@
 //! | file | holds |
 //! |---|---|
 //! | `options`, `prompt`, `text` | what was asked for |
-//! | `header`, `gguf`, `checkpoint`, `stored`, `json`, `input` | what lies on disk, believed only after checks |
+//! | `header`, `gguf`, `checkpoint`, `stored`, `json`, `input` | what lies on disk, used only after checks |
 //! | `setup`, `memory`, `columns` | everything that is settled before memory is taken |
-//! | `plan` | what fits on a GPU, without one |
+//! | `plan` | what fits on a GPU, computed without one |
 //! | `weights`, `random`, `model`, `step`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
 //! | `report`, `progress` | what is printed |

@@ -7,6 +7,7 @@ use dropless::layout::WeightOrder;
 
 use super::block::{Block, Ffn, Hidden, Mlp, Projection};
 use super::config::Config;
+use super::families::Scheme;
 use super::spec::{Part, Spec};
 
 /// A format that checkpoints of safetensors are written in.
@@ -59,9 +60,8 @@ pub struct Stack {
 impl Stack {
     /// What a tensor of that description holds.
     pub fn of(spec: &Spec) -> Stack {
-        let [rows, cols] = spec.dims();
-        let (count, transposed) = ((spec.matrices / spec.tensors.max(1)).max(1), spec.order == WeightOrder::Kn);
-        let [n, k] = if transposed { [cols, rows / count] } else { [rows / count, cols] };
+        let (count, [n, k]) = spec.matrix_dims();
+        let transposed = spec.order == WeightOrder::Kn;
         let is_stack = count > 1 || transposed || spec.shape.len() > 2;
         Stack { experts: is_stack.then_some(count), n, k, transposed }
     }
@@ -76,8 +76,8 @@ impl Stack {
         self.shape(&[self.n, self.k])
     }
 
-    /// The same with other sizes behind the experts.
-    fn shape(&self, sizes: &[usize]) -> Vec<usize> {
+    /// The same with other sizes after the experts.
+    pub fn shape(&self, sizes: &[usize]) -> Vec<usize> {
         self.experts.into_iter().chain(sizes.iter().copied()).collect()
     }
 }
@@ -117,42 +117,44 @@ impl Target {
         }
     }
 
+    /// The scheme by which a run reads the format.
+    fn scheme(self) -> Scheme {
+        match self {
+            Target::Fp8 => Scheme::Blocks([GROUP; 2]),
+            Target::Mxfp4 => Scheme::Mxfp4,
+            Target::Int4 => Scheme::Packed { group: Some(GROUP), symmetric: true },
+        }
+    }
+
     /// The tensors that take the place of tensor `name`: codes, scales, and for INT4 the shape.
     pub fn tensors(self, name: &str, stack: &Stack) -> Vec<Stored> {
         let Stack { n, k, .. } = *stack;
-        let stored = |suffix: &str, dtype: &str, sizes: &[usize], bytes: usize| Stored {
-            name: format!("{name}{suffix}"),
+        let stored = |name: String, dtype: &str, sizes: &[usize], bytes: usize| Stored {
+            name,
             dtype: dtype.to_owned(),
             shape: stack.shape(sizes),
             bytes: stack.count() * bytes,
         };
-        let (codes, scales) = (n * self.row_bytes(k), self.scale_bytes(n, k));
+        let codes = |dtype: &str, sizes: &[usize]| stored(self.scheme().codes(name), dtype, sizes, n * self.row_bytes(k));
+        let scales = |dtype: &str, sizes: &[usize]| stored(self.scheme().scales(name), dtype, sizes, self.scale_bytes(n, k));
         match self {
-            Target::Fp8 => {
-                vec![stored("", "F8_E4M3", &[n, k], codes), stored("_scale_inv", "F32", &[n.div_ceil(GROUP), k.div_ceil(GROUP)], scales)]
-            }
-            Target::Mxfp4 => {
-                vec![stored("_blocks", "U8", &[n, k / MX_GROUP, MX_GROUP / 2], codes), stored("_scales", "U8", &[n, k / MX_GROUP], scales)]
-            }
+            Target::Fp8 => vec![codes("F8_E4M3", &[n, k]), scales("F32", &[n.div_ceil(GROUP), k.div_ceil(GROUP)])],
+            Target::Mxfp4 => vec![codes("U8", &[n, k / MX_GROUP, MX_GROUP / 2]), scales("U8", &[n, k / MX_GROUP])],
             Target::Int4 => {
                 let dims = stack.dims().len();
-                vec![
-                    stored("_packed", "I32", &[n, k.div_ceil(8)], codes),
-                    stored("_scale", "BF16", &[n, k.div_ceil(GROUP)], scales),
-                    Stored { name: format!("{name}_shape"), dtype: "I64".to_owned(), shape: vec![dims], bytes: 8 * dims },
-                ]
+                let shape = Stored { name: format!("{name}_shape"), dtype: "I64".to_owned(), shape: vec![dims], bytes: 8 * dims };
+                vec![codes("I32", &[n, k.div_ceil(8)]), scales("BF16", &[n, k.div_ceil(GROUP)]), shape]
             }
         }
     }
 
-    /// Bytes of all tensors of a matrix, or of one for each expert; none where it cannot have the format, or
-    /// beyond 2^63.
+    /// Bytes of all tensors that take the place of a description's; none where it cannot have the format, or
+    /// beyond 2^64.
     pub fn bytes(self, spec: &Spec) -> Option<u64> {
-        let Stack { n, k, .. } = Stack::of(spec);
-        let matrix = u64::try_from(self.row_bytes(k)).ok()?.checked_mul(n as u64)?.checked_add(self.scale_bytes(n, k) as u64)?;
-        let shapes = if self == Target::Int4 { spec.tensors as u64 * self.tensors("", &Stack::of(spec))[2].bytes as u64 } else { 0 };
-        let bytes = matrix.checked_mul(spec.matrices as u64)?.checked_add(shapes)?;
-        self.takes(k).then_some(bytes)
+        let stack = Stack::of(spec);
+        let of_each = self.tensors("", &stack).iter().map(|stored| stored.bytes as u64).sum::<u64>();
+        let bytes = of_each.checked_mul(spec.tensors as u64)?;
+        self.takes(stack.k).then_some(bytes)
     }
 }
 

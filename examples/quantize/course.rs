@@ -25,7 +25,7 @@ use crate::lm::target::{Stack, Target};
 
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
-/// What tensors are copied by.
+/// Bytes of a tensor that are copied at once.
 const BLOCK_BYTES: usize = 16 << 20;
 /// Files beside the weights that go with them, by how their names begin.
 const BESIDE: [&str; 8] =
@@ -48,13 +48,10 @@ pub fn run(options: &Options, console: &mut Console<'_>) -> Result<(), Failure> 
     let mut fields = read_fields(&config_file)?;
     let config = families::read_config(&config_file)?;
     let checkpoint = Checkpoint::open(&options.model, &config, &progress)?;
-    let mut files = Vec::new();
-    for path in checkpoint.paths() {
-        files.push(TensorFile::open(path)?);
-    }
+    let files = checkpoint.tensor_files();
     let chosen = Chosen::new(&config, options.target, options.reach)?;
-    let contents = chosen.contents(&files, options.target)?;
-    fields["quantization_config"] = chosen.config(&files, options.target);
+    let contents = chosen.contents(files, options.target)?;
+    fields["quantization_config"] = chosen.config(files, options.target);
 
     let (before, after) = (checkpoint.len_bytes(), contents.iter().map(|file| file.bytes).sum());
     let title = console.strong(config.family.title);
@@ -141,7 +138,7 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// Matrix after matrix: its codes behind those of the one before it, and its scales.
+    /// Matrix after matrix: its codes follow those of the one before it, and so do its scales.
     fn quantize(
         &mut self,
         file: &TensorFile,

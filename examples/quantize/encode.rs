@@ -1,7 +1,6 @@
 //! Floats to FP8, MXFP4 and INT4: scales, codes, and how far off they are.
 //!
-//! Every code is the one whose value is nearest, and of two that are equally near the even one. What a scale
-//! is:
+//! A code is the one whose value is nearest; where two are equally near, the even one. Scales:
 //!
 //! | format | scale of a block |
 //! |---|---|
@@ -9,10 +8,10 @@
 //! | MXFP4 | `2^(e - 2)`, e the exponent of the largest magnitude (the OCP standard), or twice that |
 //! | INT4 | the largest magnitude / 7, 7.5, 8, 8.5 or 9, as bf16 |
 //!
-//! Where there is a choice, that of the least squared error is taken, and of equal ones the first. With `e -
-//! 2` magnitudes above 6 scales become 6; with 8.5 and 9, and of positive weights with 7.5 and 8, the largest
-//! weights are cut off at 7 scales, or -8. Blocks of zeros have a scale of 1. Results depend on nothing but
-//! the block.
+//! Where there is a choice, that of the least squared error is taken, and of equal ones the first. With
+//! `2^(e - 2)` magnitudes above 6 scales become 6. INT4 ends at -8 and 7 scales: divisors above 7 cut off the
+//! largest positive weights, those above 8 also the largest negative ones. Blocks of zeros have a scale of 1.
+//! Results depend on nothing but the block.
 
 use dropless::{Bf16, Error, Float, QuantizedRows, Rows};
 
@@ -107,7 +106,7 @@ fn errors(values: &[f32], quantized: QuantizedRows<'_>) -> Result<Errors, Error>
     Ok(all)
 }
 
-/// A sum in a fixed order that needs no number to wait for the one before it.
+/// A sum in a fixed order, in which several terms are added at once.
 fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f64) -> f64 {
     in_lanes(a, b, |lane, a, b| lane + term(a, b)).iter().sum()
 }
@@ -118,7 +117,7 @@ fn most(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f64) -> f64 {
     in_lanes(a, b, |lane, a, b| larger(lane, term(a, b))).into_iter().fold(0.0, larger)
 }
 
-/// Two rows from their first to their last pair, every pair to one of several results.
+/// Takes the pairs of two rows in their order, and adds each to one of several results.
 fn in_lanes(a: &[f32], b: &[f32], step: impl Fn(f64, f32, f32) -> f64) -> [f64; LANES] {
     let ((a, rest_of_a), (b, rest_of_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut lanes = [0.0; LANES];
@@ -255,7 +254,7 @@ pub fn e2m1(value: f32) -> u8 {
     (code + WHOLE_F32).to_bits() as u8 | if value.is_sign_negative() { 8 } else { 0 }
 }
 
-/// A row. Its last bytes are filled up with zeros' codes.
+/// A row. What is left of its last bytes has the code of zero.
 fn int4(row: &[f32], codes: &mut [u8], scales: &mut [Bf16]) {
     codes.fill(0x88);
     for ((group, codes), scale) in row.chunks(GROUP).zip(codes.chunks_mut(GROUP / 2)).zip(scales) {

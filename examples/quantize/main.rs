@@ -6,7 +6,7 @@
 //! cargo run --release --example quantize -- --model dbrx-base --to int4 --only experts --out dbrx-base-int4
 //! ```
 //!
-//! Exit codes: 0 fine, 2 the input or the environment was refused; then nothing is left behind.
+//! Exit codes: 0 fine, 2 the input or the environment was refused; then there is no new folder.
 
 use std::process::ExitCode;
 

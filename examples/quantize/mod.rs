@@ -6,7 +6,7 @@
 //! | `contents` | which tensors each file of the result has, and where: known before anything is read |
 //! | `encode` | scales, codes, errors |
 //! | `panels` | a matrix of the input, some rows at a time, by several threads |
-//! | `output` | a folder that is there as a whole, or not at all |
+//! | `output` | a folder that exists as a whole or not at all |
 //! | `course` | one tensor after the other, and what is printed |
 //!
 //! No more is in memory than the codes of one matrix and the floats of 128 rows for each thread. The input is

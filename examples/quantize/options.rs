@@ -21,7 +21,7 @@ pub struct Options {
 
 const AFTER_HELP: &str = "\
 Embeddings, lm_head, norms, routers and biases stay as they are.
-Exit codes: 0 fine, 2 the input or the environment was refused; then nothing is left behind.";
+Exit codes: 0 fine, 2 the input or the environment was refused; then there is no new folder.";
 
 fn command() -> Command {
     let path = |name: &'static str| Arg::new(name).long(name).value_name("DIR").value_parser(value_parser!(PathBuf)).required(true);
@@ -44,7 +44,7 @@ fn command() -> Command {
         ])
 }
 
-/// Reads the command line. An error is clap's own: it knows its text, where it belongs and its exit code.
+/// Reads the command line. An error is clap's own: it has a text, a stream to print it on and an exit code.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options, clap::Error> {
     let mut matches = command().try_get_matches_from(args)?;
     let mut path = |name: &str| matches.remove_one::<PathBuf>(name).unwrap_or_default();

@@ -1,5 +1,4 @@
-//! A folder that is there as a whole, or not at all: it is written as `NAME.part`, and renamed when all is
-//! done.
+//! A folder that exists as a whole or not at all: it is written as `NAME.part`, and renamed when all is done.
 
 use std::fs::File;
 use std::io::{ErrorKind, Seek, SeekFrom, Write};
@@ -8,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::lm::run::failure::{Failure, io_text, refuse_file};
 use crate::lm::run::report::bytes_text;
 
-/// A folder that is being written. It goes when it is dropped before it is finished.
+/// A folder that is being written. It is removed if it is dropped before it is finished.
 pub struct Folder {
     part: PathBuf,
     whole: PathBuf,
@@ -102,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_disk_is_told_with_what_is_needed() {
+    fn the_error_of_a_full_disk_says_what_is_needed() {
         let text = write_text(&ErrorKind::StorageFull.into(), 70 << 30);
         assert!(text.starts_with("cannot be written: no storage space; the result takes 70.0 GiB in all"), "{text}");
         assert!(!write_text(&ErrorKind::PermissionDenied.into(), 1).contains("takes"));

@@ -53,11 +53,11 @@ impl Source<'_> {
                 *panel.result = self.panel(number, panel.rows, target, &mut values, panel.codes, panel.scales);
             }
         };
-        if threads == 1 {
+        std::thread::scope(|scope| {
+            // Where a thread cannot be started, the others do its share.
+            (1..threads).for_each(|_| drop(std::thread::Builder::new().spawn_scoped(scope, work)));
             work();
-        } else {
-            std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
-        }
+        });
         // In their order, so that the sum is the same for any number of threads.
         results.into_iter().try_fold(Errors::default(), |all, result| Ok(all.and(result?)))
     }

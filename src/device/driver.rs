@@ -146,8 +146,8 @@ pub struct TensorMapDesc {
 }
 
 impl TensorMapDesc {
-    /// A matrix by boxes in the 128-byte swizzle, of elements of 8 or 16 bits, the innermost dimension first; strides in elements, of
-    /// which the first does not matter.
+    /// A matrix by boxes in the 128-byte swizzle, of elements of 8 or 16 bits, the innermost dimension first;
+    /// strides in elements, of which the first does not matter.
     pub(crate) fn swizzled<const RANK: usize>(
         dtype: DType,
         address: u64,

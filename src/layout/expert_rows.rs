@@ -180,7 +180,8 @@ impl<'a> ExpertRows<'a> {
         (self.offsets.map_or(0, |offsets| offsets.address()), row_to_slot, top_k)
     }
 
-    /// The device address of the last offset, behind which no row is an expert's; 0 where one expert owns all rows.
+    /// The device address of the last offset, after which no row is an expert's; 0 where one expert owns all
+    /// rows.
     #[cfg(feature = "cuda")]
     pub(crate) fn rows_end(&self) -> u64 {
         self.offsets.map_or(0, |offsets| offsets.address() + (self.num_experts * size_of::<u32>()) as u64)

@@ -114,7 +114,7 @@ impl<'a> ExpertWeights<'a> {
     /// # Errors
     ///
     /// [`Error::Value`] without matrices; [`Error::Shape`] or [`Error::Mismatch`] if one has another shape or
-    /// type than the first; [`Error::Layout`] if one has another row stride; [`Error::Place`] if they live on
+    /// type than the first, or exact inputs where others have none; [`Error::Layout`] if one has another row stride; [`Error::Place`] if they live on
     /// several devices.
     pub fn nk_each(matrices: &'a [WeightRows<'a>]) -> Result<Self, Error> {
         Self::each(matrices, WeightOrder::Nk)
@@ -182,6 +182,9 @@ impl<'a> ExpertWeights<'a> {
             check_shape(op, "matrices", "[rows, cols] of the first", &first.dims(), &matrix.dims())?;
             if matrix.dtype() != first.dtype() {
                 return Err(Error::mismatch(op, "matrices", format!("of one type, {}", first.dtype().name()), matrix.dtype().name()));
+            }
+            if matrix.has_exact_inputs() != first.has_exact_inputs() {
+                return Err(Error::mismatch(op, "matrices", "all with exact inputs, or none", "some of them"));
             }
             if matrix.stride() != first.stride() {
                 return Err(Error::Layout { op, arg: "matrices", need: "one row stride", got: matrix.stride() });
@@ -299,6 +302,15 @@ impl<'a> ExpertWeights<'a> {
             Source::Each(matrices) => (None, matrices),
         };
         stacked.into_iter().chain(each.iter().copied()).flat_map(|matrix| matrix.accesses())
+    }
+
+    /// How many experts tell where all lie: two of a stack, whose matrices are at one distance.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn experts_to_measure(&self) -> usize {
+        match self.source {
+            Source::Strided { .. } => self.num_experts.min(2),
+            Source::Each(matrices) => matrices.len(),
+        }
     }
 
     /// Elements from one expert's matrix to the next.

@@ -4,8 +4,8 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_fp8.cu` for e4m3, `_plain.cu` for other types and
-//! shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_fp8.cu` for e4m3, `_plain.cu` for
+//! other types and shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 pub(crate) use self::cpu::FEW_ROWS;
@@ -45,20 +45,21 @@ use crate::view::{Rows, RowsMut};
 /// rows. Neither other rows, nor how many rows an expert got, nor the number of threads show in the bits. They
 /// may differ between instruction sets.
 ///
-/// **Quantised weights** ([`QuantizedRows`](crate::QuantizedRows)) are decoded as they are read. On the CPU, calls of the class of
-/// few rows round each input row to 8 bits by blocks of 32, to the nearest multiple of the block's largest magnitude
-/// divided by 127, and multiply integers; the error that this adds to `y[r, n]` is at most `sum_k |w[n, k]| max |x| / 254`,
-/// `max |x|` being of the block that holds `k`. A NaN or an infinity in an input row makes that row NaN. This holds
-/// for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4 whose groups are all of K or a power of two times 32. Other formats,
-/// more rows, and weights [with exact inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the
-/// result is that of the decoded weights.
+/// **Quantised weights** ([`QuantizedRows`](crate::QuantizedRows)) are decoded as they are read. On the CPU,
+/// calls of the class of few rows round each input row to 8 bits by blocks of 32, to the nearest multiple of
+/// the block's largest magnitude divided by 127, and multiply integers; the error that this adds to `y[r, n]`
+/// is at most `sum_k |w[n, k]| max |x| / 254`, `max |x|` being of the block that holds `k`. A NaN or an
+/// infinity in an input row makes that row NaN. This holds for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4
+/// whose groups are all of K or a power of two times 32. Other formats, more rows, and weights [with exact
+/// inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the result is that of the
+/// decoded weights.
 ///
-/// On a GPU the tensor cores multiply `bf16` rows by INT4, MXFP4 and E4M3 weights, taken as they are, where K and N are
-/// multiples of 8 (K of 16 for E4M3). INT4 and MXFP4 lie in tiles, as [`repack`](crate::repack) writes them. INT4's groups are
-/// multiples of 32 or all of K, E4M3's blocks as wide as a multiple of 128 or all of K. Scales multiply sums in
-/// `f32`. Exponents of MXFP4 are folded into `bf16` operands relative to the largest of their output: a group
-/// whose power of two is smaller than that one by `2^126` and more loses bits, below what the others round away. No other
-/// quantised weights are multiplied on a GPU.
+/// On a GPU the tensor cores multiply `bf16` rows by INT4, MXFP4 and E4M3 weights, taken as they are, where K
+/// and N are multiples of 8 (K of 16 for E4M3). INT4 and MXFP4 lie in tiles, as [`repack`](crate::repack)
+/// writes them. INT4's groups are multiples of 32 or all of K, E4M3's blocks as wide as a multiple of 128 or
+/// all of K. Scales multiply sums in `f32`. Exponents of MXFP4 are folded into `bf16` operands relative to
+/// the largest of their output: a group whose power of two is smaller than that one by `2^126` and more loses
+/// bits, below what the others round away. No other quantised weights are multiplied on a GPU.
 ///
 /// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is
 /// computed by plain kernels, right, but not fast.
@@ -113,7 +114,7 @@ pub fn nn<A: Float, O: Float>(
 /// | `x`        | `[input rows, K]`        | the rows in expert order, or the tokens that `rows` gathers from                  |
 /// | `w`        | `[E, N, K]`, `[E, K, N]` | weights in order [`Nk`](WeightOrder::Nk) or [`Kn`](WeightOrder::Kn); read where they lie |
 /// | `rows`     | R rows, E experts        | which rows belong to which expert, and which input row each is computed from      |
-/// | `epilogue` | bias `[E, N]`            | added to each sum in `f32`; then the activation; none of both by default          |
+/// | `epilogue` | bias `[E, N]`            | added to each sum in `f32`; then the activation; neither by default          |
 /// | `y`        | `[R, N]`                 | every row that an expert owns is written in full                                  |
 ///
 /// Bias and activation are computed in `f32` on the sum, before the one rounding. Dtypes of the bias: `f32`, `bf16`, `f16`, on a GPU `f32` or
@@ -262,14 +263,9 @@ impl<A: Float, const P: usize> Product<'_, A, P> {
             weights.try_for_each(|(arg, w)| w.check_rows(Op::GroupedGemm, arg))?;
         }
         kernels_need!(stream, cuda::check(&self, weight_args, bias_args, y));
-        let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", self.x.access()), (out_arg, y.access())];
+        let mut arguments = vec![("x", self.x.access()), (out_arg, y.access())];
         arguments.extend(self.rows.accesses(stream.place()));
-        for (arg, w) in weight_args.into_iter().zip(&self.weights) {
-            arguments.extend(w.accesses().map(|access| (arg, access)));
-        }
-        for (arg, bias) in bias_args.into_iter().zip(&self.finish.biases) {
-            arguments.extend(bias.map(|bias| (arg, bias.access())));
-        }
+        arguments.extend(operand_accesses(&self.weights, weight_args, &self.finish, bias_args));
         stream.admit(Op::GroupedGemm, &arguments)?;
         run(stream, self, y)
     }
@@ -293,6 +289,18 @@ fn operands_agree<const P: usize>(
         bias.map_or(Ok(()), |bias| bias.check(Op::GroupedGemm, arg, [e, n]))?;
     }
     Ok(())
+}
+
+/// The buffers of weights and biases, by the names of their arguments.
+fn operand_accesses<'a, const P: usize>(
+    weights: &[ExpertWeights<'a>; P],
+    weight_args: [&'static str; P],
+    finish: &Finish<'a, P>,
+    bias_args: [&'static str; P],
+) -> impl Iterator<Item = (&'static str, Access<'a>)> {
+    let weights = weight_args.into_iter().zip(*weights).flat_map(|(arg, w)| w.accesses().map(move |access| (arg, access)));
+    let biases = bias_args.into_iter().zip(finish.biases).filter_map(|(arg, bias)| Some((arg, bias?.access())));
+    weights.chain(biases)
 }
 
 /// What the kernels need of types and of the places of matrices, for a composition that wants to know before
@@ -326,7 +334,7 @@ pub(crate) fn check_fp8<'a>(op: Op, weights: impl IntoIterator<Item = (&'static 
 /// Whether inputs may be quantised for these weights, in calls in which experts own up to so many rows.
 pub(crate) fn takes_codes(stream: &Stream, w: &ExpertWeights<'_>, class_rows: usize) -> bool {
     #[cfg(feature = "cuda")]
-    return stream.place() != crate::Place::Host && cuda::takes_codes(w, class_rows);
+    return stream.place() != Place::Host && cuda::takes_codes(w, class_rows);
     #[cfg(not(feature = "cuda"))]
     {
         let _ = (stream, w, class_rows);

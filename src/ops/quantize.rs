@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! scales[b, r] = max |x[r, 128 b .. 128 b + 128]| / 448
-//! codes[r, k]  = fp8(x[r, k] / scales[k / 128, r])          e4m3: 4 bits of exponent, 3 of mantissa, at most 448
+//! codes[r, k]  = fp8(x[r, k] / scales[k / 128, r])    e4m3: 4 bits of exponent, 3 of mantissa, at most 448
 //! ```
 //!
-//! Products of such rows and FP8 weights are [`grouped_gemm::linear_quantized`](crate::grouped_gemm::linear_quantized) and
+//! Products of such rows and FP8 weights are
+//! [`grouped_gemm::linear_quantized`](crate::grouped_gemm::linear_quantized) and
 //! [`glu_quantized`](crate::grouped_gemm::glu_quantized).
 //!
 //! Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 3.3.2 (tiles of 1 x 128).
@@ -26,7 +27,8 @@ use crate::view::{Rows, RowsMut};
 /// The largest number of e4m3.
 const LARGEST: f32 = 448.0;
 
-/// The scale of a block whose largest magnitude is `most`. Of zeros, and of numbers so small that it would be zero, it is 1.
+/// The scale of a block whose largest magnitude is `most`. Of zeros, and of numbers so small that it would be
+/// zero, it is 1.
 fn scale_of(most: f32) -> f32 {
     let scale = most / LARGEST;
     if scale == 0.0 { 1.0 } else { scale }
@@ -34,17 +36,17 @@ fn scale_of(most: f32) -> f32 {
 
 /// Writes `scales[b, r] = max |x[r, block b]| / 448` and `codes[r, k] = fp8(x[r, k] / scales[k / 128, r])`.
 ///
-/// | argument | shape                | meaning                                              |
-/// |----------|----------------------|------------------------------------------------------|
-/// | `x`      | `[R, K]`             | one row per token, or per token and expert           |
-/// | `codes`  | `[R, K]`             | bytes of e4m3, written in full                       |
+/// | argument | shape                | meaning                                               |
+/// |----------|----------------------|-------------------------------------------------------|
+/// | `x`      | `[R, K]`             | one row per token, or per token and expert            |
+/// | `codes`  | `[R, K]`             | bytes of e4m3, written in full                        |
 /// | `scales` | `[ceil(K / 128), R]` | a scale for each row and 128 columns, written in full |
 ///
-/// Both divisions are rounded to `f32`; a code is the nearest, ties to even, and at most 448 in magnitude. The last block of
-/// a row may be shorter. A block of zeros, or of numbers so small that
-/// their scale would be zero, has scale 1. A NaN becomes the code 0x7f
-/// and does not count for the scale; an infinity makes the scale infinite and its own code NaN, so that products of the row
-/// are NaN. The bits are the same on every device. Dtypes: `f32`, `bf16`, `f16`. `R = 0` or `K = 0` is a no-op.
+/// Both divisions are rounded to `f32`; a code is the nearest, ties to even, and at most 448 in magnitude.
+/// The last block of a row may be shorter. A block of zeros, or of numbers so small that their scale would be
+/// zero, has scale 1. A NaN becomes the code 0x7f and does not count for the scale; an infinity makes the
+/// scale infinite and its own code NaN, so that products of the row are NaN. The bits are the same on every
+/// device. Dtypes: `f32`, `bf16`, `f16`. `R = 0` or `K = 0` is a no-op.
 ///
 /// ```
 /// use dropless::{Device, Rows, RowsMut, quantize};
@@ -59,13 +61,13 @@ fn scale_of(most: f32) -> f32 {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row of
-/// `x` or `codes` does not begin on 16 bytes. Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// [`Error::Layout`] if a row of `x` or `codes` does not begin on 16 bytes. Nothing is written.
 pub fn e4m3<A: Float>(stream: &Stream, x: Rows<'_, A>, codes: &mut RowsMut<'_, u8>, scales: &mut RowsMut<'_, f32>) -> Result<(), Error> {
     quantized(stream, x, Source::All, codes, scales)
 }
 
-/// The same of the rows that experts own.
+/// [`e4m3`] of the rows that experts own; the others keep what was there.
 pub(crate) fn e4m3_of<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -76,17 +78,18 @@ pub(crate) fn e4m3_of<A: Float>(
     quantized(stream, x, Source::Owned(owned), codes, scales)
 }
 
-/// [`e4m3`] of each token's row, written to the rows of its experts: row `r` is that of token `row_to_slot[r] / k`.
+/// [`e4m3`] of each token's row, written to the rows of its experts: row `r` is that of token
+/// `row_to_slot[r] / k`.
 ///
-/// | argument  | shape                | meaning                                               |
-/// |-----------|----------------------|-------------------------------------------------------|
-/// | `x`       | `[T, K]`             | one row per token                                     |
-/// | `routing` |                      | of T tokens to k experts each                         |
-/// | `codes`   | `[R, K]`             | R = T * k; rows in expert order                       |
-/// | `scales`  | `[ceil(K / 128), R]` | a scale for each row and 128 columns                  |
+/// | argument  | shape                | meaning                              |
+/// |-----------|----------------------|--------------------------------------|
+/// | `x`       | `[T, K]`             | one row per token                    |
+/// | `routing` |                      | of T tokens to k experts each        |
+/// | `codes`   | `[R, K]`             | R = T * k; rows in expert order      |
+/// | `scales`  | `[ceil(K / 128), R]` | a scale for each row and 128 columns |
 ///
-/// The bits are those of [`e4m3`] behind [`permute::gather`](crate::permute::gather), in one pass. What of `codes` and
-/// `scales` belongs to rows that no expert owns stays as it is.
+/// The bits are those of [`e4m3`] after [`permute::gather`](crate::permute::gather), in one pass. Codes and
+/// scales of rows that no expert owns stay as they are.
 ///
 /// # Errors
 ///
@@ -102,14 +105,14 @@ pub fn gather_e4m3<A: Float>(
     quantized(stream, x, Source::Gathered(routing), codes, scales)
 }
 
-/// Which rows of the input become which rows.
+/// Which row of the input each row of the codes comes from.
 #[derive(Clone, Copy)]
 enum Source<'a> {
-    /// Each its own.
+    /// The row of the same number.
     All,
-    /// Each its own, up to the last that an expert owns.
+    /// The row of the same number, for rows that experts own.
     Owned(ExpertRows<'a>),
-    /// Those of the tokens.
+    /// The row of the token, for rows that experts own.
     Gathered(&'a Routing<'a>),
 }
 

@@ -1,5 +1,4 @@
-//! Where kernels find quantised weights: addresses of a matrix, and the distances from each expert's to the
-//! next.
+//! Where kernels find quantised weights: addresses of a matrix, and distances from one expert's to the next.
 
 use crate::device::params::{QuantizedMatrixParams, SCALE_BF16, SCALE_F16, SCALE_F32};
 use crate::dtype::DType;
@@ -16,7 +15,7 @@ impl ScaleRows<'_> {
     }
 }
 
-/// As kernels are told the type of a scale.
+/// The number that kernels know a type of scales by.
 pub(crate) fn scale_type(dtype: DType) -> u32 {
     match dtype {
         DType::Bf16 => SCALE_BF16,
@@ -26,15 +25,15 @@ pub(crate) fn scale_type(dtype: DType) -> u32 {
 }
 
 impl QuantizedRows<'_> {
-    /// One expert's matrix. In checkpoint order, `first` is the place within the block of scales and, where
-    /// there are zero points, within their eight rows: such weights have scales of a row each.
+    /// One expert's matrix. In checkpoint order, `first` is the row within the block of scales; of weights
+    /// with zero points, whose rows each have scales of their own, the row within the eight of a word.
     fn matrix_params(&self, op: Op, arg: &'static str) -> Result<QuantizedMatrixParams, Error> {
         if let Some(in_tiles) = self.in_tiles {
             return self.tile_params(op, arg, &in_tiles);
         }
         let (scales, row_scales, block_rows) = self.scales.map_or((0, 0, 1), |Scales { values, block }| {
             let (address, row_bytes) = values.bytes();
-            let block_rows = block[0].min(u32::MAX as usize); // as many rows as there may be
+            let block_rows = block[0].min(u32::MAX as usize); // kernels count rows in 32 bits
             (address + (self.first / block_rows * row_bytes) as u64, row_bytes, block_rows)
         });
         let zeros = self.zeros.map_or(0, |zeros| zeros.address() + (self.first / ZERO_ROWS * zeros.stride()) as u64);
@@ -82,8 +81,8 @@ impl QuantizedRows<'_> {
     }
 }
 
-/// All experts' matrices, which lie at one distance from each other, as do their scales and their zero
-/// points.
+/// The matrices of all experts. From each expert to the next there must be one distance of codes, one of
+/// scales and one of zero points.
 pub(crate) fn params_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<QuantizedMatrixParams, Error> {
     let of = |expert: usize| match w.expert(expert) {
         WeightRows::Quantized(rows) => rows.matrix_params(op, arg),
@@ -93,7 +92,7 @@ pub(crate) fn params_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Res
     let distance = |from: u64, to: u64| to.wrapping_sub(from) as i64;
     let mut before = first;
     let mut all = first;
-    for expert in 1..w.num_experts() {
+    for expert in 1..w.experts_to_measure() {
         let here = of(expert)?;
         let distances = [(before.codes, here.codes), (before.scales, here.scales), (before.zeros, here.zeros)].map(|(a, b)| distance(a, b));
         if expert == 1 {

@@ -9,8 +9,9 @@ pub const INPUT_BLOCK: usize = 128;
 
 /// Rows of e4m3 and their scales, borrowed where they lie: what [`quantize`](crate::quantize) writes.
 ///
-/// `codes` is `[R, K]`, `scales` `[ceil(K / 128), R]`: the scales of a block of columns lie side by side, since a product
-/// needs those of many rows at a time. Element `(r, k)` is `fp8(codes[r, k]) * scales[k / 128, r]`.
+/// `codes` is `[R, K]`, `scales` `[ceil(K / 128), R]`: the scales of a block of columns lie side by side,
+/// since a product needs those of many rows at a time. Element `(r, k)` is
+/// `fp8(codes[r, k]) * scales[k / 128, r]`.
 #[derive(Clone, Copy)]
 pub struct QuantizedInputs<'a> {
     codes: Rows<'a, u8>,
@@ -18,6 +19,8 @@ pub struct QuantizedInputs<'a> {
 }
 
 impl<'a> QuantizedInputs<'a> {
+    /// Codes and their scales.
+    ///
     /// # Errors
     ///
     /// [`Error::Shape`] if `scales` are not `[ceil(K / 128), R]`; [`Error::Place`] if they live elsewhere.

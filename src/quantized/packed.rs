@@ -1,11 +1,12 @@
-//! INT4 weights as GPTQ and AWQ store them, input after input, and what they become to be multiplied.
+//! INT4 weights as GPTQ and AWQ store them, input after input, and their copy in the order that products
+//! take.
 //!
 //! ```text
 //! Gptq   codes [K / 8, N]   word r of column n: inputs 8r..8r + 8 of output n, from the low bits on
-//!        zeros [G, N / 8]   outputs from the low bits on, each less one
+//!        zeros [G, N / 8]   outputs from the low bits on, each stored less one
 //! Awq    codes [K, N / 8]   word w of row k: outputs 8w + 0, 2, 4, 6, 1, 3, 5, 7 from the low bits on
 //!        zeros [G, N / 8]   the same order
-//! both   scales [G, N]      w[n, k] = (code - zero) * scale, of group k / g, or of the group that GPTQ's list names
+//! both   scales [G, N]      w[n, k] = (code - zero) * scale, of group k / g, or of the one in GPTQ's list
 //! Int4   codes [N, K / 2], scales [N, G], zeros [N / 8, 4 G]: what [`QuantizedRows::int4`] takes
 //! ```
 //!
@@ -40,7 +41,7 @@ pub struct Awq<'a> {
     of: Groups<'a>,
 }
 
-/// Zero points and scales, and what they are for.
+/// Zero points and scales, and the sizes of the matrix that they belong to.
 #[derive(Clone, Copy)]
 struct Groups<'a> {
     zeros: Rows<'a, u32>,
@@ -111,12 +112,11 @@ impl<'a> Gptq<'a> {
         Ok(Gptq { codes, of, groups: None })
     }
 
-    /// With the group of each input (`g_idx`), K of them. Where that is the order of the inputs it changes
-    /// nothing.
+    /// With the group of each input (`g_idx`), K of them. A list in the order of the inputs changes nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for another number; [`Error::Index`] for a group that there is not.
+    /// [`Error::Shape`] for another number; [`Error::Index`] for a group beyond the last.
     pub fn with_groups(self, groups: &'a [u32]) -> Result<Gptq<'a>, Error> {
         check_shape(OP, "groups", "[K]", &[self.of.k], &[groups.len()])?;
         let count = self.of.count();
@@ -147,8 +147,8 @@ impl<'a> Gptq<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] for weights that are not in order: their scales lie with no run of inputs, so
-    /// [`to_f32`](Self::to_f32) is what is left; [`Error::OutOfMemory`].
+    /// [`Error::Unsupported`] for weights that are not in order, which [`to_f32`](Self::to_f32) takes;
+    /// [`Error::OutOfMemory`].
     pub fn to_int4(&self) -> Result<Int4, Error> {
         if !self.is_in_order() {
             return Err(Error::unsupported(OP, "GPTQ's", "order by activations", "groups of neighbouring inputs"));
@@ -156,7 +156,7 @@ impl<'a> Gptq<'a> {
         Int4::of(self)
     }
 
-    /// All elements as [`QuantizedRows::to_f32`] gives them, `[N, K]`, whatever the order of the groups.
+    /// All elements as [`QuantizedRows::to_f32`] gives them, `[N, K]`, for groups in any order.
     ///
     /// # Errors
     ///
@@ -271,7 +271,7 @@ impl InputMajor for Awq<'_> {
     fn words(&self, eight: usize, word: usize) -> [u32; WORD] {
         let codes = self.codes.host();
         let inputs: [u32; WORD] = std::array::from_fn(|i| codes.row(WORD * word + i)[eight]);
-        AWQ_NIBBLES.map(|at| (0..WORD).fold(0, |packed, i| packed | u32::from(nibble(inputs[i], at)) << (4 * i)))
+        AWQ_NIBBLES.map(|at| packed(inputs.map(|word| nibble(word, at))))
     }
 
     fn zeros(&self, eight: usize, group: usize) -> [u8; WORD] {
@@ -283,6 +283,12 @@ impl InputMajor for Awq<'_> {
 #[inline(always)]
 fn nibble(word: u32, at: u32) -> u8 {
     (word >> (4 * at) & 15) as u8
+}
+
+/// A word of eight nibbles, from the low bits on.
+#[inline(always)]
+fn packed(nibbles: [u8; WORD]) -> u32 {
+    nibbles.into_iter().enumerate().fold(0, |word, (i, nibble)| word | u32::from(nibble) << (4 * i))
 }
 
 fn to_f32(from: &impl InputMajor) -> Result<Vec<f32>, Error> {
@@ -305,17 +311,18 @@ fn to_f32(from: &impl InputMajor) -> Result<Vec<f32>, Error> {
     Ok(all)
 }
 
-/// INT4 weights in the library's order that were made of others, in memory of their own.
+/// A copy of GPTQ's or AWQ's weights in the library's order.
 ///
 /// ```
 /// use dropless::{F16, Rows, quantized::Gptq};
 ///
-/// // Eight inputs of eight outputs: every code 9, every zero point 8 (which is stored as 7), every scale 0.5.
+/// // Eight inputs of eight outputs: every code 9, every zero point 8 (stored as 7), every scale 0.5.
 /// let (codes, zeros, scales) = ([0x9999_9999u32; 8], [0x7777_7777u32], [F16(0x3800); 8]);
-/// let gptq = Gptq::new(Rows::from_slice(&codes, 1, 8)?, Rows::from_slice(&zeros, 1, 1)?, Rows::from_slice(&scales, 1, 8)?, 8)?;
+/// let (codes, zeros) = (Rows::from_slice(&codes, 1, 8)?, Rows::from_slice(&zeros, 1, 1)?);
+/// let gptq = Gptq::new(codes, zeros, Rows::from_slice(&scales, 1, 8)?, 8)?;
 /// let int4 = gptq.to_int4()?;
 /// assert_eq!(int4.rows()?.to_f32()?, [0.5; 64]);
-/// assert!(int4.zeros().is_none(), "8 is what the format has without zero points");
+/// assert!(int4.zeros().is_none(), "without zero points the format subtracts 8");
 /// # Ok::<(), dropless::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -327,7 +334,7 @@ pub struct Int4 {
     zeros: Option<Vec<u8>>,
 }
 
-/// Scales of whichever type they had.
+/// Scales in their stored type.
 #[derive(Clone, Debug)]
 enum Numbers {
     F32(Vec<f32>),
@@ -336,7 +343,7 @@ enum Numbers {
 }
 
 /// `[rows, cols]` as `[cols, rows]`.
-fn turned<T: Float>(rows: Rows<'_, T>) -> Result<Vec<T>, Error> {
+fn transposed<T: Float>(rows: Rows<'_, T>) -> Result<Vec<T>, Error> {
     let (from, [count, len]) = (rows.host(), rows.dims());
     let mut to = filled(OP, count * len, T::default())?;
     for row in 0..count {
@@ -354,36 +361,33 @@ impl Int4 {
         checked_bytes(OP, "codes", &[of.n, words], size_of::<u32>())?;
         let mut codes = filled(OP, of.n * words * size_of::<u32>(), 0u8)?;
         let mut zeros = filled(OP, of.n / WORD * groups * size_of::<u32>(), 0u8)?;
-        let mut plain = true;
+        let mut all_are_8 = true;
         for eight in 0..of.n / WORD {
             for word in 0..words {
                 for (n, codes_of) in from.words(eight, word).into_iter().enumerate() {
-                    let at = size_of::<u32>() * ((WORD * eight + n) * words + word);
-                    codes[at..at + size_of::<u32>()].copy_from_slice(&codes_of.to_le_bytes());
+                    codes.as_chunks_mut::<4>().0[(WORD * eight + n) * words + word] = codes_of.to_le_bytes();
                 }
             }
             for group in 0..groups {
                 let of_group = from.zeros(eight, group);
-                plain &= of_group == [8; WORD];
-                let word = of_group.iter().enumerate().fold(0, |word, (n, zero)| word | u32::from(*zero) << (4 * n));
-                let at = size_of::<u32>() * (eight * groups + group);
-                zeros[at..at + size_of::<u32>()].copy_from_slice(&word.to_le_bytes());
+                all_are_8 &= of_group == [8; WORD];
+                zeros.as_chunks_mut::<4>().0[eight * groups + group] = packed(of_group).to_le_bytes();
             }
         }
         let scales = match of.scales {
-            ScaleRows::F32(rows) => Numbers::F32(turned(rows)?),
-            ScaleRows::Bf16(rows) => Numbers::Bf16(turned(rows)?),
-            ScaleRows::F16(rows) => Numbers::F16(turned(rows)?),
-            ScaleRows::E8m0(_) => return Err(Error::unsupported(OP, "INT4 scales of type", "e8m0", "f32, bf16, f16")),
+            ScaleRows::F32(rows) => Numbers::F32(transposed(rows)?),
+            ScaleRows::Bf16(rows) => Numbers::Bf16(transposed(rows)?),
+            ScaleRows::F16(rows) => Numbers::F16(transposed(rows)?),
+            ScaleRows::E8m0(_) => unreachable!("`Groups::new` refuses them"),
         };
-        Ok(Int4 { dims: [of.n, of.k], group: of.group, codes, scales, zeros: (!plain).then_some(zeros) })
+        Ok(Int4 { dims: [of.n, of.k], group: of.group, codes, scales, zeros: (!all_are_8).then_some(zeros) })
     }
 
     /// The weights.
     ///
     /// # Errors
     ///
-    /// None: what was made fits. The type is that of the constructors that are called.
+    /// None: the parts fit each other. [`QuantizedRows::int4`], which is called, returns a `Result`.
     pub fn rows(&self) -> Result<QuantizedRows<'_>, Error> {
         let [n, k] = self.dims;
         let weights = QuantizedRows::int4(Rows::from_slice(&self.codes, n, k / 2)?, self.scales()?, k, self.group)?;
@@ -393,7 +397,7 @@ impl Int4 {
         }
     }
 
-    /// The scales, `[N, groups]`, of the type that they had.
+    /// The scales, `[N, groups]`, in their stored type.
     ///
     /// # Errors
     ///

@@ -1,21 +1,22 @@
 //! 4-bit weights in tiles: the order in which a GPU multiplies them.
 //!
-//! A panel is 32 outputs of an expert; its row of bytes holds 64 of k at a time, 1024 bytes each, the eight
-//! bytes of a thread side by side. `cuda/common/params.h` has the places, `cuda/common/quantized_weights.cuh`
-//! the bits. Scales and zero points lie beside them, by panels, too.
+//! A panel is 32 outputs of an expert, and one row of bytes. 1024 bytes hold 64 of k, eight bytes for each
+//! thread. Scales and zero points are matrices of their own, a row for each panel. `cuda/common/params.h`
+//! has the places, `cuda/common/quantized_weights.cuh` the bits.
 
 use crate::dtype::DType;
 use crate::error::{Error, Op, check_shape};
 use crate::format::Format;
-use crate::layout::{ExpertWeights, WeightOrder};
+use crate::layout::ExpertWeights;
 use crate::quantized::{InTiles, QuantizedRows};
 use crate::view::Rows;
 use crate::weights::WeightRows;
 
-/// Outputs of a panel, and how much of k its bytes hold at a time.
+/// Outputs of a panel.
 pub(crate) const PANEL_ROWS: usize = 32;
+/// Of k, that lie together in a panel.
 pub(crate) const PANEL_DEPTH: usize = 64;
-/// Bytes of so much.
+/// Bytes of the codes of so many outputs and so much of k.
 pub(crate) const PANEL_BYTES: usize = PANEL_ROWS * PANEL_DEPTH / 2;
 
 /// How E matrices `[N, K]` of 4-bit weights lie in tiles, and what memory they take.
@@ -24,12 +25,12 @@ pub(crate) const PANEL_BYTES: usize = PANEL_ROWS * PANEL_DEPTH / 2;
 /// |---|---|---|
 /// | codes | `E * ceil(N / 32)` | `1024 * ceil(K / 64)` |
 /// | scales, INT4 | as many | `32 * groups`, times the bytes of a scale, which keeps its type |
-/// | scales, MXFP4 | as many | `128 + 64 * ceil(K / 64)`: an `f32` factor for each output, then exponents relative to it |
+/// | scales, MXFP4 | as many | `128 + 64 * ceil(K / 64)`: `f32` factors of outputs, relative exponents |
 /// | zero points | as many | `32 * groups` |
 ///
-/// That is what a checkpoint takes, but for what fills up the last panel and the last 64 of k, for the
-/// factors, and for zero points, which take a byte each. Groups are those that begin below K, rounded up to
-/// 64.
+/// This is what a checkpoint takes, and besides: zeros that fill up the last panel and the last 64 of k, the
+/// factors, and half a byte for each zero point, which takes a whole one here. `groups` counts those that
+/// begin below K rounded up to a multiple of 64.
 ///
 /// ```
 /// use dropless::{Bf16, ExpertWeights, QuantizedRows, Rows, Tiles};
@@ -53,7 +54,7 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Those that weights in checkpoint order become.
+    /// The tiles that weights in checkpoint order become.
     ///
     /// # Errors
     ///
@@ -72,11 +73,9 @@ impl Tiles {
 
     fn of_expert(w: &ExpertWeights<'_>, expert: usize) -> Result<Tiles, Error> {
         let op = Op::Repack;
-        let WeightRows::Quantized(rows) = w.expert(expert) else {
-            return Err(Error::unsupported(op, "`w` of type", w.dtype().name(), "int4, mxfp4"));
-        };
-        let (Format::Int4 | Format::Mxfp4, WeightOrder::Nk) = (rows.format(), w.order()) else {
-            return Err(Error::unsupported(op, "`w` of type", w.dtype().name(), "int4, mxfp4"));
+        let rows = match w.expert(expert) {
+            WeightRows::Quantized(rows) if matches!(rows.format(), Format::Int4 | Format::Mxfp4) => rows,
+            _ => return Err(Error::unsupported(op, "`w` of type", w.dtype().name(), "int4, mxfp4")),
         };
         let Some((scales, [_, group])) = rows.scales() else {
             return Err(Error::unsupported(op, "`w` in", "tiles", "weights in the order of a checkpoint"));
@@ -138,26 +137,37 @@ impl Tiles {
         self.k.div_ceil(PANEL_DEPTH)
     }
 
-    /// Groups of an output, those of the zeros behind K included.
+    /// Groups of an output, those of the zeros after the last of k included.
     pub(crate) fn groups(&self) -> usize {
         (self.steps() * PANEL_DEPTH).div_ceil(self.group)
+    }
+
+    /// Refuses parts of other sizes, and zero points where there should be none or the other way round.
+    pub(crate) fn check_parts(&self, op: Op, codes: [usize; 2], scales: [usize; 2], zeros: Option<[usize; 2]>) -> Result<(), Error> {
+        check_shape(op, "codes", "[panels, bytes]", &self.codes(), &codes)?;
+        check_shape(op, "scales", "[panels, bytes]", &self.scales(), &scales)?;
+        match (self.zeros(), zeros) {
+            (None, None) => Ok(()),
+            (Some(want), Some(got)) => check_shape(op, "zeros", "[panels, bytes]", &want, &got),
+            (want, got) => {
+                let text = |there: bool| if there { "zero points" } else { "none" };
+                Err(Error::mismatch(op, "zeros", text(want.is_some()).to_owned(), text(got.is_some())))
+            }
+        }
     }
 }
 
 impl<'a> QuantizedRows<'a> {
     /// Weights in tiles, as [`repack`](crate::repack::repack) writes them: a stack of E matrices `[N, K]` for
-    /// [`ExpertWeights::nk`]. On a GPU products take INT4 and MXFP4 weights in no other order; on the CPU
-    /// none takes these.
+    /// [`ExpertWeights::nk`]. On a GPU, products take INT4 and MXFP4 weights in tiles alone; on the CPU they
+    /// take no tiles.
     ///
     /// # Errors
     ///
     /// [`Error::Shape`] for a part of another size than `tiles` says; [`Error::Mismatch`] if there are zero
     /// points and should be none, or the other way round; [`Error::Place`] if parts live elsewhere.
     pub fn tiles(tiles: Tiles, codes: Rows<'a, u8>, scales: Rows<'a, u8>, zeros: Option<Rows<'a, u8>>) -> Result<Self, Error> {
-        let op = Op::ExpertWeights;
-        check_shape(op, "codes", "[panels, bytes]", &tiles.codes(), &codes.dims())?;
-        check_shape(op, "scales", "[panels, bytes]", &tiles.scales(), &scales.dims())?;
-        check_zeros(op, &tiles, zeros.map(|zeros| zeros.dims()))?;
+        tiles.check_parts(Op::ExpertWeights, codes.dims(), scales.dims(), zeros.map(|zeros| zeros.dims()))?;
         let rows = tiles.num_experts * tiles.n;
         let in_tiles = Some(InTiles { tiles, rows, scales, zeros });
         let all = QuantizedRows { cols: tiles.k, in_tiles, ..Self::bare(tiles.format, codes) };
@@ -171,23 +181,11 @@ impl<'a> QuantizedRows<'a> {
         self.in_tiles.map(|in_tiles| in_tiles.tiles)
     }
 
-    /// Refuses weights in tiles, for what reads rows.
+    /// Refuses weights in tiles, for code that reads rows.
     pub(crate) fn check_rows(&self, op: Op, arg: &'static str) -> Result<(), Error> {
         if self.in_tiles.is_none() {
             return Ok(());
         }
         Err(Error::unsupported(op, format!("`{arg}` in"), "tiles", "weights in the order of a checkpoint"))
-    }
-}
-
-/// Zero points, of which there are as many as the tiles say.
-pub(crate) fn check_zeros(op: Op, tiles: &Tiles, got: Option<[usize; 2]>) -> Result<(), Error> {
-    match (tiles.zeros(), got) {
-        (None, None) => Ok(()),
-        (Some(want), Some(got)) => check_shape(op, "zeros", "[panels, bytes]", &want, &got),
-        (want, _) => {
-            let text = |there: bool| if there { "zero points" } else { "none" };
-            Err(Error::mismatch(op, "zeros", text(want.is_some()).to_owned(), text(got.is_some())))
-        }
     }
 }

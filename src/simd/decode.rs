@@ -1,7 +1,7 @@
 //! Quantised weights as floats: what each format's bytes mean, in plain loops that compilers vectorise.
 //!
-//! Formulas and their roundings are those of [`Format`]; sources are named there. Every value is the bits that the code
-//! which owns the format gives.
+//! Formulas and their roundings are those of [`Format`]; sources are named there. Every value is the bits
+//! that the code which owns the format gives.
 
 use super::vector::{Kernel, Simd};
 use crate::dtype::{Bf16, F16, Float};
@@ -104,8 +104,8 @@ fn e2m1(code: u8) -> f32 {
     if code & 15 == 8 { -0.0 } else { value }
 }
 
-/// Writes elements `first..first + y.len()` of a row. `first` is a multiple of 256, and of what shares a scale that lies apart
-/// or a part of that.
+/// Writes elements `first..first + y.len()` of a row. `first` is a multiple of 256, and of what shares a
+/// scale that lies apart or a part of that.
 pub(crate) fn decode(row: &QuantizedRow<'_>, first: usize, y: &mut [f32]) {
     super::run(Decode { row, first, y });
 }
@@ -284,7 +284,7 @@ fn q6_k(block: &[u8; 210], y: &mut [f32; 256]) {
 }
 
 /// The first group or block of a row whose scale is not finite.
-pub(crate) fn finite_scales(row: &QuantizedRow<'_>) -> Option<usize> {
+pub(crate) fn first_not_finite(row: &QuantizedRow<'_>) -> Option<usize> {
     let (bytes, at): (usize, &[usize]) = match row.format {
         Format::E4m3 | Format::Mxfp4 | Format::Int4 => {
             return (0..row.scales.len()).find(|&group| !row.scales.get(group).is_finite());

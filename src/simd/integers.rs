@@ -1,15 +1,16 @@
-//! Dot products of quantised weights and inputs rounded to 8 bits, in integers: for few rows, where reading the weights is
-//! what takes time.
+//! Dot products of quantised weights and inputs rounded to 8 bits, in integers: for few rows, where reading
+//! the weights is what takes time.
 //!
-//! An input row is cut into chunks of 256 elements, and those into blocks of 32. A block's scale is its largest magnitude
-//! divided by 127, and each element becomes the nearest multiple of it, ties to even. Then
+//! An input row is cut into chunks of 256 elements, and those into blocks of 32. A block's scale is its
+//! largest magnitude divided by 127, and each element becomes the nearest multiple of it, ties to even. Then
 //!
 //! ```text
 //! sum_k x[k] w[k]  ~  sum over blocks b of  scale_x[b] * scale_w[b] * (sum of integers x * w)  -  scale_x[b] * min_w[b] * (sum of x)
 //! ```
 //!
-//! Sums of four products of integers are exact. The floats are added in sixteen lanes, each a chain over ascending k, and
-//! the lanes are folded at the end. So the bits depend on the two rows alone: every instruction set gives the same.
+//! Sums of four products of integers are exact. The floats are added in sixteen lanes, each a chain over
+//! ascending k, and the lanes are folded at the end. So the bits depend on the two rows alone: every
+//! instruction set gives the same.
 //!
 //! | format | integers | order of 64 elements | scale for | minimum |
 //! |---|---|---|---|---|
@@ -56,7 +57,8 @@ pub(crate) const fn chunk_floats(cols: usize) -> usize {
 
 /// Scratch as chunks.
 fn as_chunks(scratch: &mut [f32]) -> &mut [InputChunk] {
-    // SAFETY: a chunk is made of integers and floats without padding, of the alignment of floats: every bit pattern is a value.
+    // SAFETY: a chunk is made of integers and floats without padding, of the alignment of floats: every bit
+    // pattern is a value.
     unsafe { scratch.align_to_mut::<InputChunk>().1 }
 }
 
@@ -200,8 +202,8 @@ pub(crate) trait WeightRow<'a> {
     fn ahead(&self, j: usize) -> &'a [u8];
 }
 
-/// `sums[i, j] += sum_k x[i, k] * row(j)[k]` for `j < cols`: rows of inputs as chunks, `chunk_floats(K)` apart, and rows of weights
-/// whose integers lie as those that the inputs were rounded for.
+/// `sums[i, j] += sum_k x[i, k] * row(j)[k]` for `j < cols`: rows of inputs as chunks, `chunk_floats(K)`
+/// apart, and rows of weights whose integers lie as those that the inputs were rounded for.
 pub(crate) fn integer_dots<'a>(
     x: &mut [f32],
     x_stride: usize,
@@ -381,8 +383,8 @@ fn of_exponents<S: Simd>(simd: S, exponents: [u8; 8]) -> Factors<S::V> {
     Factors { scales: simd.mul(simd.load(&scales), simd.splat(0.5)), mins: simd.splat(0.0) }
 }
 
-/// Scales that are the f16 at the beginnings of blocks of so many bytes. They are put together as words: that takes other parts of a
-/// processor than those which multiply.
+/// Scales that are the f16 at the beginnings of blocks of so many bytes. They are put together as words: that
+/// takes other parts of a processor than those which multiply.
 #[inline(always)]
 fn of_halves<S: Simd, const STEP: usize>(simd: S, bytes: &[u8]) -> Factors<S::V> {
     let half = |block: usize| u64::from(u16::from_le_bytes(*piece(bytes, STEP * block)));

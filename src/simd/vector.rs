@@ -75,18 +75,19 @@ pub(crate) trait Simd: Copy {
     fn nibbles(self, from: &[u8; 32]) -> Self::B;
     /// The low nibbles of one and of the other, then the high ones.
     fn nibbles_of_two(self, from: [&[u8; 16]; 2]) -> Self::B;
-    /// Nibbles of `low`, the low ones or the `upper`, below pairs of bits of `high`: of each byte the first two pairs, or the
-    /// `upper` two, one after the other.
+    /// Nibbles of `low`, the low ones or the `upper`, below pairs of bits of `high`: of each byte the first
+    /// two pairs, or the `upper` two, one after the other.
     fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> Self::B;
     /// `table[code]` for codes below 16.
     fn look_up(self, table: &[u8; 16], codes: Self::B) -> Self::B;
-    /// Lane `i` is `offsets[i]` and the sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, exact, for codes below 128 and `x` that is
-    /// not -128.
+    /// Lane `i` is `offsets[i]` and the sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, exact, for codes
+    /// below 128 and `x` that is not -128.
     fn dot_unsigned(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
-    /// The sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, for signed codes and `x` that is not -128. `offsets[i]` is the sum of
-    /// those `x` times -128, which some instruction sets need.
+    /// The sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, for signed codes and `x` that is not -128.
+    /// `offsets[i]` is the sum of those `x` times -128, which some instruction sets need.
     fn dot_signed(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
-    /// Four lanes each of four: those of quarter `q` are lane `lanes[q]`. The first two are of one half, and so are the last two.
+    /// Four lanes each of four: those of quarter `q` are lane `lanes[q]`. The first two are of one half, and
+    /// so are the last two.
     fn spread(self, from: Self::V, lanes: [usize; 4]) -> Self::V;
 
     /// All lanes as an array.

@@ -13,7 +13,7 @@ use crate::rounded::NARROW;
 const MODEL: &str = "model.safetensors";
 const GOLDENS: &str = "goldens.safetensors";
 const DECODE: &str = "decode.safetensors";
-const PROMPT: [u32; 7] = [5, 99, 3, 127, 1, 17, 17];
+pub const PROMPT: [u32; 7] = [5, 99, 3, 127, 1, 17, 17];
 
 /// A checkpoint of a family.
 pub struct Case {
@@ -346,7 +346,7 @@ fn no_checkpoint_is_left_out() {
 }
 
 /// Calls the example on the CPU, also where there is a GPU.
-fn on_cpu(args: &[&str]) -> Ran {
+pub fn on_cpu(args: &[&str]) -> Ran {
     run(&[args, &["--device", "cpu"]].concat())
 }
 

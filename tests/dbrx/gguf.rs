@@ -1,7 +1,8 @@
-//! GGUF files: against references of another implementation, every architecture written down from a checkpoint of its
-//! family, and files that are none.
+//! GGUF files: results against those of another implementation; a file of each architecture, made from a
+//! checkpoint of its family; and files that are refused.
 //!
-//! The writer here follows the format's specification, and llama.cpp's converter in what it makes of tensors.
+//! The writer here follows the format's specification. Names and layouts of tensors are those of llama.cpp's
+//! converter.
 
 use std::path::Path;
 
@@ -12,20 +13,17 @@ use serde_json::Value;
 
 use crate::example::gguf::{GgufFile, header_of};
 use crate::example::progress::Progress;
-use crate::fixture::{Folder, Ran, checkpoint, refused, run};
+use crate::families::{PROMPT, on_cpu};
+use crate::fixture::{Folder, checkpoint, refused};
 use crate::hostile::watched;
 use crate::lm::families::read_gguf;
-use crate::quantized::{holds, published};
+use crate::quantized::{EXACT, holds, published};
 use crate::results::{agree, dump_of};
 use crate::rounded::edited;
 
 const MODEL: &str = "model.gguf";
-const EXACT: &str = "--exact-activations";
-const PROMPT: [u32; 7] = [5, 99, 3, 127, 1, 17, 17];
-
-fn on_cpu(args: &[&str]) -> Ran {
-    run(&[args, &["--device", "cpu"]].concat())
-}
+/// Bytes of the header of the file that [`model`] gives.
+const HEADER_BYTES: usize = 3296;
 
 fn model() -> Vec<u8> {
     std::fs::read(published("gguf_qwen3moe").join(MODEL)).unwrap()
@@ -37,7 +35,7 @@ fn references_hold() {
     holds("gguf_qwen3moe", "goldens.safetensors", &[], 4);
 }
 
-/// The file itself, or the folder that has it; and what a run says of it.
+/// `--model` names the file itself, or a folder with one such file. What a run says of the weights.
 #[test]
 fn a_file_is_named_by_itself_or_by_its_folder() {
     let folder = Folder::new();
@@ -145,7 +143,7 @@ impl Source {
     }
 }
 
-/// A file under way.
+/// A file that is being written.
 struct File<'s> {
     source: &'s Source,
     name: &'static str,
@@ -163,7 +161,7 @@ impl<'s> File<'s> {
         self.entries.push((format!("{}.{key}", self.name), entry));
     }
 
-    /// Keys and the fields of `config.json` that they are.
+    /// Entries of whole numbers: their keys, and the fields of `config.json` that hold the values.
     fn sizes(&mut self, keys: &[(&str, &str)]) {
         keys.iter().for_each(|(key, pointer)| self.entry(key, Entry::U32(self.source.size(pointer) as u32)));
     }
@@ -173,7 +171,7 @@ impl<'s> File<'s> {
         self.tensors.push((name.into(), shape, 0, bytes));
     }
 
-    /// A tensor as it is, by its other name.
+    /// A tensor with the same values, under another name.
     fn copy(&mut self, from: &str, to: impl Into<String>) {
         let (shape, values) = self.source.get(from);
         self.add(to, shape, &values);
@@ -187,7 +185,8 @@ impl<'s> File<'s> {
         self.add(to, shape, &values);
     }
 
-    /// Rows of heads as llama.cpp has them for pairs of neighbours: halves of a head in turn.
+    /// Rows of heads in the order of llama.cpp, which rotates neighbouring rows: the two halves of a head in
+    /// turn.
     fn permuted(&mut self, from: &str, heads: usize, to: impl Into<String>) {
         let (shape, values) = self.source.get(from);
         let (rows, half) = (shape[0], shape[0] / heads / 2);
@@ -332,7 +331,8 @@ fn dbrx(source: &Source) -> Vec<u8> {
     file.bytes()
 }
 
-/// A checkpoint of each family as a GGUF file agrees with the references, but for the order within rotated heads.
+/// A checkpoint of each family, written as a GGUF file, agrees with its references. Rotated heads are left
+/// out: their elements are in another order.
 #[test]
 fn every_architecture_agrees_with_its_family() {
     for (name, file) in [
@@ -374,7 +374,7 @@ fn variants_run() {
     let args = ["--generate", "3"];
     let dump = |folder: &Folder| dump_of(on_cpu, folder.path(), &PROMPT, &args);
     let plain = dump(&file(&|_, _| {}));
-    // The same numbers in fewer bits.
+    // Weights of 16 bits, or the same numbers as f32.
     let narrow = |wide: bool| {
         file(&move |_, tensors| {
             for (i, (name, _, kind, bytes)) in tensors.iter_mut().enumerate().filter(|(_, tensor)| tensor.1.len() > 1) {
@@ -391,7 +391,7 @@ fn variants_run() {
         })
     };
     agree(&dump(&narrow(false)), &dump(&narrow(true)));
-    // Divisors of 1 are those of no scaling; others are another model's.
+    // Divisors of 1 change nothing; divisors of 2 do.
     let divided = |divisor: f32| {
         file(&move |_, tensors| {
             tensors.push(("rope_freqs.weight".into(), vec![8], 0, std::iter::repeat_n(divisor.to_le_bytes(), 8).flatten().collect()));
@@ -611,7 +611,7 @@ fn bad_tensors_are_refused() {
         let norm = tensor(all, "blk.0.attn_norm.weight");
         (norm.2, norm.3) = (8, vec![0; 68]);
     });
-    // A d that is no number, of the second block of the third row: of 64 elements, 68 bytes.
+    // The scale of the second block of the third row is infinite. A row is 64 elements in 68 bytes.
     wants(&format!("tensor `{UP}` must have finite scales, that of row 2, block 1 is not"), &|all| {
         let up = tensor(all, UP);
         (up.2, up.3) = (8, vec![0; 8 * 56 * 68]);
@@ -631,7 +631,8 @@ fn bad_tensors_are_refused() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// Where the first tensor's description begins, and the header ends.
+/// Where the header ends: after the description of the last tensor. Its name is followed by the number of
+/// dimensions, three sizes, the type and the offset.
 fn header_ends(file: &[u8]) -> usize {
     let name = b"blk.1.ffn_down_exps.weight";
     let at = file.windows(name.len()).position(|window| window == name).unwrap();
@@ -689,23 +690,23 @@ fn absurd_numbers_are_refused() {
     assert!(text.ends_with(&format!(" ends at byte {all}, the file has {} (is it truncated?)", all - 1)), "{text}");
 }
 
-/// A header that is cut anywhere is refused.
+/// A file that ends too early is refused: at any byte of the header, or within the data.
 #[test]
 fn every_truncation_is_refused() {
     let whole = model();
-    let end = 3296; // of the header
-    for length in (0..end).chain((end..whole.len()).step_by(997)) {
+    for length in (0..HEADER_BYTES).chain((HEADER_BYTES..whole.len()).step_by(997)) {
         let text = watched(|| header_of(&whole[..length])).map(|_| ()).unwrap_err();
         assert!(["truncated", "may have", "has room for"].iter().any(|part| text.contains(part)), "{length}: {text}");
     }
     assert!(header_of(&whole).is_ok());
 }
 
-/// Every bit of the header turned: the file is refused, or is one of another model. No panic, nothing large.
+/// Each bit of the header is flipped in turn. The file is refused, or is that of another model: no panic, and
+/// no large allocation.
 #[test]
 fn every_bit_of_a_header() {
     let (mut file, mut refused) = (model(), 0);
-    for at in 0..3296 {
+    for at in 0..HEADER_BYTES {
         for bit in 0..8 {
             file[at] ^= 1 << bit;
             refused += usize::from(watched(|| header_of(&file)).is_err());
@@ -715,14 +716,14 @@ fn every_bit_of_a_header() {
     assert!(refused > 4000, "{refused} refused");
 }
 
-/// The same of the whole way to a run, of some bytes: what is refused is refused with the file's name.
+/// Some bytes of the file are damaged, and all of it is opened: a refusal names the file.
 #[test]
 fn damaged_files_are_refused_or_are_other_models() {
     let whole = model();
     let folder = Folder::new();
     let path = folder.file(MODEL);
-    let bytes = (4..3296).step_by(17).map(|at| (at, 0xff)).chain((4..3296).step_by(29).map(|at| (at, 0x01)));
-    for (at, mask) in bytes.chain((3296..whole.len()).step_by(30_011).map(|at| (at, 0x7c))) {
+    let bytes = (4..HEADER_BYTES).step_by(17).map(|at| (at, 0xff)).chain((4..HEADER_BYTES).step_by(29).map(|at| (at, 0x01)));
+    for (at, mask) in bytes.chain((HEADER_BYTES..whole.len()).step_by(30_011).map(|at| (at, 0x7c))) {
         let mut file = whole.clone();
         file[at] ^= mask;
         std::fs::write(&path, file).unwrap();
@@ -741,14 +742,15 @@ fn damaged_files_are_refused_or_are_other_models() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Any bytes behind the first words, and any damage to several places of a file at once.
+    /// Any bytes, alone and after the first words of a file, and any damage to several places of a file: no
+    /// panic.
     #[test]
-    fn any_bytes_are_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), damage in proptest::collection::vec((0..3296usize, any::<u64>()), 1..6)) {
+    fn any_bytes_are_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), damage in proptest::collection::vec((0..HEADER_BYTES, any::<u64>()), 1..6)) {
         let magic = [&b"GGUF\x03\0\0\0"[..], &bytes].concat();
         let few = [&b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0"[..], &bytes].concat();
         let mut file = model();
         for (at, value) in damage {
-            let at = at.min(3296 - 8);
+            let at = at.min(HEADER_BYTES - 8);
             file[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
         for file in [bytes, magic, few, file] {

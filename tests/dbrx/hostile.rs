@@ -65,7 +65,7 @@ unsafe impl GlobalAlloc for Watching {
     }
 }
 
-/// What a call gives that allocates nothing large.
+/// Gives the result of a call, which must not allocate much at once.
 pub fn watched<R>(call: impl FnOnce() -> R) -> R {
     LARGEST.set(0);
     let result = call();
@@ -502,7 +502,8 @@ fn numbers_that_are_none() {
     }
 }
 
-/// Where the configuration says nothing of it, nothing is quantised, whatever the tensors say.
+/// Tensors in FP8, and names of MXFP4, are refused where `config.json` does not say that the weights are
+/// quantised.
 #[test]
 fn quantised_tensors_without_a_configuration() {
     let expert = "model.layers.0.mlp.experts.0.gate_proj.weight";

@@ -1,12 +1,13 @@
-//! Checkpoints with quantised weights, in safetensors: against references of another implementation, against the
-//! same numbers as f32 in every form that is read, and what is refused.
+//! Checkpoints with quantised weights, in safetensors: against references of another implementation, against
+//! the same numbers as f32 in every form that is read, and what is refused.
 //!
-//! The converters here are the formats' formulas, written down a second time. `gguf` has what is said of that format.
+//! The converters here are the formats' formulas, written down a second time. `gguf` has the tests of GGUF
+//! files.
 
 use std::path::PathBuf;
 
 use dropless::{Bf16, F16, Float, WeightRows};
-use dropless_kit::goldens;
+use dropless_kit::{goldens, oracle};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -14,18 +15,14 @@ use serde_json::{Value, json};
 use crate::example::checkpoint::Checkpoint;
 use crate::example::progress::Progress;
 use crate::example::weights::{Mapped, Tensors};
-use crate::fixture::{Folder, Ran, checkpoint, refused, run};
+use crate::families::{PROMPT, on_cpu};
+use crate::fixture::{Folder, checkpoint, refused};
 use crate::lm::families::read_config;
 use crate::lm::spec::{Kind, Part, Spec};
 use crate::results::{agree, dump_of};
 
 const MODEL: &str = "model.safetensors";
-const EXACT: &str = "--exact-activations";
-const PROMPT: [u32; 7] = [5, 99, 3, 127, 1, 17, 17];
-
-fn on_cpu(args: &[&str]) -> Ran {
-    run(&[args, &["--device", "cpu"]].concat())
-}
+pub const EXACT: &str = "--exact-activations";
 
 /// A checkpoint that another implementation quantised.
 pub fn published(name: &str) -> PathBuf {
@@ -50,7 +47,8 @@ fn references_hold_with_exact_activations() {
     holds("qwen3_moe_fp8", "decode.safetensors", &[EXACT], 2);
 }
 
-/// With activations in 8 bits, within the limits of rounded ones: logits, choices that are far from a tie, tokens.
+/// With activations in 8 bits, within the limits of rounded ones: logits, choices that are far from a tie,
+/// tokens.
 #[test]
 fn references_hold_with_rounded_activations() {
     holds("gpt_oss_mxfp4", "goldens.safetensors", &[], 6);
@@ -204,7 +202,7 @@ const FORMS: [Form; 11] = [
         name: "gptq by activations",
         config: || json!({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": true}),
         takes: whole_words,
-        // Of every second tensor the inputs are in order all the same.
+        // The inputs of a tensor whose name has an even length stay in order.
         write: |m, out| {
             let count = m.k.div_ceil(16);
             let in_order = m.name.len().is_multiple_of(2);
@@ -233,11 +231,7 @@ fn bytes_of(values: &[f32], dtype: Dtype) -> (Vec<u8>, Vec<f32>) {
 
 /// The numbers of FP8 that are not negative, by their codes.
 fn e4m3_values() -> Vec<f32> {
-    let value = |code: i32| match code >> 3 {
-        0 => code as f32 / 512.0,
-        exponent => (1.0 + (code & 7) as f32 / 8.0) * 2f32.powi(exponent - 7),
-    };
-    (0..127).map(value).collect()
+    (0..127u8).map(|code| oracle::quantize::value(code) as f32).collect()
 }
 
 /// The index of the nearest of some increasing numbers.
@@ -384,7 +378,7 @@ fn awq(m: &Matrices<'_>, out: &mut Vec<Tensor>) -> Vec<f32> {
     int4.values
 }
 
-/// The matrices of a description in one of its tensors, outputs as rows.
+/// The values of a tensor with the outputs of each matrix as rows.
 fn with_outputs_as_rows(spec: &Spec, values: &[f32]) -> Vec<f32> {
     let (_, [n, k]) = spec.matrix_dims();
     match spec.order {
@@ -407,7 +401,7 @@ struct Converted {
     quantized: Folder,
     wide: Folder,
     specs: Vec<Spec>,
-    /// The tensors that became others.
+    /// How many tensors were quantised.
     count: usize,
 }
 
@@ -449,10 +443,11 @@ fn write(folder: &Folder, tensors: &[Tensor]) {
     std::fs::write(folder.file(MODEL), safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-/// The families whose matrices lie in every way there is: each expert apart, stacked halves, stacked and turned.
+/// Families whose matrices lie in every way there is: each expert apart, stacked halves, stacked and turned.
 const FAMILIES: [&str; 4] = ["qwen3_moe", "granitemoe", "gpt_oss", "tiny-dbrx-f32"];
 
-/// Every form is the numbers that it stands for, bit for bit, and runs as those do.
+/// Each form is read as the numbers that it stands for, bit for bit, and a run gives what those numbers give
+/// as f32.
 #[test]
 fn every_form_is_the_numbers_that_it_stands_for() {
     for form in &FORMS {
@@ -480,7 +475,7 @@ fn every_form_is_the_numbers_that_it_stands_for() {
             let args = ["--generate", "3", "--dump-layers"];
             let wide = dump_of(on_cpu, wide.path(), &PROMPT, &args);
             agree(&dump_of(on_cpu, quantized.path(), &PROMPT, &[&args[..], &[EXACT]].concat()), &wide);
-            // Rounded activations run as well, on any number of threads.
+            // Rounded activations give the same bits on any number of threads.
             let rounded = |threads| dump_of(on_cpu, quantized.path(), &PROMPT, &[&args[..], &["--threads", threads]].concat());
             assert!(rounded("1") == rounded("3"), "{what}: threads give other bits");
         }
@@ -495,7 +490,8 @@ fn values_of(part: &WeightRows<'_>) -> Vec<f32> {
     }
 }
 
-/// GPTQ and AWQ take memory of their own, which is said, and limited, before it is taken.
+/// GPTQ and AWQ are copied in another order. A run says how much memory the copies need, and refuses more
+/// than its limit.
 #[test]
 fn what_is_made_is_counted() {
     let form = |name: &str| FORMS.iter().find(|form| form.name == name).unwrap();
@@ -516,7 +512,7 @@ fn what_is_made_is_counted() {
     assert!(text.starts_with("memory: the run needs ") && text.contains("(weights "), "{text}");
 }
 
-/// Routers and gates of shared experts are read as floats, whatever a file has.
+/// Quantised routers and gates of shared experts are read as floats.
 #[test]
 fn a_quantised_router_becomes_f32() {
     let folder = Folder::copy_of("qwen2_moe");
@@ -543,15 +539,15 @@ fn a_quantised_router_becomes_f32() {
     agree(&dump_of(on_cpu, folder.path(), &PROMPT, &args), &dump_of(on_cpu, wide.path(), &PROMPT, &args));
 }
 
-/// Until there are kernels for them, and never as random numbers.
+/// This program does not repack them for a GPU, nor make random ones.
 #[test]
 fn quantised_weights_run_on_the_cpu_alone() {
     let name = published("qwen3_moe_fp8");
     let path = name.to_str().unwrap();
     #[cfg(feature = "cuda")]
     {
-        let text = refused(&run(&["--model", path, "--tokens", "1", "--device", "emulated"]));
-        let want = "weights are e4m3, bf16: quantised ones run on the CPU, kernels for them are not here yet; see --device";
+        let text = refused(&crate::fixture::run(&["--model", path, "--tokens", "1", "--device", "emulated"]));
+        let want = "weights are e4m3, bf16: quantised ones run on the CPU alone; see --device";
         assert_eq!(text, want);
     }
     let config = format!("{path}/config.json");
@@ -559,7 +555,7 @@ fn quantised_weights_run_on_the_cpu_alone() {
     assert_eq!(text, format!("{config}: `quantization_config` must be null: random weights are not quantised"));
 }
 
-/// What is refused of a form, with its text.
+/// The refusal of a checkpoint of that form after an edit of its tensors.
 fn refusal(form: &str, edit: impl FnOnce(&mut Vec<Tensor>)) -> String {
     let form = FORMS.iter().find(|known| known.name == form).unwrap();
     let folder = converted("qwen3_moe", form).quantized;
@@ -635,7 +631,7 @@ fn bad_tensors_are_refused() {
         let scale = find(all, &o("_scale"));
         (scale.1, scale.3) = (vec![64, 1], vec![0; 256]);
     });
-    // One that config.json says is not quantised.
+    // A tensor that is not quantised according to config.json.
     wants(
         "fp8 small blocks",
         "tensor `lm_head.weight` must be F32, BF16 or F16, got F8_E4M3: config.json has `lm_head` as not quantised".into(),

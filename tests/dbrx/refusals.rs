@@ -138,6 +138,8 @@ fn config_of_another_model() {
             refused(section, "attn_type", value, "\"grouped_query_attention\"");
         }
     }
+    let text = config(|config| config["quantization_config"] = json!({"quant_method": "fp8"}));
+    assert_eq!(text, "config.json: `quantization_config.weight_block_size` is missing");
     for name in ["rope_type", "type"] {
         let text = config(|config| config["rope_parameters"] = json!({ name: "yarn" }));
         assert_eq!(text, format!("config.json: `rope_parameters.{name}` must be \"default\", got \"yarn\""));

@@ -123,7 +123,7 @@ impl Quantized {
             Kind::Mxfp4 => (bytes(rows * k / 2), None, rows * k / 32),
             Kind::E4m3 { block, .. } => {
                 let codes = bytes(rows * k);
-                // Of an exact product, integers up to 7.5 in halves; else all numbers.
+                // For an exact product, multiples of 1/8 from 1 to 3.75; else all numbers.
                 let codes = codes.iter().map(|code| match (exact, code & 0x7f) {
                     (true, low) => code & 0x80 | (0x38 + low % 16),
                     (false, 0x7f) => 0x7e,
@@ -142,7 +142,7 @@ impl Quantized {
         Quantized { kind, experts, n, k, codes, scales, zeros }
     }
 
-    /// Exponents of these sizes.
+    /// With random exponents of that range.
     pub(crate) fn with_exponents(mut self, seed: u64, range: RangeInclusive<u8>) -> Quantized {
         let mut random = Random::new(seed);
         let Scales::E8m0(exponents) = &mut self.scales else { panic!("no exponents") };
@@ -237,7 +237,7 @@ fn want(x: &[Bf16], w: &[f64], sizes: &[u32], n: usize, k: usize) -> [Vec<f64>; 
     [oracle::grouped_gemm::nt(&x, w, &all, &owner, n, k), oracle::grouped_gemm::nt(&abs(&x), &abs(w), &all, &owner, n, k)]
 }
 
-const fn int4(group: usize, scales: DType, zeros: bool) -> Kind {
+pub(crate) const fn int4(group: usize, scales: DType, zeros: bool) -> Kind {
     Kind::Int4 { group, scales, zeros }
 }
 
@@ -258,8 +258,8 @@ fn edges(kind: Kind, sizes: &[u32], n: usize, k: usize) {
     });
 }
 
-/// Every length of a group, type of scale and form of an int4 kernel, with and without zero points; the
-/// others.
+/// Int4 with every length of a group, type of scale and form of a kernel, with and without zero points; then
+/// the other formats.
 const KINDS: [Kind; 10] = [
     int4(32, DType::Bf16, false),
     int4(32, DType::F32, true),
@@ -377,8 +377,7 @@ fn powers_of_two_of_any_size_in_tiles() {
     }
 }
 
-/// An exponent of 255 is no number, and makes none of its output's results one; nor does a code of e4m3 that
-/// is none.
+/// An exponent of 255 is NaN and makes all results of its output NaN; so does a code of e4m3 that is NaN.
 #[test]
 fn weights_that_are_no_numbers_in_tiles() {
     let (n, k, sizes) = (40, 160, [3, 2]);
@@ -492,14 +491,14 @@ fn biases_and_activations_in_tiles() {
     }
 }
 
-/// A row's bits are the same first, last and among strangers; and NaN in one row reaches no other.
+/// A row's bits are the same alone and anywhere among other rows; a NaN in one row reaches no other.
 #[test]
 fn a_row_in_tiles_depends_on_itself_and_the_weights() {
     let (n, k) = (24, 96);
     let mut others = normal::<Bf16>(1, 131 * k, 1.0);
     others[7] = Bf16::from_f32(f32::NAN);
     let row = normal::<Bf16>(3, k, 1.0);
-    // Row `at` of all, of expert 1, whose rows begin behind those of expert 0.
+    // Row `at` of all, of expert 1, whose rows begin after those of expert 0.
     let with_row = |at: usize| [&others[..at * k], &row, &others[at * k..130 * k]].concat();
     for kind in [int4(32, DType::Bf16, true), int4(128, DType::Bf16, false), Kind::Mxfp4, e4m3([8, 128], DType::F32)] {
         let w = Quantized::new(2, kind, 3, n, k, false);

@@ -111,7 +111,7 @@ fn forward<A: Float + Bits, W: Float + Bits>(
 
 /// How far the layer's output may be from the oracle's: every rounding and every f32 sum, carried through what follows it.
 /// `weight_error` is relative.
-fn bounds<A: Bits>(shape: &Shape, x: &[f64], ids: &[u32], weights: &[f64], [w1, v1, w2]: [&[f64]; 3], weight_error: f64) -> Vec<f64> {
+pub fn bounds<A: Bits>(shape: &Shape, x: &[f64], ids: &[u32], weights: &[f64], [w1, v1, w2]: [&[f64]; 3], weight_error: f64) -> Vec<f64> {
     let (d, f, top_k) = (shape.d_model, shape.d_ffn, shape.top_k);
     let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).fold((0.0, 0.0), |(sum, size), (a, b)| (sum + a * b, size + (a * b).abs()));
     let mut bounds = Vec::new();

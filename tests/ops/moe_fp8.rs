@@ -1,4 +1,5 @@
-//! The layer with FP8 experts: on a GPU the steps' bits, everywhere close to the layer of the same weights in f64; and what it refuses.
+//! The layer with FP8 experts: on a GPU the bits of its steps, on every device close to the layer of the same
+//! weights in f64; and what it refuses.
 
 use dropless::activation::Activation;
 use dropless::activation::Glu;
@@ -8,14 +9,15 @@ use dropless::moe::{self, Experts, Plan, Shape, Shared, Weights};
 use dropless::quantize::{self, QuantizedInputs};
 use dropless::router::Here;
 use dropless::{
-    Bf16, Buffer, ExpertWeights, F16, Float, QuantizedRows, Routing, RoutingBuffers, Rows, Stream, WeightRows, Workspace, glu,
+    Bf16, Buffer, ExpertWeights, F16, Float, Place, QuantizedRows, Routing, RoutingBuffers, Rows, Stream, WeightRows, Workspace, glu,
     grouped_gemm, permute, router,
 };
-use dropless_kit::compare::same_bits;
+use dropless_kit::compare::{relative_l2, same_bits, within};
 use dropless_kit::device;
 use dropless_kit::fill::{normal, to_f64};
 use dropless_kit::guard::{self, Bits, Guarded, POISONS};
 
+use crate::moe::bounds;
 use crate::oracle;
 
 const D: usize = 160;
@@ -115,13 +117,6 @@ impl Layer {
     }
 }
 
-/// By how much the results are off, relative to their size, over all of them.
-fn off<T: Float>(got: &[T], want: &[f64]) -> f64 {
-    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
-    let error = square(&mut got.iter().zip(want).map(|(got, want)| f64::from(got.to_f32()) - want));
-    (error / square(&mut want.iter().copied())).sqrt()
-}
-
 /// Distinct experts for each token.
 fn choices(tokens: usize, shape: &Shape) -> (Vec<u32>, Vec<f32>) {
     let expert = |t: usize, slot: usize| ((t * 5 + t / 3 + slot) % shape.num_experts) as u32;
@@ -198,8 +193,54 @@ fn the_layer_gives_the_bits_of_its_steps() {
     bits_of_the_steps::<F16>();
 }
 
-/// Rounding the rows before each half costs 3 % of the result's size at most; one whose ids are partly elsewhere reads no row that
-/// nobody owns.
+/// The layer's output for tokens with these experts and weights.
+fn forward(stream: &Stream, shape: Shape, layer: &Layer, x: &[Bf16], ids: &[u32], weights: &[f32]) -> Vec<Bf16> {
+    let tokens = ids.len() / 2;
+    let x = Guarded::with(stream, x, tokens, D, 0);
+    let on_device = (Buffer::from_slice(stream, ids).unwrap(), Buffer::from_slice(stream, weights).unwrap());
+    let views = (on_device.0.rows(tokens, 2).unwrap(), on_device.1.rows(tokens, 2).unwrap());
+    let mut buffers = RoutingBuffers::new(stream, tokens, 2, 4).unwrap();
+    let routing = router::index(stream, views.0, views.1, Here::default(), &mut buffers).unwrap();
+    layer.on(stream, |[gate, up, down]| {
+        let plan = Plan::<Bf16>::new(shape, tokens).unwrap();
+        let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+        let experts = Experts::gated(gate, up, down);
+        guard::run::<Bf16>(stream, tokens, D, |y| {
+            moe::forward_routed(stream, &plan, x.view(), &experts, &routing, &mut workspace, y).unwrap();
+        })
+    })
+}
+
+/// Rows of 16 bits that are not rounded to FP8: in a plan without FP8 inputs, and with up to 64 tokens in any
+/// plan. Each element is within the bound of a layer of floats, and the error over all of them is far
+/// below that of rows in FP8.
+#[test]
+fn rows_as_they_are_against_oracle() {
+    let shape = Shape::new(D, F, 4, 2);
+    let layer = Layer::new(5, 4, F);
+    let [gate, up, down] = layer.0.each_ref().map(Stack::numbers);
+    let down: Vec<f64> = (0..down.len()).map(|i| down[(i / (F * D) * D + i % D) * F + i / D % F]).collect(); // [E, F, D]
+    for (shape, tokens) in [(shape, 64), (shape, 65), (shape.with_fp8_inputs(), 64)] {
+        let x = normal::<Bf16>(30, tokens * D, 1.0);
+        let (ids, weights) = choices(tokens, &shape);
+        let want = layer.want(&to_f64(&x), &ids, &weights, 2);
+        let bounds = bounds::<Bf16>(&shape, &to_f64(&x), &ids, &to_f64(&weights), [&gate[..], &up, &down], 0.0);
+        device::each_device(|stream| {
+            let got = forward(stream, shape, &layer, &x, &ids, &weights);
+            within(&got, &want, D, |i| bounds[i]);
+            let off = relative_l2(&to_f64(&got), &want);
+            assert!(off < 6e-3, "{}, {tokens} tokens: {off:.4}", stream.place());
+        });
+    }
+}
+
+/// The relative error that a layer with FP8 inputs may have. Only a GPU rounds rows to FP8.
+fn range_of_errors(stream: &Stream) -> std::ops::Range<f64> {
+    if stream.place() == Place::Host { 1e-3..6e-3 } else { 1e-2..0.045 }
+}
+
+/// Rounding the rows before each half costs less than 4.5 % of the result's size. Where some ids are of no
+/// expert here, rows that no expert owns are not read.
 #[test]
 fn close_to_the_oracle() {
     let (shape, tokens) = (Shape::new(D, F, 4, 2), 66);
@@ -209,21 +250,9 @@ fn close_to_the_oracle() {
     for ids in [all, partly] {
         let want = layer.want(&to_f64(&x), &ids, &weights, 2);
         device::each_device(|stream| {
-            let x = Guarded::with(stream, &x, tokens, D, 0);
-            let on_device = (Buffer::from_slice(stream, &ids).unwrap(), Buffer::from_slice(stream, &weights).unwrap());
-            let views = (on_device.0.rows(tokens, 2).unwrap(), on_device.1.rows(tokens, 2).unwrap());
-            let mut buffers = RoutingBuffers::new(stream, tokens, 2, 4).unwrap();
-            let routing = router::index(stream, views.0, views.1, Here::default(), &mut buffers).unwrap();
-            layer.on(stream, |[gate, up, down]| {
-                let plan = Plan::<Bf16>::new(shape.with_fp8_inputs(), tokens).unwrap();
-                let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
-                let experts = Experts::gated(gate, up, down);
-                let got = guard::run::<Bf16>(stream, tokens, D, |y| {
-                    moe::forward_routed(stream, &plan, x.view(), &experts, &routing, &mut workspace, y).unwrap();
-                });
-                let off = off(&got, &want);
-                assert!((1e-3..0.045).contains(&off), "{}: {off:.4}", stream.place());
-            });
+            let got = forward(stream, shape.with_fp8_inputs(), &layer, &x, &ids, &weights);
+            let off = relative_l2(&to_f64(&got), &want);
+            assert!(range_of_errors(stream).contains(&off), "{}: {off:.4}", stream.place());
         });
     }
 }
@@ -253,8 +282,8 @@ fn other_halves() {
         layer.on(stream, |[gate, up, down]| {
             shared.on(stream, |[shared_gate, shared_up, shared_down]| {
                 let experts = Experts::gated(gate, up, down).with_shared(Shared::gated(shared_gate, shared_up, shared_down));
-                let off = off(&forward(shape, experts), &want);
-                assert!((1e-3..0.045).contains(&off), "{off:.4}");
+                let off = relative_l2(&to_f64(&forward(shape, experts)), &want);
+                assert!(range_of_errors(stream).contains(&off), "{off:.4}");
             });
             let alone = Shape::new(D, F, 4, 2).with_fp8_inputs();
             let sorted = Codes::new(stream, x.view(), Some(&routing));
@@ -301,40 +330,31 @@ fn what_is_refused_on_a_gpu() {
     let (ids, weights) = choices(tokens, &shape);
     device::each_gpu(|stream| {
         let x = Guarded::with(stream, &x, tokens, D, 0);
-        let refused = |shape: Shape, tokens: usize, experts: Experts<'_>| {
+        let refused = |shape: Shape, experts: Experts<'_>| {
             let mut buffers = RoutingBuffers::new(stream, tokens, 2, 4).unwrap();
-            let routing = Routing::from_host(stream, &ids[..2 * tokens], &weights[..2 * tokens], &mut buffers).unwrap();
-            let plan = Plan::<Bf16>::new(shape, tokens).unwrap();
+            let routing = Routing::from_host(stream, &ids, &weights, &mut buffers).unwrap();
+            let plan = Plan::<Bf16>::new(shape.with_fp8_inputs(), tokens).unwrap();
             let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
-            let mut y = Guarded::<Bf16>::new(stream, tokens, D, 0, POISONS[0]);
-            let x = x.view().row_range(0..tokens).unwrap();
-            let error = moe::forward_routed(stream, &plan, x, &experts, &routing, &mut workspace, &mut y.view_mut()).err();
-            error.map_or_else(String::new, |error| {
-                y.assert_untouched(stream);
-                error.to_string()
+            guard::refused::<Bf16>(stream, tokens, D, |y| {
+                moe::forward_routed(stream, &plan, x.view(), &experts, &routing, &mut workspace, y)
             })
         };
-        layer.on(stream, |[gate, up, down]| {
-            let experts = Experts::gated(gate, up, down);
-            // Rows as they are have kernels of their own.
-            for (shape, tokens) in [(shape, tokens), (shape.with_fp8_inputs(), 64)] {
-                assert_eq!(refused(shape, tokens, experts), "");
-            }
+        layer.on(stream, |[gate, _, down]| {
             let floats = Guarded::with(stream, &vec![Bf16(0); 4 * F * D], 4 * F, D, 0);
             let floats = ExpertWeights::nk(floats.view(), 4).unwrap();
-            let text = refused(shape.with_fp8_inputs(), tokens, Experts::gated(gate, floats, down));
+            let text = refused(shape, Experts::gated(gate, floats, down));
             assert!(text.contains("another type of weights, or exact inputs of one alone, up"), "{text}");
             let exact = layer.0[1].on(stream);
             let each: Vec<_> = exact.rows().into_iter().map(|rows| WeightRows::from(rows.with_exact_inputs())).collect();
             let up = ExpertWeights::nk_each(&each).unwrap();
-            let text = refused(shape.with_fp8_inputs(), tokens, Experts::gated(gate, up, down));
+            let text = refused(shape, Experts::gated(gate, up, down));
             assert!(text.contains("another type of weights, or exact inputs of one alone, up"), "{text}");
         });
         // Widths that the kernel does not serve.
         let [narrow, back] = [Stack::new(3, 4, 24, D), Stack::new(4, 4, D, 24)].map(|stack| stack.on(stream));
         with_each(&narrow, |up| {
             with_each(&back, |down| {
-                let text = refused(Shape::new(D, 24, 4, 2).with_fp8_inputs(), tokens, Experts::gated(up, up, down));
+                let text = refused(Shape::new(D, 24, 4, 2), Experts::gated(up, up, down));
                 assert_eq!(text, "moe: FP8 weights with a K of 24 is not supported here; supported: multiples of 16");
             })
         });

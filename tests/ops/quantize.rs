@@ -58,17 +58,9 @@ fn against_oracle<A: Float + Bits>() {
 }
 
 #[test]
-fn against_oracle_f32() {
+fn every_type_against_oracle() {
     against_oracle::<f32>();
-}
-
-#[test]
-fn against_oracle_bf16() {
     against_oracle::<Bf16>();
-}
-
-#[test]
-fn against_oracle_f16() {
     against_oracle::<F16>();
 }
 
@@ -88,7 +80,8 @@ fn codes_are_close() {
     });
 }
 
-/// Zeros, the smallest and the largest numbers, infinities and NaN: each in a block of its own, between ordinary ones.
+/// Zeros, the smallest and the largest numbers, infinities and NaN: each in a block of its own, between
+/// ordinary ones.
 #[test]
 fn extremes() {
     let tiny = f32::from_bits(1);
@@ -120,7 +113,7 @@ fn extremes() {
     });
 }
 
-/// In one pass what `gather` and then `e4m3` give; rows behind the last expert's stay as they are.
+/// In one pass what `gather` and then `e4m3` give; rows after those of the last expert stay as they are.
 #[test]
 fn gathered_rows_are_those_of_their_tokens() {
     let (tokens, top_k, cols) = (13, 3, 150);
@@ -203,6 +196,8 @@ fn what_is_refused() {
         let mut scales = Guarded::<f32>::new(stream, 2, 4, 0, POISONS[0]);
         let error = gather_e4m3(stream, x.view(), &routing, &mut codes.view_mut(), &mut scales.view_mut()).err().unwrap();
         assert_eq!(error.to_string(), "quantize: `x` must be [T, K] = [2, 130], got [3, 130]");
+        codes.assert_untouched(stream);
+        scales.assert_untouched(stream);
     });
     let (codes, scales) = ([0u8; 6], [1.0f32; 4]);
     let of = |rows, cols| QuantizedInputs::new(Rows::from_slice(&codes, 2, 3).unwrap(), Rows::from_slice(&scales, rows, cols).unwrap());
@@ -243,5 +238,6 @@ fn views_of_another_place_are_refused() {
         let error = e4m3(&host, x.view(), &mut codes.view_mut(), &mut scales.view_mut()).err().unwrap().to_string();
         assert!(error.contains("`x`") && error.contains("cuda:"), "{error}");
         codes.assert_untouched(stream);
+        scales.assert_untouched(stream);
     });
 }

@@ -1,5 +1,5 @@
-//! Products with quantised weights on the CPU: every format against the oracle with decoded weights, and what must not show
-//! in the bits. That each format is decoded right, `tests/quantized.rs` holds to other people's goldens.
+//! Products with quantised weights on the CPU: every format against the oracle with decoded weights, and what
+//! must not change the bits. `tests/quantized.rs` tests that each format is decoded right.
 
 use dropless::{
     Bf16, Buffer, Error, ExpertRows, ExpertWeights, Float, Format, QuantizedRows, Rows, RowsMut, Stream, TokenIds, WeightRows, embedding,
@@ -205,7 +205,8 @@ fn every_format_is_multiplied_right() {
     }
 }
 
-/// A row's bits depend on it, the weights and the class: not on its neighbours, its expert's rows, or the threads.
+/// A row's bits depend on it, the weights and the class: not on its neighbours, the number of its expert's
+/// rows, or the threads.
 #[test]
 fn a_row_has_its_bits_in_any_company() {
     for kind in KINDS {
@@ -252,7 +253,7 @@ fn parts_are_those_outputs() {
     }
 }
 
-/// Gate and up of two formats: each product is that which it is alone.
+/// Gate and up of two formats: each product is the one that its matrix gives alone.
 #[test]
 fn a_gate_may_be_of_another_format_than_its_up() {
     let (stream, k) = (device::cpu(2), 512);
@@ -330,4 +331,19 @@ fn a_quantised_table_is_looked_up() {
             same_bits(y, &want);
         }
     }
+}
+
+/// Powers of two are the scales of MXFP4 alone, and matrices of one stack are alike in how inputs enter.
+#[test]
+fn what_no_product_takes_is_refused() {
+    let (codes, exponents) = ([0u8; 4 * 32], [127u8; 4]);
+    let (e4m3, int4) = (Rows::from_slice(&codes, 4, 32).unwrap(), Rows::from_slice(&codes, 4, 16).unwrap());
+    let scales = || dropless::ScaleRows::E8m0(Rows::from_slice(&exponents, 4, 1).unwrap());
+    for refused in [QuantizedRows::e4m3(e4m3, scales(), [1, 32]), QuantizedRows::int4(int4, scales(), 32, 32)] {
+        let text = refused.err().unwrap().to_string();
+        assert_eq!(text, "expert_weights: scales of type e8m0 is not supported here; supported: f32, bf16, f16");
+    }
+    let matrix = QuantizedRows::mxfp4(int4, Rows::from_slice(&exponents, 4, 1).unwrap()).unwrap();
+    let mixed = [matrix.into(), matrix.with_exact_inputs().into()];
+    assert!(matches!(ExpertWeights::nk_each(&mixed), Err(Error::Mismatch { arg: "matrices", .. })));
 }

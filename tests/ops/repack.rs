@@ -1,26 +1,23 @@
 //! `repack` against its oracle, bit for bit, on every device there is, and what it must refuse.
 
-use dropless::{Buffer, DType, Error, ExpertWeights, QuantizedRows, Rows, RowsMut, Stream, Tiles, repack};
+use dropless::{DType, Error, ExpertWeights, QuantizedRows, Rows, RowsMut, Stream, Tiles, repack};
 use dropless_kit::device;
+use dropless_kit::guard::{Guarded, POISONS};
 
-use crate::grouped_gemm_quantized::{Kind, Quantized, Scales};
+use crate::grouped_gemm_quantized::{Kind, Quantized, Scales, int4};
 use crate::oracle;
 
-/// Codes, scales and zero points in tiles, over poison.
+/// Codes, scales and zero points in tiles, over poison, which stays between the rows.
 fn repacked(stream: &Stream, w: ExpertWeights<'_>) -> [Vec<u8>; 3] {
     let tiles = Tiles::of(&w).unwrap();
-    let dims = [Some(tiles.codes()), Some(tiles.scales()), tiles.zeros()].map(|dims| dims.unwrap_or([0, 0]));
-    let mut parts = dims.map(|[rows, bytes]| Buffer::from_slice(stream, &vec![0xaau8; rows * bytes]).unwrap());
-    {
-        let [codes, scales, zeros] = &mut parts;
-        let view = |buffer, [rows, bytes]: [usize; 2]| Buffer::<u8>::rows_mut(buffer, rows, bytes).unwrap();
-        let mut zeros = tiles.zeros().map(|dims| view(zeros, dims));
-        repack::repack(stream, w, &mut view(codes, dims[0]), &mut view(scales, dims[1]), zeros.as_mut()).unwrap();
-    }
-    parts.each_ref().map(|part| part.to_vec(stream).unwrap())
+    let output = |[rows, bytes]: [usize; 2]| Guarded::<u8>::new(stream, rows, bytes, 16, POISONS[1]);
+    let (mut codes, mut scales, mut zeros) = (output(tiles.codes()), output(tiles.scales()), tiles.zeros().map(output));
+    repack::repack(stream, w, &mut codes.view_mut(), &mut scales.view_mut(), zeros.as_mut().map(|zeros| zeros.view_mut()).as_mut())
+        .unwrap();
+    [codes.take(stream), scales.take(stream), zeros.map_or_else(Vec::new, |zeros| zeros.take(stream))]
 }
 
-/// Those of the oracle: `row(n)` is the row of the checkpoint that output n is.
+/// What the oracle gives: output n is row `row(n)` of the checkpoint.
 fn want(w: &Quantized, row: impl Fn(usize) -> usize, n: usize) -> [Vec<u8>; 3] {
     let Quantized { kind, experts, k, codes, scales, zeros, .. } = w;
     let (row_bytes, rows) = (codes.len() / (experts * w.n), (0..*experts).map(|e| move |i: usize| e * w.n + i));
@@ -76,10 +73,6 @@ fn want(w: &Quantized, row: impl Fn(usize) -> usize, n: usize) -> [Vec<u8>; 3] {
     [all_codes, all_scales, all_zeros]
 }
 
-const fn int4(group: usize, scales: DType, zeros: bool) -> Kind {
-    Kind::Int4 { group, scales, zeros }
-}
-
 #[test]
 fn every_byte_against_oracle() {
     let kinds = [int4(32, DType::Bf16, true), int4(64, DType::F32, false), int4(usize::MAX, DType::F16, true), Kind::Mxfp4];
@@ -102,7 +95,7 @@ fn every_byte_against_oracle() {
     }
 }
 
-/// Rows of any distance in; what lies between rows of the output is left alone.
+/// Outputs of other sizes, zero points where there are none, and formats and groups that have no tiles.
 #[test]
 fn refusals_name_what_is_wrong() {
     let stream = device::cpu(1);
@@ -134,7 +127,7 @@ fn refusals_name_what_is_wrong() {
     assert_eq!(Tiles::of(&floats).unwrap_err().to_string(), "repack: `w` of type f32 is not supported here; supported: int4, mxfp4");
 }
 
-/// Weights in tiles are no rows: what reads rows says so, and so do tiles of other sizes.
+/// Weights in tiles are no rows: calls that read rows refuse them. Tiles of other sizes are refused, too.
 #[test]
 fn tiles_are_no_rows() {
     let w = Quantized::new(1, Kind::Mxfp4, 2, 32, 64, false);

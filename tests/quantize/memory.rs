@@ -89,8 +89,7 @@ fn wide() -> Folder {
     folder
 }
 
-/// Two tensors are the promise. It is kept with the codes of one matrix, the floats of 128 rows and some
-/// tables.
+/// At most twice the largest tensor: the codes of one matrix, the floats of 128 rows, and some tables.
 #[test]
 fn no_more_than_two_tensors_are_in_memory() {
     let (model, folder) = (wide(), Folder::new());

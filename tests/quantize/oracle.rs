@@ -1,6 +1,7 @@
 //! What each format should make of some weights: every code is tried, in f64.
 
 use dropless::{Bf16, Float};
+use dropless_kit::oracle::quantize::value;
 
 use crate::lm::target::Target;
 
@@ -13,15 +14,10 @@ pub struct Expected {
 /// The values of codes that are no NaN and not negative, in the order of their codes.
 fn magnitudes(target: Target) -> Vec<f64> {
     match target {
-        Target::Fp8 => (0..0x7f).map(e4m3).collect(),
+        Target::Fp8 => (0..0x7fu8).map(value).collect(),
         Target::Mxfp4 => vec![0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
         Target::Int4 => (0..=8).map(f64::from).collect(),
     }
-}
-
-fn e4m3(code: u32) -> f64 {
-    let (exponent, fraction) = ((code >> 3) as i32, f64::from(code & 7) / 8.0);
-    if exponent == 0 { fraction * 2f64.powi(-6) } else { (1.0 + fraction) * 2f64.powi(exponent - 7) }
 }
 
 /// The code whose value times `scale` is nearest; of two the even one. INT4 has no 8.

@@ -40,8 +40,8 @@ __device__ __forceinline__ void tma_load_3d_multicast(uint32_t to, const TensorM
                  "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks)
                  : "memory");
 }
-// `bytes` that lie in a row, a multiple of 16 on 16 bytes on both sides; they count on `barrier`, and are the first
-// to leave the L2 cache.
+// `bytes` that lie in a row, a multiple of 16 on 16 bytes on both sides; they count on `barrier`, and are the
+// first to leave the L2 cache.
 __device__ __forceinline__ void bulk_load_once(uint32_t to, const void* from, uint32_t bytes,
                                                uint32_t barrier) {
     asm volatile("{\n"

@@ -99,8 +99,8 @@ WGMMA_FROM_REGISTERS(64, 32, "32", "33", "34", "35", "36", "37", "38")
 WGMMA_FROM_REGISTERS(128, 64, "64", "65", "66", "67", "68", "69", "70")
 WGMMA_FROM_REGISTERS(256, 128, "128", "129", "130", "131", "132", "133", "134")
 
-// d[64 x 128] = a[64 x 32] * b[32 x 128] + (accumulate ? d : 0), of e4m3 in rows of 128 elements of k, both K-major:
-// the next 32 of k are K_MAJOR_STEP on. The sum keeps fewer bits than f32 has.
+// d[64 x 128] = a[64 x 32] * b[32 x 128] + (accumulate ? d : 0), of e4m3 in rows of 128 elements of k, both
+// K-major: the next 32 of k are K_MAJOR_STEP on. The sum keeps fewer bits than f32 has.
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint32_t a, uint32_t b, bool accumulate) {
     asm volatile("{\n"
                  ".reg .pred accumulate;\n"

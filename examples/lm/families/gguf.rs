@@ -1,5 +1,5 @@
 //! Models in GGUF files: entries of their headers as the fields that families read, and the names that
-//! tensors have there. What is said of a model is said once, by its family.
+//! tensors have there. Everything else about a model is in its family's file.
 //!
 //! | `general.architecture` | family | what differs in the file |
 //! |---|---|---|
@@ -116,7 +116,7 @@ const DBRX: Architecture = Architecture {
     constants: &[("ffn_config.moe_normalize_expert_weights", "1.0")],
 };
 
-/// What no model here has, with the one value that says so.
+/// Keys that must have this value where they are present.
 const MUST_BE: &[(&str, &str)] = &[
     ("rope.scaling.attn_factor", "1.0"),
     ("expert_weights_scale", "1.0"),
@@ -184,7 +184,7 @@ fn architecture(file: &GgufFile) -> Result<&'static Architecture, Failure> {
     })
 }
 
-/// The entries by the names of fields; what is refused has the name of its key.
+/// The entries by the names of fields. A refusal has the name of the key.
 fn fields<'a>(file: &'a GgufFile, architecture: &Architecture) -> Result<Fields<'a>, Failure> {
     let key = |suffix: &str| format!("{}.{suffix}", architecture.name);
     for (suffix, want) in MUST_BE {

@@ -1,6 +1,6 @@
 //! `quantization_config` of `config.json`: how a checkpoint holds matrices that are quantised.
 //!
-//! Which matrices are, the names of the tensors say. A list of modules that are not only forbids.
+//! The names of the tensors say which matrices are. The list of modules that are not quantised only forbids.
 
 use serde_json::json;
 
@@ -13,8 +13,8 @@ use super::run::json::Value;
 #[derive(Clone, Debug)]
 pub struct Quantization {
     pub scheme: Scheme,
-    /// Modules that are not; `*` stands for anything. Regular expressions (`re:`) are not read, so they
-    /// forbid nothing.
+    /// Modules that are not quantised; `*` stands for any text. Regular expressions (`re:`) are not read, so
+    /// they forbid nothing.
     kept: Vec<String>,
 }
 
@@ -94,7 +94,7 @@ impl Quantization {
     }
 }
 
-/// Whether a module is the one of that name, or lies in it, or ends with it.
+/// Whether a pattern matches a module's name, or a beginning or an end of it that a dot bounds.
 fn is_of(module: &str, pattern: &str) -> bool {
     let ends = module.match_indices('.').map(|(at, _)| at).chain([module.len()]);
     let begins = || module.match_indices('.').map(|(at, _)| at + 1);
@@ -156,7 +156,7 @@ fn compressed(of: &Fields<'_>) -> Result<Scheme, Failure> {
             weights.must_be("type", json!("int"))?;
             match weights.get("actorder") {
                 None | Some(Value::Null | Value::Bool(false)) => {}
-                Some(word) if matches!(word.as_str(), Some("weight" | "static")) => {} // the order of the inputs stays
+                Some(word) if matches!(word.as_str(), Some("weight" | "static")) => {} // inputs stay in order
                 Some(other) => return weights.refuse_value("actorder", &["null", "weight"], other),
             }
             let symmetric = weights.flag("symmetric", true)?;

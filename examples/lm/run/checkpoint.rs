@@ -90,7 +90,7 @@ fn ordered<'a>(all: impl Iterator<Item = &'a (DType, u64)>) -> Vec<DType> {
     sums.into_iter().map(|(dtype, _)| dtype).collect()
 }
 
-/// Scales that wait to be read: a tensor's name, and the first of its rows that they are of.
+/// Scales that are not read yet: a tensor's name, its first row that they belong to, and the matrix.
 type Unread<'a> = (String, usize, WeightRows<'a>);
 
 impl Checkpoint {
@@ -107,8 +107,8 @@ impl Checkpoint {
         let quantization = config.quantization.clone();
         let checkpoint = Checkpoint { files: Files::SafeTensors(shards), quantization, holding: Holding::default() };
         let holding = checkpoint.check(config, progress)?;
-        if let (Some(index), Files::SafeTensors(shards)) = (index, &checkpoint.files) {
-            index.check(&shards.files)?;
+        if let Some(index) = index {
+            index.check(checkpoint.tensor_files())?;
         }
         Ok(Checkpoint { holding, ..checkpoint })
     }
@@ -136,7 +136,7 @@ impl Checkpoint {
                 let stored = self.stored(&spec, &name)?;
                 let dtype = self.check_tensor(&spec, &name, &stored, &mut unread)?;
                 match &first {
-                    _ if spec.is_f32 => {} // it is copied, whichever type it has
+                    _ if spec.is_f32 => {} // it is copied, and may have another type
                     None => first = Some((name.clone(), dtype)),
                     Some((other, want)) if *want != dtype && !self.is_mixed() => {
                         return self.refuse_type(&name, other, *want, dtype);
@@ -276,6 +276,14 @@ impl Checkpoint {
         }
     }
 
+    /// The safetensors files; none of a GGUF file.
+    pub fn tensor_files(&self) -> &[TensorFile] {
+        match &self.files {
+            Files::SafeTensors(shards) => &shards.files,
+            Files::Gguf(_) => &[],
+        }
+    }
+
     /// All bytes of all files.
     fn all_bytes(&self) -> Vec<&[u8]> {
         match &self.files {
@@ -336,7 +344,7 @@ fn bytes_of(rows: &WeightRows<'_>) -> u64 {
 }
 
 impl Shards {
-    /// The tensor of that name, in whichever file it lies.
+    /// The tensor of that name, and the file that holds it.
     pub fn find(&self, name: &str) -> Result<Option<Piece<'_>>, Failure> {
         let mut found = self.files.iter().filter_map(|file| Some((file, file.find(name)?)));
         match (found.next(), found.next()) {

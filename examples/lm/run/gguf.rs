@@ -7,9 +7,9 @@
 //! data       begins at a multiple of `general.alignment`, from which offsets count
 //! ```
 //!
-//! A header is believed only when all of it holds together: counts and lengths that the file has room for, no
-//! name twice, whole blocks, offsets that are aligned and inside the file, no tensor in another. Nothing is
-//! allocated by a count of the file. Values of arrays are passed over: tokenizers alone have such.
+//! A header is refused unless the file has room for its counts and lengths, no name stands twice, rows are
+//! whole blocks, offsets are aligned and inside the file, and no tensor lies in another. No count of the file
+//! decides how much is allocated. Values of arrays are passed over: only tokenizers have such.
 //!
 //! Source: the specification in ggml's `docs/gguf.md`.
 
@@ -26,13 +26,13 @@ use super::input::{MAX_TEXT_BYTES, brief};
 use super::json::Value;
 use super::spec::{Kind, Spec};
 
-/// Entries and tensors of a header at most: real files have some hundreds.
+/// The most entries and tensors of a header: real files have some hundreds.
 const MAX_ENTRIES: u64 = 1 << 16;
 const MAX_TENSORS: u64 = 1 << 17;
-/// Bytes that an entry and a tensor's description take at least.
+/// The fewest bytes of an entry, and of a tensor's description.
 const ENTRY_BYTES: u64 = 8 + 4 + 1;
 const TENSOR_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
-/// Dimensions of a tensor, and arrays within arrays, at most.
+/// The most dimensions of a tensor, and the most arrays within each other.
 const MAX_DIMS: u32 = 4;
 const MAX_DEPTH: usize = 4;
 /// The alignment of data where no entry says another.

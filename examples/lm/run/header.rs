@@ -1,8 +1,7 @@
 //! A safetensors file seen through its header: 8 bytes of length, a JSON object, then the tensors' bytes.
 //!
-//! A header is believed only when all of it holds together: no name twice, offsets that begin at 0, leave no
-//! hole, do not overlap and end with the file, and sizes that agree with shape and type. Then every tensor's
-//! bytes are inside the file.
+//! A header is refused unless no name stands twice, offsets begin at 0, leave no hole, do not overlap and end
+//! with the file, and sizes agree with shape and type. Then every tensor's bytes are inside the file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -86,9 +85,8 @@ impl TensorFile {
 pub fn map(path: &Path) -> std::io::Result<Mmap> {
     check_kind(path)?;
     let file = File::open(path)?;
-    // SAFETY: the mapping is private to this process and only read. Whoever changes the file under a running
-    // model changes its weights, and whoever truncates it ends the process: the price of using weights in
-    // place.
+    // SAFETY: the mapping is private to this process and only read. A change of the file during a run changes
+    // the weights, and truncating it ends the process: the price of using weights in place.
     unsafe { Mmap::map(&file) }
 }
 

@@ -35,7 +35,7 @@ pub struct Sizes {
     pub activation_bytes: usize,
 }
 
-/// What a run is asked for, of which its sizes follow.
+/// What a run is asked for; its sizes follow from it.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
     pub batch: usize,
@@ -72,8 +72,8 @@ pub struct Need {
 }
 
 impl Need {
-    /// The need of a run with activations of that type. `weights` and `dump` are bytes, none beyond 2^63, as
-    /// the result is.
+    /// The need of a run with activations of that type. `weights` and `dump` are bytes. None stands for more
+    /// than 2^63, there and in the result.
     pub fn of_run(
         config: &Config,
         sizes: &Sizes,

@@ -224,7 +224,7 @@ impl Setup {
         let dtype = weights.only_dtype();
         if on_gpu && weights.is_quantized() {
             let types = weights.types_text();
-            return refuse(format!("weights are {types}: quantised ones run on the CPU, kernels for them are not here yet; see --device"));
+            return refuse(format!("weights are {types}: quantised ones run on the CPU alone; see --device"));
         }
         let activations = match (options.activations, dtype) {
             (None, Some(narrow @ (DType::Bf16 | DType::F16))) if on_gpu => narrow,

@@ -1,13 +1,11 @@
 //! How the tensors of a safetensors checkpoint hold a matrix: as floats, or quantised as the configuration
 //! says.
 //!
-//! A quantised matrix has its outputs as rows, whichever order its floats would have; of stacked experts each
-//! is one matrix, with scales of its own. Names, shapes and types are checked here, whatever the file says of
-//! itself.
+//! A quantised matrix has its outputs as rows, also where its floats would have inputs as rows. Each of
+//! stacked experts is one matrix, with scales of its own. Names, shapes and types are checked here.
 
 use std::path::Path;
 
-use dropless::layout::WeightOrder;
 use dropless::quantized::{Awq, Gptq};
 use dropless::{Bf16, DType, Error, F16, QuantizedRows, Rows, ScaleRows, WeightRows};
 
@@ -15,6 +13,7 @@ use super::checkpoint::Shards;
 use super::failure::{Failure, refuse_file};
 use super::families::{Quantization, Scheme, stem};
 use super::spec::{Kind, Spec};
+use super::target::{MX_GROUP, Stack};
 
 /// A tensor of a file.
 #[derive(Clone, Copy)]
@@ -149,30 +148,6 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// Matrices of one tensor: how many, and the outputs and inputs of each.
-#[derive(Clone, Copy)]
-struct Dims {
-    count: usize,
-    n: usize,
-    k: usize,
-    /// Whether shapes begin with the number of matrices.
-    stacked: bool,
-    /// Whether floats would have inputs as rows.
-    turned: bool,
-}
-
-impl Dims {
-    fn of(spec: &Spec) -> Dims {
-        let (count, [n, k]) = spec.matrix_dims();
-        Dims { count, n, k, stacked: count > 1 || spec.shape.len() > 2, turned: spec.order == WeightOrder::Kn }
-    }
-
-    /// A shape that ends like this, after the number of matrices where they are stacked.
-    fn shape(&self, tail: &[usize]) -> Vec<usize> {
-        if self.stacked { [&[self.count], tail].concat() } else { tail.to_vec() }
-    }
-}
-
 /// One tensor of a description.
 pub fn stored<'a>(shards: &'a Shards, quantization: Option<&Quantization>, spec: &Spec, name: &str) -> Result<Stored<'a>, Failure> {
     let plain = || Ok(Stored::InPlace(vec![shards.get(name)?.shaped(&spec.shape)?.floats(spec.dims())?]));
@@ -194,7 +169,7 @@ pub fn stored<'a>(shards: &'a Shards, quantization: Option<&Quantization>, spec:
     if !is_fp8 && shards.find(name)?.is_some() {
         return codes.refuse(format_args!("is there, and so is `{name}`, which it stands for"));
     }
-    let found = Found { shards, codes, scales_name, dims: Dims::of(spec), name };
+    let found = Found { shards, codes, scales_name, stack: Stack::of(spec), name };
     Ok(Stored::InPlace(match scheme {
         Scheme::Blocks(block) => found.blocks(block)?,
         Scheme::Float { by_output } => found.float(by_output)?,
@@ -210,7 +185,7 @@ struct Found<'a, 'n> {
     shards: &'a Shards,
     codes: Piece<'a>,
     scales_name: String,
-    dims: Dims,
+    stack: Stack,
     name: &'n str,
 }
 
@@ -225,63 +200,61 @@ impl<'a> Found<'a, '_> {
             Ok(rows) => Ok(WeightRows::Quantized(rows)),
             Err(error) => self.codes.refuse(format_args!("cannot be used: {error}")),
         };
-        (0..self.dims.count).map(one).collect()
+        (0..self.stack.count()).map(one).collect()
     }
 
     fn fp8(&self) -> Result<Piece<'a>, Failure> {
-        let Dims { n, k, .. } = self.dims;
-        self.codes.typed("F8_E4M3")?.shaped(&self.dims.shape(&[n, k]))
+        self.codes.typed("F8_E4M3")?.shaped(&self.stack.dims())
     }
 
     fn blocks(&self, block: [usize; 2]) -> Result<Vec<WeightRows<'a>>, Failure> {
-        let Dims { n, k, .. } = self.dims;
+        let Stack { n, k, .. } = self.stack;
         let (codes, grid) = (self.fp8()?, [n.div_ceil(block[0]), k.div_ceil(block[1])]);
-        let scales = self.scales(&self.dims.shape(&grid))?;
+        let scales = self.scales(&self.stack.shape(&grid))?;
         self.each(|e| Ok(QuantizedRows::e4m3(codes.codes(e * n, [n, k])?, scales.scales(e * grid[0], grid)?, block)))
     }
 
     fn float(&self, by_output: bool) -> Result<Vec<WeightRows<'a>>, Failure> {
-        let Dims { n, k, count, stacked, .. } = self.dims;
+        let Stack { n, k, experts, .. } = self.stack;
         let codes = self.fp8()?;
         let (block, rows) = if by_output { ([1, k.max(1)], n) } else { ([n.max(1), k.max(1)], 1) };
         let scales = self.shards.get(&self.scales_name)?;
         // One for a tensor may have any number of dimensions of one element.
-        let is_one = !by_output && !stacked && scales.shape.iter().all(|size| *size == 1);
+        let is_one = !by_output && experts.is_none() && scales.shape.iter().all(|size| *size == 1);
         if !is_one {
-            scales.shaped(&if by_output { self.dims.shape(&[n, 1]) } else { vec![count] })?;
+            scales.shaped(&if by_output { self.stack.shape(&[n, 1]) } else { vec![self.stack.count()] })?;
         }
         self.each(|e| Ok(QuantizedRows::e4m3(codes.codes(e * n, [n, k])?, scales.scales(e * rows, [rows, 1])?, block)))
     }
 
     fn mxfp4(&self) -> Result<Vec<WeightRows<'a>>, Failure> {
-        const BLOCK: usize = 32;
-        let Dims { n, k, .. } = self.dims;
-        if !k.is_multiple_of(BLOCK) {
-            return self.codes.refuse(format_args!("must have inputs in whole blocks of {BLOCK}, got {k}"));
+        let Stack { n, k, .. } = self.stack;
+        if !k.is_multiple_of(MX_GROUP) {
+            return self.codes.refuse(format_args!("must have inputs in whole blocks of {MX_GROUP}, got {k}"));
         }
-        let blocks = k / BLOCK;
-        let codes = self.codes.typed("U8")?.shaped(&self.dims.shape(&[n, blocks, BLOCK / 2]))?;
-        let scales = self.scales(&self.dims.shape(&[n, blocks]))?.typed("U8")?;
+        let blocks = k / MX_GROUP;
+        let codes = self.codes.typed("U8")?.shaped(&self.stack.shape(&[n, blocks, MX_GROUP / 2]))?;
+        let scales = self.scales(&self.stack.shape(&[n, blocks]))?.typed("U8")?;
         self.each(|e| Ok(QuantizedRows::mxfp4(codes.codes(e * n, [n, k / 2])?, scales.codes(e * n, [n, blocks])?)))
     }
 
     fn packed(&self, group: Option<usize>, symmetric: bool) -> Result<Vec<WeightRows<'a>>, Failure> {
-        let Dims { n, k, .. } = self.dims;
+        let Stack { n, k, .. } = self.stack;
         let group = group.unwrap_or(k).max(1);
         let (words, groups, zero_rows) = (k.div_ceil(8), k.div_ceil(group), n.div_ceil(8));
         let shape = self.shards.get(&format!("{}_shape", self.name))?.typed("I64")?;
-        let want = self.dims.shape(&[n, k]);
+        let want = self.stack.dims();
         let says = shape.numbers();
         if !says.iter().map(|size| usize::try_from(*size).ok()).eq(want.iter().map(|size| Some(*size))) {
             return shape.refuse(format_args!("must hold {want:?} by config.json, got {}", super::input::brief(format!("{says:?}"))));
         }
-        let codes = self.codes.typed("I32")?.shaped(&self.dims.shape(&[n, words]))?;
-        let scales = self.scales(&self.dims.shape(&[n, groups]))?;
+        let codes = self.codes.typed("I32")?.shaped(&self.stack.shape(&[n, words]))?;
+        let scales = self.scales(&self.stack.shape(&[n, groups]))?;
         let zeros_name = format!("{}_zero_point", self.name);
         let zeros = match (self.shards.find(&zeros_name)?, symmetric) {
             (Some(zeros), true) => return zeros.refuse("is there, and config.json says that zero points are symmetric"),
             (None, true) => None,
-            (_, false) => Some(self.shards.get(&zeros_name)?.typed("I32")?.shaped(&self.dims.shape(&[zero_rows, groups]))?),
+            (_, false) => Some(self.shards.get(&zeros_name)?.typed("I32")?.shaped(&self.stack.shape(&[zero_rows, groups]))?),
         };
         self.each(|e| {
             let weights = QuantizedRows::int4(codes.codes(e * n, [n, 4 * words])?, scales.scales(e * n, [n, groups])?, k, group);
@@ -295,10 +268,10 @@ impl<'a> Found<'a, '_> {
 
     /// Zero points and scales, of groups of so many inputs.
     fn of_groups(&self, group: Option<usize>) -> Result<(usize, Piece<'a>, Piece<'a>), Failure> {
-        let Dims { n, k, stacked, turned, .. } = self.dims;
+        let Stack { n, k, experts, .. } = self.stack;
         let whole = n.is_multiple_of(8) && k.is_multiple_of(8);
-        if stacked || turned || !whole {
-            return self.codes.refuse(format_args!("must be one matrix of whole words of 8, got {:?}", self.dims.shape(&[n, k])));
+        if experts.is_some() || !whole {
+            return self.codes.refuse(format_args!("must be one matrix of whole words of 8, got {:?}", self.stack.dims()));
         }
         let group = group.unwrap_or(k);
         let groups = k.div_ceil(group);
@@ -307,7 +280,7 @@ impl<'a> Found<'a, '_> {
     }
 
     fn gptq(&self, group: Option<usize>) -> Result<Gptq<'a>, Failure> {
-        let Dims { n, k, .. } = self.dims;
+        let Stack { n, k, .. } = self.stack;
         let (group, zeros, scales) = self.of_groups(group)?;
         let groups = k.div_ceil(group);
         let codes = self.codes.typed("I32")?.shaped(&[k / 8, n])?.words([k / 8, n])?;
@@ -320,7 +293,7 @@ impl<'a> Found<'a, '_> {
     }
 
     fn awq(&self, group: Option<usize>) -> Result<Awq<'a>, Failure> {
-        let Dims { n, k, .. } = self.dims;
+        let Stack { n, k, .. } = self.stack;
         let (group, zeros, scales) = self.of_groups(group)?;
         let groups = k.div_ceil(group);
         let codes = self.codes.typed("I32")?.shaped(&[k, n / 8])?.words([k, n / 8])?;

@@ -9,8 +9,8 @@
 //! | `by_rows` | order `Kn`, few rows in the tile | weights are read once, row after row, and added to all sums at once |
 //! | `by_dots` | order `Nk`, few rows in the call | weights are read once, some rows side by side, as dot products |
 //!
-//! Quantised weights (`quantized.rs`) go the same ways: as panels that are decoded before they are packed, or as dot products
-//! of integers, for which the inputs are rounded to 8 bits.
+//! Quantised weights (`quantized.rs`) go the same ways: as panels that are decoded before they are packed, or
+//! as dot products of integers, for which the inputs are rounded to 8 bits.
 //!
 //! `packed` and `by_rows` give the same bits: each sum is a chain over the k of a block, and blocks are added in order; only
 //! [`KC`] shows. `by_dots` has another order, so it is chosen by what the caller knows: at most [`FEW_ROWS`] rows for each expert
@@ -26,7 +26,7 @@ use crate::device::Stream;
 use crate::dtype::Float;
 use crate::epilogue::{Finish, Formula};
 use crate::error::Error;
-use crate::layout::{ExpertRows, WeightOrder};
+use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
 use crate::shape::round_up;
 use crate::simd::gemm::{A_STRIDE, AHEAD, KC, NR, add_product, add_rows, dots, pack_kn, pack_nk};
 use crate::simd::{Ahead, LANES, activate, glu_mul, narrow, prefetch, widen, with_scratch};
@@ -48,14 +48,49 @@ const CHAINS: usize = 4096;
 
 const _: () = assert!(CHAINS <= KC * NR && CHAINS >= FEW_ROWS * NR);
 
+/// Input rows, of whichever type, as a tile reads them.
+pub(super) trait Inputs: Copy + Sync {
+    fn cols(&self) -> usize;
+    /// Writes a block of k of a row as `f32`. It begins at a multiple of [`KC`].
+    fn widen(&self, row: usize, k: Range<usize>, to: &mut [f32]);
+    /// Asks for the memory of a block of k of a row.
+    fn prefetch(&self, row: usize, k: Range<usize>);
+}
+
+impl<A: Float> Inputs for HostRows<'_, A> {
+    fn cols(&self) -> usize {
+        HostRows::cols(self)
+    }
+
+    fn widen(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
+        widen(to, &self.row(row)[k]);
+    }
+
+    fn prefetch(&self, row: usize, k: Range<usize>) {
+        prefetch(&self.row(row)[k]);
+    }
+}
+
 pub(super) fn product<A: Float, O: Float, const P: usize>(
     stream: &Stream,
     product: Product<'_, A, P>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    const { assert!(P == 1 || P == 2) };
     let Product { x, weights, rows, finish } = product;
-    let (x, cols, order) = (x.host(), y.cols(), weights[0].order());
+    product_of(stream, x.host(), weights, rows, finish, y)
+}
+
+/// The same of inputs that are no rows of floats.
+pub(super) fn product_of<X: Inputs, O: Float, const P: usize>(
+    stream: &Stream,
+    x: X,
+    weights: [ExpertWeights<'_>; P],
+    rows: ExpertRows<'_>,
+    finish: Finish<'_, P>,
+    y: &mut RowsMut<'_, O>,
+) -> Result<(), Error> {
+    const { assert!(P == 1 || P == 2) };
+    let (cols, order) = (y.cols(), weights[0].order());
     let few = rows.asked_class().map_or(rows.rows() <= FEW_ROWS * rows.num_experts(), |max_rows| max_rows <= FEW_ROWS);
     rows.with_offsets(|offsets| {
         let groups = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
@@ -95,8 +130,8 @@ fn cuts_of_rows(groups: usize, threads: usize) -> usize {
 }
 
 /// What a tile is computed from.
-struct TileProduct<'a, A, const P: usize> {
-    x: HostRows<'a, A>,
+struct TileProduct<'a, X, const P: usize> {
+    x: X,
     rows: &'a ExpertRows<'a>,
     /// One expert's matrices, all in the same order.
     weights: [WeightRows<'a>; P],
@@ -128,7 +163,7 @@ struct Panel {
     k: Range<usize>,
 }
 
-impl<A: Float, const P: usize> TileProduct<'_, A, P> {
+impl<X: Inputs, const P: usize> TileProduct<'_, X, P> {
     fn compute<O: Float>(&self, few: bool, mut tile: TileMut<'_, O>) {
         let (num_rows, num_cols) = (self.out_rows.len(), self.out_cols.len());
         let stride = round_up(num_cols, NR);
@@ -161,7 +196,7 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
         match self.weights.iter().any(|weights| matches!(weights, WeightRows::Quantized(_))) {
             true if few => QuantizedInputs::floats(self.out_rows.len(), self.x.cols()),
             true => KC * NR,
-            // A row more than there are, which `by_dots` takes apart.
+            // One row more than there are, as `by_dots` splits it off.
             false => round_up(self.x.cols(), LANES),
         }
     }
@@ -180,13 +215,8 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
         }
     }
 
-    /// A block of k of an input row.
-    fn input(&self, row: usize, k: Range<usize>) -> &[A] {
-        &self.x.row(self.rows.input_row(row))[k]
-    }
-
     /// The blocks of k.
-    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<A, P> {
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<X, P> {
         let num_k = self.x.cols();
         (0..num_k).step_by(KC).map(move |k| k..num_k.min(k + KC))
     }
@@ -195,8 +225,9 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
     fn widen_block(&self, k: &Range<usize>, a: &mut [f32]) {
         for (a, row) in a.chunks_exact_mut(A_STRIDE).zip(self.out_rows.clone()) {
             // Rows are far from each other, and copied faster than they come.
-            prefetch(self.input((row + ROWS_AHEAD).min(self.out_rows.end - 1), k.clone()));
-            widen(&mut a[..k.len()], self.input(row, k.clone()));
+            let ahead = (row + ROWS_AHEAD).min(self.out_rows.end - 1);
+            self.x.prefetch(self.rows.input_row(ahead), k.clone());
+            self.x.widen(self.rows.input_row(row), k.clone(), &mut a[..k.len()]);
         }
     }
 
@@ -209,7 +240,7 @@ impl<A: Float, const P: usize> TileProduct<'_, A, P> {
         let (x, scratch) = scratch.split_at_mut((self.out_rows.len() + 1) * x_stride);
         let mut quantized = QuantizedInputs::new(x_stride, scratch);
         for (x, row) in x.chunks_exact_mut(x_stride).zip(self.out_rows.clone()) {
-            widen(&mut x[..num_k], self.input(row, 0..num_k));
+            self.x.widen(self.rows.input_row(row), 0..num_k, &mut x[..num_k]);
         }
         for (weights, sums_of) in self.weights.iter().zip(sums.data.chunks_exact_mut(sums.len)) {
             if let WeightRows::Quantized(weights) = weights {

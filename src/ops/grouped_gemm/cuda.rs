@@ -30,7 +30,6 @@ use crate::error::{Error, Op};
 use crate::format::Format;
 use crate::layout::{ExpertWeights, WeightOrder};
 use crate::view::RowsMut;
-use crate::weights::WeightRows;
 
 /// What a kernel of this table computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +59,7 @@ pub(crate) const MOST_FEW: usize = 64;
 
 const BF16_INT4: Types = Types { w: DType::Quantized(Format::Int4), ..BF16 };
 const BF16_MXFP4: Types = Types { w: DType::Quantized(Format::Mxfp4), ..BF16 };
-const BF16_E4M3: Types = Types { w: DType::Quantized(Format::E4m3), ..BF16 };
+const BF16_E4M3: Types = Types { w: E4M3, ..BF16 };
 const BF16_INT4_TO_F32: Types = Types { y: DType::F32, ..BF16_INT4 };
 const BF16_MXFP4_TO_F32: Types = Types { y: DType::F32, ..BF16_MXFP4 };
 const BF16_E4M3_TO_F32: Types = Types { y: DType::F32, ..BF16_E4M3 };
@@ -276,10 +275,10 @@ pub(super) fn check<A: Float, O: Float, const P: usize>(
     choose(product, y).map(|_| ())
 }
 
-/// Whether inputs may be quantised for these weights, in calls in which experts own up to so many rows: where there are few, reading
-/// weights takes longer than any product.
+/// Whether inputs may be quantised for these weights, in calls in which experts own up to so many rows: where
+/// there are few, reading weights takes longer than any product.
 pub(crate) fn takes_codes(w: &ExpertWeights<'_>, class_rows: usize) -> bool {
-    matches!(w.expert(0), WeightRows::Quantized(rows) if rows.format() == Format::E4m3 && !rows.has_exact_inputs()) && class_rows > MOST_FEW
+    w.dtype() == E4M3 && !w.expert(0).has_exact_inputs() && class_rows > MOST_FEW
 }
 
 /// The same of some products with outputs of the type of their input, before there are rows. The plain kernels serve every shape.

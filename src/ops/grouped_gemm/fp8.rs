@@ -1,18 +1,19 @@
 //! Products of FP8 inputs and FP8 weights: what [`quantize`](crate::quantize) wrote, multiplied as it is.
 
+use std::ops::Range;
+
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, operands_agree};
-use crate::device::{Access, Stream};
+use super::{cpu, operand_accesses, operands_agree};
+use crate::device::Stream;
 use crate::dtype::{DType, Float};
 use crate::epilogue::{Epilogue, Finish, GluEpilogue};
 use crate::error::{Error, Op, check_shape};
 use crate::format::Format;
 use crate::layout::{ExpertRows, ExpertWeights, WeightOrder};
-use crate::quantized::inputs::QuantizedInputs;
-use crate::shape::filled;
-use crate::simd::decode;
-use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
+use crate::quantized::inputs::{INPUT_BLOCK, QuantizedInputs};
+use crate::simd::{decode, prefetch};
+use crate::view::{HostRows, RowsMut};
 
 /// Writes `y = activation(x * W^T + bias)` for each expert, of inputs and weights of e4m3.
 ///
@@ -21,18 +22,19 @@ use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 /// | `x`        | `[R, K]`          | the rows in expert order, as [`quantize::e4m3`](crate::quantize::e4m3) or [`gather_e4m3`](crate::quantize::gather_e4m3) writes them |
 /// | `w`        | `[E, N, K]`       | weights of [`Format::E4m3`], in order [`Nk`](WeightOrder::Nk)                        |
 /// | `rows`     | R rows, E experts | which rows belong to which expert; none is gathered                               |
-/// | `epilogue` | bias `[E, N]`     | added to each sum in `f32`; then the activation; none of both by default          |
+/// | `epilogue` | bias `[E, N]`     | added to each sum in `f32`; then the activation; neither by default          |
 /// | `y`        | `[R, N]`          | `f32`, `bf16` or `f16`; every row that an expert owns is written in full          |
 ///
-/// `x[r, k] = fp8(codes[r, k]) * scales[k / 128, r]`. On a GPU the products of 128 of k are summed on the tensor cores, which
-/// keep about 14 bits: each product is cut at `2^-13` of the largest product or partial sum among its 128, so that numbers of
-/// both signs lose about `2^-10 * sum_k |x w|`. That sum is multiplied by the scales of the row and of the weights and added in
-/// `f32`; scales of single outputs multiply the finished sum. On the CPU everything is `f32`. A row's bits depend on that row and
-/// the weights alone.
+/// `x[r, k] = fp8(codes[r, k]) * scales[k / 128, r]`. On a GPU the products of 128 of k are summed on the
+/// tensor cores, which keep about 14 bits: each product is cut at `2^-13` of the largest product or partial
+/// sum among its 128, so that numbers of both signs lose about `2^-10 * sum_k |x w|`. That sum is multiplied
+/// by the scales of the row and of the weights and added in `f32`; scales of single outputs multiply the
+/// finished sum. On the CPU everything is `f32`. A row's bits depend on that row and the weights alone.
 ///
-/// On a GPU it is the product of many rows, at any number of them: where an expert owns up to 64, weights are read several
-/// times. K must be a multiple of 16, N of 8; each 128 outputs must share their scales, or have one each
-/// (block rows a multiple of 128, all of N, or 1), and each 128 of K, too (block columns a multiple of 128, or all of K).
+/// On a GPU it is the product of many rows, at any number of them: where an expert owns up to 64, weights are
+/// read several times. K must be a multiple of 16, N of 8; each 128 outputs must share their scales, or have
+/// one each (block rows a multiple of 128, all of N, or 1), and each 128 of K, too (block columns a multiple
+/// of 128, or all of K).
 ///
 /// ```
 /// use dropless::epilogue::Epilogue;
@@ -52,11 +54,12 @@ use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights that are not of e4m3 and for rows that are
-/// gathered; [`Error::Value`] for an activation's factor that is not finite; [`Error::Place`], [`Error::NotJoined`]; on a GPU
-/// [`Error::Layout`] for rows that do not begin on 16 bytes, [`Error::Unsupported`] for widths and blocks of scales other than
-/// the above, for experts whose matrices or scales do not lie at one distance from each other, and for a bias that is
-/// neither `f32` nor of the type of `y`. Nothing is written.
+/// [`Error::Shape`] if the shapes do not agree; [`Error::Unsupported`] for weights that are not of e4m3 and
+/// for rows that are gathered; [`Error::Value`] for an activation's factor that is not finite;
+/// [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// [`Error::Layout`] for rows that do not begin on 16 bytes, [`Error::Unsupported`] for widths and blocks of
+/// scales other than the above, for experts whose matrices or scales do not lie at one distance from each
+/// other, and for a bias that is neither `f32` nor of the type of `y`. Nothing is written.
 pub fn linear_quantized<O: Float>(
     stream: &Stream,
     x: QuantizedInputs<'_>,
@@ -71,7 +74,8 @@ pub fn linear_quantized<O: Float>(
 
 /// Writes `h = glu(x * gate^T + gate_bias, x * up^T + up_bias)` of inputs and weights of e4m3.
 ///
-/// `gate` and `up` are `[E, N, K]`, `h` is `[R, N]`; the epilogue is SiLU without biases by default. Otherwise as
+/// `gate` and `up` are `[E, N, K]`, `h` is `[R, N]`; the epilogue is SiLU without biases by default.
+/// Otherwise as
 /// [`linear_quantized`].
 ///
 /// # Errors
@@ -113,14 +117,9 @@ impl<const P: usize> Fp8Product<'_, P> {
         kernels_need!(stream, cuda::fp8::check(&self, weight_args, bias_args, out_arg, y));
         let run = dispatch!(stream, Self::on_cpu, cuda::fp8::product);
         let [codes, scales] = self.x.accesses();
-        let mut arguments: Vec<(&'static str, Access<'_>)> = vec![("x", codes), ("x", scales), (out_arg, y.access())];
+        let mut arguments = vec![("x", codes), ("x", scales), (out_arg, y.access())];
         arguments.extend(self.rows.accesses(stream.place()));
-        for (arg, w) in weight_args.into_iter().zip(&self.weights) {
-            arguments.extend(w.accesses().map(|access| (arg, access)));
-        }
-        for (arg, bias) in bias_args.into_iter().zip(&self.finish.biases) {
-            arguments.extend(bias.map(|bias| (arg, bias.access())));
-        }
+        arguments.extend(operand_accesses(&self.weights, weight_args, &self.finish, bias_args));
         stream.admit(Op::GroupedGemm, &arguments)?;
         run(stream, self, y)
     }
@@ -147,20 +146,35 @@ impl<const P: usize> Fp8Product<'_, P> {
         operands_agree(&self.weights, weight_args, &self.finish, bias_args, [self.rows.num_experts(), y.cols(), k])
     }
 
-    /// The rows as `f32`, multiplied in the class of many rows, where inputs are taken as they are.
+    /// In the class of many rows, where inputs are taken as they are.
     fn on_cpu<O: Float>(stream: &Stream, product: Self, y: &mut RowsMut<'_, O>) -> Result<(), Error> {
         let Fp8Product { x, weights, rows, finish } = product;
-        let [num_rows, k] = x.dims();
-        let mut wide = filled(Op::GroupedGemm, num_rows * k, 0f32)?;
-        let (codes, scales) = (x.codes().host(), x.scales().host());
-        let mut all = RowsMut::from_slice(&mut wide, num_rows, k)?;
-        for_each_row(stream, all.host(), rows_per_task(k), |row, wide| {
-            for (block, (wide, codes)) in wide.chunks_mut(128).zip(codes.row(row).chunks(128)).enumerate() {
-                let scale = scales.row(block)[row];
-                wide.iter_mut().zip(codes).for_each(|(x, code)| *x = decode::e4m3(*code) * scale);
-            }
-        });
-        let x = Rows::from_slice(&wide, num_rows, k)?;
-        cpu::product(stream, super::Product { x, weights, rows: rows.in_class(usize::MAX), finish }, y)
+        let x = HostInputs { codes: x.codes().host(), scales: x.scales().host() };
+        cpu::product_of(stream, x, weights, rows.in_class(usize::MAX), finish, y)
+    }
+}
+
+/// Codes and scales in host memory.
+#[derive(Clone, Copy)]
+struct HostInputs<'a> {
+    codes: HostRows<'a, u8>,
+    scales: HostRows<'a, f32>,
+}
+
+impl cpu::Inputs for HostInputs<'_> {
+    fn cols(&self) -> usize {
+        self.codes.cols()
+    }
+
+    fn widen(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
+        let blocks = to.chunks_mut(INPUT_BLOCK).zip(self.codes.row(row)[k.clone()].chunks(INPUT_BLOCK));
+        for (block, (to, codes)) in blocks.enumerate() {
+            let scale = self.scales.row(k.start / INPUT_BLOCK + block)[row];
+            to.iter_mut().zip(codes).for_each(|(x, code)| *x = decode::e4m3(*code) * scale);
+        }
+    }
+
+    fn prefetch(&self, row: usize, k: Range<usize>) {
+        prefetch(&self.codes.row(row)[k]);
     }
 }

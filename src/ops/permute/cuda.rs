@@ -40,7 +40,7 @@ pub(super) fn gather<A: Float>(stream: &Stream, x: Rows<'_, A>, routing: &Routin
     let params = GatherParams {
         x: x.address(),
         row_to_slot: routing.row_to_slot().address(),
-        rows_end: routing.offsets().address() + (routing.num_experts() * size_of::<u32>()) as u64,
+        rows_end: routing.expert_rows().rows_end(),
         y: y.address(),
         rows: rows as i64,
         d_model: d_model as i64,

@@ -1,13 +1,15 @@
-//! CPU backend of `quantize`. Callers have checked the shapes; a routing's maps are permutations by construction.
+//! CPU backend of `quantize`. Callers have checked the shapes; a routing's maps are permutations by
+//! construction.
 
 use super::{BLOCK, Source, scale_of};
 use crate::device::Stream;
 use crate::dtype::Float;
 use crate::error::Error;
+use crate::layout::ExpertRows;
 use crate::simd::widen;
 use crate::view::{Rows, RowsMut, for_each_row, rows_per_task};
 
-/// First the scales, a row of which is a block of columns, then the codes.
+/// Writes the scales, of which a row belongs to a block of columns, and then the codes.
 pub(super) fn quantized<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -16,13 +18,11 @@ pub(super) fn quantized<A: Float>(
     scales: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
     let x = x.host();
+    let count = |owned: ExpertRows<'_>| owned.with_offsets(|offsets| offsets[offsets.len() - 1] as usize);
     let (rows, map) = match source {
         Source::All => (codes.rows(), None),
-        Source::Owned(owned) => (owned.with_offsets(|offsets| offsets[offsets.len() - 1] as usize), None),
-        Source::Gathered(routing) => {
-            let owned = routing.offsets().host().row(0)[routing.num_experts()] as usize;
-            (owned, Some((routing.row_to_slot().host().row(0), routing.top_k())))
-        }
+        Source::Owned(owned) => (count(owned), None),
+        Source::Gathered(routing) => (count(routing.expert_rows()), Some((routing.row_to_slot().host().row(0), routing.top_k()))),
     };
     let input = |row: usize| x.row(map.map_or(row, |(slots, top_k)| slots[row] as usize / top_k));
     for_each_row(stream, scales.host(), 1, |block, scales| {
@@ -30,7 +30,7 @@ pub(super) fn quantized<A: Float>(
             let wide = &mut [0f32; BLOCK];
             let of_block = input(row).chunks(BLOCK).nth(block).unwrap_or_default();
             widen(&mut wide[..of_block.len()], of_block);
-            *scale = scale_of(wide.iter().fold(0.0, |most, x| most.max(x.abs()))); // of a NaN `max` takes the other
+            *scale = scale_of(wide.iter().fold(0.0, |most, x| most.max(x.abs()))); // `max` passes over a NaN
         }
     });
     let scales = scales.as_rows().host();

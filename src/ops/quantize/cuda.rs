@@ -58,8 +58,8 @@ pub(super) fn quantized<A: Float>(
     let kernel = find(Op::Quantize, KERNELS, Key, to_e4m3(A::DTYPE), |_| true)?;
     let cuda = stream.cuda();
     let grid = cuda.grid(rows as u64, 1, QUANTIZE_THREADS);
-    // SAFETY: `QuantizeParams` is the struct of these entries; `x`, `codes` and `scales` have these extents, and a routing's
-    // `row_to_slot` holds `rows` slots of `x`'s tokens; all are on this stream's device and stay valid until the work completes:
-    // buffers are freed in stream order, raw views promise it.
+    // SAFETY: `QuantizeParams` is the struct of these entries; `x`, `codes` and `scales` have these extents,
+    // and a routing's `row_to_slot` holds `rows` slots of `x`'s tokens; all are on this stream's device and
+    // stay valid until the work completes: buffers are freed in stream order, raw views promise it.
     unsafe { cuda.launch_kernel(Op::Quantize, kernel, grid, &params) }
 }

@@ -6,7 +6,7 @@ use crate::format::Format;
 use crate::layout::ExpertWeights;
 use crate::quantized::Tiles;
 use crate::quantized::tiles::{PANEL_BYTES, PANEL_DEPTH, PANEL_ROWS};
-use crate::simd::decode::{QuantizedRow, RowScales};
+use crate::simd::decode::{QuantizedRow, RowScales, e8m0, zero_point};
 use crate::view::{RowsMut, for_each_row, rows_per_task};
 use crate::weights::WeightRows;
 
@@ -34,7 +34,7 @@ pub(super) fn repack(
     Ok(())
 }
 
-/// The outputs of a panel that there are.
+/// The outputs of a panel: fewer than 32 at an expert's end.
 fn rows_of<'a>(tiles: &Tiles, w: &ExpertWeights<'a>, panel: usize) -> Vec<QuantizedRow<'a>> {
     let (expert, first) = (panel / tiles.panels_of_expert(), panel % tiles.panels_of_expert() * PANEL_ROWS);
     let WeightRows::Quantized(matrix) = w.expert(expert) else { unreachable!("`Tiles::of` takes quantised weights alone") };
@@ -60,7 +60,8 @@ fn int4_words(bytes: [u32; 8]) -> [u32; 2] {
     [word(&bytes[..4]), word(&bytes[4..])]
 }
 
-/// Each pair at its rotation; the last of either word in what the others leave free of both.
+/// Pairs 0, 1 and 2 of each half in a word of their own, turned right by 0, 4 and 10. The bits that they
+/// leave free in both words hold the two pairs that remain.
 fn mxfp4_words(bytes: [u32; 8]) -> [u32; 2] {
     const OF_FIRST: u32 = 0x80c1_80c1;
     let pair = |byte: u32| {
@@ -87,7 +88,7 @@ fn scales_of(tiles: &Tiles, rows: &[QuantizedRow<'_>], to: &mut [u8]) {
     }
 }
 
-/// Zeros for none.
+/// Writes zeros for `None`.
 fn copy<const N: usize>(to: &mut [u8], from: Option<[u8; N]>) {
     to.copy_from_slice(&from.unwrap_or([0; N]));
 }
@@ -97,30 +98,20 @@ fn exponents_of(rows: &[QuantizedRow<'_>], to: &mut [u8]) {
     let (factors, steps) = to.split_at_mut(PANEL_ROWS * 4);
     steps.fill(0);
     for (i, factor) in factors.chunks_exact_mut(4).enumerate() {
-        let exponents = rows.get(i).map_or(&[][..], |row| if let RowScales::E8m0(exponents) = row.scales { exponents } else { &[] });
+        let exponents = rows.get(i).map_or(&[][..], |row| row.scales.exponents());
         let largest = exponents.iter().copied().max().unwrap_or(0);
-        factor.copy_from_slice(&factor_bits(largest).to_le_bytes());
+        factor.copy_from_slice(&e8m0(largest).to_le_bytes());
         for (group, exponent) in exponents.iter().enumerate() {
             steps[group / 2 * 2 * PANEL_ROWS + 2 * i + group % 2] = (253 + u32::from(*exponent)).saturating_sub(largest.into()) as u8;
         }
     }
 }
 
-/// `2^(largest - 127)`.
-fn factor_bits(largest: u8) -> u32 {
-    match largest {
-        0 => 0x0040_0000,
-        255 => 0x7fc0_0000,
-        largest => u32::from(largest) << 23,
-    }
-}
-
 fn zeros_of(rows: &[QuantizedRow<'_>], to: &mut [u8]) {
     for (group, to) in to.chunks_exact_mut(PANEL_ROWS).enumerate() {
         for (i, to) in to.iter_mut().enumerate() {
-            let zeros = rows.get(i).and_then(|row| row.zeros);
-            let byte = zeros.and_then(|(bytes, nibble)| bytes.get(4 * group + nibble / 2).map(|byte| byte >> (4 * (nibble % 2)) & 15));
-            *to = byte.unwrap_or(0);
+            let row = rows.get(i).filter(|row| group < row.scales.len());
+            *to = row.map_or(0, |row| zero_point(row, group) as u8);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! CUDA launches of `repack`: codes, then scales. Callers have checked shapes and order.
 #![allow(unsafe_code)] // the launches
 
-use crate::device::cuda::Grid;
 use crate::device::kernel::{Kernel, Types, find};
 use crate::device::params::{REPACK_THREADS, RepackParams};
 use crate::device::{Stream, image};
@@ -31,8 +30,11 @@ pub static KERNELS: &[Kernel<Key>] = &[
 ];
 
 const fn kernel(entry: &'static str, key: Key, format: Format) -> Kernel<Key> {
-    let types = Types { x: DType::Quantized(format), w: DType::Quantized(format), y: DType::U8 };
-    Kernel { threads: REPACK_THREADS, ..Kernel::new(&image::REPACK, entry, key, types) }
+    Kernel { threads: REPACK_THREADS, ..Kernel::new(&image::REPACK, entry, key, types(format)) }
+}
+
+const fn types(format: Format) -> Types {
+    Types { x: DType::Quantized(format), w: DType::Quantized(format), y: DType::U8 }
 }
 
 /// What the kernels need beyond the contract: matrices at one distance.
@@ -52,10 +54,6 @@ pub(super) fn repack(
     if panels == 0 || bytes == 0 {
         return Ok(());
     }
-    let source_groups = match w.expert(0) {
-        crate::weights::WeightRows::Quantized(rows) => rows.scales().map_or(0, |(scales, _)| scales.dims()[1]),
-        _ => unreachable!("`Tiles::of` takes quantised weights alone"),
-    };
     let (zeros_at, zeros_row) = zeros.map_or((0, 0), |zeros| (zeros.address(), zeros.stride()));
     let params = RepackParams {
         from: params_of(Op::Repack, "w", &w)?,
@@ -68,23 +66,21 @@ pub(super) fn repack(
         num_experts: tiles.num_experts() as i64,
         n: w.n() as i64,
         k: w.k() as i64,
-        groups: source_groups as i64,
+        groups: w.k().div_ceil(tiles.group) as i64,
         all_groups: tiles.groups() as i64,
         scale_size: tiles.scale_type.size_bytes() as u32,
         unused: 0,
     };
-    let of_panel = |key: Key| match (key, tiles.format()) {
-        (Key::Codes, _) => tiles.steps(),  // blocks
-        (Key::Scales, Format::Mxfp4) => 1, // quarters of blocks
-        (Key::Scales, _) => tiles.groups(),
+    let threads_of_panel = |key: Key| match (key, tiles.format()) {
+        (Key::Codes, _) => tiles.steps() * REPACK_THREADS as usize,
+        (Key::Scales, Format::Mxfp4) => PANEL_ROWS,
+        (Key::Scales, _) => tiles.groups() * PANEL_ROWS,
     };
+    let cuda = stream.cuda();
     for key in [Key::Codes, Key::Scales] {
-        let types = Types { x: DType::Quantized(tiles.format()), w: DType::Quantized(tiles.format()), y: DType::U8 };
-        let kernel = find(Op::Repack, KERNELS, key, types, |_| true)?;
-        let threads = if key == Key::Codes { REPACK_THREADS as usize } else { PANEL_ROWS };
-        let cuda = stream.cuda();
-        let all = (panels as u64).saturating_mul(of_panel(key) as u64).saturating_mul(threads as u64);
-        let grid: Grid = cuda.grid(all, REPACK_THREADS.into(), REPACK_THREADS);
+        let kernel = find(Op::Repack, KERNELS, key, types(tiles.format()), |_| true)?;
+        let all = (panels as u64).saturating_mul(threads_of_panel(key) as u64);
+        let grid = cuda.grid(all, REPACK_THREADS.into(), REPACK_THREADS);
         // SAFETY: `RepackParams` is the struct of these entries; the weights and the outputs have these
         // extents, which the contract compared with those of the tiles; all are on this stream's device and
         // stay valid until the work completes: buffers are freed in stream order, raw views promise it.

@@ -7,8 +7,9 @@ use crate::simd::gemm::add_tiles;
 use crate::simd::product::AddProduct;
 use crate::simd::vector::{Kernel, LANES, Simd};
 
-/// Proof that this machine has AVX-512 F, BW and VL, and with `VNNI` that, too. VL for its registers: without it what a 256-bit
-/// instruction touches must be in the lower sixteen, and with that all sums of a product's tile.
+/// Proof that this machine has AVX-512 F, BW and VL, and with `VNNI` that, too. VL for its registers: without
+/// it what a 256-bit instruction touches must be in the lower sixteen, and with that all sums of a product's
+/// tile.
 #[derive(Clone, Copy)]
 pub(in crate::simd) struct Avx512<const VNNI: bool>(());
 

@@ -1,9 +1,9 @@
-//! A checkpoint's weights on the CPU: used where they lie, but for what no operation takes as it is.
+//! A checkpoint's weights on the CPU: used where they lie, except those that no operation takes as they are.
 //!
 //! | what | becomes | bytes |
 //! |---|---|---|
 //! | GPTQ and AWQ, which lie input after input | INT4 in the library's order, exactly | as many as in the file |
-//! | GPTQ whose inputs are ordered by activations | f32, exactly: its scales lie with no run of inputs | 8 times the codes |
+//! | GPTQ whose inputs are ordered by activations | f32, exactly: inputs that share a scale do not lie next to each other | 8 times the codes |
 //! | quantised routers and gates of shared experts | f32, as the format says | few |
 
 use std::collections::BTreeMap;

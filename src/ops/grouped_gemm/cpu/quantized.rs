@@ -9,8 +9,8 @@ use crate::simd::decode::{QuantizedRow, decode};
 use crate::simd::gemm::{AHEAD, DOT_COLS, KC, dots, pack_nk};
 use crate::simd::integers::{Layout, WeightRow, chunk_floats, integer_dots, layout, round_input};
 
-/// Elements of a row that are decoded at a time where products are taken in floats: four rows of them stay in the first-level
-/// cache.
+/// Elements of a row that are decoded at a time where products are taken in floats: four rows of them stay in
+/// the first-level cache.
 const DECODED: usize = 4 * KC;
 
 /// The few input rows of a tile, as products with quantised weights take them.
@@ -31,7 +31,8 @@ impl<'s> QuantizedInputs<'s> {
         QuantizedInputs { x_stride, scratch, rounded: None }
     }
 
-    /// `sums[i, j] += sum_k x[i, k] * weights[cols.start + j, k]`. Behind the rows of `x` there is room for another one.
+    /// `sums[i, j] += sum_k x[i, k] * weights[cols.start + j, k]`. Behind the rows of `x` there is room for
+    /// another one.
     pub(super) fn multiply(
         &mut self,
         x: &[f32],

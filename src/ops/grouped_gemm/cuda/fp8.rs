@@ -1,25 +1,21 @@
 //! Launch of the tensor-core form of e4m3: `cuda/grouped_gemm_fp8.cu`.
 #![allow(unsafe_code)] // the launch
 
-use super::{GLU_NT, KERNELS, Key, NT, check_bias};
+use super::{E4M3, GLU_NT, KERNELS, Key, NT, check_bias};
 use crate::device::Stream;
 use crate::device::driver::TensorMapDesc;
 use crate::device::kernel::{Kernel, Types, find};
-use crate::device::params::{
-    FP8_DEPTH, FP8_SCALE_ROWS, Fp8ProductParams, SCALE_BF16, SCALE_F16, SCALE_F32, TILED_COLS, TILED_ROWS, TiledProductParams,
-    WeightScaleParams,
-};
+use crate::device::params::{FP8_DEPTH, FP8_SCALE_ROWS, Fp8ProductParams, TILED_COLS, TILED_ROWS, TiledProductParams, WeightScaleParams};
 use crate::dtype::{DType, Float};
 use crate::epilogue;
 use crate::error::{Error, Op};
-use crate::format::Format;
 use crate::layout::ExpertWeights;
 use crate::ops::grouped_gemm::fp8::Fp8Product;
+use crate::quantized::device::scale_type;
 use crate::quantized::{QuantizedRows, ScaleRows};
 use crate::view::{Rows, RowsMut};
 use crate::weights::WeightRows;
 
-const E4M3: DType = DType::Quantized(Format::E4m3);
 const DEPTH: usize = FP8_DEPTH as usize;
 const _: () = assert!(DEPTH == crate::quantized::inputs::INPUT_BLOCK);
 
@@ -72,7 +68,7 @@ fn check_widths(op: Op, n: usize, k: usize) -> Result<(), Error> {
     within_32_bits(op, "columns", k.max(n), TILED_COLS as usize)
 }
 
-/// Coordinates are 32 bits, those of the tile behind the last, too.
+/// Coordinates are 32 bits, also in the tile after the last.
 fn within_32_bits(op: Op, what: &'static str, got: usize, tile: usize) -> Result<(), Error> {
     let limit = i32::MAX as usize - 2 * tile;
     if got <= limit { Ok(()) } else { Err(Error::TooLarge { op, what, got: got as u128, limit: limit as u128 }) }
@@ -129,9 +125,10 @@ pub(in crate::ops::grouped_gemm) fn product<O: Float, const P: usize>(
         unused: [0; 4],
     };
     let grid = super::tiled::grid(cuda, kernel, num_rows, rows.num_experts(), n);
-    // SAFETY: `Fp8ProductParams` is the struct of these entries; the codes, the weights, the scales of both, the biases and `y` have
-    // these extents, `rows` the invariants of its type; all are on this stream's device and stay valid until the work completes:
-    // buffers are freed in stream order, raw views promise it.
+    // SAFETY: `Fp8ProductParams` is the struct of these entries; the codes, the weights, the scales of both,
+    // the biases and `y` have these extents, `rows` the invariants of its type; all are on this stream's
+    // device and stay valid until the work completes: buffers are freed in stream order, raw views promise
+    // it.
     unsafe { cuda.launch_kernel(op, kernel, grid, &params) }
 }
 
@@ -145,7 +142,8 @@ fn scales_map(scales: &Rows<'_, f32>) -> TensorMapDesc {
     TensorMapDesc::plain(DType::F32, scales.address(), [scales.cols(), scales.rows()], [1, scales.pitch()], [FP8_SCALE_ROWS, 1])
 }
 
-/// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the next expert's.
+/// Weights, with a dimension for the expert, so that what lies outside a matrix reads as zeros and not as the
+/// next expert's.
 fn weights_map(w: &ExpertWeights<'_>, cols: u32) -> Result<TensorMapDesc, Error> {
     let (matrix, expert_stride) = (w.expert(0), w.expert_stride(Op::GroupedGemm, "w")? as usize);
     let (dims, strides) = ([w.k(), w.n(), w.num_experts()], [1, matrix.stride(), expert_stride]);
@@ -158,7 +156,8 @@ struct Scales {
     stride: usize,
     dtype: DType,
     block: [usize; 2],
-    /// Of the block of rows in which the expert's first output is: which row of it that is, and the distance to the next output's.
+    /// Of the block of rows in which the expert's first output is: which row of it that is, and the distance
+    /// to the next output's.
     first: usize,
     step: usize,
 }
@@ -195,7 +194,7 @@ fn scales_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<WeightS
     let first = Scales::of(op, arg, &w.expert(0))?;
     check_blocks(op, arg, &first, w.n(), w.k())?;
     let (size, mut expert_stride, mut before) = (first.dtype.size_bytes() as i64, 0, first.address);
-    for expert in 1..w.num_experts() {
+    for expert in 1..w.experts_to_measure() {
         let scales = Scales::of(op, arg, &w.expert(expert))?;
         let step = scales.address.wrapping_sub(before) as i64;
         if !scales.is_like(&first) || step % size != 0 || expert > 1 && step / size != expert_stride {
@@ -213,11 +212,7 @@ fn scales_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<WeightS
         step: first.step as u32,
         block_rows: block_rows.min(u32::MAX as usize) as u32,
         k_blocks: if block_cols >= w.k() { u32::MAX } else { (block_cols / DEPTH) as u32 },
-        kind: match first.dtype {
-            DType::F32 => SCALE_F32,
-            DType::Bf16 => SCALE_BF16,
-            _ => SCALE_F16,
-        },
+        kind: scale_type(first.dtype),
         unused: 0,
     })
 }

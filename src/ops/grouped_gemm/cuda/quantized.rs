@@ -3,12 +3,10 @@
 
 use super::{Key, tiled};
 use crate::device::Stream;
-use crate::device::cuda::Grid;
-use crate::device::driver::{TensorMap, TensorMapDesc};
+use crate::device::driver::TensorMapDesc;
 use crate::device::kernel::Kernel;
 use crate::device::params::{QuantizedProductParams, TiledProductParams, WEIGHT_PANEL_ROWS};
 use crate::dtype::{DType, Float};
-use crate::epilogue;
 use crate::error::{Error, Op};
 use crate::format::Format;
 use crate::layout::ExpertWeights;
@@ -88,50 +86,23 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
     product: &Product<'_, A, P>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    let (op, cuda) = (Op::GroupedGemm, stream.cuda());
-    let Product { x, weights, rows, finish } = product;
-    let Kernel { tile: [tile_rows, tile_cols], threads, shared_bytes, .. } = *kernel;
+    let (op, cuda, Product { weights, rows, .. }) = (Op::GroupedGemm, stream.cuda(), product);
     let [num_rows, n] = y.dims();
-    let (offsets, row_to_slot, top_k) = rows.addresses();
-    let [first, last] = [0, P - 1].map(|i| params_of(op, "w", &weights[i]));
-    let (first, last) = (first?, last?);
-    let no_map = TensorMap([0; 16]);
     let is_e4m3 = kernel.types.w == DType::Quantized(Format::E4m3);
-    let map = |w: &ExpertWeights<'_>| if is_e4m3 { cuda.tensor_map(op, &codes_map(w)?) } else { Ok(no_map) };
+    let map = |w: &ExpertWeights<'_>| if is_e4m3 { cuda.tensor_map(op, &codes_map(w)?) } else { Ok(tiled::NO_MAP) };
     let scales = matrix(&weights[0]).map_or(DType::F32, |rows| {
         rows.in_tiles().map_or(rows.scales().map_or(DType::F32, |(scales, _)| scales.dtype()), |tiles| tiles.scale_type)
     });
     let params = QuantizedProductParams {
-        product: TiledProductParams {
-            x_map: if row_to_slot == 0 { cuda.tensor_map(op, &tiled::rows_map(x, tile_rows))? } else { no_map },
-            w: map(&weights[0])?,
-            v: map(&weights[P - 1])?,
-            x: x.address(),
-            offsets,
-            row_to_slot,
-            y: y.address(),
-            taken: 0,
-            rows: num_rows as i64,
-            num_experts: rows.num_experts() as i64,
-            n: n as i64,
-            k: x.cols() as i64,
-            top_k: top_k as i64,
-            x_stride: x.pitch() as i64,
-            y_stride: y.as_rows().pitch() as i64,
-            epilogue: epilogue::params::of(finish),
-            unused: [0; 3],
-        },
-        w: first,
-        v: last,
+        product: TiledProductParams { w: map(&weights[0])?, v: map(&weights[P - 1])?, ..tiled::params_of_rows(cuda, kernel, product, y)? },
+        w: params_of(op, "w", &weights[0])?,
+        v: params_of(op, "w", &weights[P - 1])?,
         group: matrix(&weights[0]).map_or(0, |rows| group(&rows)) as i64,
         scale_type: scale_type(scales),
         is_f32: u32::from(O::DTYPE == DType::F32),
         unused: [0; 8],
     };
-    // Each expert may end in a tile of its own; blocks that find no tile leave.
-    let row_tiles = (num_rows as u64).div_ceil(u64::from(tile_rows)) + (rows.num_experts().min(num_rows) as u64) - 1;
-    let tiles = row_tiles * (n as u64).div_ceil(u64::from(tile_cols));
-    let grid = Grid { blocks: [tiles.min(u64::from(cuda.attributes().sm_count)) as u32, 1, 1], threads, shared_bytes, cluster: 1 };
+    let grid = tiled::grid(cuda, kernel, num_rows, rows.num_experts(), n);
     // SAFETY: `QuantizedProductParams` is the struct of these entries; `x`, the weights with their scales,
     // the biases and `y` have these extents, `rows` the invariants of its type; all are on this stream's
     // device and stay valid until the work completes: buffers are freed in stream order, raw views promise

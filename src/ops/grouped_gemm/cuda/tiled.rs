@@ -14,6 +14,9 @@ use crate::layout::{ExpertWeights, WeightOrder};
 use crate::ops::grouped_gemm::Product;
 use crate::view::{Rows, RowsMut};
 
+/// In place of a map that the kernel does not use.
+pub(super) const NO_MAP: TensorMap = TensorMap([0; 16]);
+
 /// What TMA and 16-byte stores ask of widths and addresses. Static shape and layout alone decide.
 pub(super) fn fits<A: Float, O: Float, const P: usize>(product: &Product<'_, A, P>, y: &RowsMut<'_, O>) -> bool {
     rows_fit(product, y)
@@ -54,37 +57,48 @@ pub(super) fn launch<A: Float, O: Float, const P: usize>(
     product: &Product<'_, A, P>,
     y: &mut RowsMut<'_, O>,
 ) -> Result<(), Error> {
-    let cuda = stream.cuda();
-    let Product { x, weights, rows, finish } = product;
-    let Kernel { tile: [tile_rows, tile_cols], cluster, .. } = *kernel;
+    let (cuda, Product { weights, rows, .. }, Kernel { tile: [_, tile_cols], cluster, .. }) = (stream.cuda(), product, *kernel);
     let [num_rows, n] = y.dims();
+    let map = |w: &ExpertWeights<'_>| cuda.tensor_map(Op::GroupedGemm, &weights_map(w, tile_cols / cluster)?);
+    let w = map(&weights[0])?;
+    let v = if P == 1 { w } else { map(&weights[P - 1])? };
+    let params = TiledProductParams { w, v, taken: cuda.scratch(), ..params_of_rows(cuda, kernel, product, y)? };
+    let grid = grid(cuda, kernel, num_rows, rows.num_experts(), n);
+    // SAFETY: `TiledProductParams` is the struct of these entries; `x`, the weights, the biases and `y` have
+    // these extents, `rows` the invariants of its type; all are on this stream's device and stay valid until
+    // the work completes: buffers are freed in stream order, raw views promise it.
+    unsafe { cuda.launch_kernel(Op::GroupedGemm, kernel, grid, &params) }
+}
+
+/// What the kernels are told of all but the weights.
+pub(super) fn params_of_rows<A: Float, O: Float, const P: usize>(
+    cuda: &RawStream,
+    kernel: &Kernel<Key>,
+    product: &Product<'_, A, P>,
+    y: &RowsMut<'_, O>,
+) -> Result<TiledProductParams, Error> {
+    let Product { x, rows, finish, .. } = product;
     let (offsets, row_to_slot, top_k) = rows.addresses();
-    let map = |desc: &TensorMapDesc| cuda.tensor_map(Op::GroupedGemm, desc);
-    let w = map(&weights_map(&weights[0], tile_cols / cluster)?)?;
-    let params = TiledProductParams {
-        x_map: if row_to_slot == 0 { map(&rows_map(x, tile_rows))? } else { TensorMap([0; 16]) },
-        w,
-        v: if P == 1 { w } else { map(&weights_map(&weights[P - 1], tile_cols / cluster)?)? },
+    let x_map = if row_to_slot == 0 { cuda.tensor_map(Op::GroupedGemm, &rows_map(x, kernel.tile[0]))? } else { NO_MAP };
+    Ok(TiledProductParams {
+        x_map,
+        w: NO_MAP,
+        v: NO_MAP,
         x: x.address(),
         offsets,
         row_to_slot,
         y: y.address(),
-        taken: cuda.scratch(),
-        rows: num_rows as i64,
+        taken: 0,
+        rows: y.rows() as i64,
         num_experts: rows.num_experts() as i64,
-        n: n as i64,
+        n: y.cols() as i64,
         k: x.cols() as i64,
         top_k: top_k as i64,
         x_stride: x.pitch() as i64,
         y_stride: y.as_rows().pitch() as i64,
         epilogue: epilogue::params::of(finish),
         unused: [0; 3],
-    };
-    let grid = grid(cuda, kernel, num_rows, rows.num_experts(), n);
-    // SAFETY: `TiledProductParams` is the struct of these entries; `x`, the weights, the biases and `y` have these extents, `rows` the
-    // invariants of its type; all are on this stream's device and stay valid until the work completes: buffers are freed in stream order,
-    // raw views promise it.
-    unsafe { cuda.launch_kernel(Op::GroupedGemm, kernel, grid, &params) }
+    })
 }
 
 /// A cluster for each tile that there may be, but no more than there is room for.
@@ -98,7 +112,7 @@ pub(super) fn grid(cuda: &RawStream, kernel: &Kernel<Key>, num_rows: usize, num_
 }
 
 /// Input rows: a box is the rows of a tile.
-pub(super) fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
+fn rows_map<A: Float>(x: &Rows<'_, A>, rows: u32) -> TensorMapDesc {
     TensorMapDesc::swizzled(A::DTYPE, x.address(), [x.cols(), x.rows()], [1, x.pitch()], [TILED_DEPTH, rows])
 }
 

@@ -1,5 +1,6 @@
-//! Oracle of `repack`, and of what its weights and those of e4m3 are worth: each code by a table or a formula
-//! of its own.
+//! Oracle of `repack`, and the elements of quantised weights as numbers.
+
+use super::quantize;
 
 /// `(code - zero) * scale`; element `2j` of a row in the low bits of byte `j`.
 pub fn int4(codes: &[u8], scales: &[f64], zeros: Option<&[u8]>, n: usize, k: usize, group: usize) -> Vec<f64> {
@@ -22,26 +23,16 @@ pub fn mxfp4(codes: &[u8], exponents: &[u8], n: usize, k: usize) -> Vec<f64> {
 
 /// `fp8 * scale` of the block of `block[0]` rows and `block[1]` columns.
 pub fn e4m3(codes: &[u8], scales: &[f64], n: usize, k: usize, block: [usize; 2]) -> Vec<f64> {
-    let cols = k.div_ceil(block[1]);
-    (0..n * k).map(|at| e4m3_value(codes[at]) * scales[at / k / block[0] * cols + at % k / block[1]]).collect()
-}
-
-/// Sign, four bits of exponent, three of mantissa; no infinity.
-pub fn e4m3_value(code: u8) -> f64 {
-    let (sign, exponent, mantissa) = (if code < 128 { 1.0 } else { -1.0 }, i32::from(code >> 3 & 15), f64::from(code & 7));
-    match (exponent, code & 7) {
-        (15, 7) => f64::NAN,
-        (0, _) => sign * mantissa / 8.0 * 2f64.powi(-6),
-        _ => sign * (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
-    }
+    quantize::weights(&codes[..n * k], scales, k, block)
 }
 
 fn nibble(bytes: &[u8], at: usize) -> u8 {
     bytes[at / 2] >> (4 * (at % 2)) & 15
 }
 
-/// The codes of one expert in tiles, `element(n, k)` being a code. A bit of the tile after the other: which
-/// thread's, of which of its eight registers, which half, and where the register holds what.
+/// The codes of one expert in tiles, `element(n, k)` being a code. Each bit's place follows from its thread,
+/// from which of the thread's eight registers and which half of it the element is in, and from the bit's
+/// number.
 pub fn tiles(element: impl Fn(usize, usize) -> u8, n: usize, k: usize, is_mxfp4: bool) -> Vec<u8> {
     let (panels, steps) = (n.div_ceil(32), k.div_ceil(64));
     let mut bytes = vec![0u8; panels * steps * 1024];
@@ -59,16 +50,16 @@ pub fn tiles(element: impl Fn(usize, usize) -> u8, n: usize, k: usize, is_mxfp4:
     bytes
 }
 
-/// Of the 64 bits of a thread, those of a nibble lie together: nibble `register` of its word, or the fourth
-/// behind it.
+/// Of the 64 bits of a thread, those of a code lie together: in nibble `register % 4` of its word, or four
+/// nibbles higher.
 fn int4_bit(register: usize, low: usize, bit: usize) -> usize {
     register / 4 * 32 + 4 * (register % 4 + 4 * low) + bit
 }
 
-/// A register wants the three low bits of a code at 6, 7 and 8 of its half and the sign at 15. Three
-/// registers of each word come by turning it left by 0, 4 and 10; the fourth from a word made of bits 0, 6,
-/// 7, 15, 16, 22, 23 and 31 of the first word turned by 6, and the others of the second turned by 8; that of
-/// the second half turned by 6 again.
+/// A register has the three low bits of a code at bits 6, 7 and 8 of its half, and the sign at bit 15. Three
+/// registers of each word are the word turned left by 0, 4 and 10. The two that remain are in a ninth word:
+/// its bits 0, 6, 7, 15, 16, 22, 23 and 31 are those of the first word turned left by 6, the others those of
+/// the second turned left by 8. Register 3 is the ninth word as it is, register 7 the ninth turned left by 6.
 fn mxfp4_bit(register: usize, low: usize, bit: usize) -> usize {
     let at = [6, 7, 8, 15][bit] + 16 * low;
     let turned = |at: usize, left: usize| (at + 32 - left) % 32;
