@@ -48,8 +48,8 @@ __device__ __forceinline__ int64_t scale_at(const WeightScaleParams& p, uint32_t
     return expert * p.expert_stride + (p.first + col * p.step) / p.block_rows * p.row_stride;
 }
 __device__ __forceinline__ float load_scale(const WeightScaleParams& p, int64_t at) {
-    if (p.kind == SCALE_F32) return static_cast<const float*>(p.at)[at];
-    if (p.kind == SCALE_BF16) return to_f32(static_cast<const bf16*>(p.at)[at]);
+    if (p.kind == TYPE_F32) return static_cast<const float*>(p.at)[at];
+    if (p.kind == TYPE_BF16) return to_f32(static_cast<const bf16*>(p.at)[at]);
     return to_f32(static_cast<const f16*>(p.at)[at]);
 }
 

@@ -93,16 +93,13 @@ template <typename F> __device__ __forceinline__ uint32_t panel_of(uint32_t col,
     return F::GLU ? col * (F::PANELS / 2) + i / 2 : col * F::PANELS + i;
 }
 
-__device__ __forceinline__ const unsigned char* bytes_at(In at, int64_t offset) {
-    return static_cast<const unsigned char*>(at) + offset;
-}
-
 // Groups of k in stages of DEPTH. Where a group's length divides that, all stages look alike.
 struct Groups {
     const uint32_t length;
     uint32_t       first = 0, into = 0; // the group that a stage begins in, and how far
 
-    __device__ __forceinline__ explicit Groups(const QuantizedProductParams& p) : length(uint32_t(p.group)) {}
+    __device__ __forceinline__ explicit Groups(const QuantizedProductParams& p)
+        : length(uint32_t(p.w.group)) {}
     __device__ __forceinline__ void advance(uint32_t depth) {
         for (into += depth; into >= length; into -= length) first++;
     }
@@ -145,7 +142,7 @@ __device__ __forceinline__ void produce(const QuantizedProductParams& params, ui
     const TiledProductParams& p = params.product;
     const bool                gathered = p.row_to_slot;
     if (!gathered && threadIdx.x >= 32) return;
-    const uint32_t steps = steps_of(p), scale_size = params.scale_type == SCALE_F32 ? 4 : 2;
+    const uint32_t steps = steps_of(p), scale_size = params.w.scale_type == TYPE_F32 ? 4 : 2;
     ExpertTiles    tiles = tiles_of<F>(p);
     ExpertTile     tile;
     for (uint32_t index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
@@ -227,7 +224,7 @@ template <typename F> struct Layout {
     bool     is_f16;
 
     __device__ __forceinline__ explicit Layout(const QuantizedProductParams& p) {
-        const bool     is_f32 = p.scale_type == SCALE_F32;
+        const bool     is_f32 = p.w.scale_type == TYPE_F32;
         const uint32_t thread = threadIdx.x % WARPGROUP, row = thread / 4;
         code = F::FORMAT == E4M3 ? row * PITCH + row % 8 * 16 + thread % 4 * 2 : thread * 8;
         scale = F::SCALES_AT + (F::FORMAT == MXFP4 ? row * 2 : is_f32 ? row * 4 : row / 2 * 4);
@@ -237,7 +234,7 @@ template <typename F> struct Layout {
         zero_panel = p.w.zeros ? F::ZERO_BYTES : 0;
         left = is_f32 || row % 2 != 0 ? 0 : 16;
         mask = is_f32 ? 0xffffffff : 0xffff0000;
-        is_f16 = p.scale_type == SCALE_F16;
+        is_f16 = p.w.scale_type == TYPE_F16;
     }
 };
 
@@ -409,12 +406,13 @@ __device__ __forceinline__ void multiply(const QuantizedProductParams& p, const 
                     }
                     multiply_step<F, 4 / PARTS>(part, a, half * 2, x, !begins);
                     if (!EXACT || (i + 1) % GROUP_STEPS == 0) add_scaled<F>(sum, part, scaling.scale);
-                    if (!EXACT) place.advance(WEIGHT_PANEL_DEPTH / PARTS, p.group);
+                    if (!EXACT) place.advance(WEIGHT_PANEL_DEPTH / PARTS, p.w.group);
                 }
             }
         }
     if constexpr (F::FORMAT == E4M3) { // of 128 of k at most
-        const float scale[2] = {widened(scale_bits[0], p.scale_type), widened(scale_bits[1], p.scale_type)};
+        const float scale[2] = {widened(scale_bits[0], p.w.scale_type),
+                                widened(scale_bits[1], p.w.scale_type)};
         add_scaled<F>(sum, part, scale);
     }
 }
@@ -502,12 +500,12 @@ __device__ __forceinline__ void consume(const QuantizedProductParams& params, ui
                                         typename F::Stages ring) {
     const TiledProductParams& p = params.product;
     const uint32_t consumer = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) - 1, steps = steps_of(p);
-    const uint32_t scale_size = params.scale_type == SCALE_F32 ? 4 : 2;
+    const uint32_t scale_size = params.w.scale_type == TYPE_F32 ? 4 : 2;
     const uint32_t mine =
         F::IS_SPLIT ? consumer * F::PART : 0; // the first of this consumer's steps of a stage
     const uint32_t  all_x = k_major(shared + F::X_AT) + mine * (F::X_BYTES >> 4);
     const Layout<F> layout(params);
-    const bool      is_exact = F::FORMAT != INT4 || params.group == F::GROUP;
+    const bool      is_exact = F::FORMAT != INT4 || params.w.group == F::GROUP;
     ExpertTiles     tiles = tiles_of<F>(p);
     ExpertTile      tile;
     uint32_t        turn = 0;

@@ -12,9 +12,6 @@
 
 enum : uint32_t { ROWS = WEIGHT_PANEL_ROWS };
 
-__device__ __forceinline__ const unsigned char* bytes_at(In at, int64_t offset) {
-    return static_cast<const unsigned char*>(at) + offset;
-}
 __device__ __forceinline__ int64_t panels_of(const RepackParams& p) { return (p.n + ROWS - 1) / ROWS; }
 __device__ __forceinline__ int64_t steps_of(const RepackParams& p) {
     return (p.k + WEIGHT_PANEL_DEPTH - 1) / WEIGHT_PANEL_DEPTH;
@@ -75,26 +72,19 @@ extern "C" __global__ void __launch_bounds__(REPACK_THREADS, 8)
          i < p.num_experts * panels * p.all_groups * ROWS; i += gridDim.x * int64_t(REPACK_THREADS)) {
         const int64_t row = i % ROWS, group = i / ROWS % p.all_groups, panel = i / ROWS / p.all_groups,
                       expert = panel / panels, n = panel % panels * ROWS + row;
-        const bool    is_inside = n < p.n && group < p.groups;
-        const int64_t to = group * ROWS + row, from = expert * p.from.expert_scales +
-                                                      n * p.from.step * p.from.row_scales +
-                                                      group * p.scale_size;
-        unsigned char* const scales =
-            static_cast<unsigned char*>(p.scales) + panel * p.row_scales + to * p.scale_size;
-        if (p.scale_size == 4)
-            *reinterpret_cast<uint32_t*>(scales) =
-                is_inside ? *reinterpret_cast<const uint32_t*>(bytes_at(p.from.scales, from)) : 0;
+        const bool                 is_inside = n < p.n && group < p.groups;
+        const int64_t              to = group * ROWS + row;
+        const unsigned char* const from = scales_of(p.from, expert, n);
+        unsigned char* const       scales = static_cast<unsigned char*>(p.scales) + panel * p.row_scales;
+        if (p.from.scale_type == TYPE_F32)
+            reinterpret_cast<uint32_t*>(scales)[to] =
+                is_inside ? reinterpret_cast<const uint32_t*>(from)[group] : 0;
         else
-            *reinterpret_cast<unsigned short*>(scales) =
-                is_inside ? *reinterpret_cast<const unsigned short*>(bytes_at(p.from.scales, from)) : 0;
-        if (!p.zeros) continue;
-        const int64_t  place = p.from.first + n * p.from.step;
-        const uint32_t nibble = place % 8;
-        const uint32_t byte =
-            is_inside ? *bytes_at(p.from.zeros, expert * p.from.expert_zeros + place / 8 * p.from.row_zeros +
-                                                    group * 4 + nibble / 2)
-                      : 0;
-        static_cast<unsigned char*>(p.zeros)[panel * p.row_zeros + to] = nibble % 2 ? byte >> 4 : byte & 15;
+            reinterpret_cast<unsigned short*>(scales)[to] =
+                is_inside ? reinterpret_cast<const unsigned short*>(from)[group] : 0;
+        if (p.zeros)
+            static_cast<unsigned char*>(p.zeros)[panel * p.row_zeros + to] =
+                is_inside ? zero_point(p.from, expert, n, group) : 0;
     }
 }
 
@@ -108,13 +98,11 @@ extern "C" __global__ void __launch_bounds__(REPACK_THREADS, 8)
          i += gridDim.x * int64_t(REPACK_THREADS)) {
         const int64_t row = i % ROWS, panel = i / ROWS, expert = panel / panels,
                       n = panel % panels * ROWS + row, groups = n < p.n ? p.groups : 0;
-        const unsigned char* const from =
-            bytes_at(p.from.scales, expert * p.from.expert_scales + n * p.from.step * p.from.row_scales);
+        const unsigned char* const from = scales_of(p.from, expert, n);
         unsigned char* const to = static_cast<unsigned char*>(p.scales) + panel * p.row_scales;
         uint32_t             largest = 0;
         for (int64_t group = 0; group < groups; group++) largest = max(largest, uint32_t(from[group]));
-        const uint32_t factor = largest == 255 ? 0x7fc00000 : largest == 0 ? 0x00400000 : largest << 23;
-        reinterpret_cast<uint32_t*>(to)[row] = factor;
+        reinterpret_cast<float*>(to)[row] = e8m0(largest);
         for (int64_t group = 0; group < 2 * steps_of(p); group++) {
             const int exponent = group < groups ? int(from[group]) - int(largest) + 253 : 0;
             to[4 * ROWS + group / 2 * 2 * ROWS + row * 2 + group % 2] =

@@ -20,13 +20,13 @@ use dropless::layout::KvShape;
 use dropless::rope::{Projected, QkNorm};
 use dropless::router::{Choice, Here, Normalize, Score, count, index, logits, route};
 use dropless::{
-    Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, HeadLayout, KvCache, Place, QuantizedRows, RopeTable, Routing,
+    Bf16, Buffer, DType, Device, Error, ExpertWeights, F16, Float, Format, HeadLayout, KvCache, Place, QuantizedRows, RopeTable, Routing,
     RoutingBuffers, Stream, Tiles, TokenIds, Topology, Workspace, embedding, glu, grouped_gemm, norm, permute, quantize, random, repack,
     rope, sample,
 };
 use dropless_kit::compare::relative_l2;
 use dropless_kit::emulated::{Emulated, Options};
-use dropless_kit::fill::{Random, normal, to_f64};
+use dropless_kit::fill::{Random, blocks, normal, to_f64};
 use dropless_kit::guard::{Bits, Guarded, POISONS};
 
 const MANIFEST: &str = include_str!("../ptx/MANIFEST");
@@ -252,6 +252,7 @@ fn products<T: Float + Bits>(report: &mut Report, dtype: &str, allowed: f64) {
     products_of::<T>(report, dtype, allowed, 36, usize::MAX);
     // The tensor core cuts each product at 2^-13 of the largest partial sum of 128.
     report.check(&format!("grouped_gemm_{{nt, glu_nt}}_e4m3_to_{dtype}"), allowed.max(2f64.powi(-8)), fp8_products::<T>);
+    report.check(&format!("embedding, grouped_gemm_{{nt, glu_nt}}_quantized, {dtype}"), allowed, plain_quantized::<T>);
 }
 
 fn products_of<T: Float + Bits>(report: &mut Report, suffix: &str, allowed: f64, d_ffn: usize, class: usize) {
@@ -332,6 +333,24 @@ fn fp8_products<T: Float + Bits>(stream: &Stream) -> Result<Vec<f64>, Error> {
         grouped_gemm::linear_quantized(stream, x, w, routing.expert_rows(), &Epilogue::default(), &mut y.view_mut())?;
         grouped_gemm::glu_quantized(stream, x, w, v, routing.expert_rows(), &GluEpilogue::default(), &mut h.view_mut())?;
         Ok([to_f64(&y.take(stream)), to_f64(&h.take(stream))].concat())
+    })
+}
+
+/// A table and products with weights of Q4_K, where they lie.
+fn plain_quantized<T: Float + Bits>(stream: &Stream) -> Result<Vec<f64>, Error> {
+    const K: usize = 256;
+    const N: usize = 33;
+    routed(stream, &|routing| {
+        let codes = Buffer::from_slice(stream, &blocks(&mut Random::new(36), Format::Q4K, 3 * N))?;
+        let weights = QuantizedRows::gguf(Format::Q4K, codes.rows(3 * N, Format::Q4K.block_bytes())?, K)?.with_exact_inputs();
+        let (w, x) = (ExpertWeights::nk(weights, 3)?, Guarded::with(stream, &normal::<T>(37, TOKENS * K, 0.1), TOKENS, K, 0));
+        let [mut y, mut h] = [(); 2].map(|()| Guarded::<T>::new(stream, 2 * TOKENS, N, 0, POISONS[0]));
+        let mut row = Guarded::<T>::new(stream, 1, K, 0, POISONS[0]);
+        let mut ids = Buffer::zeros(stream, 1)?;
+        embedding::lookup(stream, TokenIds::from_host(stream, &[98], 99, &mut ids)?, weights, &mut row.view_mut())?;
+        grouped_gemm::nt(stream, x.view(), w, routing.gathered_rows(), &mut y.view_mut())?;
+        grouped_gemm::glu_nt(stream, x.view(), w, w, routing.gathered_rows(), &mut h.view_mut())?;
+        Ok([to_f64(&row.take(stream)), to_f64(&y.take(stream)), to_f64(&h.take(stream))].concat())
     })
 }
 

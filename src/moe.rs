@@ -450,9 +450,8 @@ impl<'a> Experts<'a> {
         let others = self.matrices(names).filter(|matrix| !takes_codes(matrix));
         grouped_gemm::check_kernels(Op::Moe, A::DTYPE, others, self.biases(names))?;
         grouped_gemm::check_fp8(Op::Moe, self.matrices(names).filter(takes_codes))?;
-        if let Hidden::Gated { gate, up, .. } = self.hidden
-            && (gate.dtype() != up.dtype() || takes_codes(&(names.gate, gate)) != takes_codes(&(names.up, up)))
-        {
+        let Hidden::Gated { gate, up, .. } = self.hidden else { return Ok(()) };
+        if takes_codes(&(names.gate, gate)) != takes_codes(&(names.up, up)) || !grouped_gemm::agree(&gate, &up) {
             return Err(Error::unsupported(Op::Moe, "another type of weights, or exact inputs of one alone,", names.up, names.gate));
         }
         Ok(())

@@ -13,12 +13,12 @@ use dropless::moe::{self, Experts, Plan, Shape, Weights};
 use dropless::rope::{Pairing, Projected, QkNorm};
 use dropless::router::Normalize;
 use dropless::{
-    Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, HeadLayout, KvCache, RopeTable, Routing, RoutingBuffers, Rows, RowsMut, Stream,
-    TokenIds, Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm, norm, permute, quantize, random, rope, router,
-    sample,
+    Bf16, Buffer, ExpertRows, ExpertWeights, F16, Float, Format, HeadLayout, KvCache, Place, QuantizedRows, RopeTable, Routing,
+    RoutingBuffers, Rows, RowsMut, Stream, Tiles, TokenIds, Topology, Workspace, attention, block_sparse, embedding, glu, grouped_gemm,
+    norm, permute, quantize, random, repack, rope, router, sample,
 };
 use dropless_kit::device;
-use dropless_kit::fill::{Random, normal};
+use dropless_kit::fill::{Random, blocks, bytes, normal};
 use dropless_kit::guard::Bits;
 use dropless_kit::pages::Step;
 
@@ -229,6 +229,88 @@ fn mixed_products(run: &mut Run<'_>) {
     }
 }
 
+/// Random weights of a format, `[n, k]`, on the stream's device; those whose scales lie apart with scales of three
+/// types, INT4 with zero points.
+fn with_weights(stream: &Stream, format: Format, n: usize, k: usize, work: impl FnOnce(QuantizedRows<'_>)) {
+    fn place<T: Float>(stream: &Stream, len: usize) -> Buffer<T> {
+        Buffer::from_slice(stream, &normal::<T>(6, len, 0.1)).unwrap()
+    }
+    let mut random = Random::new(5);
+    let place_bytes = |bytes: Vec<u8>| Buffer::from_slice(stream, &bytes).unwrap();
+    let codes = place_bytes(blocks(&mut random, format, n * k / format.block_elements()));
+    let codes = codes.rows(n, k / format.block_elements() * format.block_bytes()).unwrap();
+    let groups = k.div_ceil(64);
+    match format {
+        Format::E4m3 => {
+            let scales = place::<f32>(stream, n / 8 * k.div_ceil(128));
+            work(QuantizedRows::e4m3(codes, scales.rows(n / 8, k.div_ceil(128)).unwrap(), [8, 128]).unwrap());
+        }
+        Format::Int4 => {
+            let (scales, zeros) = (place::<Bf16>(stream, n * groups), place_bytes(bytes(&mut random, n / 8 * groups * 4)));
+            let rows = QuantizedRows::int4(codes, scales.rows(n, groups).unwrap(), k, 64).unwrap();
+            work(rows.with_zeros(zeros.rows(n / 8, 4 * groups).unwrap()).unwrap());
+        }
+        Format::Mxfp4 => {
+            let exponents = place_bytes(bytes(&mut random, n * k / 32).into_iter().map(|byte| 115 + byte % 10).collect());
+            work(QuantizedRows::mxfp4(codes, exponents.rows(n, k / 32).unwrap()).unwrap());
+        }
+        format => work(QuantizedRows::gguf(format, codes, k).unwrap()),
+    }
+}
+
+/// Products and tables with weights of every format where they lie, inputs taken as they are.
+fn quantized_bits<T: Float + Bits>(run: &mut Run<'_>) {
+    let (n, k, stream) = (24, 256, run.stream);
+    for format in Format::ALL {
+        with_weights(stream, format, n, k, |weights| {
+            let mut ids = Buffer::zeros(stream, 3).unwrap();
+            let ids = TokenIds::from_host(stream, &[23, 0, 7], n, &mut ids).unwrap();
+            run.output::<T>(3, k, |stream, y| embedding::lookup_scaled(stream, ids, weights, 0.3, y).unwrap());
+            let w = ExpertWeights::nk(weights.with_exact_inputs(), 1).unwrap();
+            for rows in [3, 40] {
+                let (x, dense) = (run.fill::<T>(1, rows * k), ExpertRows::dense(rows).unwrap());
+                let x = x.rows(rows, k).unwrap();
+                run.output::<f32>(rows, n, |stream, y| grouped_gemm::nt(stream, x, w, dense, y).unwrap());
+                run.output::<T>(rows, n, |stream, y| grouped_gemm::glu_nt(stream, x, w, w, dense, y).unwrap());
+            }
+        });
+    }
+}
+
+/// Weights of 4 bits in tiles, and their products where there are such.
+fn tile_bits(run: &mut Run<'_>) {
+    let (n, k, stream) = (48, 160, run.stream);
+    for format in [Format::Int4, Format::Mxfp4] {
+        with_weights(stream, format, 2 * n, k, |weights| {
+            let w = ExpertWeights::nk(weights, 2).unwrap();
+            let tiles = Tiles::of(&w).unwrap();
+            let buffer = |[rows, bytes]: [usize; 2]| Buffer::<u8>::zeros(stream, rows * bytes).unwrap();
+            let (mut codes, mut scales, mut zeros) = (buffer(tiles.codes()), buffer(tiles.scales()), tiles.zeros().map(buffer));
+            let ([panels, bytes], scale_bytes, zero_bytes) = (tiles.codes(), tiles.scales()[1], tiles.zeros().map_or(0, |zeros| zeros[1]));
+            let mut zeros_to = zeros.as_mut().map(|zeros| zeros.rows_mut(panels, zero_bytes).unwrap());
+            let mut to = [(&mut codes, bytes), (&mut scales, scale_bytes)].map(|(to, bytes)| to.rows_mut(panels, bytes).unwrap());
+            let [codes_to, scales_to] = &mut to;
+            repack::repack(stream, w, codes_to, scales_to, zeros_to.as_mut()).unwrap();
+            let parts = [Some(&codes), Some(&scales), zeros.as_ref()];
+            parts.into_iter().flatten().for_each(|part| run.hash.all(&part.to_vec(stream).unwrap()));
+            if stream.place() == Place::Host {
+                return; // which multiplies no tiles
+            }
+            let zeros = zeros.as_ref().map(|zeros| zeros.rows(panels, zero_bytes).unwrap());
+            let [codes, scales] = [(&codes, bytes), (&scales, scale_bytes)].map(|(part, bytes)| part.rows(panels, bytes).unwrap());
+            let w = ExpertWeights::nk(QuantizedRows::tiles(tiles, codes, scales, zeros).unwrap(), 2).unwrap();
+            for tokens in [5, 30, 60, 70] {
+                let mut buffers = RoutingBuffers::new(stream, tokens, 1, 2).unwrap();
+                let routing = Routing::from_host(stream, &ids(tokens, 1, 2), &vec![0.5; tokens], &mut buffers).unwrap();
+                let x = run.fill::<Bf16>(1, tokens * k);
+                let x = x.rows(tokens, k).unwrap();
+                run.output::<f32>(tokens, n, |stream, y| grouped_gemm::nt(stream, x, w, routing.expert_rows(), y).unwrap());
+                run.output::<Bf16>(tokens, n, |stream, y| grouped_gemm::glu_nt(stream, x, w, w, routing.gathered_rows(), y).unwrap());
+            }
+        });
+    }
+}
+
 fn sparse_bits<T: Float + Bits>(run: &mut Run<'_>) {
     let blocks = [[0, 0], [0, 1], [1, 1]];
     for (block, cols) in [(64, 72), (128, 40), (64, 33)] {
@@ -391,6 +473,8 @@ fn hashes(stream: &Stream) -> Vec<(&'static str, u64)> {
         ("random", &[random_bits::<f32>, random_bits::<Bf16>, random_bits::<F16>]),
         ("moe", &[moe_bits::<f32>, moe_bits::<Bf16>, moe_bits::<F16>]),
         ("options", &[option_bits::<f32>, option_bits::<Bf16>, option_bits::<F16>]),
+        ("quantised weights", &[quantized_bits::<f32>, quantized_bits::<Bf16>, quantized_bits::<F16>]),
+        ("tiles", &[tile_bits]),
     ];
     let hash = |work: &[Work]| {
         let mut run = Run { stream, hash: Hash::new() };
@@ -431,7 +515,7 @@ fn the_emulated_gpu_gives_the_bits_it_gave() {
     assert_eq!(driver.reports(), [""; 0]);
 }
 
-const CPU: [(&str, u64); 19] = [
+const CPU: [(&str, u64); 21] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0x3b45_ab8a_cc25_11be),
     ("glu", 0x5818_0ee3_1738_acd6),
@@ -451,11 +535,13 @@ const CPU: [(&str, u64); 19] = [
     ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x05c0_b0a0_3b4e_f615),
     ("options", 0x9139_50e5_2340_3952),
+    ("quantised weights", 0xb6a4_e0f8_9449_7558),
+    ("tiles", 0xa66f_2b0c_55bb_226f),
 ];
 
 const MIXED: [(&str, u64); 1] = [("mixed", 0xa75f_23d9_de2e_ffbe)];
 
-const EMULATED: [(&str, u64); 19] = [
+const EMULATED: [(&str, u64); 21] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
     ("norm", 0xe623_4eaa_fc07_263d),
     ("glu", 0xe1b6_bd38_1430_ae92),
@@ -476,4 +562,6 @@ const EMULATED: [(&str, u64); 19] = [
     ("random", 0xc359_b4b6_1ca2_72d1),
     ("moe", 0x0a32_95f2_a024_e192),
     ("options", 0xc534_046c_b1b5_fa67),
+    ("quantised weights", 0x3a27_f58e_708f_dd49),
+    ("tiles", 0x6421_b66c_f37c_df8d),
 ];

@@ -210,7 +210,7 @@ fn every_field_arrives() {
             EmbeddingParams NormParams GatherParams CombineParams BiasParams EpilogueParams GluParams InTurnParams ArgmaxParams TopPParams UniformParams LogitsParams ChooseParams IndexParams
             PageParams PoolParams HeadsParams RopeParams AttentionParams TiledAttentionParams ProductParams GivenParams RouteParams CountParams AxisParams SddParams DsdParams
             ArrangeParams TiledProductParams BlockProductParams QuantizeParams WeightScaleParams Fp8ProductParams
-            QuantizedMatrixParams RepackParams QuantizedProductParams
+            QuantizedMatrixParams QuantizedEmbeddingParams PlainQuantizedParams RepackParams QuantizedProductParams
         );
         assert_eq!(echoed.len(), declared.len(), "a struct of params.h is missing above");
         for (name, fields) in echoed {

@@ -5,8 +5,8 @@
 //! full set.
 
 use dropless::quantized::{Awq, Gptq};
-use dropless::{Bf16, Error, F16, Float, Format, QuantizedRows, Rows, ScaleRows};
-use dropless_kit::{goldens, oracle};
+use dropless::{Bf16, Buffer, Element, Error, F16, Float, Format, QuantizedRows, Rows, ScaleRows, Stream, TokenIds, embedding};
+use dropless_kit::{device, goldens, oracle};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
@@ -19,6 +19,56 @@ fn same(got: &[f32], want: &[f32], what: &str) {
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
         assert!(same, "{what}: element {i} is {got:e} ({:#x}), not {want:e} ({:#x})", got.to_bits(), want.to_bits());
+    }
+}
+
+/// Asserts that the CPU decodes these numbers, and so does every GPU there is.
+#[track_caller]
+fn decode_to(weights: &QuantizedRows<'_>, want: &[f32], what: &str) {
+    same(&weights.to_f32().unwrap(), want, what);
+    device::each_gpu(|stream| same(&on_gpu(stream, weights), want, what));
+}
+
+/// All rows, as a GPU looks them up.
+fn on_gpu(stream: &Stream, weights: &QuantizedRows<'_>) -> Vec<f32> {
+    let [n, k] = weights.dims();
+    let codes = Placed::new(stream, weights.codes());
+    let zeros = weights.zeros().map(|zeros| Placed::new(stream, zeros));
+    let lookup = |table: QuantizedRows<'_>| {
+        let (ids, mut buffer) = ((0..n as u32).collect::<Vec<_>>(), Buffer::zeros(stream, n).unwrap());
+        let ids = TokenIds::from_host(stream, &ids, n, &mut buffer).unwrap();
+        let mut y = Buffer::<f32>::zeros(stream, n * k.next_multiple_of(4)).unwrap();
+        let mut y = y.rows_mut(n, k.next_multiple_of(4)).unwrap().col_range(0..k).unwrap();
+        embedding::lookup(stream, ids, table, &mut y).unwrap();
+        y.as_rows().to_vec(stream).unwrap()
+    };
+    let with = |scales: ScaleRows<'_>, block: [usize; 2]| match weights.format() {
+        Format::E4m3 => lookup(QuantizedRows::e4m3(codes.rows(), scales, block).unwrap()),
+        _ => {
+            let rows = QuantizedRows::int4(codes.rows(), scales, k, block[1]).unwrap();
+            lookup(zeros.as_ref().map_or(rows, |zeros| rows.with_zeros(zeros.rows()).unwrap()))
+        }
+    };
+    match weights.scales() {
+        None => lookup(QuantizedRows::gguf(weights.format(), codes.rows(), k).unwrap()),
+        Some((ScaleRows::F32(scales), block)) => with(Placed::new(stream, scales).rows().into(), block),
+        Some((ScaleRows::Bf16(scales), block)) => with(Placed::new(stream, scales).rows().into(), block),
+        Some((ScaleRows::F16(scales), block)) => with(Placed::new(stream, scales).rows().into(), block),
+        Some((ScaleRows::E8m0(scales), _)) => lookup(QuantizedRows::mxfp4(codes.rows(), Placed::new(stream, scales).rows()).unwrap()),
+        Some((other, _)) => panic!("scales of {:?}", other.dtype()),
+    }
+}
+
+/// A matrix of the host on a device.
+struct Placed<T>(Buffer<T>, [usize; 2]);
+
+impl<T: Element> Placed<T> {
+    fn new(stream: &Stream, rows: Rows<'_, T>) -> Placed<T> {
+        Placed(Buffer::from_slice(stream, &rows.to_vec(&device::cpu(1)).unwrap()).unwrap(), rows.dims())
+    }
+
+    fn rows(&self) -> Rows<'_, T> {
+        self.0.rows(self.1[0], self.1[1]).unwrap()
     }
 }
 
@@ -119,7 +169,7 @@ fn fp8_in_blocks() {
             let (codes, scales) = (file.get(&name), file.scales(&format!("{name}_scale_inv")));
             let weights = QuantizedRows::e4m3(Rows::from_slice(codes.data(), n, k).unwrap(), scales.rows(), [128, 128]).unwrap();
             weights.check_scales().unwrap();
-            same(&weights.to_f32().unwrap(), want, &name);
+            decode_to(&weights, want, &name);
         }
         assert!(experts > 0);
     }
@@ -127,7 +177,7 @@ fn fp8_in_blocks() {
     let codes = file.get("e4m3_codes");
     let one = [1.0f32];
     let weights = QuantizedRows::e4m3(Rows::from_slice(codes.data(), 1, 256).unwrap(), Rows::from_slice(&one, 1, 1).unwrap(), [1, 256]);
-    same(&weights.unwrap().to_f32().unwrap(), &file.floats("e4m3_values"), "all codes");
+    decode_to(&weights.unwrap(), &file.floats("e4m3_values"), "all codes");
 }
 
 #[test]
@@ -138,7 +188,7 @@ fn fp8_with_a_scale_for_the_tensor_or_for_each_output() {
         let (codes, scales) = (file.get(&format!("c{case}.proj.weight")), file.scales(&format!("c{case}.proj.weight_scale")));
         let block = if scales.rows().dims() == [1, 1] { [n, k] } else { [1, k] };
         let weights = QuantizedRows::e4m3(Rows::from_slice(codes.data(), n, k).unwrap(), scales.rows(), block).unwrap();
-        same(&weights.to_f32().unwrap(), &want, &format!("case {case}"));
+        decode_to(&weights, &want, &format!("case {case}"));
     }
     assert_eq!(file.cases().len(), 3);
 }
@@ -152,7 +202,7 @@ fn mxfp4_of_gpt_oss() {
         let codes = Rows::from_slice(codes.data(), experts * n, k / 2).unwrap();
         let weights = QuantizedRows::mxfp4(codes, Rows::from_slice(exponents.data(), experts * n, k / 32).unwrap()).unwrap();
         weights.check_scales().unwrap();
-        same(&weights.to_f32().unwrap(), &want, &format!("case {case}"));
+        decode_to(&weights, &want, &format!("case {case}"));
     }
     assert_eq!(file.cases().len(), 3);
     // Every code, with scales from one end to the other.
@@ -160,7 +210,7 @@ fn mxfp4_of_gpt_oss() {
     for (exponent, want) in exponents.data().iter().zip(want.chunks_exact(32)) {
         let codes = Rows::from_slice(codes.data(), 1, 16).unwrap();
         let weights = QuantizedRows::mxfp4(codes, Rows::from_slice(std::slice::from_ref(exponent), 1, 1).unwrap()).unwrap();
-        same(&weights.to_f32().unwrap(), want, &format!("exponent {exponent}"));
+        decode_to(&weights, want, &format!("exponent {exponent}"));
     }
 }
 
@@ -179,7 +229,7 @@ fn int4_of_compressed_tensors() {
             None => weights,
         };
         weights.check_scales().unwrap();
-        same(&weights.to_f32().unwrap(), &want, &format!("case {case}"));
+        decode_to(&weights, &want, &format!("case {case}"));
     }
     assert_eq!(file.cases().len(), 4);
 }
@@ -201,7 +251,7 @@ fn int4_of_gptq_and_awq() {
                 awq.check_scales().unwrap();
                 assert_eq!(awq.dims(), [n, k]);
                 same(&awq.to_f32().unwrap(), &want, &what);
-                same(&awq.to_int4().unwrap().rows().unwrap().to_f32().unwrap(), &want, &what);
+                decode_to(&awq.to_int4().unwrap().rows().unwrap(), &want, &what);
                 continue;
             }
             let of_inputs = file.words(&format!("c{case}.proj.g_idx"));
@@ -215,7 +265,7 @@ fn int4_of_gptq_and_awq() {
                 Ok(int4) => {
                     // Symmetric ones have no zero points of their own.
                     assert_eq!(int4.zeros().is_none(), case == 0, "{what}");
-                    same(&int4.rows().unwrap().to_f32().unwrap(), &want, &what);
+                    decode_to(&int4.rows().unwrap(), &want, &what);
                 }
                 Err(error) => assert!(error.is_unsupported() && !gptq.is_in_order(), "{what}: {error}"),
             }
@@ -234,7 +284,7 @@ fn blocks_of_gguf() {
         let (format, data) = (formats[case / 2], file.get(&format!("c{case}.data")));
         let bytes = k / format.block_elements() * format.block_bytes();
         let weights = QuantizedRows::gguf(format, Rows::from_slice(data.data(), experts * n, bytes).unwrap(), k).unwrap();
-        same(&weights.to_f32().unwrap(), &want, &format!("{}, case {case}", format.name()));
+        decode_to(&weights, &want, &format!("{}, case {case}", format.name()));
     }
     assert_eq!(file.cases().len(), 11);
 }

@@ -31,6 +31,21 @@ template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
     return y;
 }
 
+// Element i of floats whose type is known at launch. The branches are the same for all threads.
+__device__ __forceinline__ float float_at(uint32_t type, In at, int64_t i) {
+    if (type == TYPE_F32) return static_cast<const float*>(at)[i];
+    if (type == TYPE_BF16) return to_f32(static_cast<const bf16*>(at)[i]);
+    return to_f32(static_cast<const f16*>(at)[i]);
+}
+__device__ __forceinline__ void store_float(uint32_t type, Out at, int64_t i, float x) {
+    if (type == TYPE_F32)
+        static_cast<float*>(at)[i] = x;
+    else if (type == TYPE_BF16)
+        static_cast<bf16*>(at)[i] = from_f32<bf16>(x);
+    else
+        static_cast<f16*>(at)[i] = from_f32<f16>(x);
+}
+
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
 
 // N elements, 16 bytes of them unless said otherwise: one load or store.

@@ -541,10 +541,11 @@ struct QuantizeParams {
     int64_t scales_stride;
 };
 
-// How a scale is stored.
-static const uint32_t SCALE_F32  = 0;
-static const uint32_t SCALE_BF16 = 1;
-static const uint32_t SCALE_F16  = 2;
+// How a number is stored, where a kernel is told.
+static const uint32_t TYPE_F32  = 0;
+static const uint32_t TYPE_BF16 = 1;
+static const uint32_t TYPE_F16  = 2;
+static const uint32_t TYPE_E8M0 = 3; // scales alone
 
 // The scale of output n and input k of expert e lies at
 // e * expert_stride + (first + n * step) / block_rows * row_stride + k / 128 / k_blocks.
@@ -558,7 +559,7 @@ struct WeightScaleParams {
     uint32_t step;
     uint32_t block_rows;
     uint32_t k_blocks;
-    uint32_t kind; // SCALE_F32 and so on
+    uint32_t kind; // TYPE_F32 and so on
     uint32_t unused;
 };
 
@@ -575,12 +576,30 @@ struct Fp8ProductParams {
     int64_t            unused[4]; // a map begins on 64 bytes, and so does what follows a struct of maps
 };
 
-// Weights of 4 and 8 bits with activations of 16 (`grouped_gemm_quantized`, `repack`).
+// How bytes become numbers (src/format.rs).
+static const uint32_t FORMAT_E4M3       = 0;
+static const uint32_t FORMAT_MXFP4      = 1;
+static const uint32_t FORMAT_INT4       = 2;
+static const uint32_t FORMAT_Q8_0       = 3;
+static const uint32_t FORMAT_Q4_0       = 4;
+static const uint32_t FORMAT_Q4_1       = 5;
+static const uint32_t FORMAT_Q5_0       = 6;
+static const uint32_t FORMAT_Q5_1       = 7;
+static const uint32_t FORMAT_Q4_K       = 8;
+static const uint32_t FORMAT_Q5_K       = 9;
+static const uint32_t FORMAT_Q6_K       = 10;
+static const uint32_t FORMAT_GGUF_MXFP4 = 11;
+
+// Quantised weights, in the order of a checkpoint or in tiles.
 //
-// Weights of 4 bits lie in tiles: a panel is 32 outputs, stored 64 of k at a time, 1024 bytes each; thread
-// 32 w + 4 g + t of a warpgroup finds its eight bytes at 8 times its number: output 8 w + g, and of each 16
-// of k those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. After the last output and the last of k are zeros. What
-// bits mean stands in common/quantized_weights.cuh.
+// In the order of a checkpoint, output n of an expert is row n of its codes. Its scales, where they lie
+// apart, are row (first + n * step) / block_rows, or row n * step where block_rows is 1; its zero point of a
+// group is nibble (first + n * step) % 8 of that group's word in row (first + n * step) / 8.
+//
+// Weights of 4 bits may lie in tiles: a panel is 32 outputs, stored 64 of k at a time, 1024 bytes each.
+// Thread 32 w + 4 g + t of a warpgroup finds its eight bytes at 8 times its number: output 8 w + g, and of
+// each 16 of k those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. After the last output and the last of k are zeros.
+// What bits mean stands in common/quantized_weights.cuh.
 static const uint32_t WEIGHT_PANEL_ROWS  = 32;
 static const uint32_t WEIGHT_PANEL_DEPTH = 64;
 static const uint32_t WEIGHT_PANEL_BYTES = WEIGHT_PANEL_ROWS * WEIGHT_PANEL_DEPTH / 2;
@@ -589,9 +608,8 @@ static const uint32_t WEIGHT_PANEL_BYTES = WEIGHT_PANEL_ROWS * WEIGHT_PANEL_DEPT
 // int4   scales [panels, groups, 32] of the type, zeros [panels, groups, 32] bytes; groups begin below K,
 //        rounded up to 64
 // mxfp4  scales [panels] of 32 factors in f32, then, for each 64 of k, [32, 2] exponents as bytes
-// e4m3   codes and scales as they lie: that of output n is in row (first + n * step) / block_rows
 struct QuantizedMatrixParams {
-    In       codes; // not used for e4m3, which has maps
+    In       codes;
     In       scales;
     In       zeros; // null: 8
     int64_t  expert_codes; // from one expert to the next
@@ -600,14 +618,34 @@ struct QuantizedMatrixParams {
     int64_t  row_codes; // from one row to the next
     int64_t  row_scales;
     int64_t  row_zeros;
+    int64_t  group; // of k, that share a scale which lies apart
     uint32_t first;
     uint32_t step;
     uint32_t block_rows;
+    uint32_t format;
+    uint32_t scale_type;
     uint32_t unused;
 };
 
-// From checkpoint order to tiles. Output n of an expert is row n of its codes, row n * step of its scales,
-// and nibble (first + n * step) % 8 of row (first + n * step) / 8 of its zeros, a word for each group.
+// A table of quantised rows; `embedding.table` and `table_stride` are not used.
+struct QuantizedEmbeddingParams {
+    EmbeddingParams       embedding;
+    QuantizedMatrixParams table;
+    uint32_t              y_type;
+    uint32_t              unused;
+};
+
+// The plain form of products with quantised weights in the order of a checkpoint; what `product` says of
+// weights is not used.
+struct PlainQuantizedParams {
+    ProductParams         product;
+    QuantizedMatrixParams w;
+    QuantizedMatrixParams v; // as w; the second product of glu_nt
+    uint32_t              x_type;
+    uint32_t              y_type;
+};
+
+// From checkpoint order to tiles.
 static const uint32_t REPACK_THREADS = 128;
 
 struct RepackParams {
@@ -623,8 +661,6 @@ struct RepackParams {
     int64_t  k;
     int64_t  groups;     // of a row
     int64_t  all_groups; // in tiles: those after the last are zeros
-    uint32_t scale_size; // bytes of a scale
-    uint32_t unused;
 };
 
 // grouped_gemm_quantized: threads and shared memory of a block. The forms for few rows have four consumers of
@@ -636,10 +672,9 @@ static const uint32_t QUANTIZED_SHARED_BYTES = 224 * 1024;
 
 struct QuantizedProductParams {
     TiledProductParams    product; // `w` and `v` for e4m3: {K, N, E}, box {128, 32, 1}; `taken` is not used
-    QuantizedMatrixParams w;
-    QuantizedMatrixParams v; // as w; the second product of glu_nt
-    int64_t               group; // of k, that share a scale: a multiple of 32, or for e4m3 of 128
-    uint32_t              scale_type;
+    QuantizedMatrixParams w; // groups of a multiple of 32, for e4m3 of 128
+    QuantizedMatrixParams v; // as w, of the same groups and types; the second product of glu_nt
     uint32_t              is_f32; // y is f32, not of the type of x
-    int64_t               unused[8]; // what follows a struct of maps begins on 64 bytes
+    uint32_t              unused;
+    int64_t               unused_more[5]; // what follows a struct of maps begins on 64 bytes
 };

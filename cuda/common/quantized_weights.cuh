@@ -4,7 +4,7 @@
 // each; register 2 s holds k 16 s + 2 t and + 1, register 2 s + 1 those 8 further on. t is the thread's place
 // among the four of its row.
 #pragma once
-#include "dtype.cuh"
+#include "quantized_rows.cuh"
 #include "ptx/warp.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -90,6 +90,6 @@ template <typename T> __device__ __forceinline__ uint32_t decode_e4m3(unsigned s
 
 // A scale as f32.
 __device__ __forceinline__ float widened(uint32_t bits, uint32_t type) {
-    if (type == SCALE_F16) return to_f32(f16{static_cast<unsigned short>(bits)});
-    return __uint_as_float(type == SCALE_BF16 ? bits << 16 : bits);
+    if (type == TYPE_F16) return to_f32(f16{static_cast<unsigned short>(bits)});
+    return __uint_as_float(type == TYPE_BF16 ? bits << 16 : bits);
 }

@@ -61,6 +61,7 @@ images! {
     GROUPED_GEMM_FEW = "grouped_gemm_few";
     GROUPED_GEMM_FP8 = "grouped_gemm_fp8";
     GROUPED_GEMM_PLAIN = "grouped_gemm_plain";
+    GROUPED_GEMM_PLAIN_QUANTIZED = "grouped_gemm_plain_quantized";
     GROUPED_GEMM_QUANTIZED = "grouped_gemm_quantized";
     NORM = "norm";
     PERMUTE = "permute";

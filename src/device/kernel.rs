@@ -9,6 +9,7 @@ use std::fmt;
 use super::image::{self, Image};
 use crate::dtype::DType;
 use crate::error::{Error, Op};
+use crate::format::Format;
 
 /// The element types of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,11 +92,32 @@ impl<K> Kernel<K> {
     }
 }
 
+/// `rows`, and then each of `any` once for every format that its weights may have: N of them.
+pub(crate) const fn with_formats<K: Copy, const N: usize>(rows: &[Kernel<K>], any: &[Kernel<K>]) -> [Kernel<K>; N] {
+    let (formats, mut all, mut at) = (Format::ALL, [any[0]; N], 0);
+    while at < N {
+        all[at] = if at < rows.len() {
+            rows[at]
+        } else {
+            let (row, w) = (any[(at - rows.len()) / formats.len()], DType::Quantized(formats[(at - rows.len()) % formats.len()]));
+            Kernel { types: Types { w, ..row.types }, ..row }
+        };
+        at += 1;
+    }
+    all
+}
+
+/// How many those are.
+pub(crate) const fn count_with_formats<K>(rows: &[Kernel<K>], any: &[Kernel<K>]) -> usize {
+    rows.len() + any.len() * Format::ALL.len()
+}
+
 /// The first row of that key and those types which `serves`.
 ///
 /// # Errors
 ///
-/// [`Error::Unsupported`] that names the types of the rows of that key.
+/// [`Error::Unsupported`] that names the types of the rows of that key, with floats as weights or with weights
+/// of that format.
 pub(crate) fn find<K: Copy + PartialEq>(
     op: Op,
     table: &'static [Kernel<K>],
@@ -106,7 +128,9 @@ pub(crate) fn find<K: Copy + PartialEq>(
     let of_key = || table.iter().filter(|kernel| kernel.key == key);
     of_key().find(|kernel| kernel.types == types && serves(kernel)).ok_or_else(|| {
         let mut supported: Vec<String> = Vec::new();
-        for kernel in of_key() {
+        let is_quantized = |dtype| matches!(dtype, DType::Quantized(_));
+        let is_near = |kernel: &&Kernel<K>| if is_quantized(types.w) { kernel.types.w == types.w } else { !is_quantized(kernel.types.w) };
+        for kernel in of_key().filter(is_near) {
             let types = kernel.types.to_string();
             if !supported.contains(&types) {
                 supported.push(types);
@@ -114,9 +138,4 @@ pub(crate) fn find<K: Copy + PartialEq>(
         }
         Error::unsupported(op, "a kernel for", types.to_string(), supported.join(", "))
     })
-}
-
-/// Operands of one type, which kernels of the op have all as such; `what` is of type `w`.
-pub(crate) fn check_one_type(op: Op, what: &'static str, x: DType, w: DType) -> Result<(), Error> {
-    if x == w { Ok(()) } else { Err(Error::unsupported(op, what, w.name(), x.name())) }
 }

@@ -988,9 +988,10 @@ const _: () = {
     ["Offset of field: QuantizeParams::codes_stride"][::std::mem::offset_of!(QuantizeParams, codes_stride) - 72usize];
     ["Offset of field: QuantizeParams::scales_stride"][::std::mem::offset_of!(QuantizeParams, scales_stride) - 80usize];
 };
-pub const SCALE_F32: u32 = 0;
-pub const SCALE_BF16: u32 = 1;
-pub const SCALE_F16: u32 = 2;
+pub const TYPE_F32: u32 = 0;
+pub const TYPE_BF16: u32 = 1;
+pub const TYPE_F16: u32 = 2;
+pub const TYPE_E8M0: u32 = 3;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct WeightScaleParams {
@@ -1041,6 +1042,18 @@ const _: () = {
     ["Offset of field: Fp8ProductParams::v_scales"][::std::mem::offset_of!(Fp8ProductParams, v_scales) - 752usize];
     ["Offset of field: Fp8ProductParams::unused"][::std::mem::offset_of!(Fp8ProductParams, unused) - 800usize];
 };
+pub const FORMAT_E4M3: u32 = 0;
+pub const FORMAT_MXFP4: u32 = 1;
+pub const FORMAT_INT4: u32 = 2;
+pub const FORMAT_Q8_0: u32 = 3;
+pub const FORMAT_Q4_0: u32 = 4;
+pub const FORMAT_Q4_1: u32 = 5;
+pub const FORMAT_Q5_0: u32 = 6;
+pub const FORMAT_Q5_1: u32 = 7;
+pub const FORMAT_Q4_K: u32 = 8;
+pub const FORMAT_Q5_K: u32 = 9;
+pub const FORMAT_Q6_K: u32 = 10;
+pub const FORMAT_GGUF_MXFP4: u32 = 11;
 pub const WEIGHT_PANEL_ROWS: u32 = 32;
 pub const WEIGHT_PANEL_DEPTH: u32 = 64;
 pub const WEIGHT_PANEL_BYTES: u32 = 1024;
@@ -1056,14 +1069,17 @@ pub struct QuantizedMatrixParams {
     pub(crate) row_codes: i64,
     pub(crate) row_scales: i64,
     pub(crate) row_zeros: i64,
+    pub(crate) group: i64,
     pub(crate) first: u32,
     pub(crate) step: u32,
     pub(crate) block_rows: u32,
+    pub(crate) format: u32,
+    pub(crate) scale_type: u32,
     pub(crate) unused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of QuantizedMatrixParams"][::std::mem::size_of::<QuantizedMatrixParams>() - 88usize];
+    ["Size of QuantizedMatrixParams"][::std::mem::size_of::<QuantizedMatrixParams>() - 104usize];
     ["Alignment of QuantizedMatrixParams"][::std::mem::align_of::<QuantizedMatrixParams>() - 8usize];
     ["Offset of field: QuantizedMatrixParams::codes"][::std::mem::offset_of!(QuantizedMatrixParams, codes) - 0usize];
     ["Offset of field: QuantizedMatrixParams::scales"][::std::mem::offset_of!(QuantizedMatrixParams, scales) - 8usize];
@@ -1074,10 +1090,49 @@ const _: () = {
     ["Offset of field: QuantizedMatrixParams::row_codes"][::std::mem::offset_of!(QuantizedMatrixParams, row_codes) - 48usize];
     ["Offset of field: QuantizedMatrixParams::row_scales"][::std::mem::offset_of!(QuantizedMatrixParams, row_scales) - 56usize];
     ["Offset of field: QuantizedMatrixParams::row_zeros"][::std::mem::offset_of!(QuantizedMatrixParams, row_zeros) - 64usize];
-    ["Offset of field: QuantizedMatrixParams::first"][::std::mem::offset_of!(QuantizedMatrixParams, first) - 72usize];
-    ["Offset of field: QuantizedMatrixParams::step"][::std::mem::offset_of!(QuantizedMatrixParams, step) - 76usize];
-    ["Offset of field: QuantizedMatrixParams::block_rows"][::std::mem::offset_of!(QuantizedMatrixParams, block_rows) - 80usize];
-    ["Offset of field: QuantizedMatrixParams::unused"][::std::mem::offset_of!(QuantizedMatrixParams, unused) - 84usize];
+    ["Offset of field: QuantizedMatrixParams::group"][::std::mem::offset_of!(QuantizedMatrixParams, group) - 72usize];
+    ["Offset of field: QuantizedMatrixParams::first"][::std::mem::offset_of!(QuantizedMatrixParams, first) - 80usize];
+    ["Offset of field: QuantizedMatrixParams::step"][::std::mem::offset_of!(QuantizedMatrixParams, step) - 84usize];
+    ["Offset of field: QuantizedMatrixParams::block_rows"][::std::mem::offset_of!(QuantizedMatrixParams, block_rows) - 88usize];
+    ["Offset of field: QuantizedMatrixParams::format"][::std::mem::offset_of!(QuantizedMatrixParams, format) - 92usize];
+    ["Offset of field: QuantizedMatrixParams::scale_type"][::std::mem::offset_of!(QuantizedMatrixParams, scale_type) - 96usize];
+    ["Offset of field: QuantizedMatrixParams::unused"][::std::mem::offset_of!(QuantizedMatrixParams, unused) - 100usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct QuantizedEmbeddingParams {
+    pub(crate) embedding: EmbeddingParams,
+    pub(crate) table: QuantizedMatrixParams,
+    pub(crate) y_type: u32,
+    pub(crate) unused: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QuantizedEmbeddingParams"][::std::mem::size_of::<QuantizedEmbeddingParams>() - 176usize];
+    ["Alignment of QuantizedEmbeddingParams"][::std::mem::align_of::<QuantizedEmbeddingParams>() - 8usize];
+    ["Offset of field: QuantizedEmbeddingParams::embedding"][::std::mem::offset_of!(QuantizedEmbeddingParams, embedding) - 0usize];
+    ["Offset of field: QuantizedEmbeddingParams::table"][::std::mem::offset_of!(QuantizedEmbeddingParams, table) - 64usize];
+    ["Offset of field: QuantizedEmbeddingParams::y_type"][::std::mem::offset_of!(QuantizedEmbeddingParams, y_type) - 168usize];
+    ["Offset of field: QuantizedEmbeddingParams::unused"][::std::mem::offset_of!(QuantizedEmbeddingParams, unused) - 172usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct PlainQuantizedParams {
+    pub(crate) product: ProductParams,
+    pub(crate) w: QuantizedMatrixParams,
+    pub(crate) v: QuantizedMatrixParams,
+    pub(crate) x_type: u32,
+    pub(crate) y_type: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PlainQuantizedParams"][::std::mem::size_of::<PlainQuantizedParams>() - 424usize];
+    ["Alignment of PlainQuantizedParams"][::std::mem::align_of::<PlainQuantizedParams>() - 8usize];
+    ["Offset of field: PlainQuantizedParams::product"][::std::mem::offset_of!(PlainQuantizedParams, product) - 0usize];
+    ["Offset of field: PlainQuantizedParams::w"][::std::mem::offset_of!(PlainQuantizedParams, w) - 208usize];
+    ["Offset of field: PlainQuantizedParams::v"][::std::mem::offset_of!(PlainQuantizedParams, v) - 312usize];
+    ["Offset of field: PlainQuantizedParams::x_type"][::std::mem::offset_of!(PlainQuantizedParams, x_type) - 416usize];
+    ["Offset of field: PlainQuantizedParams::y_type"][::std::mem::offset_of!(PlainQuantizedParams, y_type) - 420usize];
 };
 pub const REPACK_THREADS: u32 = 128;
 #[repr(C)]
@@ -1095,27 +1150,23 @@ pub struct RepackParams {
     pub(crate) k: i64,
     pub(crate) groups: i64,
     pub(crate) all_groups: i64,
-    pub(crate) scale_size: u32,
-    pub(crate) unused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RepackParams"][::std::mem::size_of::<RepackParams>() - 184usize];
+    ["Size of RepackParams"][::std::mem::size_of::<RepackParams>() - 192usize];
     ["Alignment of RepackParams"][::std::mem::align_of::<RepackParams>() - 8usize];
     ["Offset of field: RepackParams::from"][::std::mem::offset_of!(RepackParams, from) - 0usize];
-    ["Offset of field: RepackParams::codes"][::std::mem::offset_of!(RepackParams, codes) - 88usize];
-    ["Offset of field: RepackParams::scales"][::std::mem::offset_of!(RepackParams, scales) - 96usize];
-    ["Offset of field: RepackParams::zeros"][::std::mem::offset_of!(RepackParams, zeros) - 104usize];
-    ["Offset of field: RepackParams::row_codes"][::std::mem::offset_of!(RepackParams, row_codes) - 112usize];
-    ["Offset of field: RepackParams::row_scales"][::std::mem::offset_of!(RepackParams, row_scales) - 120usize];
-    ["Offset of field: RepackParams::row_zeros"][::std::mem::offset_of!(RepackParams, row_zeros) - 128usize];
-    ["Offset of field: RepackParams::num_experts"][::std::mem::offset_of!(RepackParams, num_experts) - 136usize];
-    ["Offset of field: RepackParams::n"][::std::mem::offset_of!(RepackParams, n) - 144usize];
-    ["Offset of field: RepackParams::k"][::std::mem::offset_of!(RepackParams, k) - 152usize];
-    ["Offset of field: RepackParams::groups"][::std::mem::offset_of!(RepackParams, groups) - 160usize];
-    ["Offset of field: RepackParams::all_groups"][::std::mem::offset_of!(RepackParams, all_groups) - 168usize];
-    ["Offset of field: RepackParams::scale_size"][::std::mem::offset_of!(RepackParams, scale_size) - 176usize];
-    ["Offset of field: RepackParams::unused"][::std::mem::offset_of!(RepackParams, unused) - 180usize];
+    ["Offset of field: RepackParams::codes"][::std::mem::offset_of!(RepackParams, codes) - 104usize];
+    ["Offset of field: RepackParams::scales"][::std::mem::offset_of!(RepackParams, scales) - 112usize];
+    ["Offset of field: RepackParams::zeros"][::std::mem::offset_of!(RepackParams, zeros) - 120usize];
+    ["Offset of field: RepackParams::row_codes"][::std::mem::offset_of!(RepackParams, row_codes) - 128usize];
+    ["Offset of field: RepackParams::row_scales"][::std::mem::offset_of!(RepackParams, row_scales) - 136usize];
+    ["Offset of field: RepackParams::row_zeros"][::std::mem::offset_of!(RepackParams, row_zeros) - 144usize];
+    ["Offset of field: RepackParams::num_experts"][::std::mem::offset_of!(RepackParams, num_experts) - 152usize];
+    ["Offset of field: RepackParams::n"][::std::mem::offset_of!(RepackParams, n) - 160usize];
+    ["Offset of field: RepackParams::k"][::std::mem::offset_of!(RepackParams, k) - 168usize];
+    ["Offset of field: RepackParams::groups"][::std::mem::offset_of!(RepackParams, groups) - 176usize];
+    ["Offset of field: RepackParams::all_groups"][::std::mem::offset_of!(RepackParams, all_groups) - 184usize];
 };
 pub const QUANTIZED_FEW_THREADS: u32 = 640;
 pub const QUANTIZED_MANY_THREADS: u32 = 384;
@@ -1128,10 +1179,9 @@ pub struct QuantizedProductParams {
     pub(crate) product: TiledProductParams,
     pub(crate) w: QuantizedMatrixParams,
     pub(crate) v: QuantizedMatrixParams,
-    pub(crate) group: i64,
-    pub(crate) scale_type: u32,
     pub(crate) is_f32: u32,
-    pub(crate) unused: [i64; 8usize],
+    pub(crate) unused: u32,
+    pub(crate) unused_more: [i64; 5usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -1139,9 +1189,8 @@ const _: () = {
     ["Alignment of QuantizedProductParams"][::std::mem::align_of::<QuantizedProductParams>() - 64usize];
     ["Offset of field: QuantizedProductParams::product"][::std::mem::offset_of!(QuantizedProductParams, product) - 0usize];
     ["Offset of field: QuantizedProductParams::w"][::std::mem::offset_of!(QuantizedProductParams, w) - 576usize];
-    ["Offset of field: QuantizedProductParams::v"][::std::mem::offset_of!(QuantizedProductParams, v) - 664usize];
-    ["Offset of field: QuantizedProductParams::group"][::std::mem::offset_of!(QuantizedProductParams, group) - 752usize];
-    ["Offset of field: QuantizedProductParams::scale_type"][::std::mem::offset_of!(QuantizedProductParams, scale_type) - 760usize];
-    ["Offset of field: QuantizedProductParams::is_f32"][::std::mem::offset_of!(QuantizedProductParams, is_f32) - 764usize];
-    ["Offset of field: QuantizedProductParams::unused"][::std::mem::offset_of!(QuantizedProductParams, unused) - 768usize];
+    ["Offset of field: QuantizedProductParams::v"][::std::mem::offset_of!(QuantizedProductParams, v) - 680usize];
+    ["Offset of field: QuantizedProductParams::is_f32"][::std::mem::offset_of!(QuantizedProductParams, is_f32) - 784usize];
+    ["Offset of field: QuantizedProductParams::unused"][::std::mem::offset_of!(QuantizedProductParams, unused) - 788usize];
+    ["Offset of field: QuantizedProductParams::unused_more"][::std::mem::offset_of!(QuantizedProductParams, unused_more) - 792usize];
 };

@@ -25,14 +25,16 @@ use crate::weights::WeightRows;
 /// | `y`      | `[T, D]` | written in full; what it held before does not matter |
 ///
 /// Values are exact where the element type of `y` holds them, and rounded once where it does not. Dtypes: `f32`, `bf16`, `f16`
-/// for the table and for `y`, in any combination; on the CPU quantised tables, too.
+/// for the table and for `y`, in any combination, and tables of every [`Format`](crate::Format) in the order of
+/// a checkpoint, decoded as [`dequantize`](crate::QuantizedRows::dequantize) does.
 /// `T = 0` or `D = 0` is a no-op. A NaN in a row of the table reaches the tokens of that id only.
 ///
 /// # Errors
 ///
 /// [`Error::TooLarge`] if `ids.bound()` passes V, so that an id might be no row of the table; [`Error::Shape`] if `y` is not
-/// `[T, D]`; [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Layout`] if a row does not begin on 16 bytes,
-/// [`Error::Unsupported`] for two types. Nothing is written.
+/// `[T, D]`; [`Error::Unsupported`] for a table in tiles; [`Error::Place`], [`Error::NotJoined`]; on a GPU
+/// [`Error::Layout`] if a row of floats does not begin on 16 bytes, [`Error::Unsupported`] for two types of
+/// floats. Nothing is written.
 pub fn lookup<'w, A: Float>(
     stream: &Stream,
     ids: TokenIds<'_>,
@@ -86,8 +88,12 @@ pub fn lookup_scaled<'w, A: Float>(
     table.check_rows(Op::Embedding, "table")?;
     let run = dispatch!(stream, cpu::lookup, cuda::lookup);
     kernels_need!(stream, cuda::kernel::<A>(table.dtype()));
-    let mut arguments = vec![("ids", ids.ids().access()), ("table", table.vector_access()), ("y", y.vector_access())];
-    arguments.extend(table.accesses().skip(1).map(|access| ("table", access)));
+    let mut arguments = vec![("ids", ids.ids().access())];
+    match table {
+        WeightRows::Quantized(_) => arguments.extend(table.accesses().map(|access| ("table", access))),
+        _ => arguments.push(("table", table.vector_access())),
+    }
+    arguments.push(("y", y.vector_access()));
     stream.admit(Op::Embedding, &arguments)?;
     run(stream, ids, table, scale, y)
 }

@@ -4,8 +4,8 @@
 //! used transposed, `w2` lies as `[F, D]` and is used as it lies.
 //!
 //! Source: Gale et al. 2022, "MegaBlocks", section 4; `DbrxExpertGLU.forward` in Hugging Face transformers.
-//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_fp8.cu` for e4m3, `_plain.cu` for
-//! other types and shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
+//! Kernels: `cuda/grouped_gemm.cu`, `_few.cu` for few rows per expert, `_fp8.cu` for e4m3, `_quantized.cu` for
+//! tiles of 4 bits and e4m3, `_plain.cu` and `_plain_quantized.cu` for other types and shapes. Oracle: `tests/kit/src/oracle/grouped_gemm.rs`. Bench: `benches/grouped_gemm.rs`.
 
 mod cpu;
 pub(crate) use self::cpu::FEW_ROWS;
@@ -54,12 +54,17 @@ use crate::view::{Rows, RowsMut};
 /// inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the result is that of the
 /// decoded weights.
 ///
-/// On a GPU the tensor cores multiply `bf16` rows by INT4, MXFP4 and E4M3 weights, taken as they are, where K
-/// and N are multiples of 8 (K of 16 for E4M3). INT4 and MXFP4 lie in tiles, as [`repack`](crate::repack)
-/// writes them. INT4's groups are multiples of 32 or all of K, E4M3's blocks as wide as a multiple of 128 or
-/// all of K. Scales multiply sums in `f32`. Exponents of MXFP4 are folded into `bf16` operands relative to
-/// the largest of their output: a group whose power of two is smaller than that one by `2^126` and more loses
-/// bits, below what the others round away. No other quantised weights are multiplied on a GPU.
+/// On a GPU the tensor cores multiply `bf16` rows, taken as they are, by INT4 and MXFP4 weights in tiles, as
+/// [`repack`](crate::repack) writes them, and by E4M3 weights where they lie, where K and N are multiples of 8
+/// (K of 16 for E4M3). INT4's groups are multiples of 32 or all of K, E4M3's blocks as wide as a multiple of
+/// 128 or all of K. Scales multiply sums in `f32`. Exponents of MXFP4 are folded into `bf16` operands relative
+/// to the largest of their output: a group whose power of two is smaller than that one by `2^126` and more
+/// loses bits, below what the others round away.
+///
+/// Everything else in the order of a checkpoint is multiplied by the plain kernel: every [`Format`](crate::Format), rows of
+/// `f32`, `bf16` and `f16`, any shape. It decodes weights to `f32`, with the bits that
+/// [`dequantize`](crate::QuantizedRows::dequantize) gives, and adds products in `f32`. It is right, but slow:
+/// INT4 and MXFP4 want to be repacked. Tiles are multiplied by `bf16` rows alone.
 ///
 /// On a GPU the tensor cores serve `bf16` and `f16`, where K and N are multiples of 8 and rows begin on 16 bytes; everything else is
 /// computed by plain kernels, right, but not fast.
@@ -67,9 +72,10 @@ use crate::view::{Rows, RowsMut};
 /// # Errors
 ///
 /// [`Error::Shape`] if the shapes do not agree; [`Error::Mismatch`] for weights of the other order;
-/// [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for weights of another type than
-/// `x`, outputs that are neither of that type nor `f32`, and experts whose matrices do not lie at one
-/// distance from each other. Nothing is written.
+/// [`Error::Place`], [`Error::NotJoined`]; on a GPU [`Error::Unsupported`] for floats as weights of another
+/// type than `x`, outputs that are neither of the type of `x` nor `f32`, tiles that the tensor cores do not
+/// serve, and experts whose matrices do not lie at one distance from each other, or have scales of several
+/// kinds. Nothing is written.
 pub fn nt<A: Float, O: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -206,7 +212,8 @@ pub fn glu_nt<A: Float>(
 /// # Errors
 ///
 /// As [`linear`]; [`Error::Mismatch`] for weights of two orders; [`Error::Value`] for constants of a gate
-/// that are no numbers; on a GPU [`Error::Unsupported`] for weights of two types. Nothing is written.
+/// that are no numbers; on a GPU [`Error::Unsupported`] for weights of two types, unless both are quantised and
+/// in the order of a checkpoint. Nothing is written.
 pub fn glu<A: Float>(
     stream: &Stream,
     x: Rows<'_, A>,
@@ -328,6 +335,16 @@ pub(crate) fn check_fp8<'a>(op: Op, weights: impl IntoIterator<Item = (&'static 
     {
         let _ = (op, weights.into_iter().count());
         Ok(())
+    }
+}
+
+/// Whether the kernels take a gate and an up of these types together.
+pub(crate) fn agree(gate: &ExpertWeights<'_>, up: &ExpertWeights<'_>) -> bool {
+    #[cfg(feature = "cuda")]
+    return cuda::agree(gate, up);
+    #[cfg(not(feature = "cuda"))]
+    {
+        gate.dtype() == up.dtype()
     }
 }
 

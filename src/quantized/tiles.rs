@@ -89,7 +89,7 @@ impl Tiles {
         Ok(Tiles { format, num_experts, n: w.n(), k: w.k(), group, scale_type: scales.dtype(), has_zeros })
     }
 
-    fn kind(&self) -> String {
+    pub(crate) fn kind(&self) -> String {
         let zeros = if self.has_zeros { ", zero points" } else { "" };
         format!("{} with {} scales of groups of {}{zeros}", self.format.name(), self.scale_type.name(), self.group)
     }
@@ -159,8 +159,8 @@ impl Tiles {
 
 impl<'a> QuantizedRows<'a> {
     /// Weights in tiles, as [`repack`](crate::repack::repack) writes them: a stack of E matrices `[N, K]` for
-    /// [`ExpertWeights::nk`]. On a GPU, products take INT4 and MXFP4 weights in tiles alone; on the CPU they
-    /// take no tiles.
+    /// [`ExpertWeights::nk`]. On a GPU the tensor cores multiply `bf16` rows by INT4 and MXFP4 weights in tiles
+    /// alone; on the CPU products take no tiles.
     ///
     /// # Errors
     ///

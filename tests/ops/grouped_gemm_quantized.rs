@@ -8,13 +8,13 @@ use std::sync::Arc;
 use dropless::activation::{Activation, Glu};
 use dropless::epilogue::{Bias, Epilogue, GluEpilogue};
 use dropless::{
-    Bf16, Buffer, DType, Device, ExpertRows, ExpertWeights, F16, Float, QuantizedRows, Routing, RoutingBuffers, ScaleRows, Stream, Tiles,
-    grouped_gemm, repack,
+    Bf16, Buffer, DType, Device, ExpertRows, ExpertWeights, F16, Float, Format, QuantizedRows, Routing, RoutingBuffers, ScaleRows, Stream,
+    Tiles, grouped_gemm, repack,
 };
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
 use dropless_kit::emulated::{Emulated, Options, Schedule, TmaCompletion};
-use dropless_kit::fill::{Random, integers, normal, to_f64};
+use dropless_kit::fill::{self, Random, integers, normal, to_f64};
 use dropless_kit::guard::{self, Bits, Guarded};
 
 use crate::grouped_gemm::{offsets, owners};
@@ -42,7 +42,7 @@ fn classed(rows: ExpertRows<'_>) -> ExpertRows<'_> {
     rows.in_class(CLASS.get())
 }
 
-/// Scales of a type.
+/// Scales of a type; none where they lie in the blocks.
 #[derive(Clone)]
 pub(crate) enum Scales {
     F32(Vec<f32>),
@@ -86,9 +86,18 @@ impl Scales {
 /// What the codes mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Kind {
-    Int4 { group: usize, scales: DType, zeros: bool },
+    Int4 {
+        group: usize,
+        scales: DType,
+        zeros: bool,
+    },
     Mxfp4,
-    E4m3 { block: [usize; 2], scales: DType },
+    E4m3 {
+        block: [usize; 2],
+        scales: DType,
+    },
+    /// Blocks with their scales in them.
+    Gguf(Format),
 }
 
 /// Weights of E experts, `[E, N, K]`.
@@ -110,10 +119,10 @@ impl Quantized {
         let kind = match kind {
             Kind::Int4 { group, scales, zeros } => Kind::Int4 { group: group.min(k), scales, zeros },
             Kind::E4m3 { block: [rows, cols], scales } => Kind::E4m3 { block: [rows, cols.min(k)], scales },
-            Kind::Mxfp4 => kind,
+            Kind::Mxfp4 | Kind::Gguf(_) => kind,
         };
         let (mut random, rows) = (Random::new(seed), experts * n);
-        let mut bytes = |count: usize| (0..count).map(|_| random.bits() as u8).collect::<Vec<_>>();
+        let mut bytes = |count: usize| fill::bytes(&mut random, count);
         let (codes, zeros, count) = match kind {
             Kind::Int4 { group, zeros, .. } => {
                 let groups = k.div_ceil(group);
@@ -131,6 +140,7 @@ impl Quantized {
                 });
                 (codes.collect(), None, rows.div_ceil(block[0]) * k.div_ceil(block[1]))
             }
+            Kind::Gguf(format) => (fill::blocks(&mut random, format, rows * k / format.block_elements()), None, 0),
         };
         let mut scale = || if exact { [0.25, 0.5, 1.0, 2.0][random.below(4)] } else { (0.5 + random.unit()) as f32 * 0.01 };
         let scales = match kind {
@@ -138,6 +148,7 @@ impl Quantized {
             Kind::Mxfp4 => {
                 Scales::E8m0((0..count).map(|_| (if exact { 125 } else { 115 }) + random.below(if exact { 4 } else { 10 }) as u8).collect())
             }
+            Kind::Gguf(_) => Scales::F32(Vec::new()),
         };
         Quantized { kind, experts, n, k, codes, scales, zeros }
     }
@@ -160,8 +171,14 @@ impl Quantized {
             (Kind::Int4 { group, .. }, _) => oracle::repack::int4(codes, &scales.to_f64(), zeros.as_deref(), rows, *k, group),
             (Kind::E4m3 { block, .. }, _) => oracle::repack::e4m3(codes, &scales.to_f64(), rows, *k, block),
             (Kind::Mxfp4, Scales::E8m0(exponents)) => oracle::repack::mxfp4(codes, exponents, rows, *k),
+            (Kind::Gguf(_), _) => to_f64(&self.decoded()),
             _ => unreachable!("mxfp4 has exponents"),
         }
+    }
+
+    /// The same as the CPU decodes them, which `tests/quantized.rs` compares with other code.
+    pub(crate) fn decoded(&self) -> Vec<f32> {
+        self.rows(&device::cpu(1), |rows| rows.to_f32().unwrap())
     }
 
     /// In checkpoint order on the stream's device.
@@ -182,6 +199,7 @@ impl Quantized {
                     zeros.as_ref().map_or(weights, |zeros| weights.with_zeros(zeros.rows(packed, zeros.len() / packed).unwrap()).unwrap())
                 }
                 (Kind::E4m3 { block, .. }, scales) => QuantizedRows::e4m3(codes, scales, block).unwrap(),
+                (Kind::Gguf(format), _) => QuantizedRows::gguf(format, codes, self.k).unwrap(),
                 (Kind::Mxfp4, ScaleRows::E8m0(exponents)) => QuantizedRows::mxfp4(codes, exponents).unwrap(),
                 _ => unreachable!("mxfp4 has exponents"),
             })
@@ -192,7 +210,7 @@ impl Quantized {
     pub(crate) fn on<R>(&self, stream: &Stream, work: impl FnOnce(ExpertWeights<'_>) -> R) -> R {
         self.rows(stream, |rows| {
             let weights = ExpertWeights::nk(rows, self.experts).unwrap();
-            if matches!(self.kind, Kind::E4m3 { .. }) { work(weights) } else { repacked(stream, weights, work) }
+            if matches!(self.kind, Kind::Int4 { .. } | Kind::Mxfp4) { repacked(stream, weights, work) } else { work(weights) }
         })
     }
 }
@@ -241,7 +259,7 @@ pub(crate) const fn int4(group: usize, scales: DType, zeros: bool) -> Kind {
     Kind::Int4 { group, scales, zeros }
 }
 
-const fn e4m3(block: [usize; 2], scales: DType) -> Kind {
+pub(crate) const fn e4m3(block: [usize; 2], scales: DType) -> Kind {
     Kind::E4m3 { block, scales }
 }
 
@@ -547,7 +565,7 @@ fn every_byte_in_tiles_is_loaded_once() {
                         vec![panels * 16 * padded, panels * 32 * groups * scales.size_bytes(), zeros]
                     }
                     Kind::Mxfp4 => vec![panels * 16 * padded, panels * padded],
-                    Kind::E4m3 { .. } => vec![experts * n * k],
+                    Kind::E4m3 { .. } | Kind::Gguf(_) => vec![experts * n * k],
                 }
             });
             want.iter_mut().for_each(|bytes| *bytes = *bytes / 3 * 2);
@@ -596,32 +614,49 @@ fn parts_in_tiles_are_what_their_outputs_are() {
     }
 }
 
+/// Tiles are read by the tensor cores' forms alone; the order of a checkpoint is served whatever they ask.
 #[test]
 fn what_kernels_do_not_take_is_named() {
-    let (n, k) = (32, 64);
-    let x = normal::<Bf16>(1, k, 1.0);
-    let refusal = |stream: &Stream, w: ExpertWeights<'_>| {
-        let x = Guarded::with(stream, &x, 1, k, 0);
+    fn refusal<T: Float + Bits>(stream: &Stream, w: ExpertWeights<'_>) -> String {
+        let x = normal::<T>(1, w.k(), 1.0);
+        let x = Guarded::with(stream, &x, 1, w.k(), 0);
         let rows = ExpertRows::dense(1).unwrap();
         guard::refused::<f32>(stream, 1, w.n(), |y| grouped_gemm::nt(stream, x.view(), w, rows, y))
-    };
+    }
     device::each_gpu(|stream| {
-        for (kind, name) in [(int4(32, DType::Bf16, true), "int4"), (Kind::Mxfp4, "mxfp4")] {
-            let w = Quantized::new(1, kind, 1, n, k, false);
-            let text = w.rows(stream, |rows| refusal(stream, ExpertWeights::nk(rows, 1).unwrap()));
-            let want = format!(
-                "grouped_gemm: `w`, {name} weights in the order of a checkpoint is not supported here; supported: tiles, as `repack` writes them"
-            );
-            assert_eq!(text, want);
-            let text = w.on(stream, |w| refusal(stream, w.interleaved().unwrap()[1]));
+        for kind in [int4(32, DType::Bf16, true), Kind::Mxfp4] {
+            let w = Quantized::new(1, kind, 1, 32, 64, false);
+            let text = w.on(stream, |w| refusal::<Bf16>(stream, w.interleaved().unwrap()[1]));
             assert!(text.starts_with("grouped_gemm: `w` in tiles, of its outputs every 2 from 1 on is not supported here"), "{text}");
+            let wanted = |name| {
+                format!(
+                    "grouped_gemm: `w` in tiles with rows of type {name} is not supported here; \
+                     supported: bf16; others take weights in the order of a checkpoint"
+                )
+            };
+            assert_eq!(w.on(stream, |w| refusal::<F16>(stream, w)), wanted("f16"));
+            assert_eq!(w.on(stream, |w| refusal::<f32>(stream, w)), wanted("f32"));
         }
-        let w = Quantized::new(1, e4m3([32, 32], DType::F32), 1, n, k, false);
-        let text = w.on(stream, |w| refusal(stream, w));
-        assert!(text.starts_with("grouped_gemm: `w` with scales of blocks of columns of 32 is not supported here"), "{text}");
+        let narrow = Quantized::new(1, Kind::Mxfp4, 1, 12, 64, false);
+        assert_eq!(
+            narrow.on(stream, |w| refusal::<Bf16>(stream, w)),
+            "grouped_gemm: `w` in tiles with [N, K] of [12, 64] is not supported here; \
+             supported: multiples of 8; others take the order of a checkpoint"
+        );
+        let [gate, up] = [int4(32, DType::Bf16, true), int4(32, DType::F16, true)].map(|kind| Quantized::new(1, kind, 1, 32, 64, false));
+        let x = Guarded::with(stream, &normal::<Bf16>(1, 64, 1.0), 1, 64, 0);
+        let rows = ExpertRows::dense(1).unwrap();
+        let text = gate.on(stream, |gate| {
+            up.on(stream, |up| guard::refused::<Bf16>(stream, 1, 32, |h| grouped_gemm::glu_nt(stream, x.view(), gate, up, rows, h)))
+        });
+        assert_eq!(
+            text,
+            "grouped_gemm: two types of weights, tiles of int4 with f16 scales of groups of 32, zero points is not supported here; \
+             supported: tiles of int4 with bf16 scales of groups of 32, zero points"
+        );
     });
     let cpu = device::cpu(1);
-    let w = Quantized::new(1, Kind::Mxfp4, 1, n, k, false);
-    let text = w.on(&cpu, |w| refusal(&cpu, w));
+    let w = Quantized::new(1, Kind::Mxfp4, 1, 32, 64, false);
+    let text = w.on(&cpu, |w| refusal::<Bf16>(&cpu, w));
     assert_eq!(text, "grouped_gemm: `w` in tiles is not supported here; supported: weights in the order of a checkpoint");
 }

@@ -12,6 +12,7 @@ mod epilogue;
 mod far;
 mod glu;
 mod grouped_gemm;
+mod grouped_gemm_formats;
 mod grouped_gemm_fp8;
 mod grouped_gemm_quantized;
 mod grouped_gemm_tiles;

@@ -7,7 +7,7 @@ use dropless::{
 };
 use dropless_kit::compare::{same_bits, sum_bound, within};
 use dropless_kit::device;
-use dropless_kit::fill::{Random, normal, to_f64};
+use dropless_kit::fill::{self, Random, normal, to_f64};
 
 use crate::grouped_gemm::{offsets, owners};
 use crate::oracle;
@@ -74,26 +74,7 @@ impl Matrix {
     fn new(kind: Kind, n: usize, k: usize, seed: u64) -> Matrix {
         let mut random = Random::new(seed);
         let group = if kind.group == 0 { k } else { kind.group };
-        let (elements, bytes) = (kind.format.block_elements(), kind.format.block_bytes());
-        let row_bytes = k.div_ceil(elements) * bytes;
-        let mut codes: Vec<u8> = (0..n * row_bytes).map(|_| random.bits() as u8).collect();
-        match kind.format {
-            // No NaN among the codes.
-            Format::E4m3 => codes.iter_mut().for_each(|code| *code &= 0xbf),
-            Format::GgufMxfp4 => codes.chunks_exact_mut(bytes).for_each(|block| block[0] = 120 + block[0] % 8),
-            _ => {}
-        }
-        let halves: &[usize] = match kind.format {
-            Format::Q8_0 | Format::Q4_0 | Format::Q5_0 => &[0],
-            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
-            Format::Q6K => &[208],
-            _ => &[],
-        };
-        for block in codes.chunks_exact_mut(bytes) {
-            for &at in halves {
-                block[at + 1] = 0x20 | block[at + 1] & 0x83; // 2^-7 to 2^-6, of either sign
-            }
-        }
+        let codes = fill::blocks(&mut random, kind.format, n * k.div_ceil(kind.format.block_elements()));
         let groups = k.div_ceil(group);
         let scale = |at: usize| Bf16::from_f32([0.01, 0.023, -0.4, 1.0][at % 4]);
         Matrix {
@@ -104,7 +85,7 @@ impl Matrix {
             codes,
             scales: (0..n * groups).map(scale).collect(),
             exponents: (0..n * groups).map(|at| 119 + (at % 7) as u8).collect(),
-            zeros: (0..n.div_ceil(8) * groups * 4).map(|_| random.bits() as u8).collect(),
+            zeros: fill::bytes(&mut random, n.div_ceil(8) * groups * 4),
         }
     }
 

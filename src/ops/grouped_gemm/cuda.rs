@@ -8,6 +8,7 @@
 //! | `256x2` | 128, two blocks together | any | `cuda/grouped_gemm.cu` |
 //! | `256x2` of e4m3 | 128, two blocks together | any; inputs are quantised | `cuda/grouped_gemm_fp8.cu` |
 //! | `plain` | 32 | any, of any width and alignment | `cuda/grouped_gemm_plain.cu` |
+//! | `plain` | 32 | the same, weights of every format in the order of a checkpoint | `cuda/grouped_gemm_plain_quantized.cu` |
 //!
 //! Few rows: the weights are the wide operand and each of their bytes is loaded once. Many: a pair of blocks halves the traffic of weights from
 //! the L2 cache; where few rows of an expert are left, the blocks take two columns of them, each with weights of its own.
@@ -18,7 +19,7 @@ mod quantized;
 mod tiled;
 
 use super::Product;
-use crate::device::kernel::{Kernel, Types, check_one_type, find};
+use crate::device::kernel::{Kernel, Types, count_with_formats, find, with_formats};
 use crate::device::params::{
     FEW_COLS, FEW_SHARED_BYTES, FEW_THREADS, FP8_SHARED_BYTES, PLAIN_THREADS, PLAIN_TILE, QUANTIZED_FEW_THREADS, QUANTIZED_MANY_THREADS,
     QUANTIZED_MANY_TOKENS, QUANTIZED_SHARED_BYTES, TILED_CLUSTER, TILED_COLS, TILED_ROWS, TILED_SHARED_BYTES, TILED_THREADS,
@@ -38,7 +39,7 @@ pub struct Key {
     pub order: WeightOrder,
     /// Products of one row: 1, or 2 for gate and up.
     pub products: usize,
-    /// Of k, that share a scale: a kernel serves multiples, too. 0 where there are no scales.
+    /// Of k, that share a scale: a kernel serves multiples, too. 0 for floats.
     pub group: usize,
 }
 
@@ -65,7 +66,21 @@ const BF16_MXFP4_TO_F32: Types = Types { y: DType::F32, ..BF16_MXFP4 };
 const BF16_E4M3_TO_F32: Types = Types { y: DType::F32, ..BF16_E4M3 };
 
 /// The table. A call takes the first row of its key and types that serves it.
-pub static KERNELS: &[Kernel<Key>] = &[
+pub static KERNELS: &[Kernel<Key>] = &with_formats::<Key, { count_with_formats(ROWS, OF_ANY_FORMAT) }>(ROWS, OF_ANY_FORMAT);
+
+/// The plain form for quantised weights.
+const OF_ANY_FORMAT: &[Kernel<Key>] = &[
+    plain_quantized("grouped_gemm_nt_quantized", NT, F32),
+    plain_quantized("grouped_gemm_nt_quantized", NT, BF16),
+    plain_quantized("grouped_gemm_nt_quantized", NT, F16),
+    plain_quantized("grouped_gemm_nt_quantized", NT, BF16_TO_F32),
+    plain_quantized("grouped_gemm_nt_quantized", NT, F16_TO_F32),
+    plain_quantized("grouped_gemm_glu_nt_quantized", GLU_NT, F32),
+    plain_quantized("grouped_gemm_glu_nt_quantized", GLU_NT, BF16),
+    plain_quantized("grouped_gemm_glu_nt_quantized", GLU_NT, F16),
+];
+
+const ROWS: &[Kernel<Key>] = &[
     few(8, "grouped_gemm_nt_bf16_few8", NT, BF16),
     few(32, "grouped_gemm_nt_bf16_few32", NT, BF16),
     few(64, "grouped_gemm_nt_bf16_few64", NT, BF16),
@@ -248,6 +263,11 @@ const fn plain(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
     Kernel { tile, threads: PLAIN_THREADS, ..Kernel::new(&image::GROUPED_GEMM_PLAIN, entry, key, types) }
 }
 
+/// Its groups are of any length.
+const fn plain_quantized(entry: &'static str, key: Key, types: Types) -> Kernel<Key> {
+    Kernel { image: &image::GROUPED_GEMM_PLAIN_QUANTIZED, ..plain(entry, Key { group: 1, ..key }, types) }
+}
+
 /// The tensor-core forms by name, each with the class of calls that it serves: for tests and benches, which ask for a class by
 /// `ExpertRows::in_class`.
 pub fn forms() -> Vec<(&'static str, usize)> {
@@ -266,8 +286,11 @@ pub(super) fn check<A: Float, O: Float, const P: usize>(
     y: &RowsMut<'_, O>,
 ) -> Result<(), Error> {
     for (arg, w) in weight_args.into_iter().zip(&product.weights) {
-        check_one_type(Op::GroupedGemm, "two types of weights,", product.weights[0].dtype(), w.dtype())?;
-        check_place_of(Op::GroupedGemm, arg, w)?;
+        let first = &product.weights[0];
+        if !agree(first, w) {
+            return Err(Error::unsupported(Op::GroupedGemm, "two types of weights,", quantized::name(w), quantized::name(first)));
+        }
+        check_place_of(Op::GroupedGemm, arg, A::DTYPE, w)?;
     }
     for (arg, bias) in bias_args.into_iter().zip(&product.finish.biases) {
         bias.map_or(Ok(()), |bias| check_bias(Op::GroupedGemm, A::DTYPE, arg, &bias))?;
@@ -289,20 +312,28 @@ pub(super) fn check_types<'a>(
     biases: impl IntoIterator<Item = (&'static str, Bias<'a>)>,
 ) -> Result<(), Error> {
     for (arg, w) in weights {
-        find(op, KERNELS, key_of(&w, 1), Types { w: w.dtype(), ..Types::all(x) }, |_| true).map_err(|error| error.about(arg))?;
-        check_place_of(op, arg, &w)?;
+        check_place_of(op, arg, x, &w)?;
+        let key = key_of(&w, 1, quantized::in_tiles(&w));
+        find(op, KERNELS, key, Types { w: w.dtype(), ..Types::all(x) }, |_| true).map_err(|error| error.about(arg))?;
     }
     biases.into_iter().try_for_each(|(arg, bias)| check_bias(op, x, arg, &bias))
 }
 
-/// What kernels of weights like these have as their key.
-fn key_of(w: &ExpertWeights<'_>, products: usize) -> Key {
-    Key { order: w.order(), products, group: quantized::group_of(w) }
+/// Whether one product takes both: floats of one type, quantised weights in the order of a checkpoint, or tiles
+/// of one kind.
+pub(super) fn agree(gate: &ExpertWeights<'_>, up: &ExpertWeights<'_>) -> bool {
+    let is_quantized = |w: &ExpertWeights<'_>| matches!(w.dtype(), DType::Quantized(_));
+    if is_quantized(gate) && is_quantized(up) { quantized::agree(gate, up) } else { gate.dtype() == up.dtype() }
+}
+
+/// What kernels of weights like these have as their key: those of the tensor cores, or the plain ones.
+fn key_of(w: &ExpertWeights<'_>, products: usize, on_tensor_cores: bool) -> Key {
+    Key { order: w.order(), products, group: quantized::group_of(w, on_tensor_cores) }
 }
 
 /// Matrices at one distance, in an order that kernels read.
-fn check_place_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<(), Error> {
-    if let DType::Quantized(_) = w.dtype() { quantized::check(op, arg, w) } else { w.expert_stride(op, arg).map(|_| ()) }
+fn check_place_of(op: Op, arg: &'static str, x: DType, w: &ExpertWeights<'_>) -> Result<(), Error> {
+    if let DType::Quantized(_) = w.dtype() { quantized::check(op, arg, x, w) } else { w.expert_stride(op, arg).map(|_| ()) }
 }
 
 /// Kernels read biases of `f32` and of the type of `x`.
@@ -316,10 +347,10 @@ fn check_bias(op: Op, x: DType, arg: &'static str, bias: &Bias<'_>) -> Result<()
 
 /// Static shape, layout and the class of the call alone decide.
 fn choose<A: Float, O: Float, const P: usize>(product: &Product<'_, A, P>, y: &RowsMut<'_, O>) -> Result<&'static Kernel<Key>, Error> {
-    let key = key_of(&product.weights[0], P);
     let types = Types { x: A::DTYPE, w: product.weights[0].dtype(), y: O::DTYPE };
     let is_quantized = matches!(types.w, DType::Quantized(_));
-    let fits_vectors = if is_quantized { quantized::fits(product, y) } else { tiled::fits(product, y) };
+    let fits_vectors = if is_quantized { quantized::fits(product, y)? } else { tiled::fits(product, y) };
+    let key = key_of(&product.weights[0], P, fits_vectors);
     let class_rows = product.rows.class_rows();
     find(Op::GroupedGemm, KERNELS, key, types, |kernel| class_rows <= kernel.max_rows && (fits_vectors || !kernel.needs_vectors))
 }
@@ -334,8 +365,9 @@ pub(super) fn product<A: Float, O: Float, const P: usize>(
         return Ok(());
     }
     let kernel = choose(&product, y)?;
-    if kernel.key.group > 0 {
-        return quantized::launch(stream, kernel, &product, y);
+    match (kernel.needs_vectors, kernel.key.group) {
+        (false, _) => plain::launch(stream, kernel, &product, y),
+        (true, 0) => tiled::launch(stream, kernel, &product, y),
+        (true, _) => quantized::launch(stream, kernel, &product, y),
     }
-    if kernel.needs_vectors { tiled::launch(stream, kernel, &product, y) } else { plain::launch(stream, kernel, &product, y) }
 }

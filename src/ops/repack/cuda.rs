@@ -68,8 +68,6 @@ pub(super) fn repack(
         k: w.k() as i64,
         groups: w.k().div_ceil(tiles.group) as i64,
         all_groups: tiles.groups() as i64,
-        scale_size: tiles.scale_type.size_bytes() as u32,
-        unused: 0,
     };
     let threads_of_panel = |key: Key| match (key, tiles.format()) {
         (Key::Codes, _) => tiles.steps() * REPACK_THREADS as usize,

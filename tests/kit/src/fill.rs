@@ -1,6 +1,6 @@
 //! Seeded inputs. The same seed gives the same numbers on every machine.
 
-use dropless::Float;
+use dropless::{Float, Format};
 
 /// SplitMix64: small, seedable, good enough for inputs.
 #[derive(Clone)]
@@ -51,6 +51,33 @@ pub fn normal<T: Float>(seed: u64, n: usize, scale: f64) -> Vec<T> {
 pub fn integers<T: Float>(seed: u64, n: usize) -> Vec<T> {
     let mut random = Random::new(seed);
     (0..n).map(|_| T::from_f32(random.below(9) as f32 - 4.0)).collect()
+}
+
+/// `n` random bytes.
+pub fn bytes(random: &mut Random, n: usize) -> Vec<u8> {
+    (0..n).map(|_| random.bits() as u8).collect()
+}
+
+/// Random blocks of quantised weights without NaN, whose own scales are ordinary numbers of either sign.
+pub fn blocks(random: &mut Random, format: Format, n: usize) -> Vec<u8> {
+    let mut codes = bytes(random, n * format.block_bytes());
+    let halves: &[usize] = match format {
+        Format::Q8_0 | Format::Q4_0 | Format::Q5_0 => &[0],
+        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+        Format::Q6K => &[208],
+        _ => &[],
+    };
+    for block in codes.chunks_exact_mut(format.block_bytes()) {
+        for &at in halves {
+            block[at + 1] = 0x20 | block[at + 1] & 0x83; // 2^-7 to 2^-6
+        }
+        match format {
+            Format::E4m3 => block[0] &= 0xbf,
+            Format::GgufMxfp4 => block[0] = 120 + block[0] % 8,
+            _ => {}
+        }
+    }
+    codes
 }
 
 /// The exact values, for an oracle.

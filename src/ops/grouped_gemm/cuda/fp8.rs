@@ -11,7 +11,7 @@ use crate::epilogue;
 use crate::error::{Error, Op};
 use crate::layout::ExpertWeights;
 use crate::ops::grouped_gemm::fp8::Fp8Product;
-use crate::quantized::device::scale_type;
+use crate::quantized::device::type_number;
 use crate::quantized::{QuantizedRows, ScaleRows};
 use crate::view::{Rows, RowsMut};
 use crate::weights::WeightRows;
@@ -212,7 +212,7 @@ fn scales_of(op: Op, arg: &'static str, w: &ExpertWeights<'_>) -> Result<WeightS
         step: first.step as u32,
         block_rows: block_rows.min(u32::MAX as usize) as u32,
         k_blocks: if block_cols >= w.k() { u32::MAX } else { (block_cols / DEPTH) as u32 },
-        kind: scale_type(first.dtype),
+        kind: type_number(first.dtype),
         unused: 0,
     })
 }
