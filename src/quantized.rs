@@ -95,12 +95,13 @@ impl<'a> ScaleRows<'a> {
         with_scales!(self, rows => rows.access())
     }
 
+    #[inline(always)]
     fn host_row(&self, row: usize) -> RowScales<'a> {
         match self {
-            ScaleRows::F32(rows) => RowScales::F32(rows.host().row(row)),
-            ScaleRows::Bf16(rows) => RowScales::Bf16(rows.host().row(row)),
-            ScaleRows::F16(rows) => RowScales::F16(rows.host().row(row)),
-            ScaleRows::E8m0(rows) => RowScales::E8m0(rows.host().row(row)),
+            ScaleRows::F32(rows) => RowScales::F32(rows.host_row(row)),
+            ScaleRows::Bf16(rows) => RowScales::Bf16(rows.host_row(row)),
+            ScaleRows::F16(rows) => RowScales::F16(rows.host_row(row)),
+            ScaleRows::E8m0(rows) => RowScales::E8m0(rows.host_row(row)),
         }
     }
 }
@@ -356,14 +357,19 @@ impl<'a> QuantizedRows<'a> {
         [codes, self.scales.map(|scales| scales.values.access()), self.zeros.map(|zeros| zeros.access())]
     }
 
-    /// One row on the host.
+    /// One row on the host. Inlined, since a product asks for every row, and a call passes it through memory.
+    #[inline(always)]
     pub(crate) fn host_row(&self, row: usize) -> QuantizedRow<'a> {
         let of_scales = self.first + row * self.step;
-        let (scales, group) = self.scales.map_or((RowScales::Within, self.format.block_elements()), |Scales { values, block }| {
-            (values.host_row(of_scales / block[0]), block[1])
-        });
-        let zeros = self.zeros.map(|zeros| (zeros.host().row(of_scales / ZERO_ROWS), of_scales % ZERO_ROWS));
-        QuantizedRow { format: self.format, codes: self.codes.host().row(row), scales, group, zeros }
+        let (scales, group) = match &self.scales {
+            Some(Scales { values, block }) => (values.host_row(of_scales / block[0]), block[1]),
+            None => (RowScales::Within, self.format.block_elements()),
+        };
+        let zeros = match &self.zeros {
+            Some(zeros) => Some((zeros.host_row(of_scales / ZERO_ROWS), of_scales % ZERO_ROWS)),
+            None => None,
+        };
+        QuantizedRow { format: self.format, codes: self.codes.host_row(row), scales, group, zeros }
     }
 
     /// Writes the elements of a row, as [`Format`] says, exactly or with the roundings that the format's

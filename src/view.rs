@@ -315,7 +315,7 @@ impl<'a, T: Element> Rows<'a, T> {
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.
     pub(crate) fn host(&self) -> HostRows<'a, T> {
-        assert_eq!(self.place, Place::Host, "a CPU backend was given device memory");
+        assert!(self.place == Place::Host, "a CPU backend was given device memory");
         HostRows(*self)
     }
 }
@@ -520,7 +520,7 @@ impl<'a, T: Element> RowsMut<'a, T> {
 
     /// As rows of host memory. Only CPU backends call this, after dispatch.
     pub(crate) fn host(&mut self) -> HostRowsMut<'_, T> {
-        assert_eq!(self.place, Place::Host, "a CPU backend was given device memory");
+        assert!(self.place == Place::Host, "a CPU backend was given device memory");
         HostRowsMut(self.reborrow())
     }
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Times llama.cpp on GGUF files: tokens per second of a prompt of 512 and of decoding after it, beside the
-machine's ceilings.
+"""This crate and llama.cpp on the same GGUF files, in turn: tokens per second of a prompt of 512 and of
+decoding after it, beside the machine's ceilings.
 
+    cargo build --release --example lm
     pip install numpy gguf; python3 benches/peers/gguf_model.py /tmp/models
     LLAMA_BENCH=.../llama-bench python3 benches/peers/llama_cpp.py /tmp/models/*.gguf --rounds 3 [--out FILE]
 
@@ -11,13 +12,14 @@ of them the last line says what is missing, and the exit code is 0. In llama.cpp
     cmake -S . -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
     cmake --build build --target llama-bench
 
-Every model is timed with and without the repacking of weights at load, llama.cpp's default: which one is
-faster depends on type and phase. The ceilings are taken right before and right after each run. Shares:
-decode by the bytes of the weights that a token needs over the mean of both read rates (the KV cache, a few
-percent more, is not counted); prefill by the FLOP of the matrix products over the mean of both f32 rates,
-which integer products may pass. Figures are medians over the rounds; a share is taken within one round.
-The load average is recorded as well: llama.cpp's threads wait for one another hundreds of times per token.
-Where other programs run, its figures fall much further than the ceilings do, and mean nothing.
+llama.cpp runs with and without its repacking of weights at load, which is its default: which one is faster
+depends on type and phase. The faster one of a round is what this crate is compared with. The ceilings are
+taken right before and right after each run. Shares: decode by the bytes of the weights that a token needs
+over the mean of both read rates (the KV cache, a few percent more, is not counted); prefill by the FLOP of
+the matrix products over the mean of both f32 rates, which integer products may pass. Figures are medians
+over the rounds; a ratio or a share is taken within one round. The load average is recorded as well:
+llama.cpp's threads wait for one another hundreds of times per token. Where other programs run, its figures
+fall much further than the ceilings do, and mean nothing.
 """
 
 import argparse
@@ -30,6 +32,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REPACKED = "llama.cpp"
+PROGRAMS = ("dropless", REPACKED, "llama.cpp --repack 0")
+
+
+def processor():
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def find():
@@ -89,20 +102,32 @@ def bench(model, threads, repack, options):
     return json.loads(out.stdout)[0]
 
 
-def measure(model, threads=2, repack=True, prompt=512, decode=32, context=512):
-    """Tokens per second of both phases, for scripts that time something else in turn."""
+def measure(model, threads, repack, prompt, decode):
+    """Tokens per second of llama.cpp in both phases: of a prompt, and of decoding after as many tokens."""
     prefill = bench(model, threads, repack, {"-p": prompt, "-n": 0})
-    decoding = bench(model, threads, repack, {"-p": 0, "-n": decode, "-d": context})
+    decoding = bench(model, threads, repack, {"-p": 0, "-n": decode, "-d": prompt})
     return {
         "peer": f"llama.cpp {prefill['build_commit']}",
-        "repack": repack,
         "prefill_tokens_per_s": prefill["avg_ts"],
         "decode_tokens_per_s": decoding["avg_ts"],
     }
 
 
+def ours(args, model):
+    """One run of this crate."""
+    tokens = ",".join(str(1 + token % 1000) for token in range(args.prompt_tokens))
+    command = [args.example, "--model", model, "--tokens", tokens, "--generate", args.decode_tokens]
+    command = list(map(str, [*command, "--threads", args.threads, "--json"]))
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"{' '.join(command)}\n{out.stderr}")
+    run = json.loads(out.stdout.strip().splitlines()[-1])
+    rate = lambda phase: run[f"{phase}_tokens"] / run[f"{phase}_s"]
+    return {"prefill_tokens_per_s": rate("prefill"), "decode_tokens_per_s": rate("decode")}
+
+
 def one_round(args, ceilings):
-    """A row for every model, with and without repacking, with the means of the ceilings around it."""
+    """A row for every model and every program, with the means of the ceilings around it."""
 
     def around():
         rates = {"read_gb_per_s": ceilings.read(12), "sgemm_gflops": ceilings.sgemm(3)}
@@ -111,11 +136,14 @@ def one_round(args, ceilings):
 
     rows, before = [], around()
     for model in args.models:
-        for repack in args.repack:
-            row = measure(model, args.threads, repack, args.prompt_tokens, args.decode_tokens, args.context)
+        for program in PROGRAMS:
+            if program == "dropless":
+                row = ours(args, model)
+            else:
+                row = measure(model, args.threads, program == REPACKED, args.prompt_tokens, args.decode_tokens)
             after = around()
             row["ceilings"] = {name: (before[name] + after[name]) / 2 for name in after}
-            rows.append({"model": model.name, **row})
+            rows.append({"model": model.name, "program": program, **row})
             before = after
     return rows
 
@@ -129,7 +157,7 @@ def tabulate(rounds, cost, prompt):
         gigabytes = lambda run: run["decode_tokens_per_s"] * need["bytes_per_token"] / 1e9
         flop = need["layer_flop"] + need["head_flop"] / prompt
         gigaflops = lambda run: run["prefill_tokens_per_s"] * flop / 1e9
-        entries.append({"model": first["model"], "repack": first["repack"], **need})
+        entries.append({"model": first["model"], "program": first["program"], **need})
         entries[-1] |= {
             "prefill_tokens_per_s": over(lambda run: run["prefill_tokens_per_s"]),
             "prefill_gflops": over(gigaflops),
@@ -141,21 +169,32 @@ def tabulate(rounds, cost, prompt):
             "sgemm_gflops": over(lambda run: run["ceilings"]["sgemm_gflops"]),
             "load": over(lambda run: run["ceilings"]["load"]),
         }
+        if first["program"] == "dropless":
+            for phase in ("prefill", "decode"):
+                entries[-1][f"{phase}_times_peer"] = times_peer(rounds, first["model"], phase)
     return entries
 
 
+def times_peer(rounds, model, phase):
+    """This crate's rate over llama.cpp's, of its two the faster: the median over the rounds."""
+    ratios = []
+    for rows in rounds:
+        rates = {row["program"]: row[f"{phase}_tokens_per_s"] for row in rows if row["model"] == model}
+        ratios.append(rates.pop("dropless") / max(rates.values()))
+    return float(f"{statistics.median(ratios):.4g}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="llama.cpp on GGUF files")
+    parser = argparse.ArgumentParser(description="this crate and llama.cpp on GGUF files")
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--decode-tokens", type=int, default=32)
-    parser.add_argument("--context", type=int, default=512, help="tokens before the first decoded one")
-    parser.add_argument("--repack", default="1,0", help="1: llama.cpp's default; 0: as the file has them")
+    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    parser.add_argument("--example", type=Path, default=target / "release/examples/lm", help="of this crate")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.repack = [bool(int(word)) for word in args.repack.split(",")]
 
     lacking = missing()
     if lacking:
@@ -171,8 +210,9 @@ def main():
         rounds.append(one_round(args, ceilings))
         loads = ", ".join(f"{row['ceilings']['load']:.1f}" for row in rounds[-1])
         print(f"round {number + 1} of {args.rounds}: load {loads}", file=sys.stderr)
-    record = {"peer": rounds[0][0]["peer"], "threads": args.threads, "prompt_tokens": args.prompt_tokens}
-    record |= {"context": args.context, "decode_tokens": args.decode_tokens}
+    peer = next(row["peer"] for row in rounds[0] if "peer" in row)
+    record = {"peer": peer, "processor": processor(), "threads": args.threads}
+    record |= {"prompt_tokens": args.prompt_tokens, "decode_tokens": args.decode_tokens}
     record["table"] = tabulate(rounds, cost, args.prompt_tokens)
     print(json.dumps(record, indent=1))
     if args.out:

@@ -8,8 +8,9 @@
 //! sum_k x[k] w[k]  ~  sum over blocks b of  scale_x[b] * scale_w[b] * (sum of integers x * w)  -  scale_x[b] * min_w[b] * (sum of x)
 //! ```
 //!
-//! Sums of four products of integers are exact. The floats are added in sixteen lanes, each a chain over
-//! ascending k, and the lanes are folded at the end. So the bits depend on the two rows alone: every
+//! Sums of four products of integers are exact. The floats are added in sixteen lanes: those of a chunk as a
+//! chain over ascending k, and the chunks' sums as another one, so that a chain of a chunk need not wait for
+//! the one before. The lanes are folded at the end. So the bits depend on the two rows alone: every
 //! instruction set gives the same.
 //!
 //! | format | integers | order of 64 elements | scale for | minimum |
@@ -23,7 +24,7 @@
 //! | INT4 with zero points | nibbles | pairs | 32 | scale times zero point |
 
 use super::ahead::prefetch_line;
-use super::decode::{QuantizedRow, RowScales, TWICE_E2M1, k_scales, zero_point};
+use super::decode::{QuantizedRow, RowScales, TWICE_E2M1, k_scales, splat_f16, zero_point};
 use super::gemm::DOT_COLS;
 use super::vector::{Kernel, LANES, Simd};
 use crate::dtype::{Bf16, F16, Float};
@@ -44,10 +45,8 @@ pub(crate) struct InputChunk {
     x: [[i8; PART]; CHUNK / PART],
     /// The sums of four neighbours, times the negative of what is subtracted from the format's integers.
     offsets: [[i32; LANES]; CHUNK / PART],
-    /// Of the blocks; of their halves where the format's scales are.
-    scales: [f32; LANES],
-    /// The sums of the blocks' elements, times their scales.
-    sums: [f32; LANES],
+    /// What the factors of the weights are multiplied by; see [`Factors`].
+    factors: [f32; LANES],
 }
 
 /// Floats that hold the chunks of a row of `cols` elements.
@@ -67,8 +66,19 @@ fn as_chunks(scratch: &mut [f32]) -> &mut [InputChunk] {
 pub(crate) struct Layout {
     order: Order,
     offset: i32,
-    /// Scales of a chunk.
-    scales: usize,
+    factors: Factors,
+}
+
+/// What the sixteen factors of a chunk are of: eight blocks, in lanes 0 to 7 or in pairs, or their halves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Factors {
+    /// The scale of block `b` in lane `b`; the other lanes are not read.
+    Scales,
+    /// The scale of block `b` in lane `2b`; in lane `2b + 1` that of the input times the sum of the block's
+    /// integers, for which the weights have a minimum.
+    ScalesAndSums,
+    /// The scale of half `h` of all blocks in lane `h`.
+    OfHalves,
 }
 
 /// Where a vector holds elements of two blocks, in quarters of sixteen.
@@ -97,16 +107,18 @@ impl Order {
 
 /// How the integers of a row lie, if products of it are taken in integers.
 pub(crate) fn layout(row: &QuantizedRow<'_>) -> Option<Layout> {
-    let layout = |order, offset| Some(Layout { order, offset, scales: CHUNK / BLOCK });
+    let layout = |order, offset| Some(Layout { order, offset, factors: Factors::Scales });
+    let with_sums = |order| Some(Layout { order, offset: 0, factors: Factors::ScalesAndSums });
     match row.format {
         Format::Q8_0 => layout(Order::Blocks, 128),
         Format::Q4_0 => layout(Order::Halves, 8),
-        Format::Q4K => layout(Order::Blocks, 0),
-        Format::Q6K => Some(Layout { order: Order::Blocks, offset: 32, scales: LANES }),
+        Format::Q4K => with_sums(Order::Blocks),
+        Format::Q6K => Some(Layout { order: Order::Blocks, offset: 32, factors: Factors::OfHalves }),
         Format::Mxfp4 => layout(Order::Pairs, 12),
         Format::GgufMxfp4 => layout(Order::Halves, 12),
         Format::Int4 if group_shift(row).is_none() => None,
-        Format::Int4 => layout(Order::Pairs, if row.zeros.is_some() { 0 } else { 8 }),
+        Format::Int4 if row.zeros.is_some() => with_sums(Order::Pairs),
+        Format::Int4 => layout(Order::Pairs, 8),
         Format::E4m3 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q5K => None,
     }
 }
@@ -133,57 +145,80 @@ struct RoundInput<'a> {
 impl Kernel for RoundInput<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, simd: S) {
         let RoundInput { x, layout, chunks } = self;
         for (x, chunk) in x.chunks(CHUNK).zip(chunks) {
-            let mut all = [0.0; CHUNK];
-            all[..x.len()].copy_from_slice(x);
-            let mut rounded = [0i8; CHUNK];
-            for (block, (x, q)) in all.as_chunks::<BLOCK>().0.iter().zip(rounded.as_chunks_mut::<BLOCK>().0).enumerate() {
-                let (scale, sum) = round_block(x, q);
-                if layout.scales == LANES {
-                    chunk.scales[2 * block..2 * block + 2].fill(scale);
-                } else {
-                    (chunk.scales[block], chunk.scales[8 + block]) = (scale, 0.0);
-                }
-                (chunk.sums[block], chunk.sums[8 + block]) = (scale * sum as f32, 0.0);
-            }
-            for (part, q) in rounded.as_chunks::<PART>().0.iter().enumerate() {
-                let to = &mut chunk.x[part];
-                match layout.order {
-                    Order::Blocks => *to = *q,
-                    Order::Halves => *to = std::array::from_fn(|at| q[Order::Halves.element(at)]),
-                    Order::Pairs => *to = std::array::from_fn(|at| q[Order::Pairs.element(at)]),
-                }
-                for (lane, four) in chunk.offsets[part].iter_mut().zip(to.as_chunks::<4>().0) {
-                    *lane = -layout.offset * four.iter().map(|x| i32::from(*x)).sum::<i32>();
-                }
-            }
+            let Ok(x) = x.try_into() else {
+                let mut all = [0.0; CHUNK];
+                all[..x.len()].copy_from_slice(x);
+                round_chunk(simd, &all, layout, chunk);
+                continue;
+            };
+            round_chunk(simd, x, layout, chunk);
         }
     }
 }
 
-/// Rounds a block. Gives its scale and the sum of its integers.
+/// Rounds a chunk.
 #[inline(always)]
-fn round_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, i32) {
-    let (mut lanes, mut poison) = ([0.0f32; 8], [0.0f32; 8]);
-    for eight in x.as_chunks::<8>().0 {
-        for i in 0..8 {
-            let magnitude = eight[i].abs();
-            lanes[i] = if magnitude > lanes[i] { magnitude } else { lanes[i] };
-            poison[i] += eight[i] * 0.0;
+fn round_chunk<S: Simd>(simd: S, x: &[f32; CHUNK], layout: Layout, chunk: &mut InputChunk) {
+    let (scales, inverses) = block_scales(simd, x);
+    let mut rounded = [0i8; CHUNK];
+    for (block, (x, q)) in x.as_chunks::<BLOCK>().0.iter().zip(rounded.as_chunks_mut::<BLOCK>().0).enumerate() {
+        let (scale, sum) = (scales[block], round_block(x, inverses[block], q));
+        let lanes = &mut chunk.factors;
+        match layout.factors {
+            Factors::Scales => (lanes[block], lanes[8 + block]) = (scale, 0.0),
+            Factors::ScalesAndSums => (lanes[2 * block], lanes[2 * block + 1]) = (scale, scale * sum as f32),
+            Factors::OfHalves => lanes[2 * block..2 * block + 2].fill(scale),
         }
     }
-    let most = lanes.into_iter().fold(0.0, f32::max);
-    if poison.into_iter().sum::<f32>().is_nan() {
-        *q = [0; BLOCK];
-        return (f32::NAN, 0);
+    for (part, q) in rounded.as_chunks::<PART>().0.iter().enumerate() {
+        let to = &mut chunk.x[part];
+        match layout.order {
+            Order::Blocks => *to = *q,
+            Order::Halves => *to = std::array::from_fn(|at| q[Order::Halves.element(at)]),
+            Order::Pairs => *to = std::array::from_fn(|at| q[Order::Pairs.element(at)]),
+        }
+        for (lane, four) in chunk.offsets[part].iter_mut().zip(to.as_chunks::<4>().0) {
+            *lane = -layout.offset * four.iter().map(|x| i32::from(*x)).sum::<i32>();
+        }
     }
-    let inverse = 127.0 / most;
-    if !inverse.is_finite() {
-        *q = [0; BLOCK]; // zeros, or so near that their products vanish
-        return (0.0, 0);
+}
+
+/// The scales of a chunk's blocks, and what their elements are multiplied by: zeros where all elements are
+/// zero, or so small that their products vanish.
+#[inline(always)]
+fn block_scales<S: Simd>(simd: S, x: &[f32; CHUNK]) -> ([f32; 8], [f32; 8]) {
+    let mut most = [0.0; 8];
+    let mut zeros = simd.splat(0.0);
+    for (most, block) in most.iter_mut().zip(x.as_chunks::<{ 2 * LANES }>().0) {
+        let (halves, _) = block.as_chunks::<LANES>();
+        let [a, b] = [simd.load(&halves[0]), simd.load(&halves[1])];
+        zeros = simd.mul_add(b, simd.splat(0.0), simd.mul_add(a, simd.splat(0.0), zeros));
+        let [a, b] = [a, b].map(|x| simd.max(x, simd.sub(simd.splat(0.0), x)));
+        *most = simd.max_lane(simd.max(a, b));
     }
+    if simd.sum(zeros).is_nan() {
+        poison(x, &mut most);
+    }
+    let inverses = most.map(|most| 127.0 / most);
+    let scale = |i: usize| if inverses[i].is_finite() || most[i].is_nan() { most[i] / 127.0 } else { 0.0 };
+    (std::array::from_fn(scale), inverses.map(|inverse| if inverse.is_finite() { inverse } else { 0.0 }))
+}
+
+/// Puts NaN where a block has a NaN or an infinity.
+fn poison(x: &[f32; CHUNK], most: &mut [f32; 8]) {
+    for (most, block) in most.iter_mut().zip(x.as_chunks::<BLOCK>().0) {
+        if !block.iter().all(|x| x.is_finite()) {
+            *most = f32::NAN;
+        }
+    }
+}
+
+/// Rounds a block. Gives the sum of its integers.
+#[inline(always)]
+fn round_block(x: &[f32; BLOCK], inverse: f32, q: &mut [i8; BLOCK]) -> i32 {
     let mut sum = 0;
     for (q, x) in q.iter_mut().zip(x) {
         // Adding 1.5 * 2^23 leaves no bits for a fraction.
@@ -191,7 +226,7 @@ fn round_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, i32) {
         let integer = (x * inverse + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32;
         (*q, sum) = (integer as i8, sum + integer);
     }
-    (most / 127.0, sum)
+    sum
 }
 
 /// Rows of weights of one matrix.
@@ -306,41 +341,46 @@ fn column<S: Simd, C: Coded<BYTES>, const BYTES: usize, const M: usize>(
     let (mut sums, mut mins) = ([simd.splat(0.0); M], [simd.splat(0.0); M]);
     let (whole, rest) = weights.codes.as_chunks::<BYTES>();
     let mut last = [0; BYTES];
-    last[..rest.len()].copy_from_slice(rest);
+    if !rest.is_empty() {
+        last[..rest.len()].copy_from_slice(rest);
+    }
     for at in 0..x[0].len() {
         let bytes = whole.get(at).unwrap_or(&last);
         for line in 0..BYTES.div_ceil(64) {
             prefetch_line(ahead.as_ptr().wrapping_add(at * BYTES + 64 * line));
         }
-        let Factors { scales, mins: of_mins } = C::factors(simd, weights, group_shift, at, bytes);
+        let of_weights = C::factors(simd, weights, group_shift, at, bytes);
         let codes = [C::codes(simd, bytes, 0), C::codes(simd, bytes, 1), C::codes(simd, bytes, 2), C::codes(simd, bytes, 3)];
         for m in 0..M {
             let x = &x[m][at];
-            let factors = simd.mul(scales, simd.load(&x.scales));
-            for (part, codes) in codes.into_iter().enumerate() {
-                let products = match C::SIGNED {
-                    true => simd.dot_signed(codes, &x.x[part], &x.offsets[part]),
-                    false => simd.dot_unsigned(codes, &x.x[part], &x.offsets[part]),
-                };
-                let [a, b] = [2 * part, 2 * part + 1];
-                let factor = match C::SPREAD {
-                    Spread::Neighbours => simd.spread(factors, [a, a, b, b]),
-                    Spread::InTurn => simd.spread(factors, [a, b, a, b]),
-                    Spread::Each => simd.spread(factors, [2 * a, 2 * a + 1, 2 * b, 2 * b + 1]),
-                };
-                sums[m] = simd.mul_add(products, factor, sums[m]);
+            let factors = simd.mul(of_weights, simd.load(&x.factors));
+            let product = |part: usize| match C::SIGNED {
+                true => simd.dot_signed(codes[part], &x.x[part], &x.offsets[part]),
+                false => simd.dot_unsigned(codes[part], &x.x[part], &x.offsets[part]),
+            };
+            let mut sum = simd.mul(product(0), C::factor_of(simd, factors, 0));
+            for part in 1..CHUNK / PART {
+                sum = simd.mul_add(product(part), C::factor_of(simd, factors, part), sum);
             }
+            sums[m] = simd.add(sums[m], sum);
             if C::HAS_MINS {
-                mins[m] = simd.mul_add(of_mins, simd.load(&x.sums), mins[m]);
+                mins[m] = simd.add(mins[m], factors);
             }
         }
     }
     if C::HAS_MINS {
         for m in 0..M {
-            sums[m] = simd.sub(sums[m], mins[m]);
+            sums[m] = simd.sub(sums[m], odd_lanes(simd, mins[m]));
         }
     }
     sums
+}
+
+/// Zeros in place of the even lanes.
+#[inline(always)]
+fn odd_lanes<S: Simd>(simd: S, from: S::V) -> S::V {
+    let lanes = simd.to_array(from);
+    simd.load(&std::array::from_fn::<f32, LANES, _>(|lane| if lane % 2 == 1 { lanes[lane] } else { 0.0 }))
 }
 
 /// Which scales the quarters of a vector have.
@@ -354,12 +394,6 @@ enum Spread {
     Each,
 }
 
-/// What a chunk of weights is multiplied by, and what is subtracted from its elements.
-struct Factors<V> {
-    scales: V,
-    mins: V,
-}
-
 /// A format whose chunks of 256 elements are `BYTES` bytes.
 trait Coded<const BYTES: usize> {
     const SPREAD: Spread;
@@ -369,45 +403,42 @@ trait Coded<const BYTES: usize> {
 
     /// The integers of a part of a chunk.
     fn codes<S: Simd>(simd: S, bytes: &[u8; BYTES], part: usize) -> S::B;
-    /// The factors of chunk `at` of a row.
-    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, bytes: &[u8; BYTES]) -> Factors<S::V>;
+    /// The scales of chunk `at` of a row; in lanes `2b` where there are minima, which are in lanes `2b + 1`.
+    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, bytes: &[u8; BYTES]) -> S::V;
+
+    /// The factors of a part, each in the lanes that it is for.
+    #[inline(always)]
+    fn factor_of<S: Simd>(simd: S, factors: S::V, part: usize) -> S::V {
+        let [a, b] = [2 * part, 2 * part + 1].map(|block| if Self::HAS_MINS { 2 * block } else { block });
+        match Self::SPREAD {
+            Spread::Neighbours => simd.spread(factors, [a, a, b, b]),
+            Spread::InTurn => simd.spread(factors, [a, b, a, b]),
+            Spread::Each => simd.spread(factors, [2 * a, 2 * a + 1, 2 * b, 2 * b + 1]),
+        }
+    }
 }
 
-/// `2^(exponent - 128)` of blocks; infinite for the exponent that stands for no number.
+/// Eight bytes, each at so many from the one before, as a word.
 #[inline(always)]
-fn of_exponents<S: Simd>(simd: S, exponents: [u8; 8]) -> Factors<S::V> {
-    let mut scales = [0.0; LANES];
-    for (scale, exponent) in scales.iter_mut().zip(exponents) {
-        *scale = f32::from_bits((u32::from(exponent) << 23).max(1 << 22)); // 2^-127 is no normal number
-    }
-    Factors { scales: simd.mul(simd.load(&scales), simd.splat(0.5)), mins: simd.splat(0.0) }
+fn word_of<const STEP: usize>(bytes: &[u8]) -> u64 {
+    (0..8).map(|block| u64::from(bytes[STEP * block]) << (8 * block)).fold(0, |word, byte| word | byte)
 }
 
 /// Scales that are the f16 at the beginnings of blocks of so many bytes. They are put together as words: that
 /// takes other parts of a processor than those which multiply.
 #[inline(always)]
-fn of_halves<S: Simd, const STEP: usize>(simd: S, bytes: &[u8]) -> Factors<S::V> {
+fn of_halves<S: Simd, const STEP: usize>(simd: S, bytes: &[u8]) -> S::V {
     let half = |block: usize| u64::from(u16::from_le_bytes(*piece(bytes, STEP * block)));
     let four = |first: usize| half(first) | half(first + 1) << 16 | half(first + 2) << 32 | half(first + 3) << 48;
     let words = [four(0), four(4), 0, 0];
-    let scales = std::array::from_fn(|lane| F16((words[lane / 4] >> (lane % 4 * 16)) as u16));
-    Factors { scales: simd.load(&scales), mins: simd.splat(0.0) }
-}
-
-/// The f16 at a byte, in every lane: one conversion of a vector takes less than one of a number.
-#[inline(always)]
-fn splat_f16<S: Simd>(simd: S, bytes: &[u8], at: usize) -> S::V {
-    simd.load(&[F16(u16::from_le_bytes(*piece(bytes, at))); LANES])
+    let scales: [F16; LANES] = std::array::from_fn(|lane| F16((words[lane / 4] >> (lane % 4 * 16)) as u16));
+    simd.load(&scales)
 }
 
 /// Integers as floats.
 #[inline(always)]
-fn floats<S: Simd, T: Copy + Into<f32>, const N: usize>(simd: S, integers: [T; N]) -> S::V {
-    let mut lanes = [0.0; LANES];
-    for (lane, integer) in lanes.iter_mut().zip(integers) {
-        *lane = integer.into();
-    }
-    simd.load(&lanes)
+fn floats<S: Simd, T: Copy + Into<f32>>(simd: S, integers: [T; LANES]) -> S::V {
+    simd.load(&integers.map(Into::into))
 }
 
 /// `N` bytes from `at` on.
@@ -425,7 +456,7 @@ impl Coded<272> for Q8_0 {
         simd.bytes([piece(bytes, 68 * part + 2), piece(bytes, 68 * part + 36)])
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 272]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 272]) -> S::V {
         of_halves::<S, 34>(simd, bytes)
     }
 }
@@ -438,7 +469,7 @@ impl Coded<144> for Q4_0 {
         simd.nibbles_of_two([piece(bytes, 36 * part + 2), piece(bytes, 36 * part + 20)])
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> S::V {
         of_halves::<S, 18>(simd, bytes)
     }
 }
@@ -452,12 +483,10 @@ impl Coded<144> for Q4K {
         simd.nibbles(piece(bytes, 32 * part + 16))
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 144]) -> S::V {
         let (factors, offsets) = k_scales(piece(bytes, 4));
-        Factors {
-            scales: simd.mul(splat_f16(simd, bytes, 0), floats(simd, factors)),
-            mins: simd.mul(splat_f16(simd, bytes, 2), floats(simd, offsets)),
-        }
+        let halves = [0, 2].map(|at| F16(u16::from_le_bytes(*piece(bytes, at))));
+        simd.mul(simd.load(&std::array::from_fn(|lane| halves[lane % 2])), simd.interleaved(factors, offsets))
     }
 }
 
@@ -470,9 +499,9 @@ impl Coded<210> for Q6K {
         simd.sextets(piece(bytes, 64 * half), piece(bytes, 128 + 32 * half), part % 2 == 1)
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 210]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 210]) -> S::V {
         let factors = piece::<16>(bytes, 192).map(|factor| factor as i8);
-        Factors { scales: simd.mul(splat_f16(simd, bytes, 208), floats(simd, factors)), mins: simd.splat(0.0) }
+        simd.mul(splat_f16(simd, bytes, 208), floats(simd, factors))
     }
 }
 
@@ -495,8 +524,8 @@ impl Coded<136> for GgufMxfp4 {
         simd.look_up(&RAISED, simd.nibbles_of_two([piece(bytes, 34 * part + 1), piece(bytes, 34 * part + 18)]))
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 136]) -> Factors<S::V> {
-        of_exponents(simd, std::array::from_fn(|block| bytes[17 * block]))
+    fn factors<S: Simd>(simd: S, _: &QuantizedRow<'_>, _: u32, _: usize, bytes: &[u8; 136]) -> S::V {
+        simd.half_powers(word_of::<17>(bytes))
     }
 }
 
@@ -508,14 +537,14 @@ impl Coded<128> for Mxfp4 {
         simd.look_up(&RAISED, simd.nibbles(piece(bytes, 32 * part)))
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, _: u32, at: usize, _: &[u8; 128]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, _: u32, at: usize, _: &[u8; 128]) -> S::V {
         let exponents = row.scales.exponents().get(8 * at..).unwrap_or(&[]);
         let mut eight = [0; 8]; // blocks beyond the row count nothing
         match exponents.first_chunk() {
             Some(all) => eight = *all,
             None => eight[..exponents.len()].copy_from_slice(exponents),
         }
-        of_exponents(simd, eight)
+        simd.half_powers(u64::from_le_bytes(eight))
     }
 }
 
@@ -529,7 +558,7 @@ impl<const ZEROS: bool> Coded<128> for Int4<ZEROS> {
         simd.nibbles(piece(bytes, 32 * part))
     }
     #[inline(always)]
-    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, _: &[u8; 128]) -> Factors<S::V> {
+    fn factors<S: Simd>(simd: S, row: &QuantizedRow<'_>, group_shift: u32, at: usize, _: &[u8; 128]) -> S::V {
         match row.scales {
             RowScales::F32(scales) => of_groups::<S, f32, ZEROS>(simd, row, scales, group_shift, at),
             RowScales::Bf16(scales) => of_groups::<S, Bf16, ZEROS>(simd, row, scales, group_shift, at),
@@ -541,13 +570,7 @@ impl<const ZEROS: bool> Coded<128> for Int4<ZEROS> {
 
 /// The factors of chunk `at`, by the power of two of blocks that share a scale.
 #[inline(always)]
-fn of_groups<S: Simd, T: Float, const ZEROS: bool>(
-    simd: S,
-    row: &QuantizedRow<'_>,
-    scales: &[T],
-    group_shift: u32,
-    at: usize,
-) -> Factors<S::V> {
+fn of_groups<S: Simd, T: Float, const ZEROS: bool>(simd: S, row: &QuantizedRow<'_>, scales: &[T], group_shift: u32, at: usize) -> S::V {
     match group_shift {
         0 => of_some_groups::<S, T, 8, ZEROS>(simd, row, scales, 8 * at),
         1 => of_some_groups::<S, T, 4, ZEROS>(simd, row, scales, 4 * at),
@@ -563,20 +586,18 @@ fn of_some_groups<S: Simd, T: Float, const N: usize, const ZEROS: bool>(
     row: &QuantizedRow<'_>,
     scales: &[T],
     first: usize,
-) -> Factors<S::V> {
+) -> S::V {
     let mut groups = [T::default(); N]; // blocks beyond the row count nothing
     match scales.get(first..).and_then(|scales| scales.first_chunk()) {
         Some(all) => groups = *all,
         None => groups.iter_mut().zip(scales.iter().skip(first)).for_each(|(to, scale)| *to = *scale),
     }
-    let (mut of_blocks, mut zeros) = ([T::default(); LANES], [0.0; LANES]);
-    for (i, scale) in groups.into_iter().enumerate() {
-        let blocks = 8 / N * i..8 / N * (i + 1);
-        of_blocks[blocks.clone()].fill(scale);
-        if ZEROS && first + i < scales.len() {
-            zeros[blocks].fill(f32::from(zero_point(row, first + i)));
-        }
+    if !ZEROS {
+        return simd.load::<T>(&std::array::from_fn(|lane| groups[lane % 8 / (8 / N)]));
     }
-    let scales = simd.load(&of_blocks);
-    Factors { scales, mins: if ZEROS { simd.mul(scales, simd.load(&zeros)) } else { simd.splat(0.0) } }
+    let zero = |i: usize| if first + i < scales.len() { f32::from(zero_point(row, first + i)) } else { 0.0 };
+    let zeros: [f32; N] = std::array::from_fn(zero);
+    let of_blocks = simd.load::<T>(&std::array::from_fn(|lane| groups[lane / (LANES / N)]));
+    let ones_and_zeros = std::array::from_fn(|lane| if lane % 2 == 0 { 1.0 } else { zeros[lane / (LANES / N)] });
+    simd.mul(of_blocks, simd.load::<f32>(&ones_and_zeros))
 }

@@ -96,6 +96,14 @@ impl Simd for Portable {
         std::array::from_fn(|i| low[i] >> (4 * upper) & 15 | (high[i % 32] >> (4 * upper + 2 * (i / 32)) & 3) << 4)
     }
     #[inline(always)]
+    fn to_bytes(self, codes: [u8; 64]) -> [u8; 64] {
+        codes
+    }
+    #[inline(always)]
+    fn widen(self, from: &[u8; LANES]) -> V {
+        each(|i| f32::from(from[i] as i8))
+    }
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], codes: [u8; 64]) -> [u8; 64] {
         codes.map(|code| table[usize::from(code & 15)])
     }
@@ -108,6 +116,17 @@ impl Simd for Portable {
     fn dot_signed(self, codes: [u8; 64], x: &[i8; 64], _: &[i32; LANES]) -> V {
         let product = |i: usize| i32::from(codes[i] as i8) * i32::from(x[i]);
         each(|i| (4 * i..4 * i + 4).map(product).sum::<i32>() as f32)
+    }
+    #[inline(always)]
+    fn interleaved(self, even: u64, odd: u64) -> V {
+        let (even, odd) = (even.to_le_bytes(), odd.to_le_bytes());
+        each(|i| f32::from([even, odd][i % 2][i / 2]))
+    }
+    #[inline(always)]
+    fn half_powers(self, exponents: u64) -> V {
+        let exponents = exponents.to_le_bytes();
+        // 2^-127 is no normal number.
+        each(|i| 0.5 * f32::from_bits((u32::from(exponents[i % 8]) << 23).max(1 << 22)))
     }
     #[inline(always)]
     fn spread(self, from: V, lanes: [usize; 4]) -> V {

@@ -78,6 +78,20 @@ pub(crate) trait Simd: Copy {
     /// Nibbles of `low`, the low ones or the `upper`, below pairs of bits of `high`: of each byte the first
     /// two pairs, or the `upper` two, one after the other.
     fn sextets(self, low: &[u8; 64], high: &[u8; 32], upper: bool) -> Self::B;
+    /// All bytes as an array.
+    fn to_bytes(self, codes: Self::B) -> [u8; 64];
+    /// Signed bytes as floats.
+    fn widen(self, from: &[u8; LANES]) -> Self::V;
+    /// 16 where the bit of a word is set, the lowest first; else 0.
+    #[inline(always)]
+    fn fifths(self, word: u32) -> [u8; 32] {
+        std::array::from_fn(|i| (word >> i & 1) as u8 * 16)
+    }
+    /// 16 where bit `bit` of a byte is set; else 0.
+    #[inline(always)]
+    fn fifths_of(self, from: &[u8; 32], bit: u32) -> [u8; 32] {
+        from.map(|byte| (byte >> bit & 1) * 16)
+    }
     /// `table[code]` for codes below 16.
     fn look_up(self, table: &[u8; 16], codes: Self::B) -> Self::B;
     /// Lane `i` is `offsets[i]` and the sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, exact, for codes
@@ -86,6 +100,11 @@ pub(crate) trait Simd: Copy {
     /// The sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, for signed codes and `x` that is not -128.
     /// `offsets[i]` is the sum of those `x` times -128, which some instruction sets need.
     fn dot_signed(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
+    /// Lane `2i` is byte `i` of `even`, the lowest first, and lane `2i + 1` that of `odd`.
+    fn interleaved(self, even: u64, odd: u64) -> Self::V;
+    /// Lane `i` is 2 to the power of byte `i`, the lowest first, less 128, infinite for
+    /// 255. Lanes from 8 on are not specified.
+    fn half_powers(self, exponents: u64) -> Self::V;
     /// Four lanes each of four: those of quarter `q` are lane `lanes[q]`. The first two are of one half, and
     /// so are the last two.
     fn spread(self, from: Self::V, lanes: [usize; 4]) -> Self::V;

@@ -60,6 +60,36 @@ fn widen_halves(words: __m256, bf16: bool) -> [__m256; 2] {
     }
 }
 
+/// 16 in the bytes whose bit of a word is set.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifths(word: u32) -> [u8; 32] {
+    // Each byte of the word eight times, of which each place keeps its bit.
+    let places = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(word as i32), places);
+    sixteen_where(bytes, _mm256_set1_epi64x(0x8040201008040201u64 as i64))
+}
+
+/// 16 in the bytes whose bit `bit` is set.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifths_of(from: &[u8; 32], bit: u32) -> [u8; 32] {
+    // SAFETY: thirty-two bytes.
+    let bytes = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
+    sixteen_where(bytes, _mm256_set1_epi8((1u8 << bit) as i8))
+}
+
+/// 16 in the bytes that have the one bit of a mask.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sixteen_where(bytes: __m256i, mask: __m256i) -> [u8; 32] {
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, mask), mask);
+    let mut fifths = [0; 32];
+    // SAFETY: thirty-two bytes.
+    unsafe { _mm256_storeu_si256(fifths.as_mut_ptr().cast(), _mm256_and_si256(set, _mm256_set1_epi8(16))) };
+    fifths
+}
+
 /// `Simd::transpose` by blocks of 32 bytes of each row: pairs of words, pairs of pairs, then halves of
 /// registers.
 #[inline]

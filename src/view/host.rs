@@ -10,6 +10,7 @@ use super::tiling::{Tile, Tiling};
 use super::{Rows, RowsMut};
 use crate::device::Stream;
 use crate::dtype::Element;
+use crate::error::Place;
 
 /// A matrix in host memory, for reading.
 #[derive(Clone, Copy)]
@@ -35,10 +36,19 @@ impl<'a, T: Element> HostRows<'a, T> {
     }
 
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
-        assert!(row < self.0.rows, "row {row} of {}", self.0.rows);
+        self.0.host_row(row)
+    }
+}
+
+impl<'a, T: Element> Rows<'a, T> {
+    /// One row of a matrix in host memory, without a copy of the view.
+    #[inline(always)]
+    pub(crate) fn host_row(&self, row: usize) -> &'a [T] {
+        assert!(self.place == Place::Host, "a CPU backend was given device memory");
+        assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: the row lies within the span that the constructor checked or was promised; one without
         // columns may begin anywhere.
-        unsafe { std::slice::from_raw_parts(self.0.first.wrapping_add(row * self.0.stride), self.0.cols) }
+        unsafe { std::slice::from_raw_parts(self.first.wrapping_add(row * self.stride), self.cols) }
     }
 }
 

@@ -191,6 +191,33 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         })
     }
     #[inline(always)]
+    fn to_bytes(self, codes: [__m256i; 2]) -> [u8; 64] {
+        let mut bytes = [0; 64];
+        for (codes, bytes) in codes.into_iter().zip(bytes.as_chunks_mut::<32>().0) {
+            // SAFETY: thirty-two bytes, and detected features.
+            unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), codes) };
+        }
+        bytes
+    }
+    #[inline(always)]
+    fn widen(self, from: &[u8; LANES]) -> V {
+        // SAFETY: sixteen bytes, and detected features.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            [bytes, _mm_srli_si128::<8>(bytes)].map(|eight| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)))
+        }
+    }
+    #[inline(always)]
+    fn fifths(self, word: u32) -> [u8; 32] {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { super::fifths(word) }
+    }
+    #[inline(always)]
+    fn fifths_of(self, from: &[u8; 32], bit: u32) -> [u8; 32] {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { super::fifths_of(from, bit) }
+    }
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], codes: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: sixteen bytes, and detected features.
         both!(|half| _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), codes[half]))
@@ -213,6 +240,26 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let (magnitudes, x) = (_mm256_abs_epi8(codes[half]), _mm256_sign_epi8(x, codes[half]));
             _mm256_cvtepi32_ps(add_dots::<VNNI>(magnitudes, x, _mm256_setzero_si256()))
         })
+    }
+    #[inline(always)]
+    fn interleaved(self, even: u64, odd: u64) -> V {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe {
+            let [even, odd] = [even, odd].map(|bytes| _mm_cvtsi64_si128(bytes as i64));
+            let bytes = _mm_unpacklo_epi8(even, odd);
+            [bytes, _mm_srli_si128::<8>(bytes)].map(|eight| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)))
+        }
+    }
+    #[inline(always)]
+    fn half_powers(self, exponents: u64) -> V {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe {
+            let exponents = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(exponents as i64));
+            // 2^-127 is no normal number.
+            let powers = _mm256_max_epu32(_mm256_slli_epi32::<23>(exponents), _mm256_set1_epi32(1 << 22));
+            let powers = _mm256_mul_ps(_mm256_castsi256_ps(powers), _mm256_set1_ps(0.5));
+            [powers, powers]
+        }
     }
     #[inline(always)]
     fn spread(self, from: V, lanes: [usize; 4]) -> V {

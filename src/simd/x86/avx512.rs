@@ -179,6 +179,28 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
+    fn to_bytes(self, codes: __m512i) -> [u8; 64] {
+        let mut bytes = [0; 64];
+        // SAFETY: sixty-four bytes, and detected features.
+        unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), codes) };
+        bytes
+    }
+    #[inline(always)]
+    fn widen(self, from: &[u8; LANES]) -> __m512 {
+        // SAFETY: sixteen bytes, and detected features.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn fifths(self, word: u32) -> [u8; 32] {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { super::fifths(word) }
+    }
+    #[inline(always)]
+    fn fifths_of(self, from: &[u8; 32], bit: u32) -> [u8; 32] {
+        // SAFETY: the token exists only where the features were detected.
+        unsafe { super::fifths_of(from, bit) }
+    }
+    #[inline(always)]
     fn look_up(self, table: &[u8; 16], codes: __m512i) -> __m512i {
         // SAFETY: sixteen bytes, and detected features.
         unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), codes) }
@@ -202,6 +224,22 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(codes), x);
             _mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
         }
+    }
+    #[inline(always)]
+    fn interleaved(self, even: u64, odd: u64) -> __m512 {
+        op!({
+            let [even, odd] = [even, odd].map(|bytes| _mm_cvtsi64_si128(bytes as i64));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd)))
+        })
+    }
+    #[inline(always)]
+    fn half_powers(self, exponents: u64) -> __m512 {
+        op!({
+            let exponents = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(exponents as i64));
+            // 2^-127 is no normal number.
+            let powers = _mm256_max_epu32(_mm256_slli_epi32::<23>(exponents), _mm256_set1_epi32(1 << 22));
+            _mm512_castps256_ps512(_mm256_mul_ps(_mm256_castsi256_ps(powers), _mm256_set1_ps(0.5)))
+        })
     }
     #[inline(always)]
     fn spread(self, from: __m512, lanes: [usize; 4]) -> __m512 {

@@ -97,8 +97,8 @@ impl<'a> WeightRow<'a> for FromRow<'_, 'a> {
 
     #[inline(always)]
     fn ahead(&self, j: usize) -> &'a [u8] {
-        let codes = self.weights.codes().host();
-        codes.row((self.first + j + AHEAD).min(codes.rows() - 1))
+        let codes = self.weights.codes();
+        codes.host_row((self.first + j + AHEAD).min(codes.rows() - 1))
     }
 }
 
