@@ -42,7 +42,7 @@ fn same<K: Kernel<Output = Vec<f32>>>(kernel: impl Fn() -> K, near: impl Fn(f32,
     }
 }
 
-/// Each operation on bytes, seen through dot products.
+/// Each operation on bytes, many seen through dot products.
 struct OnBytes<'a>(&'a [u8; 64], &'a [i8; 64]);
 
 impl Kernel for OnBytes<'_> {
@@ -67,6 +67,14 @@ impl Kernel for OnBytes<'_> {
         for lanes in [[0, 0, 1, 1], [6, 7, 6, 7], [12, 13, 14, 15], [3, 2, 9, 8]] {
             out.extend(simd.to_array(simd.spread(signed, lanes)));
         }
+        let [a, b] = [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes")));
+        out.extend(simd.to_array(simd.interleaved(a, b)));
+        out.extend(&simd.to_array(simd.half_powers(a))[..8]);
+        quarters.iter().for_each(|quarter| out.extend(simd.to_array(simd.widen(quarter))));
+        let mut all = simd.to_bytes(unsigned[0]).to_vec();
+        all.extend(simd.fifths(a as u32));
+        (0..8).for_each(|bit| all.extend(simd.fifths_of(&halves[0], bit)));
+        out.extend(all.into_iter().map(f32::from));
         out
     }
 }
