@@ -2,9 +2,11 @@
 //!
 //! A subset of the reference checkpoints lies in `tests/data`; where `DROPLESS_GOLDENS` names the folder of
 //! the full set, all of them run. `mixtral` holds what is said of the second family, `families` of each other
-//! one, `hostile` what they refuse, `quantized` and `gguf` what is said of such weights; the rest is said of
-//! DBRX, or of all.
+//! one, `hostile` what they refuse, `quantized` and `gguf` what is said of such weights, `copies` what is said
+//! of them on a GPU; the rest is said of DBRX, or of all.
 
+#[path = "dbrx/copies.rs"]
+mod copies;
 #[path = "dbrx/devices.rs"]
 mod devices;
 #[path = "dbrx/emulated.rs"]

@@ -21,7 +21,7 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Tensors that agree with a description; a GPU has them all in one.
+    /// Tensors that agree with a description. A GPU has them all in one, or quantised ones at one distance.
     pub fn new(spec: &Spec, parts: &'a [WeightRows<'a>]) -> Matrix<'a> {
         // The rows of a quantised matrix are outputs, also where those of its floats are inputs.
         let order = if let Some(WeightRows::Quantized(_)) = parts.first() { WeightOrder::Nk } else { spec.order };
@@ -42,7 +42,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// All matrices.
-    fn weights(self) -> Result<ExpertWeights<'a>, Failure> {
+    pub fn weights(self) -> Result<ExpertWeights<'a>, Failure> {
         Ok(match (self.order, self.parts) {
             (WeightOrder::Nk, [stacked]) => ExpertWeights::nk(*stacked, self.matrices)?,
             (WeightOrder::Nk, each) => ExpertWeights::nk_each(each)?,

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `options`, `prompt`, `text` | what was asked for |
 //! | `header`, `gguf`, `checkpoint`, `stored`, `json`, `input` | what lies on disk, used only after checks |
-//! | `setup`, `memory`, `columns` | everything that is settled before memory is taken |
+//! | `source`, `setup`, `memory`, `columns` | everything that is settled before memory is taken |
 //! | `plan` | what fits on a GPU, computed without one |
 //! | `weights`, `random`, `model`, `step`, `generate`, `course` | the computation |
 //! | `trace`, `reference`, `check` | what is kept, written and compared |
@@ -37,6 +37,7 @@ mod random;
 mod reference;
 pub mod report;
 mod setup;
+mod source;
 mod step;
 mod stored;
 mod text;

@@ -53,6 +53,8 @@ pub struct Spec {
     pub kind: Kind,
     /// It is a vector that operations read as f32. A file may have it in another type than its matrices.
     pub is_f32: bool,
+    /// Products take the first half of its outputs, and the second.
+    pub in_halves: bool,
 }
 
 /// What operations take it as, where a file may hold it quantised.
@@ -79,6 +81,7 @@ impl Spec {
             inputs: Some(k),
             kind: if part == Part::Router { Kind::Floats } else { Kind::Matrix },
             is_f32: false,
+            in_halves: false,
         }
     }
 
@@ -131,6 +134,11 @@ impl Spec {
     /// Read as f32, of whichever type it is in the file.
     pub fn read_as_f32(self) -> Spec {
         Spec { is_f32: true, ..self }
+    }
+
+    /// Of outputs that products take as two halves.
+    pub fn in_halves(self) -> Spec {
+        Spec { in_halves: true, ..self }
     }
 
     /// The name of the first tensor, by which the matrix is found.

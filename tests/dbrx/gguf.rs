@@ -730,7 +730,8 @@ fn damaged_files_are_refused_or_are_other_models() {
         let opened = watched(|| {
             let file = GgufFile::open(&path)?;
             let config = read_gguf(&file)?;
-            crate::example::checkpoint::Checkpoint::of_gguf(file, &config, &Progress::new(false)).map(|_| ())
+            crate::example::checkpoint::Checkpoint::of_gguf(file, &config)
+                .and_then(|checkpoint| checkpoint.check_scales(&config, &Progress::new(false)))
         });
         if let Err(failure) = opened {
             let text = failure.text().unwrap();

@@ -16,7 +16,7 @@ use crate::example::checkpoint::Checkpoint;
 use crate::example::progress::Progress;
 use crate::example::weights::{Mapped, Tensors};
 use crate::families::{PROMPT, on_cpu};
-use crate::fixture::{Folder, checkpoint, refused};
+use crate::fixture::{Folder, Ran, checkpoint, refused};
 use crate::lm::families::read_config;
 use crate::lm::spec::{Kind, Part, Spec};
 use crate::results::{agree, dump_of};
@@ -29,11 +29,17 @@ pub fn published(name: &str) -> PathBuf {
     goldens::root().join("tests/data/quantized").join(name)
 }
 
-/// Runs the example's own comparison, which must find that many results within their limits.
+/// Runs the example's own comparison on the CPU, which must find that many results within their limits.
 #[track_caller]
 pub fn holds(name: &str, references: &str, args: &[&str], results: usize) {
+    holds_by(on_cpu, name, references, args, results);
+}
+
+/// The same by any run.
+#[track_caller]
+pub fn holds_by(run: impl Fn(&[&str]) -> Ran, name: &str, references: &str, args: &[&str], results: usize) {
     let (model, file) = (published(name), published(name).join(references));
-    let ran = on_cpu(&[&["--model", model.to_str().unwrap(), "--check", file.to_str().unwrap()], args].concat());
+    let ran = run(&[&["--model", model.to_str().unwrap(), "--check", file.to_str().unwrap()], args].concat());
     let agrees = ran.out.contains(&format!("  agrees: {results} results within their limits"));
     assert!(ran.code == 0 && agrees, "{name}, {references}, {args:?}, {results} results: {}{}", ran.out, ran.err);
 }
@@ -490,6 +496,38 @@ fn values_of(part: &WeightRows<'_>) -> Vec<f32> {
     }
 }
 
+/// Each form on an emulated GPU, against the CPU: with f32 activations within f32, with bf16 within the
+/// example's own limit of logits. All experts serve each token, so that no rounding chooses others.
+#[cfg(feature = "cuda")]
+#[test]
+fn every_form_runs_on_a_gpu() {
+    use crate::fixture::run_on;
+
+    let all: Vec<(&str, &Form)> = FORMS.iter().map(|form| ("qwen3_moe", form)).collect();
+    let other = |name| FORMS.iter().filter(|form| matches!(form.name, "fp8 blocks" | "int4 symmetric")).map(move |form| (name, form));
+    for (name, form) in all.into_iter().chain(FAMILIES[1..].iter().flat_map(|name| other(*name))) {
+        let folder = converted(name, form).quantized;
+        folder.edit_json("config.json", |config| {
+            let fields = ["num_experts_per_tok", "experts_per_token"];
+            let experts = ["num_experts", "num_local_experts"].iter().find_map(|field| config[*field].as_u64());
+            match experts {
+                Some(count) => fields.iter().for_each(|field| config[*field] = count.into()),
+                None => config["ffn_config"]["moe_top_k"] = config["ffn_config"]["moe_num_experts"].clone(),
+            }
+        });
+        let (driver, stream) = dropless_kit::device::emulated();
+        let on_gpu = |args: &[&str]| run_on(stream.device(), args);
+        let args = ["--layers", "1", "--generate", "1"];
+        let want = dump_of(on_cpu, folder.path(), &PROMPT[..3], &[&args[..], &[EXACT]].concat());
+        let wide = dump_of(on_gpu, folder.path(), &PROMPT[..3], &[&args[..], &["--activations", "f32"]].concat());
+        agree(&wide, &want);
+        let narrow = dump_of(on_gpu, folder.path(), &PROMPT[..3], &[&args[..], &["--activations", "bf16"]].concat());
+        let error = dropless_kit::compare::relative_l2(&narrow["logits"].1, &want["logits"].1);
+        assert!(error <= 0.03, "{}, {name}: {error:e}", form.name);
+        assert_eq!(driver.reports(), [""; 0]);
+    }
+}
+
 /// GPTQ and AWQ are copied in another order. A run says how much memory the copies need, and refuses more
 /// than its limit.
 #[test]
@@ -539,19 +577,11 @@ fn a_quantised_router_becomes_f32() {
     agree(&dump_of(on_cpu, folder.path(), &PROMPT, &args), &dump_of(on_cpu, wide.path(), &PROMPT, &args));
 }
 
-/// This program does not repack them for a GPU, nor make random ones.
 #[test]
-fn quantised_weights_run_on_the_cpu_alone() {
-    let name = published("qwen3_moe_fp8");
-    let path = name.to_str().unwrap();
-    #[cfg(feature = "cuda")]
-    {
-        let text = refused(&crate::fixture::run(&["--model", path, "--tokens", "1", "--device", "emulated"]));
-        let want = "weights are e4m3, bf16: quantised ones run on the CPU alone; see --device";
-        assert_eq!(text, want);
-    }
-    let config = format!("{path}/config.json");
-    let text = refused(&on_cpu(&["--random", &config, "--tokens", "1"]));
+fn random_weights_are_not_quantised() {
+    let config = published("qwen3_moe_fp8").join("config.json");
+    let config = config.to_str().unwrap();
+    let text = refused(&on_cpu(&["--random", config, "--tokens", "1"]));
     assert_eq!(text, format!("{config}: `quantization_config` must be null: random weights are not quantised"));
 }
 

@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::converted;
-use crate::fixture::{Folder, checkpoint, run};
+use crate::fixture::{Folder, Ran, checkpoint, run};
 use crate::lm::target::Target;
 use crate::results::{config, matrices, read_again, tensors};
 
@@ -42,6 +42,10 @@ fn restored(model: &Path, out: &Path, num_experts: usize, target: Target) -> Fol
 
 /// The logits of a prompt.
 fn logits(model: &Path, args: &[&str]) -> Vec<f32> {
+    logits_by(|args| run(args), model, args)
+}
+
+fn logits_by(run: impl FnOnce(&[&str]) -> Ran, model: &Path, args: &[&str]) -> Vec<f32> {
     let folder = Folder::new();
     let file = folder.file("logits.safetensors");
     let prompt = "1,2,3,20,24,17,9,10,5,6,7,8";
@@ -104,4 +108,29 @@ fn odd_shapes_and_shards_run() {
     converted(&checkpoint("tiny-dbrx-f32"), &whole, &["--to", "int4"]);
     converted(&checkpoint("tiny-dbrx-f32-sharded"), &shards, &["--to", "int4"]);
     assert_eq!(logits(&whole, &[]), logits(&shards, &[]));
+}
+
+/// DBRX whose experts are INT4, on an emulated GPU with bf16 activations: repacked there, and within the
+/// limit that the example has for logits in 16 bits. All experts serve each token, so that no rounding chooses
+/// others.
+#[cfg(feature = "cuda")]
+#[test]
+fn int4_is_repacked_on_a_gpu() {
+    use dropless_kit::compare::relative_l2;
+
+    let (model, folder) = (Folder::copy_of("tiny-dbrx-f32"), Folder::new());
+    model.edit_json("config.json", |config| config["ffn_config"]["moe_top_k"] = 16.into());
+    let out = folder.file("out");
+    converted(model.path(), &out, &["--to", "int4", "--only", "experts"]);
+    let (driver, stream) = dropless_kit::device::emulated();
+    let on_gpu = |args: &[&str]| crate::fixture::run_on(stream.device(), args);
+    let got = logits_by(on_gpu, &out, &["--activations", "bf16", "--layers", "1"]);
+    let want = logits(&out, &["--exact-activations", "--layers", "1"]);
+    let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|value| f64::from(*value)).collect() };
+    let error = relative_l2(&wide(&got), &wide(&want));
+    assert!(error <= 0.03, "{error:e}");
+    let entries: Vec<String> = driver.launches().into_iter().map(|(entry, _)| entry).collect();
+    assert_eq!(entries.iter().filter(|entry| entry.as_str() == "repack_int4").count(), 3, "w1, v1 and w2: {entries:?}");
+    assert!(entries.iter().any(|entry| entry.starts_with("grouped_gemm_glu_nt_bf16_int4_few")), "{entries:?}");
+    assert_eq!(driver.reports(), [""; 0]);
 }

@@ -60,6 +60,7 @@ fn describe(config: &Config, l: usize) -> Block<Spec> {
         Affine::plain(Spec::stacked(Part::Experts, name, experts.num_experts, dims))
     };
     let both = stacked("input_linear", [2 * experts.d_ffn, d]);
+    let both = Affine { weight: both.weight.in_halves(), ..both };
     let ffn = Ffn::Experts(Experts::new(
         names.router("block_sparse_moe.router.layer", &experts),
         Mlp { hidden: Hidden::Halves { both, glu: Glu::Silu }, down: stacked("output_linear", [d, experts.d_ffn]) },

@@ -2,16 +2,17 @@
 //! lies where, or a GGUF file.
 //!
 //! Everything is mapped and nothing is copied. Opening checks that every tensor of the model is there, and
-//! has the shape and the type that the configuration gives it; of quantised ones it reads every scale.
+//! has the shape and the type that the configuration gives it. No tensor is read before
+//! [`check_scales`](Checkpoint::check_scales).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use dropless::{DType, Error, WeightRows};
+use dropless::{DType, Error, Format, QuantizedRows, WeightRows};
 
-use super::config::Config;
+use super::config::{Config, Experts};
 use super::failure::{Failure, refuse, refuse_file};
-use super::families::Quantization;
+use super::families::{Quantization, Scheme};
 use super::gguf::GgufFile;
 use super::header::{Tensor, TensorFile};
 use super::input::{MAX_TEXT_BYTES, brief, read_text};
@@ -19,7 +20,8 @@ use super::json::{Object, Strict, Value};
 use super::parallel::in_parallel;
 use super::progress::Progress;
 use super::spec::{Kind, Part, Spec};
-use super::stored::{Piece, Stored, stored};
+use super::stored::{Packed, Piece, Stored, stored};
+use super::target::GROUP;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -91,7 +93,13 @@ fn ordered<'a>(all: impl Iterator<Item = &'a (DType, u64)>) -> Vec<DType> {
 }
 
 /// Scales that are not read yet: a tensor's name, its first row that they belong to, and the matrix.
-type Unread<'a> = (String, usize, WeightRows<'a>);
+type Unread<'a> = (String, usize, Scaled<'a>);
+
+/// A matrix with scales.
+enum Scaled<'a> {
+    Rows(QuantizedRows<'a>),
+    Packed(Packed<'a>),
+}
 
 impl Checkpoint {
     /// Opens the checkpoint in `dir` and checks it against its configuration.
@@ -106,7 +114,7 @@ impl Checkpoint {
         let shards = Shards { dir: dir.to_owned(), files };
         let quantization = config.quantization.clone();
         let checkpoint = Checkpoint { files: Files::SafeTensors(shards), quantization, holding: Holding::default() };
-        let holding = checkpoint.check(config, progress)?;
+        let holding = checkpoint.check(config)?;
         if let Some(index) = index {
             index.check(checkpoint.tensor_files())?;
         }
@@ -114,10 +122,10 @@ impl Checkpoint {
     }
 
     /// The same of a GGUF file whose configuration was read.
-    pub fn of_gguf(file: GgufFile, config: &Config, progress: &Progress) -> Result<Checkpoint, Failure> {
+    pub fn of_gguf(file: GgufFile, config: &Config) -> Result<Checkpoint, Failure> {
         check_order()?;
         let checkpoint = Checkpoint { files: Files::Gguf(file), quantization: None, holding: Holding::default() };
-        let holding = checkpoint.check(config, progress)?;
+        let holding = checkpoint.check(config)?;
         Ok(Checkpoint { holding, ..checkpoint })
     }
 
@@ -126,15 +134,15 @@ impl Checkpoint {
         self.quantization.is_some() || matches!(self.files, Files::Gguf(_))
     }
 
-    /// Shapes, types and scales of all tensors.
-    fn check(&self, config: &Config, progress: &Progress) -> Result<Holding, Failure> {
-        let (mut holding, mut first, mut unread) = (Holding::default(), None::<(String, DType)>, Vec::new());
+    /// Shapes and types of all tensors.
+    fn check(&self, config: &Config) -> Result<Holding, Failure> {
+        let (mut holding, mut first) = (Holding::default(), None::<(String, DType)>);
         let mut types = BTreeSet::new();
         for spec in config.family.specs(config) {
             let (mut of_spec, mut found) = (None::<(String, DType, bool)>, Vec::new());
             for name in spec.names() {
                 let stored = self.stored(&spec, &name)?;
-                let dtype = self.check_tensor(&spec, &name, &stored, &mut unread)?;
+                let dtype = loaded(&spec, &stored);
                 match &first {
                     _ if spec.is_f32 => {} // it is copied, and may have another type
                     None => first = Some((name.clone(), dtype)),
@@ -160,49 +168,46 @@ impl Checkpoint {
             self.count(&spec, &found, &mut holding);
         }
         holding.only = first.map(|(_, dtype)| dtype).filter(|_| types.len() == 1);
-        let bar = progress.count("checking", unread.len() as u64, unread.len() > 1);
-        let all = in_parallel(&unread, |(_, first, rows)| {
-            bar.inc(1);
-            match rows {
-                WeightRows::Quantized(rows) => rows.check_scales().map_err(|error| (*first, error)),
-                _ => Ok(()),
-            }
-        });
-        for (result, (name, ..)) in all.into_iter().zip(&unread) {
-            result.or_else(|(first, error)| self.refuse_scales(name, first, &error))?;
-        }
         Ok(holding)
     }
 
-    /// The type of one tensor once it is loaded. Scales that lie apart are left to be read with all others.
-    fn check_tensor<'a>(&self, spec: &Spec, name: &str, stored: &Stored<'a>, unread: &mut Vec<Unread<'a>>) -> Result<DType, Failure> {
-        let dtype = match stored {
-            Stored::InPlace(parts) => {
+    /// Reads the scales of all quantised tensors, and refuses those that are no finite numbers.
+    pub fn check_scales(&self, config: &Config, progress: &Progress) -> Result<(), Failure> {
+        let mut unread: Vec<Unread<'_>> = Vec::new();
+        for spec in config.family.specs(config) {
+            for name in spec.names() {
                 let mut row = 0;
-                for part in parts {
-                    if let WeightRows::Quantized(_) = part {
-                        unread.push((name.to_owned(), row, *part));
+                match self.stored(&spec, &name)? {
+                    Stored::Packed(packed) => unread.push((name, row, Scaled::Packed(packed))),
+                    Stored::InPlace(parts) => {
+                        for part in parts {
+                            if let WeightRows::Quantized(rows) = part {
+                                unread.push((name.clone(), row, Scaled::Rows(rows)));
+                            }
+                            row += part.rows();
+                        }
                     }
-                    row += part.rows();
                 }
-                parts.first().map_or(DType::F32, WeightRows::dtype)
             }
-            Stored::Packed(packed) => {
-                packed.check_scales().or_else(|error| self.refuse_scales(name, 0, &error))?;
-                packed.loaded()
+        }
+        let bar = progress.count("checking", unread.len() as u64, unread.len() > 1);
+        let all = in_parallel(&unread, |(_, _, matrix)| {
+            bar.inc(1);
+            match matrix {
+                Scaled::Rows(rows) => rows.check_scales(),
+                Scaled::Packed(packed) => packed.check_scales(),
             }
-        };
-        Ok(if is_made(spec, dtype) { DType::F32 } else { dtype })
+        });
+        for (result, (name, first, _)) in all.into_iter().zip(&unread) {
+            result.or_else(|error| self.refuse_scales(name, *first, &error))?;
+        }
+        Ok(())
     }
 
     /// Adds the tensors of a description, in the types that they have once they are loaded.
     fn count(&self, spec: &Spec, found: &[Stored<'_>], holding: &mut Holding) {
         let elements = spec.stacked_dims().iter().map(|size| *size as u64).product::<u64>();
-        let becomes_f32 = found.iter().any(|stored| match stored {
-            Stored::Packed(packed) => packed.loaded() == DType::F32 || spec.kind == Kind::Floats,
-            Stored::InPlace(parts) => parts.iter().any(|part| is_made(spec, part.dtype())),
-        });
-        if becomes_f32 {
+        if becomes_f32(spec, found) {
             holding.made += elements * 4;
             return holding.add(spec.part, DType::F32, elements * 4);
         }
@@ -258,6 +263,14 @@ impl Checkpoint {
         &self.holding
     }
 
+    /// The types of all weights, that of most bytes first.
+    pub fn types_text(&self) -> String {
+        match self.holding.only {
+            Some(only) => only.name().into(),
+            None => names(&self.holding.types()),
+        }
+    }
+
     /// The type of all weights, where they have one.
     pub fn only_dtype(&self) -> Option<DType> {
         self.holding.only
@@ -266,6 +279,30 @@ impl Checkpoint {
     /// Whether some of it is quantised, or was until it is loaded.
     pub fn is_quantized(&self) -> bool {
         self.holding.made > 0 || self.holding.types().iter().any(|dtype| matches!(dtype, DType::Quantized(_)))
+    }
+
+    /// The type of activations that is usual on a GPU: that of all weights; of several, the only one of 16
+    /// bits, else bf16.
+    pub fn usual_activations(&self) -> DType {
+        let mut narrow = self.holding.types();
+        narrow.retain(|dtype| matches!(dtype, DType::Bf16 | DType::F16));
+        match (self.holding.only, narrow.as_slice()) {
+            (Some(DType::F32), _) => DType::F32,
+            (_, [only]) => *only,
+            _ => DType::Bf16,
+        }
+    }
+
+    /// Whether a GPU may round the rows that experts multiply to FP8: their weights are FP8, of whole blocks,
+    /// and scales are for whole blocks, for outputs, or for all.
+    pub fn may_round_inputs(&self, config: &Config) -> bool {
+        let is_fp8 = |part| self.holding.types_of(part).contains(&DType::Quantized(Format::E4m3));
+        let has_blocks = match self.quantization.as_ref().map(|quantization| quantization.scheme) {
+            Some(Scheme::Blocks(block)) => block.iter().all(|size| size.is_multiple_of(GROUP)),
+            Some(Scheme::Float { .. }) => true,
+            _ => false,
+        };
+        (is_fp8(Part::Experts) || is_fp8(Part::SharedExpert)) && has_blocks && experts_are_of_blocks(config)
     }
 
     /// The files that hold the tensors.
@@ -319,6 +356,17 @@ impl Checkpoint {
     }
 }
 
+/// `q4_k, f32`.
+pub fn names(types: &[DType]) -> String {
+    types.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether the widths of experts are whole blocks of FP8.
+pub fn experts_are_of_blocks(config: &Config) -> bool {
+    let widths = |experts: &Experts| [config.d_model, experts.d_ffn, experts.shared_d_ffn];
+    config.experts.as_ref().is_some_and(|experts| widths(experts).iter().all(|width| width.is_multiple_of(GROUP)))
+}
+
 fn check_order() -> Result<(), Failure> {
     if cfg!(target_endian = "big") {
         return refuse("weights are used where they lie, in little-endian order; this machine is big-endian");
@@ -326,13 +374,30 @@ fn check_order() -> Result<(), Failure> {
     Ok(())
 }
 
+/// The type of one tensor once it is loaded.
+fn loaded(spec: &Spec, stored: &Stored<'_>) -> DType {
+    let dtype = match stored {
+        Stored::InPlace(parts) => parts.first().map_or(DType::F32, WeightRows::dtype),
+        Stored::Packed(packed) => packed.loaded(),
+    };
+    if is_made(spec, dtype) { DType::F32 } else { dtype }
+}
+
 /// Whether a matrix becomes f32 when it is loaded, since operations read its elements.
 pub fn is_made(spec: &Spec, dtype: DType) -> bool {
     spec.kind == Kind::Floats && matches!(dtype, DType::Quantized(_))
 }
 
+/// Whether what was found for a description becomes f32 when it is loaded.
+pub fn becomes_f32(spec: &Spec, found: &[Stored<'_>]) -> bool {
+    found.iter().any(|stored| match stored {
+        Stored::Packed(packed) => packed.loaded() == DType::F32 || spec.kind == Kind::Floats,
+        Stored::InPlace(parts) => parts.iter().any(|part| is_made(spec, part.dtype())),
+    })
+}
+
 /// Bytes of a matrix with its scales and zero points.
-fn bytes_of(rows: &WeightRows<'_>) -> u64 {
+pub fn bytes_of(rows: &WeightRows<'_>) -> u64 {
     let product = |[rows, cols]: [usize; 2], size: usize| rows as u64 * cols as u64 * size as u64;
     match rows {
         WeightRows::Quantized(rows) => {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::check::Checks;
 use super::decoder::Decoder;
-use super::failure::{Failure, refuse};
+use super::failure::Failure;
 use super::generate::{Figures, decode, first_use, prefill};
 use super::memory::{AnonymousPeak, Streaming, peak_rss_bytes};
 use super::model::Model;
@@ -63,8 +63,9 @@ impl<'a> Course<'a> {
                 Ok((Box::new(Mapped::new(checkpoint, specs, self.setup.exact, &self.progress)?), None))
             }
             WeightSource::Mapped(checkpoint) => {
-                let Some(dtype) = checkpoint.only_dtype() else { return refuse("weights of several types are not copied to a GPU") };
-                let (copies, uploaded) = weights::upload(stream, checkpoint, dtype, specs, *threads, &self.progress)?;
+                let Setup { activations, exact, .. } = *self.setup;
+                let copying = weights::Copying { checkpoint, activations, exact, threads: *threads };
+                let (copies, uploaded) = copying.upload(stream, specs, &self.progress)?;
                 Ok((copies, Some(uploaded)))
             }
         }
@@ -74,8 +75,8 @@ impl<'a> Course<'a> {
     fn streamed(&self) -> Option<weights::Source<'a>> {
         match (&self.setup.weights, self.setup.streaming) {
             (WeightSource::Mapped(checkpoint), Some(streaming)) => {
-                let dtype = checkpoint.only_dtype()?;
-                Some(weights::Source { tensors: checkpoint, dtype, streaming, threads: self.setup.threads })
+                let Setup { activations: dtype, threads, .. } = *self.setup;
+                Some(weights::Source { tensors: checkpoint, dtype, streaming, threads })
             }
             _ => None,
         }

@@ -15,6 +15,7 @@ use super::config::Config;
 use super::failure::{Failure, refuse};
 use super::model;
 use super::report::bytes_text;
+use super::weights::Footprint;
 
 /// What decides the size of everything that is allocated for a run.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,8 @@ pub struct Sizes {
     pub logits_rows: usize,
     /// Bytes of an activation.
     pub activation_bytes: usize,
+    /// Products of experts round rows to FP8 where there are many.
+    pub fp8_inputs: bool,
 }
 
 /// What a run is asked for; its sizes follow from it.
@@ -48,15 +51,17 @@ pub struct Asked {
     /// Logits of all tokens of a prompt are kept.
     pub all_logits: bool,
     pub activations: DType,
+    pub fp8_inputs: bool,
 }
 
 impl Sizes {
     /// Those of a run.
     pub fn of(asked: &Asked) -> Sizes {
-        let Asked { batch, context, prompt, reached, chunk, all_logits, activations } = *asked;
+        let Asked { batch, context, prompt, reached, chunk, all_logits, activations, fp8_inputs } = *asked;
         let step_tokens = chunk.min(prompt.saturating_mul(batch)).max(batch);
         let logits_rows = batch + if all_logits { step_tokens } else { 0 };
-        Sizes { batch, context, prompt, reached, step_tokens, logits_rows, activation_bytes: activations.size_bytes() }
+        let activation_bytes = activations.size_bytes();
+        Sizes { batch, context, prompt, reached, step_tokens, logits_rows, activation_bytes, fp8_inputs }
     }
 }
 
@@ -69,16 +74,18 @@ pub struct Need {
     pub workspace: u64,
     pub logits: u64,
     pub dump: u64,
+    /// What repacking weights takes beyond what the steps take, which begin later.
+    pub repacking: u64,
 }
 
 impl Need {
-    /// The need of a run with activations of that type. `weights` and `dump` are bytes. None stands for more
-    /// than 2^63, there and in the result.
+    /// The need of a run with activations of that type. `dump` is bytes. None stands for more than 2^63,
+    /// there and in the result.
     pub fn of_run(
         config: &Config,
         sizes: &Sizes,
         activations: DType,
-        weights: Option<u64>,
+        weights: Option<Footprint>,
         dump: Option<u64>,
     ) -> Result<Option<Need>, Failure> {
         let scratch = match activations {
@@ -93,9 +100,8 @@ impl Need {
         }
     }
 
-    /// The same; `weights` and `dump` are bytes, `scratch` the workspace the operations ask for. None: beyond
-    /// 2^63.
-    pub fn of(config: &Config, sizes: &Sizes, scratch: usize, weights: u64, dump: u64) -> Option<Need> {
+    /// The same; `scratch` is the workspace the operations ask for. None: beyond 2^63.
+    pub fn of(config: &Config, sizes: &Sizes, scratch: usize, weights: Footprint, dump: u64) -> Option<Need> {
         let Sizes { batch, context, prompt, step_tokens, logits_rows, activation_bytes, .. } = *sizes;
         let heads = config.heads;
         let per_token = Columns::of(config)
@@ -108,19 +114,17 @@ impl Need {
             .checked_add(angles)?
             .checked_add(product(&[2, batch, prompt, 4])?)?
             .checked_add(scratch as u64)?;
-        let need = Need {
-            weights,
-            kv_cache: product(&[config.num_layers, batch, context, heads.kv_cols() + heads.v_cols(), activation_bytes])?,
-            workspace,
-            logits: product(&[logits_rows, config.vocab, 4])?,
-            dump,
-        };
+        let kv_cache = product(&[config.num_layers, batch, context, heads.kv_cols() + heads.v_cols(), activation_bytes])?;
+        let logits = product(&[logits_rows, config.vocab, 4])?;
+        let later = kv_cache.checked_add(workspace)?.checked_add(logits)?;
+        let repacking = weights.passes.saturating_sub(later);
+        let need = Need { weights: weights.stays, kv_cache, workspace, logits, dump, repacking };
         need.total().map(|_| need)
     }
 
     /// All together, or none beyond 2^63.
     pub fn total(&self) -> Option<u64> {
-        let parts = [self.weights, self.kv_cache, self.workspace, self.logits, self.dump];
+        let parts = [self.weights, self.kv_cache, self.workspace, self.logits, self.dump, self.repacking];
         parts.iter().try_fold(0u64, |sum, part| sum.checked_add(*part)).filter(|total| *total <= 1 << 63)
     }
 
@@ -132,6 +136,7 @@ impl Need {
             ("workspace", self.workspace),
             ("logits", self.logits),
             ("dump", self.dump),
+            ("repacking", self.repacking),
         ];
         let parts: Vec<String> =
             named.iter().filter(|(_, bytes)| *bytes > 0).map(|(name, bytes)| format!("{name} {}", bytes_text(*bytes))).collect();
@@ -455,7 +460,7 @@ mod tests {
     fn sums_and_products_do_not_wrap() {
         assert_eq!(product(&[usize::MAX, usize::MAX, 0]), Some(0));
         assert_eq!(product(&[1 << 40, 1 << 40]), None);
-        let need = Need { weights: 1 << 63, kv_cache: 1 << 63, workspace: 0, logits: 0, dump: 0 };
+        let need = Need { weights: 1 << 63, kv_cache: 1 << 63, workspace: 0, logits: 0, dump: 0, repacking: 0 };
         assert!(need.total().is_none() && Need::check(Some(need), None).is_err());
     }
 
@@ -463,7 +468,7 @@ mod tests {
     #[test]
     fn layers_share_what_there_is() {
         let share = Share { outside: 100, layer: 1000, first: 0, layers: 6 };
-        let need = Need { weights: 6100, kv_cache: 30, workspace: 20, logits: 10, dump: 0 };
+        let need = Need { weights: 6100, kv_cache: 30, workspace: 20, logits: 10, dump: 0, repacking: 0 };
         let settled = |available, spare| settle(Some(need), Some(available), Some(share), spare);
         let plan = |available, spare| settled(available, spare).unwrap().1.map(|plan| (plan.resident, plan.streamed, plan.step_bytes()));
         assert_eq!(

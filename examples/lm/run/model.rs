@@ -164,7 +164,7 @@ impl<'w, A: Float> Model<'w, A> {
         let state = State {
             rope: config.rope.table(&stream, context, reached)?,
             cache: KvCache::new(&stream, config.num_layers, KvShape::contiguous(config.heads, batch, context))?,
-            experts: config.experts.map(|experts| Experts::new(&stream, config, &experts, step_tokens)).transpose()?,
+            experts: config.experts.map(|experts| Experts::new(&stream, config, &experts, sizes)).transpose()?,
             workspace: Workspace::new(&stream, scratch_bytes::<A>(config, sizes)?)?,
             x: floats(columns.d_model)?,
             normed: floats(columns.d_model)?,
@@ -326,23 +326,25 @@ impl<A: Float> State<A> {
 }
 
 impl<A: Float> Experts<A> {
-    fn new(stream: &Stream, config: &Config, experts: &config::Experts, step_tokens: usize) -> Result<Experts<A>, Error> {
+    fn new(stream: &Stream, config: &Config, experts: &config::Experts, sizes: &Sizes) -> Result<Experts<A>, Error> {
+        let step_tokens = sizes.step_tokens;
         Ok(Experts {
-            plan: plan(config, experts, step_tokens)?,
+            plan: plan(config, experts, sizes)?,
             routing: RoutingBuffers::new(stream, step_tokens, experts.top_k, experts.num_experts)?,
             tokens: Buffer::zeros(stream, config.num_layers * experts.num_experts)?,
         })
     }
 }
 
-fn plan<A: Float>(config: &Config, experts: &config::Experts, step_tokens: usize) -> Result<moe::Plan<A>, Error> {
+fn plan<A: Float>(config: &Config, experts: &config::Experts, sizes: &Sizes) -> Result<moe::Plan<A>, Error> {
     let shape = moe::Shape::new(config.d_model, experts.d_ffn, experts.num_experts, experts.top_k).with_shared(experts.shared_d_ffn);
-    moe::Plan::new(if experts.interleaved { shape.with_interleaved() } else { shape }, step_tokens)
+    let shape = if experts.interleaved { shape.with_interleaved() } else { shape };
+    moe::Plan::new(if sizes.fp8_inputs { shape.with_fp8_inputs() } else { shape }, sizes.step_tokens)
 }
 
 /// Scratch that the operations of a step ask for; they take turns with it.
 pub fn scratch_bytes<A: Float>(config: &Config, sizes: &Sizes) -> Result<usize, Error> {
-    let plan = config.experts.map(|experts| plan::<A>(config, &experts, sizes.step_tokens)).transpose()?;
+    let plan = config.experts.map(|experts| plan::<A>(config, &experts, sizes)).transpose()?;
     let experts = plan.map_or(0, |plan| plan.workspace_bytes());
     Ok(experts.max(attention::decode_workspace_bytes(config.heads, sizes.batch, sizes.context)?))
 }

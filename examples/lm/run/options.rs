@@ -83,6 +83,14 @@ const DEVICE_HELP: &str = "\
 Where to run: the CPU, a GPU by its number, or the PTX emulator, which is slow and needs no GPU; auto is a GPU where a usable one is, \
 else the CPU [default: cpu]";
 
+const ACTIVATIONS_HELP: &str = "\
+Type of the activations, in which a GPU also holds the float weights of a checkpoint, rounded where they have another one; auto is f32 \
+on the CPU; on a GPU it is the type of the weights, of quantised ones the only 16-bit type among their floats, else bf16";
+
+const PLAN_HELP: &str = "\
+No run: what fits on an 80 GB and a 141 GB GPU, or one of SIZE (as 94.5GiB), for each format, or for the weights of a quantised \
+checkpoint";
+
 const AFTER_HELP: &str = "\
 Without --model, --random or --check, a small checkpoint of the repository runs and is compared with reference results.
 A checkpoint is used where it lies: truncating one of its files during the run ends the process (SIGBUS).
@@ -140,9 +148,9 @@ fn command() -> Command {
             number("context", 1).help("Tokens the KV cache holds for a sequence [default: prompt and generated tokens]"),
             number("chunk", 1).help("Tokens of one prefill step at most [default: 512]"),
             Arg::new("device").long("device").value_name("cpu|cuda[:N]|emulated|auto").value_parser(place).help(DEVICE_HELP),
-            word("activations", "auto|f32|bf16|f16").help("Type of the activations; auto is f32 on the CPU, that of the weights on a GPU"),
+            word("activations", "auto|f32|bf16|f16").help(ACTIVATIONS_HELP),
             flag("exact-activations")
-                .help("Multiply quantised weights by activations as they are, not rounded to 8 bits where rows are few"),
+                .help("Multiply quantised weights by activations as they are: not rounded to 8 bits on the CPU, nor to FP8 on a GPU"),
             within("threads", 1..=MAX_THREADS).help("Worker threads of the CPU [default: all]"),
             Arg::new("memory-limit")
                 .long("memory-limit")
@@ -161,7 +169,7 @@ fn command() -> Command {
                 .num_args(0..=1)
                 .require_equals(true)
                 .conflicts_with_all(["input", "generate", "drawing", "weights", "threads", "device", "memory-limit", "dump"])
-                .help("No run and no weights: what fits on an 80 GB and a 141 GB GPU, or one of SIZE (as 94.5GiB), for each format"),
+                .help(PLAN_HELP),
             flag("json").help("The figures as one line of JSON, last on stdout; anonymous memory is sampled every 10 ms"),
         ])
         .group(ArgGroup::new("drawing").args(["temperature", "top-p"]).multiple(true))

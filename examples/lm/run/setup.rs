@@ -7,11 +7,9 @@ use std::rc::Rc;
 use dropless::router::{Normalize, Score};
 use dropless::{DType, Device, Error, Place};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, names};
 use super::config::{Config, Count, Dense, Experts};
 use super::failure::{Failure, refuse, refuse_file};
-use super::families;
-use super::gguf::GgufFile;
 use super::input::printable;
 use super::memory::{self, Asked, Need, Share, Sizes, Streaming};
 use super::options::{Options, Prompt, Source, Where};
@@ -19,9 +17,10 @@ use super::progress::Progress;
 use super::prompt::{self, Ids};
 use super::reference::{Case, Reference};
 use super::report::{Console, Table, bytes_text, count_text};
+use super::source::Found;
 use super::spec::Spec;
 use super::trace::{self, Detail};
-use super::weights;
+use super::weights::{self, Footprint};
 
 /// Opens a device, the CPU with that many threads or with all.
 pub type Open<'a> = dyn Fn(Where, Option<usize>) -> Result<Device, Error> + 'a;
@@ -117,26 +116,53 @@ impl WeightSource {
 
     /// The types of all weights, that of most bytes first.
     pub fn types_text(&self) -> String {
-        match (self.only_dtype(), self) {
-            (Some(dtype), _) => dtype.name().into(),
-            (None, WeightSource::Mapped(checkpoint)) => names(&checkpoint.holding().types()),
-            (None, WeightSource::Random(_)) => String::new(),
+        match self {
+            WeightSource::Mapped(checkpoint) => checkpoint.types_text(),
+            WeightSource::Random(dtype) => dtype.name().into(),
         }
-    }
-
-    /// Bytes that are made when weights are loaded.
-    fn made_bytes(&self) -> u64 {
-        if let WeightSource::Mapped(checkpoint) = self { checkpoint.holding().made } else { 0 }
     }
 
     fn is_quantized(&self) -> bool {
         if let WeightSource::Mapped(checkpoint) = self { checkpoint.is_quantized() } else { false }
     }
+
+    /// The type of activations, where `asked` says none the one that is usual for these weights. A GPU wants
+    /// floats of that type, which random ones must be made in.
+    fn activations(&self, asked: Option<DType>, on_gpu: bool) -> Result<DType, Failure> {
+        match (self, asked) {
+            (_, asked) if !on_gpu => Ok(asked.unwrap_or(DType::F32)),
+            (WeightSource::Random(dtype), asked) => match asked {
+                Some(activations) if activations != *dtype => {
+                    let (weights, activations) = (dtype.name(), activations.name());
+                    refuse(format!("random weights are {weights}, activations {activations}: a GPU takes both of one type; see --weights"))
+                }
+                _ => Ok(*dtype),
+            },
+            (WeightSource::Mapped(_), Some(asked)) => Ok(asked),
+            (WeightSource::Mapped(checkpoint), None) => Ok(checkpoint.usual_activations()),
+        }
+    }
+
+    /// Bytes that weights take; of a checkpoint on the CPU those that are made. `copies` are a GPU's, with
+    /// floats in that type. None: beyond 2^63.
+    fn footprint(&self, config: &Config, copies: Option<DType>) -> Result<Option<Footprint>, Failure> {
+        match (self, copies) {
+            (WeightSource::Random(dtype), _) => {
+                let stays = memory::product(&[config.parameters() as usize, dtype.size_bytes()]);
+                Ok(stays.map(|stays| Footprint { stays, passes: 0 }))
+            }
+            (WeightSource::Mapped(checkpoint), None) => Ok(Some(Footprint { stays: checkpoint.holding().made, passes: 0 })),
+            (WeightSource::Mapped(checkpoint), Some(activations)) => weights::footprint_of(checkpoint, config, activations).map(Some),
+        }
+    }
 }
 
-/// `q4_k, f32`.
-fn names(types: &[DType]) -> String {
-    types.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
+/// A refusal for want of memory, of weights whose layers would be streamed if they were floats.
+fn not_streamed(failure: Failure) -> Failure {
+    match failure {
+        Failure::Refused(text) => Failure::Refused(format!("{text}; layers of quantised weights are not streamed")),
+        other => other,
+    }
 }
 
 /// A prompt to run, what to generate and what to keep.
@@ -157,40 +183,12 @@ impl Setup {
         if device.place() != Place::Host && options.threads.is_some() {
             return refuse(format!("--threads is for the CPU, not for {place}"));
         }
-        let mut gguf = None;
-        let (config_file, folder, label) = match &options.source {
-            Source::Default => {
-                let folder = default_folder();
-                if !folder.is_dir() {
-                    return refuse_file(&folder, "not found; run this in the repository, or give --model DIR");
-                }
-                (folder.join("config.json"), Some(folder), DEFAULT_MODEL.to_owned())
-            }
-            Source::Folder(path) => match gguf_of(path)? {
-                Some(file) => {
-                    gguf = Some(GgufFile::open(&file)?);
-                    let folder = file.parent().map(Path::to_owned); // which may hold a tokenizer
-                    (file, folder, path.display().to_string())
-                }
-                None => (path.join("config.json"), Some(path.clone()), path.display().to_string()),
-            },
-            Source::Random { config, .. } => (config.clone(), None, format!("{}, random weights", config.display())),
-        };
-        let config = match &gguf {
-            Some(file) => families::read_gguf(file)?,
-            None => families::read_config(&config_file)?,
-        };
-        if config.quantization.is_some() && matches!(options.source, Source::Random { .. }) {
-            return refuse_file(&config_file, "`quantization_config` must be null: random weights are not quantised");
+        let mut found = Found::read(options)?;
+        if found.config.quantization.is_some() && matches!(options.source, Source::Random { .. }) {
+            return refuse_file(&found.config_file, "`quantization_config` must be null: random weights are not quantised");
         }
-        let config = match options.layers {
-            Some(layers) if layers > config.num_layers => {
-                return refuse(format!("--layers is {layers}, the model has {}", config.num_layers));
-            }
-            Some(layers) => config.with_layers(layers),
-            None => config,
-        };
-        let jobs = jobs(options, &config, folder.as_deref())?;
+        let config = found.config.clone();
+        let jobs = jobs(options, &config, found.folder.as_deref())?;
         // The last token is not fed back.
         let need_tokens = |job: &Job| job.prompt.len() + job.generate.saturating_sub(1);
         let reached = jobs.iter().map(need_tokens).max().unwrap_or(1);
@@ -200,18 +198,20 @@ impl Setup {
             prompt::check_length(job.prompt.len(), job.generate, &config)?;
             prompt::check_fits(job.prompt.len(), job.generate, context)?;
         }
-        let weights = match (gguf, &folder, &options.source) {
-            (Some(file), ..) => WeightSource::Mapped(Checkpoint::of_gguf(file, &config, progress)?),
-            (None, Some(folder), _) => WeightSource::Mapped(Checkpoint::open(folder, &config, progress)?),
-            (None, None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
-            (None, None, _) => WeightSource::Random(match config.dtype.as_deref() {
+        let weights = match (found.checkpoint(progress)?, &options.source) {
+            (Some(checkpoint), _) => {
+                checkpoint.check_scales(&config, progress)?;
+                WeightSource::Mapped(checkpoint)
+            }
+            (None, Source::Random { weights: Some(dtype), .. }) => WeightSource::Random(*dtype),
+            (None, _) => WeightSource::Random(match config.dtype.as_deref() {
                 Some("bfloat16") => DType::Bf16,
                 Some("float16") => DType::F16,
                 _ => DType::F32,
             }),
         };
         if let Some(file) = &options.dump {
-            let mut inputs = vec![config_file.as_path()];
+            let mut inputs = vec![found.config_file.as_path()];
             if let Prompt::File(prompt) = &options.prompt {
                 inputs.push(prompt);
             }
@@ -221,69 +221,88 @@ impl Setup {
             check_dump(file, &inputs)?;
         }
         let on_gpu = device.place() != Place::Host;
-        let dtype = weights.only_dtype();
-        if on_gpu && weights.is_quantized() {
-            let types = weights.types_text();
-            return refuse(format!("weights are {types}: quantised ones run on the CPU alone; see --device"));
-        }
-        let activations = match (options.activations, dtype) {
-            (None, Some(narrow @ (DType::Bf16 | DType::F16))) if on_gpu => narrow,
-            (asked, _) => asked.unwrap_or(DType::F32),
+        let activations = weights.activations(options.activations, on_gpu)?;
+        let exact = options.exact_activations;
+        let fp8_inputs = match &weights {
+            WeightSource::Mapped(checkpoint) => on_gpu && !exact && checkpoint.may_round_inputs(&config),
+            WeightSource::Random(_) => false,
         };
-        if on_gpu && Some(activations) != dtype {
-            let (weights, activations) = (weights.types_text(), activations.name());
-            return refuse(format!("weights are {weights}, activations {activations}: kernels take both of one type; see --activations"));
-        }
         let longest = jobs.iter().map(|job| job.prompt.len()).max().unwrap_or(1);
         let all_logits = jobs.iter().any(|job| job.detail > Detail::LastLogits);
         let (batch, chunk) = (options.batch, options.chunk);
-        let sizes = Sizes::of(&Asked { batch, context, prompt: longest, reached, chunk, all_logits, activations });
+        let sizes = Sizes::of(&Asked { batch, context, prompt: longest, reached, chunk, all_logits, activations, fp8_inputs });
         let dump = jobs
             .iter()
             .map(|job| trace::need_bytes(&config, job.prompt.len(), job.generate, job.detail))
             .try_fold(0, |most, bytes| Some(bytes?.max(most)));
-        let weight_bytes = match &weights {
-            WeightSource::Mapped(_) if !on_gpu => Some(weights.made_bytes()),
-            WeightSource::Mapped(_) | WeightSource::Random(_) => {
-                memory::product(&[config.parameters() as usize, dtype.map_or(size_of::<f32>(), DType::size_bytes)])
-            }
-        };
-        let need = Need::of_run(&config, &sizes, activations, weight_bytes, dump)?;
+        let need = Need::of_run(&config, &sizes, activations, weights.footprint(&config, on_gpu.then_some(activations))?, dump)?;
         let available = match options.memory_limit {
             Some(limit) => Some(limit),
             None if on_gpu => device.free_bytes()?,
             None => memory::available_bytes(),
         };
         let share = match &weights {
-            WeightSource::Mapped(_) if on_gpu => dtype.and_then(|dtype| share(&config, dtype)),
+            WeightSource::Mapped(checkpoint) if on_gpu && !checkpoint.is_quantized() => share(&config, activations),
             _ => None,
         };
         let spare = if options.memory_limit.is_some() { 0 } else { SPARE_BYTES };
-        let (need, streaming) = memory::settle(need, available, share, spare)?;
+        let settled = memory::settle(need, available, share, spare);
+        let (need, streaming) = if on_gpu && weights.is_quantized() { settled.map_err(not_streamed)? } else { settled? };
         let threads = if on_gpu { Device::cpu().threads() } else { device.threads() };
         Ok(Setup {
             config,
             weights,
-            folder,
+            folder: found.folder,
             jobs,
             device,
             place,
             no_gpu,
             threads,
             activations,
-            exact: options.exact_activations,
+            exact,
             sizes,
             chunk,
             need,
             available,
             streaming,
-            label,
+            label: found.label,
         })
+    }
+
+    fn on_gpu(&self) -> bool {
+        self.device.place() != Place::Host
     }
 
     /// Whether products round activations to 8 bits.
     pub fn rounds_inputs(&self) -> bool {
-        self.weights.is_quantized() && !self.exact
+        if self.on_gpu() { self.sizes.fp8_inputs } else { self.weights.is_quantized() && !self.exact }
+    }
+
+    /// How the weights are held: `mapped`, `copied, floats as bf16`.
+    fn kind_text(&self) -> String {
+        match &self.weights {
+            WeightSource::Random(_) => "random".into(),
+            WeightSource::Mapped(_) if !self.on_gpu() => "mapped".into(),
+            WeightSource::Mapped(checkpoint) => {
+                let is_other = |dtype: &DType| !matches!(dtype, DType::Quantized(_)) && *dtype != self.activations;
+                let is_mixed = checkpoint.only_dtype() != Some(self.activations);
+                if is_mixed && checkpoint.holding().types().iter().any(is_other) {
+                    format!("copied, floats as {}", self.activations.name())
+                } else {
+                    "copied".into()
+                }
+            }
+        }
+    }
+
+    /// What products do to activations before they multiply quantised weights by them.
+    fn rounding_text(&self) -> &'static str {
+        match (self.weights.is_quantized(), self.rounds_inputs(), self.on_gpu()) {
+            (false, ..) => "",
+            (true, false, _) => " as they are",
+            (true, true, false) => ", in 8 bits where products of few rows are integers",
+            (true, true, true) => ", in FP8 where experts multiply many rows",
+        }
     }
 
     /// The table of parameters, how the run is set up, and the memory it needs.
@@ -325,23 +344,15 @@ impl Setup {
             (Place::Host, threads) => format!("cpu with {threads} threads"),
             _ => self.place.clone(),
         };
-        let kind = match &self.weights {
-            WeightSource::Random(_) => "random",
-            WeightSource::Mapped(_) if self.device.place() == Place::Host => "mapped",
-            WeightSource::Mapped(_) => "copied",
-        };
-        let rounded = match (self.weights.is_quantized(), self.exact) {
-            (false, _) => "",
-            (true, false) => ", in 8 bits where products of few rows are integers",
-            (true, true) => " as they are",
-        };
         let batch = if self.sizes.batch == 1 { String::new() } else { format!(", {} sequences", self.sizes.batch) };
         console.item(
             "run",
             format!(
-                "{place}; weights {} ({kind}), activations {}{rounded}; context {}{batch}",
+                "{place}; weights {} ({}), activations {}{}; context {}{batch}",
                 self.weights.types_text(),
+                self.kind_text(),
                 self.activations.name(),
+                self.rounding_text(),
                 self.sizes.context
             ),
         )?;
@@ -412,33 +423,6 @@ fn experts_text(experts: &Experts) -> String {
     };
     let shared = if experts.shared_d_ffn > 0 { format!(", a shared one of width {}", experts.shared_d_ffn) } else { String::new() };
     format!("{} of width {}, {} for each token, {norm}{shared}", experts.num_experts, experts.d_ffn, experts.top_k)
-}
-
-/// The GGUF file that a path means: itself, or the only one in a folder without safetensors.
-fn gguf_of(path: &Path) -> Result<Option<PathBuf>, Failure> {
-    let is_gguf = |path: &Path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    if is_gguf(path) && !path.is_dir() {
-        return Ok(Some(path.to_owned()));
-    }
-    let has = |name: &str| path.join(name).exists();
-    if has("model.safetensors") || has("model.safetensors.index.json") {
-        return Ok(None);
-    }
-    let Ok(entries) = path.read_dir() else { return Ok(None) };
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_gguf(path)).collect();
-    files.sort_unstable();
-    match files.len() {
-        0 | 1 => Ok(files.pop()),
-        more => refuse_file(path, format_args!("has {more} GGUF files, {} first; name the one", files[0].display())),
-    }
-}
-
-/// The checkpoint of a run without arguments, in the repository.
-const DEFAULT_MODEL: &str = "tests/data/dbrx/tiny-dbrx-f32";
-
-/// Found at run time, so that the executable can be copied elsewhere and run in a copy of the repository.
-pub fn default_folder() -> PathBuf {
-    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from).join(DEFAULT_MODEL)
 }
 
 /// Refuses a dump that could not be written, or would take the place of something that is no dump. Found out

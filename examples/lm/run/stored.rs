@@ -49,14 +49,26 @@ impl Packed<'_> {
         }
     }
 
-    /// Bytes of it as the library's INT4.
-    pub fn bytes(&self) -> u64 {
+    /// N, K and groups of K.
+    fn sizes(&self) -> [u64; 3] {
         let ([n, k], groups) = match self {
             Packed::Gptq(gptq) => (gptq.dims(), gptq.num_groups()),
             Packed::Awq(awq) => (awq.dims(), awq.num_groups()),
         };
-        let [n, k, groups] = [n, k, groups].map(|size| size as u64);
+        [n, k, groups].map(|size| size as u64)
+    }
+
+    /// Bytes of it as the library's INT4.
+    pub fn bytes(&self) -> u64 {
+        let [n, k, groups] = self.sizes();
         n * k / 2 + n * groups * 2 + n / 2 * groups
+    }
+
+    /// Bytes of that in tiles: of 32 outputs and 64 inputs, with a byte for each zero point.
+    pub fn tile_bytes(&self) -> u64 {
+        let [n, k, groups] = self.sizes();
+        let rows = n.next_multiple_of(32);
+        rows * k.next_multiple_of(64) / 2 + rows * groups * 3
     }
 
     pub fn check_scales(&self) -> Result<(), Error> {

@@ -12,17 +12,23 @@ use super::progress::Progress;
 use super::spec::Spec;
 
 mod buffers;
+mod copies;
+mod footprint;
 mod mapped;
+mod pieces;
+mod quantized;
 mod seeded;
 mod streamed;
 mod upload;
 mod vectors;
 
 pub use self::buffers::stride;
+pub use self::copies::Copying;
+pub use self::footprint::{Footprint, footprint, footprint_of};
 pub use self::mapped::Mapped;
 pub use self::seeded::seeded;
 pub use self::streamed::{Source, layers};
-pub use self::upload::{Uploaded, upload};
+pub use self::upload::Uploaded;
 pub use self::vectors::vectors;
 
 /// Matrices of a model, somewhere.
@@ -75,6 +81,15 @@ impl<T: Tensors> Tensors for &T {
     fn parts(&self, index: usize, spec: &Spec) -> Result<Vec<WeightRows<'_>>, Failure> {
         (**self).parts(index, spec)
     }
+}
+
+/// The same matrices, whose products take inputs as they are if `exact`.
+fn with_exact_inputs(parts: Vec<WeightRows<'_>>, exact: bool) -> Vec<WeightRows<'_>> {
+    let of = |part| match part {
+        WeightRows::Quantized(rows) if exact => rows.with_exact_inputs().into(),
+        part => part,
+    };
+    parts.into_iter().map(of).collect()
 }
 
 fn not_weights<T>(dtype: DType) -> Result<T, Failure> {

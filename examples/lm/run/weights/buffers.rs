@@ -1,7 +1,7 @@
 //! Weights in a device's memory: a buffer for each matrix, those of its experts stacked. On a GPU every row
-//! begins on 16 bytes, as its kernels want it, however wide a matrix is.
+//! of floats begins on 16 bytes, as its kernels want it, however wide a matrix is.
 
-use dropless::{Bf16, Buffer, F16, Float, Place, Stream, WeightRows};
+use dropless::{Bf16, Buffer, Element, F16, Float, Place, Stream, WeightRows};
 
 use super::{Failure, Spec, Tensors, refuse};
 
@@ -27,6 +27,16 @@ pub fn stride<T>(place: Place, cols: usize) -> usize {
     if place == Place::Host { cols } else { cols.next_multiple_of(16 / size_of::<T>()) }
 }
 
+/// Memory for a matrix, all zeros.
+pub fn zeros<T: Element>(stream: &Stream, len: usize, spec: &Spec) -> Result<Buffer<T>, Failure> {
+    Buffer::zeros(stream, len).or_else(|error| match error {
+        dropless::Error::OutOfMemory { need_bytes, .. } => {
+            refuse(format!("out of memory: weights `{}` need {need_bytes} bytes", spec.name()))
+        }
+        error => Err(error.into()),
+    })
+}
+
 /// The first matrices of a list, in its order.
 pub struct Buffers<W>(pub Vec<Buffer<W>>);
 
@@ -35,12 +45,7 @@ impl<W: Weight> Buffers<W> {
     pub fn zeros(stream: &Stream, specs: &[Spec]) -> Result<Buffers<W>, Failure> {
         let buffer = |spec: &Spec| {
             let [rows, cols] = spec.stacked_dims();
-            Buffer::zeros(stream, rows * stride::<W>(stream.place(), cols)).or_else(|error| match error {
-                dropless::Error::OutOfMemory { need_bytes, .. } => {
-                    refuse(format!("out of memory: weights `{}` need {need_bytes} bytes", spec.name()))
-                }
-                error => Err(error.into()),
-            })
+            zeros(stream, rows * stride::<W>(stream.place(), cols), spec)
         };
         Ok(Buffers(specs.iter().map(buffer).collect::<Result<_, Failure>>()?))
     }

@@ -15,7 +15,7 @@ use super::super::checkpoint::is_made;
 use super::super::parallel::in_parallel;
 use super::super::spec::Kind;
 use super::super::stored::{Packed, Stored};
-use super::{Checkpoint, Failure, Progress, Spec, Tensors, refuse};
+use super::{Checkpoint, Failure, Progress, Spec, Tensors, refuse, with_exact_inputs};
 
 /// A checkpoint, and what was made of some of its tensors.
 pub struct Mapped<'a> {
@@ -108,11 +108,7 @@ impl Tensors for Mapped<'_> {
                 None => parts.extend(in_place(self.checkpoint, spec, &name)?),
             }
         }
-        let exact = |part| match part {
-            WeightRows::Quantized(rows) if self.exact => rows.with_exact_inputs().into(),
-            part => part,
-        };
-        Ok(parts.into_iter().map(exact).collect())
+        Ok(with_exact_inputs(parts, self.exact))
     }
 }
 

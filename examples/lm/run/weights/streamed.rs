@@ -12,7 +12,8 @@ use indicatif::ProgressBar;
 use super::super::decoder::{Layer, Layers, Step};
 use super::super::memory::Streaming;
 use super::buffers::{Buffers, Weight};
-use super::upload::{From, Uploader, pieces};
+use super::pieces::{From, pieces};
+use super::upload::Uploader;
 use super::{Config, Failure, Matrices, Spec, Tensors, not_weights};
 
 /// The layers that are streamed: from where, and how.
@@ -20,6 +21,7 @@ use super::{Config, Failure, Matrices, Spec, Tensors, not_weights};
 pub struct Source<'a> {
     /// On the host.
     pub tensors: &'a dyn Tensors,
+    /// The type that they have on the GPU.
     pub dtype: DType,
     pub streaming: Streaming,
     pub threads: usize,
