@@ -4,13 +4,16 @@ same file.
 
     pip install numpy gguf
     python3 benches/peers/gguf_model.py FOLDER [--types Q8_0,Q4_0,Q4_K] [--layers 6] [--seed 1]
+    python3 benches/peers/gguf_model.py FOLDER --width 4096 --hidden 1536 --heads 64 --experts 16 --top 8 \\
+        --layers 3
 
-FOLDER/qwen3moe-TYPE.gguf has every matrix of the layers and the output head in that type; embeddings are
-F16, norms and the router F32, as llama.cpp keeps them. The numbers come from the seed and the tensor's name
-alone: files of different types hold the same weights, up to rounding. The default has 0.97 G parameters, of
-which a token uses 178 M: more than caches hold. Types: those that the gguf package quantises (Q8_0, Q4_0,
-Q5_0, MXFP4 and others; F16 and BF16 too), and Q4_K. The relative error of the weights is printed, as a check
-of the file.
+FOLDER/qwen3moe-WIDTH-TYPE.gguf has every matrix of the layers and the output head in that type; embeddings
+are F16, norms and the router F32, as llama.cpp keeps them. The numbers come from the seed and the tensor's
+name alone: files of different types hold the same weights, up to rounding. The default has layers as wide as
+those of Qwen3-30B-A3B: 0.97 G parameters, of which a token uses 178 M, more than caches hold. The second
+command's are as wide as those of Qwen3-235B-A22B: 1.1 G, of which a token uses 671 M. Types: those that the
+gguf package quantises (Q8_0, Q4_0, Q5_0, MXFP4 and others; F16 and BF16 too), and Q4_K. The relative error of
+the weights is printed, as a check of the file.
 """
 
 import argparse
@@ -154,7 +157,7 @@ def main():
                 parser.error(f"rows of {width} values are not whole blocks of {kind.name}")
     args.folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
-        path = args.folder / f"qwen3moe-{kind.name}.gguf"
+        path = args.folder / f"qwen3moe-{args.width}-{kind.name}.gguf"
         error = Model(args).write(path, kind)
         size = path.stat().st_size / 1e6
         print(f"{path}: {size:.0f} MB, relative error of the weights {error:.1e}", flush=True)

@@ -12,12 +12,12 @@ of them the last line says what is missing, and the exit code is 0. In llama.cpp
     cmake -S . -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
     cmake --build build --target llama-bench
 
-llama.cpp runs with and without its repacking of weights at load, which is its default: which one is faster
-depends on type and phase. The faster one of a round is what this crate is compared with. The ceilings are
-taken right before and right after each run. Shares: decode by the bytes of the weights that a token needs
-over the mean of both read rates (the KV cache, a few percent more, is not counted); prefill by the FLOP of
-the matrix products over the mean of both f32 rates, which integer products may pass. Figures are medians
-over the rounds; a ratio or a share is taken within one round. The load average is recorded as well:
+llama.cpp runs as it does by default, with weights repacked at load, and without: which one is faster depends
+on type and phase. This crate is compared with the default, and with the faster one of each round. The
+ceilings are taken right before and right after each run. Shares: decode by the bytes of the weights that a
+token needs over the mean of both read rates (the KV cache, a few percent more, is not counted); prefill by
+the FLOP of the matrix products over the mean of both f32 rates, which integer products may pass. Figures are
+medians over the rounds; a ratio or a share is taken within one round. The load average is recorded as well:
 llama.cpp's threads wait for one another hundreds of times per token. Where other programs run, its figures
 fall much further than the ceilings do, and mean nothing.
 """
@@ -140,7 +140,8 @@ def one_round(args, ceilings):
             if program == "dropless":
                 row = ours(args, model)
             else:
-                row = measure(model, args.threads, program == REPACKED, args.prompt_tokens, args.decode_tokens)
+                repack = program == REPACKED
+                row = measure(model, args.threads, repack, args.prompt_tokens, args.decode_tokens)
             after = around()
             row["ceilings"] = {name: (before[name] + after[name]) / 2 for name in after}
             rows.append({"model": model.name, "program": program, **row})
@@ -171,17 +172,20 @@ def tabulate(rounds, cost, prompt):
         }
         if first["program"] == "dropless":
             for phase in ("prefill", "decode"):
-                entries[-1][f"{phase}_times_peer"] = times_peer(rounds, first["model"], phase)
+                entries[-1] |= ratios(rounds, first["model"], phase)
     return entries
 
 
-def times_peer(rounds, model, phase):
-    """This crate's rate over llama.cpp's, of its two the faster: the median over the rounds."""
-    ratios = []
+def ratios(rounds, model, phase):
+    """This crate's rate over llama.cpp's by default, and over its faster one: medians over the rounds."""
+    by_default, over_faster = [], []
     for rows in rounds:
         rates = {row["program"]: row[f"{phase}_tokens_per_s"] for row in rows if row["model"] == model}
-        ratios.append(rates.pop("dropless") / max(rates.values()))
-    return float(f"{statistics.median(ratios):.4g}")
+        ours = rates.pop("dropless")
+        by_default.append(ours / rates[REPACKED])
+        over_faster.append(ours / max(rates.values()))
+    median = lambda values: float(f"{statistics.median(values):.4g}")
+    return {f"{phase}_times_peer": median(by_default), f"{phase}_times_faster_peer": median(over_faster)}
 
 
 def main():
