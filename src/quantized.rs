@@ -365,10 +365,7 @@ impl<'a> QuantizedRows<'a> {
             Some(Scales { values, block }) => (values.host_row(of_scales / block[0]), block[1]),
             None => (RowScales::Within, self.format.block_elements()),
         };
-        let zeros = match &self.zeros {
-            Some(zeros) => Some((zeros.host_row(of_scales / ZERO_ROWS), of_scales % ZERO_ROWS)),
-            None => None,
-        };
+        let zeros = self.zeros.as_ref().map(|zeros| (zeros.host_row(of_scales / ZERO_ROWS), of_scales % ZERO_ROWS));
         QuantizedRow { format: self.format, codes: self.codes.host_row(row), scales, group, zeros }
     }
 
