@@ -1,21 +1,21 @@
 //! Formats of quantised weights: how many elements share a block, and how many bytes a block takes.
-//!
-//! | format | elements, bytes of a block | an element | known from |
-//! |---|---|---|---|
-//! | [`E4m3`](Format::E4m3) | 1, 1 | `fp8 * s` | DeepSeek-V3, Qwen3-FP8, compressed-tensors `float-quantized` |
-//! | [`Mxfp4`](Format::Mxfp4) | 32, 16 | `e2m1 * 2^(s - 127)` | gpt-oss |
-//! | [`Int4`](Format::Int4) | 8, 4 | `(q - z) * s` | compressed-tensors `pack-quantized`; GPTQ and AWQ once repacked |
-//! | [`Q8_0`](Format::Q8_0) | 32, 34 | `d * q` | GGUF |
-//! | [`Q4_0`](Format::Q4_0), [`Q5_0`](Format::Q5_0) | 32, 18 or 22 | `d * (q - 8)`, `d * (q - 16)` | GGUF |
-//! | [`Q4_1`](Format::Q4_1), [`Q5_1`](Format::Q5_1) | 32, 20 or 24 | `d * q + m` | GGUF |
-//! | [`Q4K`](Format::Q4K), [`Q5K`](Format::Q5K) | 256, 144 or 176 | `(d * sc) * q - dmin * mn` | GGUF |
-//! | [`Q6K`](Format::Q6K) | 256, 210 | `(d * sc) * q` | GGUF |
-//! | [`GgufMxfp4`](Format::GgufMxfp4) | 32, 17 | `e2m1 * 2^(e - 127)` | GGUF |
-//!
-//! The first three have their scales in another tensor. The others hold them in the block. Every product and
-//! every sum above is rounded to `f32`, in the order of the formula.
 
 /// How the bytes of weights become numbers.
+///
+/// | format | elements, bytes of a block | an element | known from |
+/// |---|---|---|---|
+/// | [`E4m3`](Format::E4m3) | 1, 1 | `fp8 * s` | DeepSeek-V3, Qwen3-FP8, compressed-tensors `float-quantized` |
+/// | [`Mxfp4`](Format::Mxfp4) | 32, 16 | `e2m1 * 2^(s - 127)` | gpt-oss |
+/// | [`Int4`](Format::Int4) | 8, 4 | `(q - z) * s` | compressed-tensors `pack-quantized`; GPTQ and AWQ once repacked |
+/// | [`Q8_0`](Format::Q8_0) | 32, 34 | `d * q` | GGUF |
+/// | [`Q4_0`](Format::Q4_0), [`Q5_0`](Format::Q5_0) | 32, 18 or 22 | `d * (q - 8)`, `d * (q - 16)` | GGUF |
+/// | [`Q4_1`](Format::Q4_1), [`Q5_1`](Format::Q5_1) | 32, 20 or 24 | `d * q + m` | GGUF |
+/// | [`Q4K`](Format::Q4K), [`Q5K`](Format::Q5K) | 256, 144 or 176 | `(d * sc) * q - dmin * mn` | GGUF |
+/// | [`Q6K`](Format::Q6K) | 256, 210 | `(d * sc) * q` | GGUF |
+/// | [`GgufMxfp4`](Format::GgufMxfp4) | 32, 17 | `e2m1 * 2^(e - 127)` | GGUF |
+///
+/// The first three have their scales in another tensor. The others hold them in the block. Every product and
+/// every sum above is rounded to `f32`, in the order of the formula.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {

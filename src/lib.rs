@@ -41,11 +41,20 @@
 //! | [`permute`] | `gather`, `combine`, `combine_onto` | rows into expert order; weighted sum back, in slot order | memory |
 //! | [`quantize`] | `e4m3`, `gather_e4m3` | `codes = fp8(x / scale)`, a scale for each row and 128 columns | memory |
 //! | [`grouped_gemm`] | `nt`, `nn`, `linear`, `glu_nt`, `glu`; `linear_quantized`, `glu_quantized` | one product per expert, any number of rows each; biases, activations, gates | compute, memory |
+//! | [`repack`] | `repack` | MXFP4 and INT4 weights in the order in which a GPU multiplies them, once | memory |
 //! | [`block_sparse`] | `sdd`, `dsd`, `dds`, `arrange` | products with a matrix of blocks over a [`Topology`]: experts of any widths | compute |
 //! | [`glu`] | `glu`, `gated`, `gated_interleaved` | `silu(gate) * up`, or another gate | memory |
 //! | [`sample`] | `argmax`, `top_p` | greedy choice; a random one of the most probable | memory |
 //! | [`random`] | `uniform` | numbers of a seed, for untrained weights | memory |
 //! | [`moe`] | `forward`; its steps `route`, `experts`, `shared`, `combine`, `combine_onto`; `forward_routed` | the layer in one workspace, and its steps | compute, memory |
+//!
+//! # Quantised weights
+//!
+//! [`QuantizedRows`] is a matrix of FP8, MXFP4, INT4 or a type of GGUF, where it lies in a checkpoint; its
+//! example multiplies by one. [`ExpertWeights`] and the table of [`embedding`] take it where they take
+//! floats. [`Format`] lists the formats, [`quantized::Gptq`] and [`quantized::Awq`] read what those store, and
+//! [`repack`] puts 4-bit weights in [`Tiles`] for the tensor cores. [`grouped_gemm::nt`] says which calls
+//! round activations.
 //!
 //! # Inside an engine
 //!
@@ -54,7 +63,7 @@
 //!
 //! # Promises
 //!
-//! * **Deterministic.** Same inputs, same bits, whatever the number of threads.
+//! * **Deterministic.** Same inputs, same bits, for any number of threads.
 //! * **Batch-invariant.** A row's bits depend on the row, the weights and the documented class of the batch
 //!   size; never on its position or on its neighbours.
 //! * **No hidden work.** Operations do not allocate device memory, do not wait for the device and read

@@ -108,6 +108,25 @@ impl<'a> ScaleRows<'a> {
 
 /// A `[rows, cols]` matrix of quantised weights, a row for each output, borrowed for reading where it lies.
 ///
+/// [`ExpertWeights::nk`](crate::ExpertWeights::nk) takes it as the weights of a product, one expert for a
+/// dense layer:
+///
+/// ```
+/// use dropless::{Device, ExpertRows, ExpertWeights, QuantizedRows, Rows, RowsMut, grouped_gemm};
+///
+/// // Two outputs of 32 inputs: weights (9 - 8) * 0.5 and (7 - 8) * 0.25, a scale for 32 inputs.
+/// let (codes, scales) = ([[0x99u8; 16], [0x77; 16]].concat(), [0.5f32, 0.25]);
+/// let weights = QuantizedRows::int4(Rows::from_slice(&codes, 2, 16)?, Rows::from_slice(&scales, 2, 1)?, 32, 32)?;
+/// let (x, mut y) = ([1.0f32; 32], [0.0f32; 2]);
+/// let (x, y_rows) = (Rows::from_slice(&x, 1, 32)?, &mut RowsMut::from_slice(&mut y, 1, 2)?);
+/// let w = ExpertWeights::nk(weights.with_exact_inputs(), 1)?;
+/// grouped_gemm::nt(&Device::cpu().stream()?, x, w, ExpertRows::dense(1)?, y_rows)?;
+/// assert_eq!(y, [16.0, -8.0]);
+/// # Ok::<(), dropless::Error>(())
+/// ```
+///
+/// Rows can be read one by one:
+///
 /// ```
 /// use dropless::{Format, QuantizedRows, Rows};
 ///
@@ -179,7 +198,8 @@ impl<'a> QuantizedRows<'a> {
 
     /// INT4 weights: `codes [N, K / 2]`, element `2j` in the low bits of byte `j`, a row of whole words of 4
     /// bytes, with a scale for each `group` of K, `[N, ceil(K / group)]`. The weight is `(code - 8) * scale`;
-    /// with [`with_zeros`](Self::with_zeros) the zero point replaces 8.
+    /// with [`with_zeros`](Self::with_zeros) the zero point replaces 8. The bytes are those of the words that
+    /// compressed-tensors packs (`weight_packed`), on a little-endian machine.
     ///
     /// # Errors
     ///

@@ -54,9 +54,12 @@ fn a_file_is_named_by_itself_or_by_its_folder() {
     }
     std::fs::write(folder.file("other.gguf"), model()).unwrap();
     let text = refused(&of(folder.path()));
-    assert!(text.contains("has 2 GGUF files, ") && text.ends_with("other.gguf first; name the one"), "{text}");
+    assert!(text.contains("has 2 GGUF files, ") && text.ends_with("other.gguf first; give the path of one"), "{text}");
     let text = refused(&of(&folder.file("third.gguf")));
     assert!(text.ends_with("third.gguf: not found"), "{text}");
+    std::fs::write(folder.file("model.bin"), model()).unwrap();
+    let text = refused(&of(&folder.file("model.bin")));
+    assert!(text.ends_with("model.bin: must be a folder, or a GGUF file whose name ends in .gguf"), "{text}");
 }
 
 /// An entry's value.

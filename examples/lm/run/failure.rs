@@ -60,6 +60,7 @@ pub fn refuse_file<T>(file: &Path, text: impl fmt::Display) -> Result<T, Failure
 pub fn io_text(error: &std::io::Error) -> String {
     match error.kind() {
         std::io::ErrorKind::NotFound => "not found".into(),
+        std::io::ErrorKind::NotADirectory => "not found: a part of this path is a file".into(),
         std::io::ErrorKind::PermissionDenied => "permission denied".into(),
         std::io::ErrorKind::IsADirectory => "is a directory".into(),
         _ => error.to_string(),

@@ -123,7 +123,7 @@ fn command() -> Command {
         .after_help(AFTER_HELP)
         .args([
             path("model", "DIR|GGUF")
-                .help("config.json with model.safetensors, or with shards and their index, or a GGUF file; tokenizer.json if present"),
+                .help("config.json with model.safetensors, or with shards and their index, or FILE.gguf, or a folder with one; tokenizer.json if present"),
             path("random", "CONFIG").help("No checkpoint: seeded random weights in the shape of that config.json, for timing"),
             word("weights", "f32|bf16|f16")
                 .help("With --random: type of the weights [default: as the config says, else f32]")

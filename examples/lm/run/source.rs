@@ -87,6 +87,9 @@ fn gguf_of(path: &Path) -> Result<Option<PathBuf>, Failure> {
     if is_gguf(path) && !path.is_dir() {
         return Ok(Some(path.to_owned()));
     }
+    if path.is_file() {
+        return refuse_file(path, "must be a folder, or a GGUF file whose name ends in .gguf");
+    }
     let has = |name: &str| path.join(name).exists();
     if has("model.safetensors") || has("model.safetensors.index.json") {
         return Ok(None);
@@ -96,6 +99,6 @@ fn gguf_of(path: &Path) -> Result<Option<PathBuf>, Failure> {
     files.sort_unstable();
     match files.len() {
         0 | 1 => Ok(files.pop()),
-        more => refuse_file(path, format_args!("has {more} GGUF files, {} first; name the one", files[0].display())),
+        more => refuse_file(path, format_args!("has {more} GGUF files, {} first; give the path of one", files[0].display())),
     }
 }
