@@ -266,6 +266,7 @@ impl<'a> QuantizedRows<'a> {
     /// Rows of as many bytes as `cols` elements take, up to a whole block.
     fn check_blocks(format: Format, codes: &Rows<'_, u8>, cols: usize) -> Result<(), Error> {
         let (elements, op) = (format.block_elements(), Op::ExpertWeights);
+        checked_bytes(op, "bytes of a row as floats", &[cols], size_of::<f32>())?; // of no rows, too
         let padded = format == Format::Int4; // its last word may be filled up
         if !padded && !cols.is_multiple_of(elements) {
             let want = cols.next_multiple_of(elements);
@@ -428,8 +429,9 @@ impl<'a> QuantizedRows<'a> {
     pub fn check_scales(&self) -> Result<(), Error> {
         self.check_host_rows()?;
         let block_rows = self.scales.map_or(1, |scales| scales.block[0]);
+        let rows = if self.cols == 0 { 0 } else { self.codes.rows() }; // of nothing, more than one can count
         let row_of_scales = |row: usize| (self.first + row * self.step) / block_rows;
-        for row in 0..self.codes.rows() {
+        for row in 0..rows {
             if row > 0 && row_of_scales(row) == row_of_scales(row - 1) && block_rows > 1 {
                 continue; // it has the scales of the row before
             }

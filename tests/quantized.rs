@@ -5,7 +5,9 @@
 //! full set.
 
 use dropless::quantized::{Awq, Gptq};
-use dropless::{Bf16, Buffer, Element, Error, F16, Float, Format, QuantizedRows, Rows, ScaleRows, Stream, TokenIds, embedding};
+use dropless::{
+    Bf16, Buffer, Element, Error, ExpertWeights, F16, Float, Format, QuantizedRows, Rows, ScaleRows, Stream, Tiles, TokenIds, embedding,
+};
 use dropless_kit::{device, goldens, oracle};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -499,6 +501,22 @@ fn what_does_not_belong_together_is_refused() {
     let by_activations = gptq.with_groups(&[1; 16]).map(|gptq| gptq.to_int4().map(|_| ()).unwrap_err().to_string());
     let want = "GPTQ's order by activations is not supported here; supported: groups of neighbouring inputs";
     assert_eq!(by_activations.unwrap(), format!("{op}{want}"));
+    // Of no rows there may be more columns than fit in the address space.
+    let none = |cols| Rows::from_slice(&[0u8; 0], 0, cols).unwrap();
+    let blocks = Format::ALL.into_iter().filter(|format| !format.has_scales_apart());
+    for refused in blocks.map(|format| QuantizedRows::gguf(format, none(0), usize::MAX)).chain([
+        QuantizedRows::mxfp4(none(isize::MAX as usize), none(0)),
+        QuantizedRows::int4(none(0), halves(0, 1), usize::MAX, usize::MAX),
+        QuantizedRows::e4m3(none(isize::MAX as usize), halves(0, 1), [1, usize::MAX]),
+    ]) {
+        assert!(matches!(refused.err(), Some(Error::TooLarge { .. })));
+    }
+    let wide = QuantizedRows::mxfp4(none(1 << 59), none(1 << 55)).unwrap();
+    assert!(matches!(Tiles::of(&ExpertWeights::nk(wide, 1).unwrap()), Err(Error::TooLarge { .. })));
+    // And of no columns more rows than one can count.
+    let codes = Rows::from_slice(&[0u8; 0], 1 << 60, 0).unwrap();
+    let no_scales = Rows::from_slice(&[F16(0); 0], 1 << 60, 0).unwrap();
+    QuantizedRows::e4m3(codes, no_scales, [1, 1]).unwrap().check_scales().unwrap();
     let mut bad = scales;
     bad[13] = F16(0x7c00);
     let awq = Awq::new(rows(16, 1), rows(2, 1), Rows::from_slice(&bad[..16], 2, 8).unwrap(), 8).unwrap();

@@ -9,6 +9,7 @@ use crate::error::{Error, Op, check_shape};
 use crate::format::Format;
 use crate::layout::ExpertWeights;
 use crate::quantized::{InTiles, QuantizedRows};
+use crate::shape::checked_bytes;
 use crate::view::Rows;
 use crate::weights::WeightRows;
 
@@ -80,6 +81,7 @@ impl Tiles {
         let Some((scales, [_, group])) = rows.scales() else {
             return Err(Error::unsupported(op, "`w` in", "tiles", "weights in the order of a checkpoint"));
         };
+        checked_bytes(op, "bytes of a panel", &[w.k().div_ceil(PANEL_DEPTH)], PANEL_BYTES)?;
         let whole = w.k().next_multiple_of(2 * PANEL_DEPTH).max(2 * PANEL_DEPTH);
         let group = if group >= w.k() { whole } else { group };
         if !group.is_multiple_of(32) {
