@@ -47,12 +47,14 @@ use crate::view::{Rows, RowsMut};
 ///
 /// **Quantised weights** ([`QuantizedRows`](crate::QuantizedRows)) are decoded as they are read. On the CPU,
 /// calls of the class of few rows round each input row to 8 bits by blocks of 32, to the nearest multiple of
-/// the block's largest magnitude divided by 127, and multiply integers; the error that this adds to `y[r, n]`
-/// is at most `sum_k |w[n, k]| max |x| / 254`, `max |x|` being of the block that holds `k`. A NaN or an
-/// infinity in an input row makes that row NaN. This holds for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4
-/// whose groups are all of K or a power of two times 32. Other formats, more rows, and weights [with exact
-/// inputs](crate::QuantizedRows::with_exact_inputs) take inputs as they are, and the result is that of the
-/// decoded weights.
+/// the block's largest magnitude divided by 127, and multiply integers. But for roundings in `f32`, the error
+/// that this adds to `y[r, n]` is at most `sum_k |w[n, k]| max |x| / 254`, `max |x|` being of the block that
+/// holds `k`, or `2^-119` where it is less. Sums of codes and of minima or zero points are taken apart, so
+/// those roundings are relative to both. A NaN or an infinity in an input row makes that row NaN; where a
+/// block's largest input times a scale of weights passes the range of `f32`, outputs may be NaN, too. This
+/// holds for `Q8_0`, `Q4_0`, `Q4K`, `Q6K`, MXFP4, and INT4 whose groups are all of K or a power of two times
+/// 32. Other formats, more rows, and weights [with exact inputs](crate::QuantizedRows::with_exact_inputs)
+/// take inputs as they are, and the result is that of the decoded weights.
 ///
 /// On a GPU the tensor cores multiply `bf16` rows, taken as they are, by INT4 and MXFP4 weights in tiles, as
 /// [`repack`](crate::repack) writes them, and by E4M3 weights where they lie, where K and N are multiples of 8

@@ -2,7 +2,8 @@
 //! the weights is what takes time.
 //!
 //! An input row is cut into chunks of 256 elements, and those into blocks of 32. A block's scale is its
-//! largest magnitude divided by 127, and each element becomes the nearest multiple of it, ties to even. Then
+//! largest magnitude, or 2^-119 where that is less, divided by 127, and each element becomes the nearest
+//! multiple of it, ties to even. Then
 //!
 //! ```text
 //! sum_k x[k] w[k]  ~  sum over blocks b of  scale_x[b] * scale_w[b] * (sum of integers x * w)  -  scale_x[b] * min_w[b] * (sum of x)
@@ -11,7 +12,7 @@
 //! Sums of four products of integers are exact. The floats are added in sixteen lanes: those of a chunk as a
 //! chain over ascending k, and the chunks' sums as another one, so that a chain of a chunk need not wait for
 //! the one before. The lanes are folded at the end. So the bits depend on the two rows alone: every
-//! instruction set gives the same.
+//! instruction set with a fused multiply-add gives the same.
 //!
 //! | format | integers | order of 64 elements | scale for | minimum |
 //! |---|---|---|---|---|
@@ -186,8 +187,12 @@ fn round_chunk<S: Simd>(simd: S, x: &[f32; CHUNK], layout: Layout, chunk: &mut I
     }
 }
 
+/// What a block's largest magnitude counts as where it is less, but not 0: so its scale is a normal float,
+/// and so is what elements are multiplied by, which for 2^-121 would be infinite.
+const LEAST: f32 = f32::from_bits((127 - 119) << 23);
+
 /// The scales of a chunk's blocks, and what their elements are multiplied by: zeros where all elements are
-/// zero, or so small that their products vanish.
+/// zero.
 #[inline(always)]
 fn block_scales<S: Simd>(simd: S, x: &[f32; CHUNK]) -> ([f32; 8], [f32; 8]) {
     let mut most = [0.0; 8];
@@ -202,9 +207,9 @@ fn block_scales<S: Simd>(simd: S, x: &[f32; CHUNK]) -> ([f32; 8], [f32; 8]) {
     if simd.sum(zeros).is_nan() {
         poison(x, &mut most);
     }
-    let inverses = most.map(|most| 127.0 / most);
-    let scale = |i: usize| if inverses[i].is_finite() || most[i].is_nan() { most[i] / 127.0 } else { 0.0 };
-    (std::array::from_fn(scale), inverses.map(|inverse| if inverse.is_finite() { inverse } else { 0.0 }))
+    let most = most.map(|most| if 0.0 < most && most < LEAST { LEAST } else { most });
+    let inverses = most.map(|most| 127.0 / most).map(|inverse| if inverse.is_finite() { inverse } else { 0.0 });
+    (most.map(|most| most / 127.0), inverses)
 }
 
 /// Puts NaN where a block has a NaN or an infinity.
@@ -216,15 +221,15 @@ fn poison(x: &[f32; CHUNK], most: &mut [f32; 8]) {
     }
 }
 
-/// Rounds a block. Gives the sum of its integers.
+/// Rounds a block. Gives the sum of its integers, which mean nothing where an element is no number.
 #[inline(always)]
 fn round_block(x: &[f32; BLOCK], inverse: f32, q: &mut [i8; BLOCK]) -> i32 {
-    let mut sum = 0;
+    let mut sum = 0i32;
     for (q, x) in q.iter_mut().zip(x) {
         // Adding 1.5 * 2^23 leaves no bits for a fraction.
         const SHIFT: f32 = 12_582_912.0;
         let integer = (x * inverse + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32;
-        (*q, sum) = (integer as i8, sum + integer);
+        (*q, sum) = (integer as i8, sum.wrapping_add(integer));
     }
     sum
 }

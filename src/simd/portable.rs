@@ -1,5 +1,6 @@
 //! Plain loops that any compiler vectorises: the reference for every other instruction set, and the only one off x86.
 
+use super::decode::half_e8m0;
 use super::gemm::add_tiles;
 use super::product::AddProduct;
 use super::vector::{LANES, Simd};
@@ -125,8 +126,7 @@ impl Simd for Portable {
     #[inline(always)]
     fn half_powers(self, exponents: u64) -> V {
         let exponents = exponents.to_le_bytes();
-        // 2^-127 is no normal number.
-        each(|i| 0.5 * f32::from_bits((u32::from(exponents[i % 8]) << 23).max(1 << 22)))
+        each(|i| half_e8m0(exponents[i % 8]))
     }
     #[inline(always)]
     fn spread(self, from: V, lanes: [usize; 4]) -> V {

@@ -69,7 +69,8 @@ impl Kernel for OnBytes<'_> {
         }
         let [a, b] = [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes")));
         out.extend(simd.to_array(simd.interleaved(a, b)));
-        out.extend(&simd.to_array(simd.half_powers(a))[..8]);
+        // No power is negative.
+        out.extend(simd.to_array(simd.half_powers(a))[..8].iter().map(|power| if power.is_nan() { -1.0 } else { *power }));
         quarters.iter().for_each(|quarter| out.extend(simd.to_array(simd.widen(quarter))));
         let mut all = simd.to_bytes(unsigned[0]).to_vec();
         all.extend(simd.fifths(a as u32));

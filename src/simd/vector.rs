@@ -102,8 +102,8 @@ pub(crate) trait Simd: Copy {
     fn dot_signed(self, codes: Self::B, x: &[i8; 64], offsets: &[i32; LANES]) -> Self::V;
     /// Lane `2i` is byte `i` of `even`, the lowest first, and lane `2i + 1` that of `odd`.
     fn interleaved(self, even: u64, odd: u64) -> Self::V;
-    /// Lane `i` is 2 to the power of byte `i`, the lowest first, less 128, infinite for
-    /// 255. Lanes from 8 on are not specified.
+    /// Lane `i` is 2 to the power of byte `i`, the lowest first, less 128; NaN for 255. Lanes from 8 on are
+    /// not specified.
     fn half_powers(self, exponents: u64) -> Self::V;
     /// Four lanes each of four: those of quarter `q` are lane `lanes[q]`. The first two are of one half, and
     /// so are the last two.

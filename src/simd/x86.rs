@@ -39,6 +39,13 @@ fn max_lane(a: __m256) -> f32 {
     }
 }
 
+/// Half of each; NaN of infinity.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn halves_or_nan(numbers: __m256) -> __m256 {
+    _mm256_fmadd_ps(numbers, _mm256_set1_ps(0.5), _mm256_mul_ps(numbers, _mm256_setzero_ps()))
+}
+
 /// The lower halves of eight words below 2^16.
 #[inline]
 #[target_feature(enable = "avx2")]

@@ -257,7 +257,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let exponents = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(exponents as i64));
             // 2^-127 is no normal number.
             let powers = _mm256_max_epu32(_mm256_slli_epi32::<23>(exponents), _mm256_set1_epi32(1 << 22));
-            let powers = _mm256_mul_ps(_mm256_castsi256_ps(powers), _mm256_set1_ps(0.5));
+            let powers = super::halves_or_nan(_mm256_castsi256_ps(powers));
             [powers, powers]
         }
     }
