@@ -5,6 +5,8 @@
 //! meant to change results changes the table below and says why: `DROPLESS_BITS=print cargo test --test bits` prints the new one.
 #![cfg(all(feature = "cuda", target_arch = "x86_64", target_os = "linux"))]
 
+use std::process::Command;
+
 use dropless::activation::{Activation, Glu};
 use dropless::block_sparse::{Dense, Sparse};
 use dropless::epilogue::Epilogue;
@@ -277,6 +279,19 @@ fn quantized_bits<T: Float + Bits>(run: &mut Run<'_>) {
     }
 }
 
+/// Products of few rows whose inputs are rounded to 8 bits, with a rest of a chunk where the format has one.
+fn rounded_bits(run: &mut Run<'_>) {
+    let (n, rows, stream) = (24, 7, run.stream);
+    for format in Format::ALL {
+        let k = if format.block_elements() == 256 { 768 } else { 608 };
+        with_weights(stream, format, n, k, |weights| {
+            let (x, w) = (run.fill::<f32>(1, rows * k), ExpertWeights::nk(weights, 1).unwrap());
+            let (x, dense) = (x.rows(rows, k).unwrap(), ExpertRows::dense(rows).unwrap());
+            run.output::<f32>(rows, n, |stream, y| grouped_gemm::nt(stream, x, w, dense, y).unwrap());
+        });
+    }
+}
+
 /// Weights of 4 bits in tiles, and their products where there are such.
 fn tile_bits(run: &mut Run<'_>) {
     let (n, k, stream) = (48, 160, run.stream);
@@ -499,9 +514,34 @@ fn the_cpu_gives_the_bits_it_gave() {
     for threads in [1, 3] {
         let stream = device::cpu(threads);
         compare(&hashes(&stream), &CPU);
-        let mut run = Run { stream: &stream, hash: Hash::new() };
-        mixed_products(&mut run);
-        compare(&[("mixed", run.hash.0)], &MIXED);
+        let hash = |work: fn(&mut Run<'_>)| {
+            let mut run = Run { stream: &stream, hash: Hash::new() };
+            work(&mut run);
+            run.hash.0
+        };
+        compare(&[("mixed", hash(mixed_products)), ("rounded inputs", hash(rounded_bits))], &CPU_ALONE);
+    }
+}
+
+/// The instruction sets of this machine that have fused multiply-adds, each in a process of its own.
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    if device::hardware_only() || std::env::var_os("DROPLESS_SIMD").is_some() {
+        return;
+    }
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+    let sets = [
+        ("avx2", avx2),
+        ("avx2vnni", avx2 && is_x86_feature_detected!("avxvnni")),
+        ("avx512", avx512),
+        ("avx512vnni", avx512 && is_x86_feature_detected!("avx512vnni")),
+    ];
+    for (name, _) in sets.into_iter().filter(|(_, is_there)| *is_there) {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let output = again.args(["--exact", "the_cpu_gives_the_bits_it_gave"]).env("DROPLESS_SIMD", name).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "DROPLESS_SIMD={name}\n{text}");
     }
 }
 
@@ -539,7 +579,8 @@ const CPU: [(&str, u64); 21] = [
     ("tiles", 0xa66f_2b0c_55bb_226f),
 ];
 
-const MIXED: [(&str, u64); 1] = [("mixed", 0xa75f_23d9_de2e_ffbe)];
+/// What no GPU computes.
+const CPU_ALONE: [(&str, u64); 2] = [("mixed", 0xa75f_23d9_de2e_ffbe), ("rounded inputs", 0x0bcc_0726_6528_f2b3)];
 
 const EMULATED: [(&str, u64); 21] = [
     ("embedding", 0x6b1b_189e_0129_a09c),
