@@ -188,11 +188,12 @@ class Executables:
                 ["bench", "--bench", "gpu", "--no-run"],
                 ["build", "--release", "--examples"],
             ]
+        packages = [str(ROOT / "Cargo.toml"), str(ROOT / "examples/lm/Cargo.toml")]
         for command in commands:
             for message in map(
                 json.loads, output_of(["cargo", *command, "--message-format=json"]).splitlines()
             ):
-                if message.get("executable") and message["manifest_path"] == str(ROOT / "Cargo.toml"):
+                if message.get("executable") and message["manifest_path"] in packages:
                     target = message["target"]
                     self.found[target["kind"][0], target["name"]] = message["executable"]
 

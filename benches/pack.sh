@@ -32,6 +32,7 @@ build() { # a kind of target, those that are packed, and the cargo command that 
   "$@" --message-format=json | python3 -c '
 import json, os, shutil, subprocess, sys
 folder, names = sys.argv[1], sys.argv[2].split()
+packages = [os.path.abspath(path) for path in ("Cargo.toml", "examples/lm/Cargo.toml")]
 to = f".gpu/run/{folder}"
 os.makedirs(to)
 for line in sys.stdin:
@@ -39,7 +40,7 @@ for line in sys.stdin:
     if made.get("reason") != "compiler-artifact" or not made.get("executable"):
         continue
     [kind], name = made["target"]["kind"][:1], made["target"]["name"]
-    if kind != folder or name not in names or made["manifest_path"] != os.path.abspath("Cargo.toml"):
+    if kind != folder or name not in names or made["manifest_path"] not in packages:
         continue
     if os.path.exists(f"{to}/{name}"):
         sys.exit(f"two executables are called {folder}/{name}")

@@ -2,7 +2,7 @@
 //! same things anywhere.
 //!
 //! The crate holds what a mixture-of-experts model needs between its token ids and its logits, and it is
-//! judged by running DBRX and Mixtral (`examples/dbrx.rs`). It is *dropless*: it drops no token, for any
+//! judged by running DBRX and Mixtral (`examples/lm`). It is *dropless*: it drops no token, for any
 //! distribution over experts.
 //!
 //! ```
@@ -81,7 +81,6 @@
 //! | `bytemuck` | no | `Bf16` and `F16` are plain old data: slices of them are cast from and to bytes, `u16` and `half`'s types |
 //! | `ndarray` | no | [`Rows`] and [`RowsMut`] from and to two-dimensional views of `ndarray` (0.15.6 to 0.17) |
 //! | `cudarc` | no | cudarc's streams, slices and views as ours, and buffers lent to it: `Stream::from_cudarc`, `Stream::cudarc_scope` (0.16.1 to 0.19) |
-//! | `text` | no | the model example reads prompts as text |
 //! | `build-kernels` | no | embeds kernels compiled by this machine's nvcc instead of those that ship |
 //! | `regenerate-bindings` | no | rewrites `src/device/params.rs` from `cuda/common/params.h`; needs libclang |
 //!

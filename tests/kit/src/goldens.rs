@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use dropless::{Bf16, Float};
 use safetensors::{Dtype, SafeTensors};
 
-/// The repository, found at run time, so that a test executable can be copied elsewhere and run in a copy of the tree.
+/// The repository, found at run time, so that an executable can be copied elsewhere and run in a copy of the tree: cargo
+/// says where the package is, which may be a folder in it.
 pub fn root() -> PathBuf {
-    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from)
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from);
+    package.ancestors().find(|folder| folder.join("tests/data").is_dir()).unwrap_or(&package).to_owned()
 }
 
 /// `tests/data/<name>`, or the same below `DROPLESS_GOLDENS` where it exists there.
