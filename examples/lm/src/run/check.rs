@@ -41,7 +41,7 @@ const BF16_FIRST_LAYER: &[(&str, f64, f64)] = &[
 /// The outcome of all comparisons of a run.
 pub struct Checks {
     activations: DType,
-    /// Activations are f32, and what products take of them is rounded to 8 bits.
+    /// What products take of activations is rounded to 8 bits.
     rounds_inputs: bool,
     lines: Vec<Line>,
     largest_of_logits: f64,
@@ -106,9 +106,7 @@ impl Checks {
         let (max_abs, rel_l2, logits) = (max_abs(got, want), relative_l2(got, want), name == "logits");
         let (mut abs_limit, mut l2_limit, mut argmax_limit) = (None, Some(F32_REL_L2), None);
         match self.activations {
-            DType::F32 if self.rounds_inputs && !logits => {
-                l2_limit = l2_limit.filter(|_| matches!(name, "embed" | "scaled_embed" | "L0.norm_1"));
-            }
+            _ if self.rounds_inputs && !logits && !matches!(name, "embed" | "scaled_embed" | "L0.norm_1") => l2_limit = None,
             DType::F32 | DType::Bf16 | DType::F16 if logits && self.is_rounded() => {
                 (abs_limit, l2_limit, argmax_limit) = (Some(ROUNDED_LOGITS_MAX_ABS), Some(ROUNDED_LOGITS_REL_L2), Some(ROUNDED_ARGMAX))
             }

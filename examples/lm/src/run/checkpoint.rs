@@ -281,6 +281,12 @@ impl Checkpoint {
         self.holding.made > 0 || self.holding.types().iter().any(|dtype| matches!(dtype, DType::Quantized(_)))
     }
 
+    /// Whether the CPU multiplies some of it in integers, for which it rounds inputs to 8 bits.
+    pub fn has_integer_products(&self) -> bool {
+        let is_float = |format| matches!(format, Format::E4m3 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q5K);
+        self.holding.types().iter().any(|dtype| matches!(dtype, DType::Quantized(format) if !is_float(*format)))
+    }
+
     /// The type of activations that is usual on a GPU: that of all weights; of several, the only one of 16
     /// bits, else bf16.
     pub fn usual_activations(&self) -> DType {

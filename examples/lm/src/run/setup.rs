@@ -271,7 +271,11 @@ impl Setup {
 
     /// Whether products round activations to 8 bits.
     pub fn rounds_inputs(&self) -> bool {
-        if self.on_gpu() { self.sizes.fp8_inputs } else { self.weights.is_quantized() && !self.exact }
+        match &self.weights {
+            _ if self.on_gpu() => self.sizes.fp8_inputs,
+            WeightSource::Mapped(checkpoint) => checkpoint.has_integer_products() && !self.exact,
+            WeightSource::Random(_) => false,
+        }
     }
 
     /// How the weights are held: `mapped`, `copied, floats as bf16`.
