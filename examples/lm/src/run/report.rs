@@ -1,6 +1,6 @@
 //! What a run prints: aligned columns, human units, calm colours where a person looks on.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use super::failure::{Failure, refuse};
 
@@ -17,6 +17,31 @@ pub struct Console<'a> {
 }
 
 impl Console<'_> {
+    /// The process's terminal, and what `run` gives there.
+    pub fn of_process<T>(run: impl FnOnce(&mut Console<'_>) -> T) -> T {
+        let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+        let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let progress = err.is_terminal();
+        run(&mut Console { out: &mut out, err: &mut err, colour, progress, go_on: false })
+    }
+
+    /// The exit code of a command line that was not understood, or asked for help.
+    pub fn not_parsed(&mut self, error: &clap::Error) -> u8 {
+        // Help is what was asked for; everything else is a refusal.
+        let stream = if error.use_stderr() { &mut *self.err } else { &mut *self.out };
+        let _ = write!(stream, "{error}");
+        error.exit_code() as u8
+    }
+
+    /// The exit code of a run, of which a failure is printed.
+    pub fn ended(&mut self, done: Result<(), Failure>) -> u8 {
+        let Err(failure) = done else { return 0 };
+        if let Some(text) = failure.text() {
+            let _ = writeln!(self.err, "{text}");
+        }
+        failure.exit_code()
+    }
+
     /// A line of the report.
     pub fn line(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
         self.write(&format!("{}\n", text.as_ref()))
