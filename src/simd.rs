@@ -13,7 +13,7 @@
 //! | `scratch.rs` | what each worker thread keeps |
 //!
 //! The instruction set is found once per process: the best there is, or what `DROPLESS_SIMD` names
-//! (`portable`, `avx2`, `avx2vnni`, `avx512`, `avx512vnni`; empty: the best). With a name that is unknown, or
+//! (`portable`, `avx2`, `avx2vnni`, `avx512`, `avx512vnni`, `sdot`; empty: the best). With a name that is unknown, or
 //! that this machine does not have, opening a stream on the CPU is an error.
 //!
 //! Sums are taken in a fixed number of lanes and folded in a fixed order, so that a result depends on its
@@ -51,7 +51,9 @@ use crate::error::{Error, Op};
 /// An instruction set that this machine has.
 #[derive(Clone, Copy)]
 enum Level {
-    Portable(portable::Portable),
+    Portable(portable::Portable<false>),
+    #[cfg(target_arch = "aarch64")]
+    Sdot(portable::Portable<true>),
     #[cfg(target_arch = "x86_64")]
     Avx2(x86::avx2::Avx2<false>),
     #[cfg(target_arch = "x86_64")]
@@ -74,7 +76,9 @@ impl Level {
             ("avx2vnni", x86::avx2::Avx2::detect().map(Level::Avx2Vnni)),
             #[cfg(target_arch = "x86_64")]
             ("avx2", x86::avx2::Avx2::detect().map(Level::Avx2)),
-            ("portable", Some(Level::Portable(portable::Portable))),
+            #[cfg(target_arch = "aarch64")]
+            ("sdot", portable::Portable::detect().map(Level::Sdot)),
+            ("portable", Some(Level::Portable(portable::Portable::HERE))),
         ]
         .into_iter()
         .filter_map(|(name, level)| Some((name, level?)))
@@ -91,6 +95,8 @@ impl Level {
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             Level::Portable(simd) => kernel.run(simd),
+            #[cfg(target_arch = "aarch64")]
+            Level::Sdot(simd) => kernel.run(simd.without_sdot()),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
@@ -110,6 +116,8 @@ impl Level {
             Level::Avx2Vnni(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vnni(simd) => simd.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Level::Sdot(simd) => simd.run(kernel),
             other => other.run(kernel),
         }
     }
@@ -143,7 +151,7 @@ pub(crate) fn run_bytes<K: Kernel>(kernel: K) -> K::Output {
 
 fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable)))
+    *LEVEL.get_or_init(|| Level::choose(wanted()).unwrap_or(Level::Portable(portable::Portable::HERE)))
 }
 
 #[cfg(test)]

@@ -3,12 +3,64 @@
 use super::decode::half_e8m0;
 use super::gemm::add_tiles;
 use super::product::AddProduct;
+#[cfg(target_arch = "aarch64")]
+use super::vector::Kernel;
 use super::vector::{LANES, Simd};
 use crate::dtype::Float;
 
-/// Needs nothing.
+/// Needs nothing; with `SDOT`, that this machine is an aarch64 with dot products of bytes.
 #[derive(Clone, Copy)]
-pub(crate) struct Portable;
+pub(crate) struct Portable<const SDOT: bool>(());
+
+impl Portable<false> {
+    pub(crate) const HERE: Self = Portable(());
+}
+
+#[cfg(target_arch = "aarch64")]
+impl Portable<true> {
+    pub(in crate::simd) fn detect() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("dotprod").then_some(Portable(()))
+    }
+
+    /// The same without that instruction.
+    pub(in crate::simd) fn without_sdot(self) -> Portable<false> {
+        Portable(())
+    }
+
+    pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "dotprod")]
+        fn with_features<K: Kernel>(simd: Portable<true>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only where the feature was detected.
+        unsafe { with_features(self, kernel) }
+    }
+}
+
+/// Lane `i` is `offsets[i]` and the sum over `j` in `4i..4i + 4` of `codes[j] * x[j]`, of signed bytes.
+#[cfg(target_arch = "aarch64")]
+#[inline]
+#[target_feature(enable = "dotprod")]
+fn add_dots(codes: &[u8; 64], x: &[i8; 64], offsets: &[i32; LANES]) -> V {
+    use std::arch::aarch64::*;
+    let mut sums = *offsets;
+    for (quarter, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        // SAFETY: sixteen bytes and four words of arrays that have them, and a detected feature. The intrinsic
+        // for the instruction is not stable.
+        unsafe {
+            let mut sum = vld1q_s32(sums.as_ptr());
+            std::arch::asm!(
+                "sdot {sum:v}.4s, {codes:v}.16b, {x:v}.16b",
+                sum = inout(vreg) sum,
+                codes = in(vreg) vld1q_u8(codes[16 * quarter..].as_ptr()),
+                x = in(vreg) vld1q_s8(x[16 * quarter..].as_ptr()),
+                options(pure, nomem, nostack, preserves_flags),
+            );
+            vst1q_s32(sums.as_mut_ptr(), sum);
+        }
+    }
+    each(|i| sums[i] as f32)
+}
 
 type V = [f32; LANES];
 
@@ -17,7 +69,7 @@ fn each(f: impl Fn(usize) -> f32) -> V {
     std::array::from_fn(f)
 }
 
-impl Simd for Portable {
+impl<const SDOT: bool> Simd for Portable<SDOT> {
     type V = V;
     type B = [u8; 64];
     const DOT_ROWS: usize = 1;
@@ -110,11 +162,21 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn dot_unsigned(self, codes: [u8; 64], x: &[i8; 64], offsets: &[i32; LANES]) -> V {
+        #[cfg(target_arch = "aarch64")]
+        if SDOT {
+            // SAFETY: the token exists only where the feature was detected.
+            return unsafe { add_dots(&codes, x, offsets) }; // codes below 128 are signed bytes, too
+        }
         let product = |i: usize| i32::from(codes[i]) * i32::from(x[i]);
         each(|i| (offsets[i] + (4 * i..4 * i + 4).map(product).sum::<i32>()) as f32)
     }
     #[inline(always)]
     fn dot_signed(self, codes: [u8; 64], x: &[i8; 64], _: &[i32; LANES]) -> V {
+        #[cfg(target_arch = "aarch64")]
+        if SDOT {
+            // SAFETY: the token exists only where the feature was detected.
+            return unsafe { add_dots(&codes, x, &[0; LANES]) };
+        }
         let product = |i: usize| i32::from(codes[i] as i8) * i32::from(x[i]);
         each(|i| (4 * i..4 * i + 4).map(product).sum::<i32>() as f32)
     }

@@ -27,7 +27,7 @@ fn others() -> Vec<(&'static str, Level)> {
     Level::all().into_iter().filter(|(name, _)| *name != "portable").collect()
 }
 
-const PORTABLE: Level = Level::Portable(portable::Portable);
+const PORTABLE: Level = Level::Portable(portable::Portable::HERE);
 
 /// A kernel that a level and a reference both run.
 fn same<K: Kernel<Output = Vec<f32>>>(kernel: impl Fn() -> K, near: impl Fn(f32, f32) -> bool) {
